@@ -1,0 +1,77 @@
+"""Put other weights into a model and take them out again; whole tensors and DTensors alike."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def named_tensors(module: nn.Module, names: Iterable[str], *, origin: str) -> dict[str, Tensor]:
+    """Look parameters and buffers up by name, with ``torch.compile``'s ``_orig_mod.`` left out of the names.
+
+    Args:
+        module: Where to look.
+        names: What to find.
+        origin: Where the names come from, for the error message.
+
+    Raises:
+        RuntimeError: If a name is missing from the module.
+    """
+    # After a forward without gradients the root of an FSDP2 model stays gathered and hands out plain tensors.
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    own = {name.replace("_orig_mod.", ""): tensor for name, tensor in module.named_parameters()}
+    own.update((name.replace("_orig_mod.", ""), tensor) for name, tensor in module.named_buffers())
+    missing = [name for name in names if name not in own]
+    if missing:
+        raise RuntimeError(
+            f"expected {type(module).__name__} to have {missing[0]!r} and {len(missing) - 1} more, as {origin} does, "
+            "got a model without them; use the same architecture, or leave them out with exclude="
+        )
+    return {name: own[name] for name in names}
+
+
+def full_copy(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """Return a detached copy of the whole tensor; a DTensor is gathered (a collective: every rank must call)."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().to(device or whole.device, copy=True)
+
+
+@torch.no_grad()
+def assign(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy ``values`` into ``targets`` in place, so that optimizers and parallel wrappers keep their references.
+
+    Raises:
+        RuntimeError: If a shape differs; nothing has been copied then.
+    """
+    for name, value in values.items():
+        if targets[name].shape != value.shape:
+            raise RuntimeError(
+                f"expected {name!r} of shape {tuple(value.shape)}, got {tuple(targets[name].shape)} in the model; "
+                "the architecture changed since the base was taken"
+            )
+    for name, value in values.items():
+        target = targets[name]
+        if isinstance(target, DTensor):
+            whole = value.to(device=target.device, dtype=target.dtype)
+            target.copy_(distribute_tensor(whole, target.device_mesh, target.placements))
+        else:
+            target.copy_(value)
+
+
+@contextmanager
+def swapped(module: nn.Module, values: Mapping[str, Tensor], *, origin: str = "the merged model") -> Iterator[None]:
+    """Run a block with ``values`` in place of the module's tensors of the same names; always restores."""
+    targets = named_tensors(module, values, origin=origin)
+    originals = {name: target.detach().clone() for name, target in targets.items()}
+    try:
+        assign(targets, values)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, target in named_tensors(module, originals, origin=origin).items():
+                target.copy_(originals[name])

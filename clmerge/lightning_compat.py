@@ -1,0 +1,56 @@
+"""The only file that touches private attributes of Lightning; every use has a test that fails when upstream changes."""
+
+import logging
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+
+
+def set_step_offset(trainer: Trainer, offset: int) -> None:
+    """Make ``trainer`` count the logger's step from ``offset`` instead of 0.
+
+    A new Trainer for every task would draw the training curves of all tasks on top of each other. The counter is
+    saved in Lightning's checkpoints, so a fit that resumes from one continues where the checkpoint was.
+
+    Args:
+        trainer: A Trainer that has not been fitted yet.
+        offset: Optimizer steps taken before this Trainer.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = offset
+
+
+def logger_step(trainer: Trainer) -> int:
+    """Return the step that ``trainer``'s loggers have reached, offset included."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def refuse_unsupported_strategy(trainer: Trainer) -> None:
+    """Refuse strategies under which a callback in this process would never see the trained weights.
+
+    Raises:
+        RuntimeError: For launchers that train in spawned or forked children, for FSDP1 and for DeepSpeed; the
+            message names the strategy to use instead.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise RuntimeError(
+            f"expected a strategy that trains in this process, got {type(strategy).__name__} with a spawn or fork "
+            "launcher: its children's merge state would be lost; use strategy='ddp'"
+        )
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        raise RuntimeError(
+            f"expected whole or DTensor parameters, got {type(strategy).__name__}, which shards them out of reach; "
+            "use strategy='ddp', or ModelParallelStrategy with fully_shard (FSDP2)"
+        )
+
+
+def attached_trainer(module: LightningModule) -> Trainer | None:
+    """Return the Trainer that ``module`` is attached to, or None outside of a run."""
+    return module._trainer if isinstance(module._trainer, Trainer) else None
+
+
+def quiet_lightning() -> None:
+    """Lower Lightning's logger to warnings: its start-up lines would repeat for every task."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
