@@ -1,0 +1,154 @@
+"""The table that compares all models after the latest task, for terminals and for log files."""
+
+import math
+import textwrap
+from typing import NamedTuple
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from clmerge.results import REFERENCES, Results, Setting
+
+_FIGURES = ("average", "forget", "BWT")
+_HINTS = {
+    "task_agnostic": "task-agnostic: all classes compete",
+    "task_aware": "task-aware: only the task's own classes compete",
+}
+
+
+class _Cells(NamedTuple):
+    title: str
+    notes: list[str]
+    headings: list[str]
+    rows: list[list[str]]
+    models: list[str]
+    best: str | None
+
+
+def render_table(results: Results, *, setting: Setting = "task_agnostic", width: int = 80) -> Table:
+    """Return a rich table with one row per model: accuracy on each task, average accuracy, forgetting, BWT.
+
+    Percentages after the latest finished task. The best merger, by average accuracy, is bold and starred.
+    Tasks have a column each as long as the table fits the width; otherwise the first, the latest and the
+    worst task stand for them.
+
+    Args:
+        results: What the run found so far, at least one finished task.
+        setting: Which reading of the logits to show.
+        width: Columns of the terminal.
+
+    Returns:
+        A table to print with ``rich.console.Console``.
+
+    Raises:
+        ValueError: If no task is finished.
+    """
+    cells = _cells(results, setting, width)
+    table = Table(
+        title=Text(cells.title),
+        caption=Text("\n".join(cells.notes)),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for index, heading in enumerate(cells.headings):
+        table.add_column(Text(heading), justify="left" if index == 0 else "right", no_wrap=True)
+    for model, row in zip(cells.models, cells.rows, strict=True):
+        style = "bold" if model == cells.best else "dim" if model in REFERENCES else ""
+        table.add_row(*(Text(cell) for cell in row), style=style)
+    return table
+
+
+def render_text(results: Results, *, setting: Setting = "task_agnostic", width: int = 80) -> str:
+    """Return the table of :func:`render_table` as plain ASCII text, for log files and pipes.
+
+    Args:
+        results: What the run found so far, at least one finished task.
+        setting: Which reading of the logits to show.
+        width: Longest line wanted.
+
+    Returns:
+        Lines joined by newlines, without one at the end.
+
+    Raises:
+        ValueError: If no task is finished.
+
+    Example:
+        >>> results = Results(["a", "b"], classes=[["0", "1"], ["2", "3"]])
+        >>> results.add_row("ties", [1.0, 0.25], [1.0, 0.5])
+        >>> results.add_row("ties", [0.75, 0.75], [1.0, 1.0])
+        >>> print(render_text(results))
+        Accuracy in % after task 2 of 2, task-agnostic
+        model      a     b  average  forget    BWT
+        ties *  75.0  75.0     75.0    25.0  -25.0
+        task-agnostic: all classes compete
+        * best merger by average accuracy
+    """
+    cells = _cells(results, setting, width)
+    lines = [cells.headings, *cells.rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(cells.headings))]
+    body = [
+        "  ".join(
+            cell.ljust(size) if i == 0 else cell.rjust(size)
+            for i, (cell, size) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    notes = [line for note in cells.notes for line in textwrap.wrap(note, width)]
+    return "\n".join([cells.title, *body, *notes])
+
+
+def _cells(results: Results, setting: Setting, width: int) -> _Cells:
+    done = results.num_finished
+    if not done:
+        raise ValueError("expected results with at least one finished task, got none; add rows first")
+    best = results.best_merger(setting)
+    models = results.models
+    names = [f"{model} *" if model == best else model for model in models]
+    accuracies = [results.matrix(model, setting)[-1, :done].tolist() for model in models]
+    figures = [_latest_figures(results, model, setting) for model in models]
+    notes = [_HINTS[setting], *(["* best merger by average accuracy"] if best else [])]
+
+    short = all(len(name) <= 6 for name in results.tasks[:done])
+    headings = results.tasks[:done] if short else [f"T{task + 1}" for task in range(done)]
+    rows = _rows(names, accuracies, figures)
+    if _width([["model", *headings, *_FIGURES], *rows]) > width:
+        headings = ["first", "latest", "worst"]
+        rows = _rows(names, [[row[0], row[-1], min(row, key=_nan_first)] for row in accuracies], figures)
+        notes.append(f"first, latest and worst of the {done} tasks seen so far")
+    elif not short:
+        notes.append(", ".join(f"{h} {name}" for h, name in zip(headings, results.tasks, strict=False)))
+    title = f"Accuracy in % after task {done} of {results.num_tasks}, {setting.replace('_', '-')}"
+    return _Cells(title, notes, ["model", *headings, *_FIGURES], rows, models, best)
+
+
+def _latest_figures(results: Results, model: str, setting: Setting) -> list[float]:
+    figures = results.figures(model, setting)
+    return [figures["average_accuracy"][-1], figures["forgetting"], figures["backward_transfer"]]
+
+
+def _rows(names: list[str], accuracies: list[list[float]], figures: list[list[float]]) -> list[list[str]]:
+    return [
+        [name, *map(_percent, accuracy), *map(_percent, numbers)]
+        for name, accuracy, numbers in zip(names, accuracies, figures, strict=True)
+    ]
+
+
+def _width(lines: list[list[str]]) -> int:
+    """Return the length of a line with two spaces between columns."""
+    return sum(max(map(len, column)) + 2 for column in zip(*lines, strict=True)) - 2
+
+
+def _nan_first(value: float) -> float:
+    return -math.inf if math.isnan(value) else value
+
+
+def _percent(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    text = f"{100 * value:.1f}"
+    return "0.0" if text == "-0.0" else text
