@@ -1,0 +1,47 @@
+"""The bridge to Avalanche: it cuts index data sets into experiences, and only the indices come back.
+
+Avalanche decides which sample belongs to which experience. The images are served by our own data set class,
+because AvalancheDataset costs up to 25 % on small images and new-style Avalanche benchmarks serve the test
+stream with the training transform until ``.eval()`` is called.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+
+def avalanche_benchmarks() -> Any:
+    """Import ``avalanche.benchmarks`` without the two warnings its optional solvers raise at import."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no QP solver found", category=UserWarning)
+        warnings.filterwarnings(
+            "ignore", message="JAXopt is no longer maintained", category=DeprecationWarning
+        )
+        import avalanche.benchmarks
+
+        return avalanche.benchmarks
+
+
+class IndexDataset:
+    """A data set of positions: item ``i`` is ``(i, target)``.
+
+    Args:
+        targets: class id of every sample.
+    """
+
+    def __init__(self, targets: Sequence[int]) -> None:
+        self.targets = list(targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return index, self.targets[index]
+
+
+def experience_indices(experience: Any) -> list[int]:
+    """Return the ascending positions that an experience over an `IndexDataset` holds."""
+    dataset = experience.dataset
+    return sorted(int(dataset[position][0]) for position in range(len(dataset)))

@@ -1,0 +1,96 @@
+"""Evaluation images of several tasks in one data set, kept as tensors where they are few."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from clmerge.streams.images import ImageDataset
+
+
+class CachedImages(Dataset[tuple[Tensor, int]]):
+    """Transformed images held in memory.
+
+    Args:
+        images: ``(num_images, channels, height, width)``.
+        targets: global class ids, length ``num_images``.
+    """
+
+    def __init__(self, images: Tensor, targets: list[int]) -> None:
+        self.images = images
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], self.targets[index]
+
+
+def cached(dataset: ImageDataset, max_bytes: int) -> CachedImages | None:
+    """Transform all images once and keep them, if they fit and if the transform is not random.
+
+    Args:
+        dataset: images with their evaluation transform.
+        max_bytes: room there is.
+
+    Returns:
+        The kept images; None if they do not fit, are not tensors of one shape, or come out different the
+        second time.
+    """
+    if not len(dataset):
+        return None
+    first, again = dataset[0][0], dataset[0][0]
+    if (
+        not isinstance(first, Tensor)
+        or first.nbytes * len(dataset) > max_bytes
+        or not torch.equal(first, again)
+    ):
+        return None
+    images = first.new_empty((len(dataset), *first.shape))
+    for index in range(len(dataset)):
+        image = dataset[index][0]
+        if image.shape != first.shape:
+            return None
+        images[index] = image
+    return CachedImages(images, dataset.targets)
+
+
+class TaskImages(Dataset[tuple[Any, int, int]]):
+    """Images of several tasks, each item ``(image, global class id, task)``.
+
+    Args:
+        parts: the images of each task.
+        tasks: the task each part belongs to.
+
+    Example:
+        >>> part = CachedImages(torch.zeros(2, 1), [5, 6])
+        >>> TaskImages([part, part], [0, 3])[2][1:]
+        (5, 3)
+    """
+
+    def __init__(self, parts: Sequence[ImageDataset | CachedImages], tasks: Sequence[int]) -> None:
+        self.parts = list(parts)
+        self.tasks = list(tasks)
+        self._ends: list[int] = []
+        for part in self.parts:
+            self._ends.append((self._ends[-1] if self._ends else 0) + len(part))
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether no image needs decoding any more."""
+        return all(isinstance(part, CachedImages) for part in self.parts)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> tuple[Any, int, int]:
+        part = bisect_right(self._ends, index)
+        start = self._ends[part - 1] if part else 0
+        image, target = self.parts[part][index - start]
+        return image, target, self.tasks[part]

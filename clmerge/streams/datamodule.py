@@ -1,0 +1,195 @@
+"""The data module: one stream, served task by task to a Lightning Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from clmerge.streams.cache import CachedImages, TaskImages, cached
+from clmerge.streams.images import ImageDataset
+from clmerge.streams.samplers import EpochSampler, SeededDataset, ShardSampler, even_steps_batch_size
+from clmerge.streams.splits import derived_seed
+from clmerge.streams.stream import Split, Stream, Transform
+
+
+class StreamDataModule(LightningDataModule):
+    """Serve the tasks of a stream, one at a time for training and all of them for testing.
+
+    The order of training samples and their augmentation are pure functions of (seed, task, epoch), so that a
+    resumed run sees the same batches, bit for bit, with any number of workers. Training and validation
+    batches are ``(images, labels)``; test batches are ``(images, labels, task_ids)`` over all tasks of the
+    stream.
+
+    Args:
+        batch_size: images per training step and process.
+        eval_batch_size: images per evaluation step and process (default: ``batch_size``).
+        num_workers: worker processes that load images; 0 loads them in the training process.
+        seed: seed of order and augmentation.
+        cache_eval: keep transformed evaluation images in memory where they fit into ``cache_mb``, because
+            every merger is tested after every task.
+        cache_mb: room for them, in MiB and per process.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 128,
+        *,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        cache_eval: bool = True,
+        cache_mb: int = 64,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
+            raise ValueError(f"expected batch sizes of 1 or more, got {batch_size} and {eval_batch_size}")
+        if num_workers < 0 or cache_mb < 0:
+            raise ValueError(
+                f"expected num_workers and cache_mb of 0 or more, got {num_workers} and {cache_mb}"
+            )
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.cache_eval = cache_eval
+        self.cache_mb = cache_mb
+        self._stream: Stream | None = None
+        self._train_transform: Transform | None = None
+        self._eval_transform: Transform | None = None
+        self._task = 0
+        self._cache: dict[tuple[Split, int], CachedImages | None] = {}
+
+    def setup_stream(
+        self, stream: Stream, train_transform: Transform | None, eval_transform: Transform | None
+    ) -> None:
+        """Say which stream to serve and how the backbone wants its images; starts at task 0.
+
+        Args:
+            stream: the stream.
+            train_transform: applied to training images, may be random.
+            eval_transform: applied to validation and test images, must not be random.
+        """
+        self._stream = stream
+        self._train_transform = train_transform
+        self._eval_transform = eval_transform
+        self._task = 0
+        self._cache.clear()
+
+    @property
+    def stream(self) -> Stream:
+        """The stream being served.
+
+        Raises:
+            RuntimeError: before `setup_stream`.
+        """
+        if self._stream is None:
+            raise RuntimeError(
+                "expected a stream, got none: call setup_stream(stream, train_transform, eval_transform)"
+            )
+        return self._stream
+
+    @property
+    def task(self) -> int:
+        """Index of the task that is trained and validated on."""
+        return self._task
+
+    @task.setter
+    def task(self, task: int) -> None:
+        num_tasks = len(self.stream.tasks)
+        if not 0 <= task < num_tasks:
+            raise ValueError(
+                f"expected a task in 0..{num_tasks - 1} of stream {self.stream.name}, got {task}"
+            )
+        if task != self._task:
+            # A task's validation images are used while it is trained; room is kept for the test images.
+            self._cache = {key: images for key, images in self._cache.items() if key[0] == "test"}
+        self._task = task
+
+    @override
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the shuffled training batches of the current task."""
+        images = self.stream.dataset(self._task, "train", self._train_transform)
+        seed = derived_seed(self.seed, "order", self._task)
+        world_size, rank = self._placement()
+        return DataLoader(
+            SeededDataset(images, seed=derived_seed(self.seed, "images", self._task)),
+            batch_size=self.batch_size,
+            sampler=EpochSampler(images, seed=seed, num_replicas=world_size, rank=rank),
+            generator=self._generator(),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self._on_cuda(),
+        )
+
+    @override
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Return the validation batches of the current task; an empty list if there are none."""
+        images = self._images("val", self._task)
+        if not len(images):
+            return []
+        return self._eval_loader(images, in_memory=isinstance(images, CachedImages), persistent=True)
+
+    @override
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return the test batches of all tasks in one loader."""
+        return self.eval_dataloader("test")
+
+    def eval_dataloader(self, split: Split = "test", tasks: Sequence[int] | None = None) -> DataLoader[Any]:
+        """Return batches ``(images, labels, task_ids)`` of one split of several tasks, in order.
+
+        Args:
+            split: "train", "val" or "test"; the evaluation transform is used for all of them.
+            tasks: indices of the tasks (default: all of the stream).
+
+        Raises:
+            ValueError: if there are no images, or fewer than processes.
+        """
+        chosen = range(len(self.stream.tasks)) if tasks is None else tasks
+        images = TaskImages([self._images(split, task) for task in chosen], list(chosen))
+        return self._eval_loader(images, in_memory=images.in_memory, persistent=False)
+
+    def _images(self, split: Split, task: int) -> ImageDataset | CachedImages:
+        images = self.stream.dataset(task, split, self._eval_transform)
+        keep = split == "test" or (split == "val" and task == self._task)
+        if not self.cache_eval or not keep:
+            return images
+        key = (split, task)
+        if key not in self._cache:
+            used = sum(kept.images.nbytes for kept in self._cache.values() if kept is not None)
+            self._cache[key] = cached(images, self.cache_mb * 2**20 - used)
+        return self._cache[key] or images
+
+    def _eval_loader(
+        self, images: ImageDataset | CachedImages | TaskImages, *, in_memory: bool, persistent: bool
+    ) -> DataLoader[Any]:
+        world_size, rank = self._placement()
+        if not len(images):
+            raise ValueError(f"expected images to evaluate in stream {self.stream.name}, got none")
+        num_workers = 0 if in_memory else self.num_workers
+        return DataLoader(
+            images,
+            batch_size=even_steps_batch_size(len(images), self.eval_batch_size, world_size),
+            sampler=ShardSampler(images, num_replicas=world_size, rank=rank),
+            generator=self._generator(),
+            num_workers=num_workers,
+            persistent_workers=persistent and num_workers > 0,
+            pin_memory=self._on_cuda(),
+        )
+
+    def _generator(self) -> torch.Generator:
+        # Without a generator of its own, a loader draws its workers' seed from the global one at every epoch.
+        return torch.Generator().manual_seed(derived_seed(self.seed, "workers", self._task))
+
+    def _placement(self) -> tuple[int, int]:
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    def _on_cuda(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

@@ -1,0 +1,75 @@
+"""Seeded, stratified cuts of labelled data, without touching any global random state."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+
+
+def derived_seed(*parts: int | str) -> int:
+    """Return a 63-bit seed that is a pure function of the given parts.
+
+    Neighbouring run seeds must not give related random numbers, so the parts are hashed instead of added.
+
+    Args:
+        parts: what the random numbers belong to, e.g. ``(seed, "validation", task)``.
+
+    Example:
+        >>> derived_seed(0, "validation", 1) == derived_seed(0, "validation", 1)
+        True
+        >>> derived_seed(0, "validation", 1) == derived_seed(1, "validation", 0)
+        False
+    """
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def stratified_cut(
+    targets: Sequence[int], fraction: float, *, seed: int, max_held: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Cut positions into a kept and a held-out part, class by class.
+
+    Every class gives ``round(fraction * n)`` of its ``n`` samples, at least one where it has two or more, and
+    never all of them. Both parts are returned in ascending order.
+
+    Args:
+        targets: class id of each sample, length ``n``.
+        fraction: share of each class to hold out, in ``[0, 1)``; 0 holds out nothing.
+        seed: seed of the choice.
+        max_held: upper bound of the held-out part's size; the fraction is lowered to meet it (default: no
+            bound).
+
+    Returns:
+        The kept positions and the held-out positions, disjoint and together all of ``range(n)``.
+
+    Raises:
+        ValueError: if ``fraction`` is outside ``[0, 1)`` or ``max_held`` is negative.
+
+    Example:
+        >>> kept, held = stratified_cut([0, 0, 0, 0, 1, 1, 1, 1], 0.25, seed=0)
+        >>> len(kept), len(held)
+        (6, 2)
+    """
+    if not 0.0 <= fraction < 1.0:
+        raise ValueError(f"expected a held-out fraction in [0, 1), got {fraction}")
+    if max_held is not None and max_held < 0:
+        raise ValueError(f"expected an upper bound of 0 or more held-out samples, got {max_held}")
+    if max_held is not None and fraction * len(targets) > max_held:
+        fraction = max_held / len(targets)
+    if fraction == 0.0:
+        return list(range(len(targets))), []
+    by_class: dict[int, list[int]] = defaultdict(list)
+    for position, target in enumerate(targets):
+        by_class[target].append(position)
+    held: list[int] = []
+    for target in sorted(by_class):
+        positions = by_class[target]
+        num_held = min(max(round(fraction * len(positions)), 1), len(positions) - 1)
+        # random.Random is stable across Python versions for shuffle and costs nothing to construct.
+        order = positions.copy()
+        random.Random(derived_seed(seed, "cut", target)).shuffle(order)
+        held += order[:num_held]
+    out = set(held)
+    return [position for position in range(len(targets)) if position not in out], sorted(held)

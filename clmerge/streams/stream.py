@@ -1,0 +1,189 @@
+"""Tasks and streams: which classes and which images a task has, and what they are called."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from clmerge.streams.images import ImageDataset
+    from clmerge.streams.sources import DataSource, LabelledImages
+
+Split: TypeAlias = Literal["train", "val", "test"]
+Transform: TypeAlias = Callable[[Any], Any]
+
+_LONGEST_NAME = 40
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is known about one task before its images are read.
+
+    Attributes:
+        index: position in the stream, from 0.
+        name: short name, unique in the stream and safe in file names.
+        classes: global class ids of the task, ascending.
+        class_names: the classes' names, in the order of ``classes``.
+    """
+
+    index: int
+    name: str
+    classes: tuple[int, ...]
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """One split of one task: positions in a source's images and the global class id of each."""
+
+    images: LabelledImages
+    indices: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Everything a stream knows once its sources' labels were read.
+
+    Attributes:
+        tasks: the tasks in order.
+        splits: per task, its splits by name.
+        class_names: display names by global class id, all different.
+        prompt_names: names to put into the prompts by global class id; a class may have several.
+        sources: the data source whose templates a class uses, by global class id; None if it has none.
+    """
+
+    tasks: tuple[Task, ...]
+    splits: tuple[dict[Split, SplitPlan], ...]
+    class_names: tuple[str, ...]
+    prompt_names: tuple[tuple[str, ...], ...]
+    sources: tuple[DataSource | None, ...]
+
+
+class Stream(ABC):
+    """A sequence of tasks over one common set of classes.
+
+    Building a stream reads no data; labels are read when tasks, class names or images are first asked for.
+    """
+
+    kind: str = "stream"
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Short name of the stream, safe in file names."""
+
+    @abstractmethod
+    def _build(self) -> StreamPlan:
+        """Read the labels and lay out the tasks."""
+
+    @cached_property
+    def _plan(self) -> StreamPlan:
+        return self._build()
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The tasks in order."""
+        return list(self._plan.tasks)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Display names of all classes by global class id, all different."""
+        return list(self._plan.class_names)
+
+    def templates_for(self, class_id: int) -> tuple[str, ...]:
+        """Return the prompt templates of one class, ``{}`` stands for the class name.
+
+        Raises:
+            ValueError: if the class's data set has no templates and none were given.
+        """
+        source = self._plan.sources[class_id]
+        if source is None:
+            raise ValueError(
+                f"expected prompt templates for class {class_id} ({self._plan.class_names[class_id]!r}), but "
+                f"stream {self.name} has none: give it templates, or use a head that needs no text"
+            )
+        return source.templates
+
+    @property
+    def class_prompts(self) -> list[list[str]]:
+        """Formatted prompts of every class by global class id."""
+        return [
+            [template.replace("{}", name) for name in names for template in self.templates_for(class_id)]
+            for class_id, names in enumerate(self._plan.prompt_names)
+        ]
+
+    def dataset(self, task: int, split: Split, transform: Transform | None = None) -> ImageDataset:
+        """Return the images of one task.
+
+        Args:
+            task: index of the task.
+            split: "train", "val" (held out of the training data) or "test".
+            transform: applied to each RGB PIL image (default: none).
+
+        Raises:
+            ValueError: if there is no such task or split.
+        """
+        from clmerge.streams.images import ImageDataset
+
+        plans = self._plan.splits
+        if not 0 <= task < len(plans):
+            raise ValueError(f"expected a task in 0..{len(plans) - 1} of stream {self.name}, got {task}")
+        if split not in plans[task]:
+            raise ValueError(f"expected a split in {sorted(plans[task])}, got {split!r}")
+        return ImageDataset(plans[task][split], transform)
+
+
+def safe_name(text: str) -> str:
+    """Return the text with everything but letters, digits, ``.`` and ``_`` replaced by ``_``.
+
+    Example:
+        >>> safe_name("T-shirt/top")
+        'T_shirt_top'
+    """
+    return re.sub(r"[^A-Za-z0-9.]+", "_", text).strip("_.") or "_"
+
+
+def task_names(class_names: Sequence[Sequence[str]]) -> list[str]:
+    """Name tasks after their classes: all of them where that is short, else the first two and a count.
+
+    Args:
+        class_names: per task, the names of its classes.
+
+    Example:
+        >>> task_names([["zero", "one"], ["apple", "aquarium fish", "baby", "bear", "beaver"]])
+        ['zero-one', 'apple-aquarium_fish-and-3']
+    """
+    names: list[str] = []
+    for task_classes in class_names:
+        parts = [safe_name(name) for name in task_classes]
+        name = "-".join(parts)
+        if len(parts) > 3 or len(name) > _LONGEST_NAME:
+            name = "-".join(part[: _LONGEST_NAME // 2] for part in parts[:2])
+            name += f"-and-{len(parts) - 2}" if len(parts) > 2 else ""
+        names.append(name)
+    return unique_names(names)
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Number repeated names from the second occurrence on.
+
+    Example:
+        >>> unique_names(["a", "b", "a"])
+        ['a', 'b', 'a-2']
+    """
+    taken: set[str] = set()
+    result: list[str] = []
+    for name in names:
+        candidate, count = name, 1
+        # Compared without case: two names that differ in case only are one file on some file systems.
+        while candidate.lower() in taken:
+            count += 1
+            candidate = f"{name}-{count}"
+        taken.add(candidate.lower())
+        result.append(candidate)
+    return result
