@@ -1,0 +1,104 @@
+"""What a merger checks before it lets a task vector near its state."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+from clmerge.weights.task_vector import State
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def read_shapes(vector: State) -> Shapes:
+    """Return the shapes of a task vector by name.
+
+    Args:
+        vector: What was handed to ``update``.
+
+    Raises:
+        TypeError: If it is not a mapping of names to tensors.
+        ValueError: If it is empty or a tensor is not real floating-point.
+    """
+    if not isinstance(vector, Mapping):
+        raise TypeError(f"expected a task vector (parameter name -> tensor), got {type(vector).__name__}")
+    if not vector:
+        raise ValueError(
+            "expected a task vector with at least one parameter, got an empty one; check what is selected"
+        )
+    shapes = {}
+    for name in vector:
+        tensor = vector[name]
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"expected a task vector (parameter name -> tensor), got {type(tensor).__name__} under {name!r}"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"expected floating-point tensors in the task vector, got {tensor.dtype} for {name!r}; "
+                "leave integer, bool and complex parameters out of the merge"
+            )
+        shapes[name] = tuple(tensor.shape)
+    return shapes
+
+
+def check_shapes(shapes: Shapes, known: Shapes, source: str) -> None:
+    """Raise a ValueError if names or shapes differ from those the merger already holds.
+
+    Args:
+        shapes: Shapes of the newcomer.
+        known: Shapes of the vectors merged so far.
+        source: What the newcomer is called in the message.
+    """
+    missing = [name for name in known if name not in shapes]
+    unknown = [name for name in shapes if name not in known]
+    if missing or unknown:
+        hints = []
+        for name in unknown[:3]:
+            close = get_close_matches(name, missing, n=1)
+            hints.append(repr(name) + (f" (nearest: {close[0]!r})" if close else ""))
+        found = [f"{len(missing)} missing: {', '.join(map(repr, missing[:3]))}"] if missing else []
+        found += [f"{len(unknown)} unknown: {', '.join(hints)}"] if unknown else []
+        raise ValueError(
+            f"expected the parameters of the task vectors merged so far, got {source} with {'; '.join(found)}; "
+            "select the same parameters for every task"
+        )
+    for name, shape in shapes.items():
+        if shape != known[name]:
+            raise ValueError(
+                f"expected shape {known[name]} for {name!r} as in the task vectors merged so far, got {shape} in {source}"
+            )
+
+
+def check_base(base: str | None, known: str | None, source: str) -> None:
+    """Raise a ValueError if a task vector was taken from another base model.
+
+    Args:
+        base: Fingerprint of the newcomer's base model; None if unknown.
+        known: Fingerprint the merger has seen; None if unknown.
+        source: What the newcomer is called in the message.
+    """
+    if base is not None and known is not None and base != known:
+        raise ValueError(
+            f"expected the base model {known[:12]}... of the task vectors merged so far, got {source} of base model "
+            f"{base[:12]}...; task vectors of different base models cannot be merged"
+        )
+
+
+def check_finite(vector: State) -> None:
+    """Raise a ValueError that names the first parameter with NaN or Inf.
+
+    Args:
+        vector: The task vector to look through.
+    """
+    for name in vector:
+        tensor = vector[name].detach()
+        # One read-only pass: a sum is not finite if any entry is not. A sum may also overflow, hence the second look.
+        if bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all()):
+            continue
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        raise ValueError(
+            f"expected finite values, got {bad} NaN or Inf among the {tensor.numel()} entries of {name!r}; the state is "
+            "unchanged: look for a diverged training run"
+        )

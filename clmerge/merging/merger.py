@@ -1,0 +1,381 @@
+"""The contract of every merge rule: an accumulator that folds task vectors in, one task at a time."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from clmerge.merging.blocks import blocks
+from clmerge.merging.checks import Shapes, check_base, check_finite, check_shapes, read_shapes
+from clmerge.merging.configured import Configured
+from clmerge.weights.task_vector import State, TaskVector, accumulator_dtype
+
+Score = Callable[[TaskVector], float]
+"""Held-out accuracy of theta0 + vector; higher is better."""
+
+Slots = dict[str, Tensor]
+"""The accumulators of one parameter, by slot name."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one update knows beside the task vector.
+
+    Attributes:
+        task: Index of the task; it seeds random rules.
+        position: How many task vectors were merged before this one.
+        score: The held-out metric, for rules that require it.
+    """
+
+    task: int
+    position: int
+    score: Score | None = None
+
+
+class Merger(Configured, ABC):
+    """Merge task vectors as a streaming reduction with constant memory.
+
+    ``compute()`` after t updates is the rule applied to tasks 1..t, for every t. A subclass keeps its constructor
+    arguments under their own names, says which accumulators every parameter has, and writes two short functions:
+    ``_fold_block`` takes a piece of a task vector in, ``_read_block`` reads the merged piece out. Subclasses are the
+    registry: a class that exists is found by ``registered_mergers``.
+
+    Attributes:
+        name: Short name in results and file names.
+        summary: One line for the table of mergers.
+        source: arXiv id of the paper.
+        exact_online: Whether ``compute()`` equals the batch rule at every t with a state that does not grow.
+        order_free: Whether the order of the tasks does not matter; only then can accumulators be joined.
+        requires: What ``update`` needs beside the vector, e.g. ``{"score"}``.
+        num_tasks: How many task vectors were merged.
+        base: Fingerprint of the base model, once known.
+    """
+
+    summary: str = ""
+    source: str = ""
+    exact_online: bool = True
+    order_free: bool = True
+    requires: frozenset[str] = frozenset()
+
+    def __init__(self) -> None:
+        self._device: torch.device | None = None
+        self.num_tasks = 0
+        self.base: str | None = None
+        self._shapes: Shapes = {}
+        self._slots: dict[str, Slots] = {}
+
+    # What a rule defines
+
+    @abstractmethod
+    def _slot_dtypes(self, num_tasks: int) -> dict[str, torch.dtype | None]:
+        """Name the accumulators of a parameter; None is the floating dtype (float32, or float64 for float64 input)."""
+
+    def _plan(self, vector: State, step: Step) -> Any:
+        """Compute what folding needs to know of the whole vector. Nothing may be changed here, so it may fail."""
+        return None
+
+    def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
+        """Fold one parameter in; by default block by block."""
+        order = list(slots)
+        flat = tau.reshape(-1)
+        for piece, *accumulators in blocks(flat, *(slots[slot].view(-1) for slot in order)):
+            block = dict(zip(order, accumulators, strict=True))
+            self._fold_block(block, piece.to(self._float_dtype(slots)), step, plan)
+
+    def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
+        """Fold one flat piece of a parameter into the same piece of its accumulators, in place."""
+        raise TypeError(f"{type(self).__name__} defines neither _fold nor _fold_block")
+
+    def _after_update(self, step: Step, plan: Any) -> None:
+        """Update what the rule keeps beside the per-parameter accumulators."""
+
+    def _overview(self) -> Any:
+        """Compute what reading needs to know of the whole state."""
+        return None
+
+    def _read(self, name: str, slots: Slots, overview: Any) -> Tensor:
+        """Read one merged parameter; by default block by block."""
+        order = list(slots)
+        merged = torch.empty_like(slots[order[0]], dtype=self._float_dtype(slots))
+        for piece, *accumulators in blocks(merged.view(-1), *(slots[slot].view(-1) for slot in order)):
+            piece.copy_(self._read_block(dict(zip(order, accumulators, strict=True)), overview))
+        return merged
+
+    def _read_block(self, slots: Slots, overview: Any) -> Tensor:
+        """Read one flat merged piece, scale included."""
+        raise TypeError(f"{type(self).__name__} defines neither _read nor _read_block")
+
+    def _join_block(self, slots: Slots, other: Slots) -> None:
+        """Join the accumulators of two streams; by default they are sums."""
+        for slot, accumulator in slots.items():
+            accumulator.add_(other[slot])
+
+    def _extras(self) -> dict[str, Any]:
+        """Return what the rule keeps beside the accumulators, as primitives."""
+        return {}
+
+    def _load_extras(self, extras: dict[str, Any]) -> None:
+        """Take back what ``_extras`` returned; ``{}`` is the state before the first update."""
+
+    def _join_extras(self, other: Self) -> None:
+        """Join what the rule keeps beside the accumulators."""
+
+    # What every rule has
+
+    def update(
+        self,
+        task_vector: State,
+        *,
+        task: int | None = None,
+        base: str | None = None,
+        score: Score | None = None,
+    ) -> None:
+        """Fold one task vector in. It is neither written to nor kept.
+
+        Args:
+            task_vector: Parameter name -> tensor, any floating dtype, the same names and shapes every time.
+            task: Index of the task, which seeds random rules. Default: the number of vectors merged so far.
+            base: Fingerprint of the base model (``clmerge.weights.fingerprint``). Default: not checked.
+            score: Held-out accuracy of theta0 + vector, for rules whose ``requires`` names it.
+
+        Raises:
+            TypeError: If ``task_vector`` is not a mapping of names to tensors.
+            ValueError: If it holds NaN or Inf, names, shapes or the base differ from before, or something the rule
+                requires is missing. The state is then as it was.
+        """
+        shapes = read_shapes(task_vector)
+        source = f"the task vector of task {self.num_tasks if task is None else task}"
+        if self.num_tasks:
+            check_shapes(shapes, self._shapes, source)
+        check_base(base, self.base, source)
+        if "score" in self.requires and score is None:
+            raise ValueError(
+                f"expected a held-out metric for {type(self).__name__}, got none; pass score=... to update()"
+            )
+        # Accumulators made in inference mode could never be changed outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._check_precision(task_vector, source)
+            check_finite(task_vector)
+            step = Step(task=self.num_tasks if task is None else task, position=self.num_tasks, score=score)
+            self._take(task_vector, shapes, base, step)
+
+    def compute(self) -> TaskVector:
+        """Return what is added to theta0 for the tasks merged so far, scale included.
+
+        Returns:
+            Fresh tensors by name, float32 (float64 after float64 vectors), where the accumulators live.
+
+        Raises:
+            RuntimeError: If nothing was merged yet.
+        """
+        if not self.num_tasks:
+            raise RuntimeError(
+                f"expected at least one update() before compute() of {type(self).__name__}, got none"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            overview = self._overview()
+            return {name: self._read(name, slots, overview) for name, slots in self._slots.items()}
+
+    def merge_state(self, other: "Merger") -> None:
+        """Join another accumulator of the same rule: the result has seen the tasks of both, ``other``'s later.
+
+        Args:
+            other: A merger of the same class and settings, over the same parameters; it is not changed.
+
+        Raises:
+            RuntimeError: If the rule depends on the order of tasks or the settings differ.
+            TypeError: If ``other`` is another rule.
+            ValueError: If base model, names or shapes differ.
+        """
+        if type(other) is not type(self):
+            raise TypeError(f"expected another {type(self).__name__} to join, got {type(other).__name__}")
+        if other.settings() != self.settings():
+            raise RuntimeError(f"expected the same settings to join two mergers, got {self!r} and {other!r}")
+        if not self.order_free:
+            raise RuntimeError(
+                f"expected a rule that does not depend on the order of tasks, got {self!r}; update one merger with the "
+                "task vectors in order instead"
+            )
+        check_base(other.base, self.base, "a merger")
+        if not other.num_tasks:
+            return
+        if self.num_tasks:
+            check_shapes(other._shapes, self._shapes, "a merger")
+        with torch.inference_mode(False), torch.no_grad():
+            self._join(other)
+
+    def reset(self) -> None:
+        """Forget every task; settings and the device asked for with ``to`` stay."""
+        self.num_tasks, self.base = 0, None
+        self._shapes, self._slots = {}, {}
+        self._load_extras({})
+
+    def to(self, device: torch.device | str) -> Self:
+        """Keep the accumulators on this device from now on. Default: where the first task vector lives.
+
+        Args:
+            device: Where they go.
+        """
+        self._device = torch.device(device)
+        self._slots = {
+            name: {slot: tensor.to(self._device) for slot, tensor in slots.items()}
+            for name, slots in self._slots.items()
+        }
+        return self
+
+    def state_size(self, num_params: int, num_tasks: int) -> int:
+        """Return the bytes the accumulators take for float32 vectors (float64 vectors: twice the floating part).
+
+        Args:
+            num_params: Entries of one task vector.
+            num_tasks: Task vectors merged.
+        """
+        dtypes = self._slot_dtypes(num_tasks).values()
+        return num_params * sum((dtype or torch.float32).itemsize for dtype in dtypes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to go on: primitives and copies of tensors, safe for ``weights_only=True``."""
+        return {
+            "class": type(self).__name__,
+            "settings": self.settings(),
+            "num_tasks": self.num_tasks,
+            "base": self.base,
+            "shapes": {name: list(shape) for name, shape in self._shapes.items()},
+            "slots": {
+                name: {slot: tensor.detach().clone() for slot, tensor in slots.items()}
+                for name, slots in self._slots.items()
+            },
+            "extras": self._extras(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken, bit for bit.
+
+        Args:
+            state: What ``state_dict`` of a merger of the same class and settings returned.
+
+        Raises:
+            ValueError: If it belongs to another rule or other settings, or tensors are missing. The state is then as
+                it was.
+        """
+        for key, expected in (("class", type(self).__name__), ("settings", self.settings())):
+            if state.get(key) != expected:
+                raise ValueError(f"expected the state of {self!r}, got one with {key} {state.get(key)!r}")
+        shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
+        wanted = set(self._slot_dtypes(state["num_tasks"]))
+        for name, shape in shapes.items():
+            found = {slot: tuple(tensor.shape) for slot, tensor in state["slots"].get(name, {}).items()}
+            if found != dict.fromkeys(wanted, shape):
+                raise ValueError(
+                    f"expected accumulators {sorted(wanted)} of shape {shape} for {name!r} in the state of {self!r}, "
+                    f"got {found}; the checkpoint is damaged or of another version"
+                )
+        with torch.inference_mode(False):
+            self._slots = {
+                name: {
+                    slot: tensor.detach().to(self._device or tensor.device, copy=True)
+                    for slot, tensor in slots.items()
+                }
+                for name, slots in state["slots"].items()
+            }
+        self._shapes, self.num_tasks, self.base = shapes, state["num_tasks"], state["base"]
+        self._load_extras(state["extras"])
+
+    # How it works inside
+
+    def _take(self, vector: State, shapes: Shapes, base: str | None, step: Step) -> None:
+        plan = self._plan(vector, step)
+        slots = self._slots or self._empty_slots(vector)
+        self._set_dtypes(slots, step.position + 1)
+        for name, accumulators in slots.items():
+            device = next(iter(accumulators.values())).device
+            self._fold(name, accumulators, vector[name].detach().to(device), step, plan)
+        self._slots, self._shapes = slots, self._shapes or shapes
+        self.base = self.base or base
+        self.num_tasks = step.position + 1
+        self._after_update(step, plan)
+
+    def _empty_slots(self, vector: State) -> dict[str, Slots]:
+        slots: dict[str, Slots] = {}
+        for name in vector:
+            tensor = vector[name]
+            device = self._device or tensor.device
+            slots[name] = {
+                slot: torch.zeros(tensor.shape, dtype=dtype or accumulator_dtype(tensor), device=device)
+                for slot, dtype in self._slot_dtypes(1).items()
+            }
+        return slots
+
+    def _set_dtypes(self, slots: dict[str, Slots], num_tasks: int) -> None:
+        """Widen integer accumulators before they would overflow."""
+        for slot, dtype in self._slot_dtypes(num_tasks).items():
+            for accumulators in slots.values():
+                if dtype is not None and accumulators[slot].dtype != dtype:
+                    accumulators[slot] = accumulators[slot].to(dtype)
+
+    def _float_dtype(self, slots: Slots) -> torch.dtype:
+        return next(tensor.dtype for tensor in slots.values() if tensor.is_floating_point())
+
+    def _check_precision(self, vector: State, source: str) -> None:
+        for name, slots in self._slots.items():
+            if vector[name].dtype == torch.float64 and self._float_dtype(slots) != torch.float64:
+                raise ValueError(
+                    f"expected {name!r} in float32 or less as in the first task vector, got float64 in {source}; "
+                    "convert all task vectors to one dtype"
+                )
+
+    def _join(self, other: Self) -> None:
+        num_tasks = self.num_tasks + other.num_tasks
+        if not self.num_tasks:
+            device = self._device
+            self._slots = {
+                name: {slot: tensor.to(device or tensor.device, copy=True) for slot, tensor in slots.items()}
+                for name, slots in other._slots.items()
+            }
+            self._shapes = dict(other._shapes)
+            self._load_extras(other._extras())
+        else:
+            self._set_dtypes(self._slots, num_tasks)
+            for name, slots in self._slots.items():
+                order = list(slots)
+                mine = [slots[slot].view(-1) for slot in order]
+                theirs = [other._slots[name][slot].to(mine[0].device).view(-1) for slot in order]
+                for pieces in blocks(*mine, *theirs):
+                    left, right = pieces[: len(order)], pieces[len(order) :]
+                    self._join_block(
+                        dict(zip(order, left, strict=True)), dict(zip(order, right, strict=True))
+                    )
+            self._join_extras(other)
+        self.num_tasks, self.base = num_tasks, self.base or other.base
+
+
+def registered_mergers() -> dict[str, type[Merger]]:
+    """Return every merge rule by class name, found from the subclasses themselves.
+
+    Abstract classes and classes whose name starts with an underscore are left out.
+
+    Raises:
+        RuntimeError: If two rules share a class name or a short name.
+
+    Example:
+        >>> registered_mergers()["MagMax"].name
+        'magmax'
+    """
+    found: dict[str, type[Merger]] = {}
+    names: dict[str, type[Merger]] = {}
+    waiting = Merger.__subclasses__()
+    while waiting:
+        rule = waiting.pop()
+        waiting.extend(rule.__subclasses__())
+        if inspect.isabstract(rule) or rule.__name__.startswith("_"):
+            continue
+        for key, registry in ((rule.__name__, found), (rule.name, names)):
+            if registry.setdefault(key, rule) is not rule:
+                raise RuntimeError(
+                    f"expected one merger called {key!r}, got {registry[key]!r} and {rule!r}; rename one"
+                )
+    return dict(sorted(found.items()))

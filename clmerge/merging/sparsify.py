@@ -1,0 +1,199 @@
+"""Sparsifiers: keep part of a task vector's entries and set the others to zero."""
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from clmerge.merging.configured import Configured
+from clmerge.merging.randomness import seeded_uniform
+from clmerge.merging.threshold import kth_largest_magnitude
+from clmerge.weights.task_vector import State, TaskVector
+
+Rescale = Literal["probability", "l1", "none"]
+
+
+def keep_from(tau: Tensor, threshold: float) -> Tensor:
+    """Keep the entries whose magnitude is at least ``threshold``.
+
+    Args:
+        tau: Any shape, floating-point.
+        threshold: Smallest magnitude that is kept, exact in ``tau``'s dtype.
+
+    Returns:
+        A fresh tensor with zeros in place of the other entries.
+
+    Example:
+        >>> keep_from(torch.tensor([1.0, -2.0, 3.0]), 2.0)
+        tensor([ 0., -2.,  3.])
+    """
+    return torch.where(tau.abs() >= threshold, tau, 0)
+
+
+def keep_largest(tau: Tensor, count: int) -> Tensor:
+    """Keep exactly ``count`` entries, those of largest magnitude; between equal ones the first in memory order.
+
+    Args:
+        tau: Any shape, floating-point.
+        count: How many entries are kept, from 1 to ``tau.numel()``.
+
+    Returns:
+        A fresh tensor with zeros in place of the other entries.
+
+    Example:
+        >>> keep_largest(torch.tensor([2.0, 1.0, -2.0, 3.0]), 2)
+        tensor([2., 0., 0., 3.])
+    """
+    magnitude = tau.reshape(-1).abs()
+    threshold = kth_largest_magnitude([magnitude], count)
+    mask = magnitude >= threshold
+    surplus = int(mask.count_nonzero()) - count
+    if surplus:
+        equal = (magnitude == threshold).nonzero().squeeze(1)
+        mask[equal[len(equal) - surplus :]] = False
+    return torch.where(mask.view(tau.shape), tau, 0)
+
+
+def drop_entries(tau: Tensor, uniform: Tensor, drop_rate: float, rescale: Rescale) -> Tensor:
+    """Drop the entries whose uniform number is below ``drop_rate`` and rescale the others.
+
+    Args:
+        tau: Any shape, floating-point.
+        uniform: Numbers in [0, 1), same shape.
+        drop_rate: Share that is dropped.
+        rescale: ``"probability"`` divides by ``1 - drop_rate``; ``"l1"`` gives the rest the L1 norm of ``tau``; ``"none"``
+            leaves it.
+
+    Returns:
+        A fresh tensor with zeros in place of the dropped entries.
+
+    Example:
+        >>> drop_entries(torch.tensor([1.0, 2.0]), torch.tensor([0.3, 0.7]), 0.5, "probability")
+        tensor([0., 4.])
+    """
+    kept = torch.where(uniform >= drop_rate, tau, 0)
+    if rescale == "probability":
+        return kept.div_(1 - drop_rate)
+    if rescale == "l1":
+        rest = float(kept.abs().sum(dtype=torch.float64))
+        return kept.mul_(float(tau.abs().sum(dtype=torch.float64)) / rest) if rest else kept
+    return kept
+
+
+class Sparsifier(Configured, ABC):
+    """Set part of a task vector's entries to zero, before any reducer.
+
+    It sees one task vector at a time and nothing of the others, so it never stands in the way of streaming.
+    """
+
+    def plan(self, vector: State, task: int) -> Any:
+        """Compute what is needed of the whole vector, such as a threshold; by default nothing.
+
+        Args:
+            vector: The task vector.
+            task: Index of its task.
+        """
+        return None
+
+    @abstractmethod
+    def sparsify(self, name: str, tau: Tensor, task: int, plan: Any) -> Tensor:
+        """Sparsify one parameter.
+
+        Args:
+            name: Its name.
+            tau: Its part of the task vector, float32 or float64; not written to.
+            task: Index of the task.
+            plan: What ``plan`` returned.
+
+        Returns:
+            The sparse tensor, same shape and dtype.
+        """
+
+    def __call__(self, vector: State, task: int = 0) -> TaskVector:
+        """Sparsify a whole task vector.
+
+        Args:
+            vector: The task vector.
+            task: Index of its task, which seeds random sparsifiers.
+        """
+        plan = self.plan(vector, task)
+        return {name: self.sparsify(name, vector[name], task, plan) for name in vector}
+
+
+class TrimModel(Sparsifier):
+    """Keep the largest entries of the whole model, by one threshold (TIES' trim, arXiv 2306.01708).
+
+    The threshold is the released code's: with d entries, the ``d - int(density * d)``-th smallest magnitude. That entry
+    and all that equal it are kept, so a vector without ties keeps ``int(density * d) + 1`` entries.
+
+    Args:
+        density: Share of the entries that is kept, in (0, 1]; 1 keeps everything.
+    """
+
+    name = "trim_model"
+
+    def __init__(self, density: float = 0.2) -> None:
+        self.density = checked_density(density)
+
+    def plan(self, vector: State, task: int) -> float:
+        total = sum(vector[name].numel() for name in vector)
+        count = int(self.density * total) + 1
+        return kth_largest_magnitude([vector[name] for name in vector], count) if count <= total else 0.0
+
+    def sparsify(self, name: str, tau: Tensor, task: int, plan: float) -> Tensor:
+        return keep_from(tau, plan)
+
+
+class TrimTensor(Sparsifier):
+    """Keep exactly ``max(1, int(density * n))`` of every tensor's n entries, as mergekit and PEFT do.
+
+    Between entries of equal magnitude the first in memory order are kept.
+
+    Args:
+        density: Share of the entries that is kept, in (0, 1]; 1 keeps everything.
+    """
+
+    name = "trim_tensor"
+
+    def __init__(self, density: float = 0.2) -> None:
+        self.density = checked_density(density)
+
+    def sparsify(self, name: str, tau: Tensor, task: int, plan: None) -> Tensor:
+        count = max(1, int(self.density * tau.numel()))
+        return keep_largest(tau, count) if count < tau.numel() else tau
+
+
+class RandomDrop(Sparsifier):
+    """Drop entries at random and rescale the others (DARE, arXiv 2311.03099).
+
+    The mask depends on seed, task and parameter name alone.
+
+    Args:
+        drop_rate: Share of the entries that is dropped, in [0, 1).
+        rescale: ``"probability"`` divides what is kept by ``1 - drop_rate`` (the paper); ``"l1"`` restores each tensor's
+            L1 norm (mergekit); ``"none"`` does neither (the released code without its rescale flag).
+        seed: Seed of the masks.
+    """
+
+    name = "random_drop"
+
+    def __init__(self, drop_rate: float = 0.9, *, rescale: Rescale = "probability", seed: int = 0) -> None:
+        if not 0 <= drop_rate < 1:
+            raise ValueError(f"expected drop_rate in [0, 1), got {drop_rate}")
+        if rescale not in ("probability", "l1", "none"):
+            raise ValueError(f"expected rescale 'probability', 'l1' or 'none', got {rescale!r}")
+        self.drop_rate = drop_rate
+        self.rescale: Rescale = rescale
+        self.seed = seed
+
+    def sparsify(self, name: str, tau: Tensor, task: int, plan: None) -> Tensor:
+        uniform = seeded_uniform(tau, seed=self.seed, task=task, name=name, purpose="drop")
+        return drop_entries(tau, uniform, self.drop_rate, self.rescale)
+
+
+def checked_density(density: float) -> float:
+    """Return ``density``, or raise a ValueError if it is no share in (0, 1]."""
+    if not 0 < density <= 1:
+        raise ValueError(f"expected density as a share in (0, 1], got {density}; 20 % is 0.2")
+    return density

@@ -1,0 +1,29 @@
+"""Task vectors, parameter selection, safetensors files, and the on-disk bank of task vectors."""
+
+from clmerge.weights.bank import TaskVectorBank
+from clmerge.weights.io import (
+    atomic_path,
+    load_metadata,
+    load_tensors,
+    save_tensors,
+    write_json_atomic,
+    write_text_atomic,
+)
+from clmerge.weights.selection import select_parameters
+from clmerge.weights.task_vector import State, TaskVector, apply_task_vector, fingerprint, task_vector
+
+__all__ = [
+    "State",
+    "TaskVector",
+    "TaskVectorBank",
+    "apply_task_vector",
+    "atomic_path",
+    "fingerprint",
+    "load_metadata",
+    "load_tensors",
+    "save_tensors",
+    "select_parameters",
+    "task_vector",
+    "write_json_atomic",
+    "write_text_atomic",
+]

@@ -1,0 +1,140 @@
+"""Files that are either the old ones or the new ones: safetensors, text and JSON, replaced atomically."""
+
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from clmerge.weights.task_vector import State, TaskVector
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``; when the block ends well, the file written there becomes ``path``.
+
+    The data and the folder entry are flushed to disk before the block is left. When the block raises, the temporary
+    file is removed and ``path`` keeps its old content. A process that is killed leaves ``path`` untouched and may leave
+    a hidden ``.NAME.HEX.tmp`` file.
+
+    Args:
+        path: Where the finished file shall be; missing folders are created.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with atomic_path(Path(folder, "a.txt")) as temporary:
+        ...         size = temporary.write_text("done")
+        ...     os.listdir(folder)
+        ['a.txt']
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        _fsync(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync(target.parent)
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """Write text as UTF-8; a reader sees the old file or the new one, never a part.
+
+    Args:
+        path: The file to write.
+        text: Its new content.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
+    """Write an object as indented JSON, atomically; NaN and Infinity are refused because JSON has no such numbers.
+
+    Args:
+        path: The file to write.
+        obj: Anything ``json.dumps`` accepts.
+
+    Raises:
+        ValueError: If ``obj`` holds NaN or Infinity; the old file stays.
+    """
+    write_text_atomic(path, json.dumps(obj, indent=2, allow_nan=False) + "\n")
+
+
+def save_tensors(
+    path: str | os.PathLike[str], tensors: State, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to a safetensors file, atomically.
+
+    Args:
+        path: The file to write.
+        tensors: Tensors by name; any device and layout. Tensors that share storage are written one by one.
+        metadata: Strings kept in the file's header.
+    """
+    seen: set[int] = set()
+    plain = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        storage = tensor.untyped_storage()
+        # The format refuses tensors that share memory, and would write the whole storage behind a small view.
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(storage.data_ptr())
+        plain[name] = tensor
+    with atomic_path(path) as temporary:
+        save_file(plain, temporary, metadata=dict(metadata) if metadata is not None else None)
+
+
+def load_tensors(path: str | os.PathLike[str]) -> TaskVector:
+    """Read all tensors of a safetensors file to the CPU.
+
+    Args:
+        path: The file to read.
+
+    Returns:
+        Tensors by name.
+
+    Raises:
+        ValueError: If the file is not a whole safetensors file.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(os.fspath(path))
+    except SafetensorError as error:
+        raise ValueError(f"expected a safetensors file, got {os.fspath(path)!r}: {error}") from error
+    return tensors
+
+
+def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Read the header's strings of a safetensors file, without its tensors.
+
+    Args:
+        path: The file to read.
+
+    Returns:
+        The metadata; empty if the file has none.
+
+    Raises:
+        ValueError: If the file is not a whole safetensors file.
+    """
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"expected a safetensors file, got {os.fspath(path)!r}: {error}") from error
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,92 @@
+"""Which parameters of a module are merged: trainable floating-point ones, chosen by glob patterns."""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+_COMPILE_PREFIX = "_orig_mod."  # what torch.compile puts into parameter names
+
+
+def select_parameters(
+    module: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
+    """Select the trainable floating-point parameters that match the patterns.
+
+    A pattern is a shell glob over the whole parameter name, in which ``*`` also matches dots: ``"visual.*"`` is the
+    image tower of a CLIP model. A parameter that several names share is selected once, under its first name, if any of
+    its names matches.
+
+    Args:
+        module: The module whose parameters are looked at, compiled or not.
+        include: Patterns of which at least one must match. Default: every trainable parameter.
+        exclude: Patterns of which none may match.
+
+    Returns:
+        The parameters themselves (not copies) by name, in the module's order.
+
+    Raises:
+        ValueError: If a pattern matches no parameter, an include pattern matches only frozen parameters, or nothing
+            is left.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+        >>> list(select_parameters(model, include=["0.*"], exclude=["*.bias"]))
+        ['0.weight']
+    """
+    aliases: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        aliases.setdefault(parameter, []).append(name.replace(_COMPILE_PREFIX, ""))
+    include = None if include is None else _as_list(include)
+    exclude = _as_list(exclude)
+    names = [name for group in aliases.values() for name in group]
+    for pattern in (include or []) + exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"expected a pattern that matches a parameter, got {pattern!r}; {_hint(pattern, names)}"
+            )
+
+    mergeable = {parameter: group for parameter, group in aliases.items() if _is_mergeable(parameter)}
+    for pattern in include or []:
+        if not any(_any_match(group, [pattern]) for group in mergeable.values()):
+            raise ValueError(
+                f"expected a pattern that matches a trainable parameter, got {pattern!r}, which matches only frozen or "
+                "integer ones; set requires_grad or drop the pattern"
+            )
+    selected = {
+        group[0]: parameter
+        for parameter, group in mergeable.items()
+        if (include is None or _any_match(group, include)) and not _any_match(group, exclude)
+    }
+    if not selected:
+        raise ValueError(
+            f"expected at least one trainable parameter to merge in {type(module).__name__}, got none "
+            f"(include={include}, exclude={exclude}); widen the patterns or unfreeze parameters"
+        )
+    return selected
+
+
+def _as_list(patterns: Sequence[str]) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def _is_mergeable(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad and parameter.is_floating_point()
+
+
+def _any_match(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _hint(pattern: str, names: list[str]) -> str:
+    prefix = pattern.rstrip(".*")
+    if any(fnmatchcase(name, f"{prefix}.*") for name in names):
+        return f"patterns cover the whole name: did you mean {prefix + '.*'!r}?"
+    # A typo sits in one part of the name, so whole names and their leading parts are both candidates.
+    parts = {
+        ".".join(name.split(".")[:depth]) + ".*" for name in names for depth in range(1, name.count(".") + 1)
+    }
+    close = get_close_matches(pattern, [*names, *sorted(parts)], n=3, cutoff=0.5)
+    nearest = ", ".join(repr(name) for name in close or names[:3])
+    return f"the nearest names are {nearest}" if nearest else "the module has no parameters"

@@ -1,0 +1,161 @@
+"""Task vectors: what fine-tuning added to the base model, as one tensor per parameter name."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+TaskVector = dict[str, Tensor]
+
+_NAMES_SHOWN = 3
+
+
+def task_vector(
+    theta: State, base: State, *, sources: tuple[str, str] = ("the fine-tuned model", "the base model")
+) -> TaskVector:
+    """Compute ``theta - base`` for every parameter (Ilharco et al., arXiv 2212.04089).
+
+    The difference is taken in float32 (float64 if either side is float64), so half-precision weights are widened
+    before they are subtracted.
+
+    Args:
+        theta: Fine-tuned weights by name, any floating dtype, any shape.
+        base: Weights of the base model by the same names and shapes.
+        sources: What the two states are called in error messages, e.g. their file names.
+
+    Returns:
+        One fresh tensor per name on ``theta``'s device; nothing is shared with the inputs.
+
+    Raises:
+        ValueError: If names or shapes differ, or a tensor is not floating-point.
+
+    Example:
+        >>> task_vector({"w": torch.tensor([1.0, 3.0])}, {"w": torch.tensor([1.0, 1.0])})
+        {'w': tensor([0., 2.])}
+    """
+    check_same_names(theta, base, sources)
+    vector = {}
+    for name, fine_tuned in theta.items():
+        start = base[name]
+        check_same_shape(name, fine_tuned, start, sources)
+        _check_floating(name, fine_tuned, sources[0])
+        _check_floating(name, start, sources[1])
+        dtype = accumulator_dtype(fine_tuned, start)
+        fine_tuned, start = fine_tuned.detach(), start.detach().to(fine_tuned.device)
+        vector[name] = fine_tuned.to(dtype) - start.to(dtype)
+    return vector
+
+
+def apply_task_vector(
+    base: State, tau: State, *, sources: tuple[str, str] = ("the base model", "the task vector")
+) -> TaskVector:
+    """Add a task vector to the base model: ``base + tau``.
+
+    The sum is taken in float32 (float64 if either side is float64) and cast to the base's dtype.
+
+    Args:
+        base: Weights of the base model by name.
+        tau: What is added, by name; names of ``base`` that are missing here keep their weights.
+        sources: What the two are called in error messages.
+
+    Returns:
+        One fresh tensor for every name of ``base``, in its dtype and on its device.
+
+    Raises:
+        ValueError: If ``tau`` has a name or a shape that ``base`` does not have.
+
+    Example:
+        >>> apply_task_vector({"w": torch.ones(2), "b": torch.zeros(1)}, {"w": torch.tensor([0.0, 2.0])})
+        {'w': tensor([1., 3.]), 'b': tensor([0.])}
+    """
+    unknown = [name for name in tau if name not in base]
+    if unknown:
+        raise ValueError(
+            f"expected parameters of {sources[0]}, got {_shown(unknown)} in {sources[1]}, which it does not have; "
+            "apply a task vector to the base model it was taken from"
+        )
+    merged = {}
+    for name, start in base.items():
+        start = start.detach()
+        if name not in tau:
+            merged[name] = start.clone()
+            continue
+        check_same_shape(name, tau[name], start, (sources[1], sources[0]))
+        dtype = accumulator_dtype(tau[name], start)
+        total = start.to(dtype) + tau[name].detach().to(device=start.device, dtype=dtype)
+        merged[name] = total.to(start.dtype)
+    return merged
+
+
+def fingerprint(state: State) -> str:
+    """Hash names, dtypes, shapes and bytes of a state: the answer to "which base model is this".
+
+    Args:
+        state: Tensors by name, any dtype and device; their order does not matter.
+
+    Returns:
+        The SHA-256 as 64 hexadecimal digits.
+
+    Example:
+        >>> fingerprint({"w": torch.zeros(2)})[:12]
+        '958fa745ba83'
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().to("cpu").contiguous()
+        header = json.dumps([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
+        digest.update(header.encode() + b"\n")
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return float64 if any of the tensors is float64, else float32.
+
+    Example:
+        >>> accumulator_dtype(torch.zeros(1, dtype=torch.bfloat16))
+        torch.float32
+    """
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def check_same_names(left: State, right: State, sources: tuple[str, str]) -> None:
+    """Raise a ValueError that shows the first names only one of the two states has."""
+    only_left = [name for name in left if name not in right]
+    only_right = [name for name in right if name not in left]
+    if only_left or only_right:
+        found = [
+            f"{_shown(names)} only in {source}"
+            for names, source in ((only_left, sources[0]), (only_right, sources[1]))
+            if names
+        ]
+        raise ValueError(
+            f"expected the same parameters in {sources[0]} and {sources[1]}, got {' and '.join(found)}; "
+            "select the same parameters on both sides"
+        )
+
+
+def check_same_shape(name: str, left: Tensor, right: Tensor, sources: tuple[str, str]) -> None:
+    """Raise a ValueError if a parameter has another shape in the other state."""
+    if left.shape != right.shape:
+        raise ValueError(
+            f"expected one shape for {name!r}, got {tuple(left.shape)} in {sources[0]} and {tuple(right.shape)} in "
+            f"{sources[1]}; leave the parameter out or use models of one architecture"
+        )
+
+
+def _check_floating(name: str, tensor: Tensor, source: str) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(
+            f"expected floating-point parameters, got {tensor.dtype} for {name!r} in {source}; "
+            "leave integer and bool tensors out of the merge"
+        )
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(repr(name) for name in names[:_NAMES_SHOWN]) + more
