@@ -1,0 +1,436 @@
+"""Fold every task's fine-tuned weights into running merged models, inside any Lightning project."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from clmerge.callbacks.swap import assign, full_copy, named_tensors, swapped
+from clmerge.lightning_compat import refuse_unsupported_strategy
+from clmerge.merging import Merger
+from clmerge.weights import (
+    TaskVectorBank,
+    apply_task_vector,
+    fingerprint,
+    load_tensors,
+    select_parameters,
+    task_vector,
+)
+
+StartPolicy = Literal["base", "previous", "merged"]
+Buffers = Literal["latest", "base", "mean"]
+
+
+class MergeCallback(Callback):
+    """Merge after every ``fit``: one task vector per fit, any LightningModule, any number of Trainers.
+
+    Every finished ``fit`` is a task. Its task vector ``theta_t - theta_0`` goes to every merger; the model itself keeps
+    the trained weights, and the merged weights are swapped in for ``trainer.test``, ``trainer.predict`` and a
+    standalone ``trainer.validate``, and out again afterwards, also after an exception. Validation inside ``fit`` stays
+    on the training weights, which early stopping needs. Keep one instance for the whole stream and hand it to every
+    Trainer.
+
+    Accumulators are saved in Lightning's checkpoints under this callback's state; the checkpoint's ``state_dict`` stays
+    the training weights. A fit that resumes after its last epoch merges then; a fit that trained nothing warns and
+    merges nothing.
+
+    Args:
+        mergers: One merger, a list of them, or a mapping from name to merger. In a list, mergers go by their names
+            (``"magmax"``), or by name and settings where two are of the same class.
+        start_policy: Where the next task starts: ``"base"`` (theta_0), ``"previous"`` (the un-merged weights of the
+            task before) or ``"merged"`` (theta_0 plus the deployed merged vector).
+        deploy: Name of the merger whose weights are swapped in; default the first.
+        include: Glob patterns of the parameters to merge; default every trainable floating parameter.
+        exclude: Glob patterns of parameters to leave out, heads for instance. They keep their trained values.
+        base: theta_0: a safetensors file or a mapping from parameter name to tensor. By default the weights at the
+            start of the first fit, after a checkpoint has been restored.
+        buffers: Running statistics of the merged model: ``"latest"`` (of the last task, the default), ``"base"`` or
+            ``"mean"`` over the tasks. Integer buffers are never merged.
+        device: Where base and accumulators live: ``"cpu"`` (default), or ``"model"`` for the parameters' device.
+        bank: Folder that keeps every task vector, for mergers that need them all and for merging again later.
+        score: Held-out accuracy of the model as it stands, higher is better; called with merged candidates swapped in.
+            Only mergers that require ``"score"`` (GreedySoup, PAINT) need it.
+        save_state: Whether accumulators travel in Lightning's checkpoints (default).
+
+    Attributes:
+        mergers: The mergers by name.
+        num_tasks: Tasks merged so far.
+        seconds: Time that the last merge took.
+
+    Raises:
+        ValueError: For an unknown ``deploy`` or policy, mergers of equal names, or a merger that needs a missing
+            ``score``.
+        RuntimeError: During a run, for a changed model, a changed base, NaN in the weights, or a strategy that hides
+            the trained weights from this process.
+
+    Example:
+        >>> from clmerge.merging import MagMax
+        >>> merge = MergeCallback(MagMax(scale=0.5), start_policy="previous")
+        >>> list(merge.mergers), merge.num_tasks
+        (['magmax'], 0)
+    """
+
+    def __init__(
+        self,
+        mergers: Merger | Sequence[Merger] | Mapping[str, Merger],
+        *,
+        start_policy: StartPolicy = "previous",
+        deploy: str | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        base: str | Path | Mapping[str, Tensor] | None = None,
+        buffers: Buffers = "latest",
+        device: Literal["cpu", "model"] = "cpu",
+        bank: str | Path | None = None,
+        score: Callable[[LightningModule], float] | None = None,
+        save_state: bool = True,
+    ) -> None:
+        self.mergers = name_mergers(mergers)
+        for value, allowed, parameter in (
+            (start_policy, ("base", "previous", "merged"), "start_policy"),
+            (buffers, ("latest", "base", "mean"), "buffers"),
+            (device, ("cpu", "model"), "device"),
+        ):
+            if value not in allowed:
+                raise ValueError(f"expected {parameter} to be one of {allowed}, got {value!r}")
+        if deploy is not None and deploy not in self.mergers:
+            raise ValueError(f"expected deploy to be one of {list(self.mergers)}, got {deploy!r}")
+        for name, merger in self.mergers.items():
+            if "score" in merger.requires and score is None:
+                raise ValueError(
+                    f"expected score= for merger {name!r}, got none: pass a function that evaluates the model "
+                    "on held-out data"
+                )
+        self.start_policy = start_policy
+        self.deploy = deploy or next(iter(self.mergers))
+        self.include = None if include is None else list(include)
+        self.exclude = list(exclude)
+        self.buffers = buffers
+        self.device = device
+        self.bank: TaskVectorBank | None = None
+        if bank is not None:
+            self.use_bank(bank)
+        self.score = score
+        self.save_state = save_state
+        self.num_tasks = 0
+        self.seconds = 0.0
+        self.base: dict[str, Tensor] = {}
+        self.base_fingerprint: str | None = None
+        self._base_origin = "the weights at the start of the first fit"
+        self._buffers: dict[str, Tensor] = {}
+        self._task_name: str | None = None
+        self._merged_this_fit = False
+        self._originals: dict[str, Tensor] | None = None
+        if base is not None:
+            if isinstance(base, (str, Path)):
+                self._base_origin = f"base file {base}"
+                base = load_tensors(base)
+            else:
+                self._base_origin = "base="
+            self._set_base({name: full_copy(tensor) for name, tensor in base.items()})
+
+    @property
+    def state_key(self) -> str:
+        """The key of this callback's state in Lightning's checkpoints: several merge callbacks can coexist."""
+        return self._generate_state_key(mergers=",".join(self.mergers), start_policy=self.start_policy)
+
+    def next_task(self, name: str) -> None:
+        """Name the task that the next ``fit`` trains; it is stored beside the vector in the bank."""
+        self._task_name = name
+
+    def use_bank(self, folder: str | Path) -> None:
+        """Keep every task vector from now on in ``folder``."""
+        self.bank = TaskVectorBank(folder)
+
+    # Reading the merged models -----------------------------------------------------------------------------------
+
+    def merged_state(self, name: str | None = None) -> dict[str, Tensor]:
+        """Return theta_0 plus the merged vector of the tasks so far, in the base's dtypes.
+
+        Args:
+            name: Which merger; default the deployed one.
+
+        Raises:
+            RuntimeError: Before the first task was merged.
+            ValueError: For a merger that is not there.
+        """
+        name = name or self.deploy
+        if name not in self.mergers:
+            raise ValueError(f"expected one of {list(self.mergers)}, got merger {name!r}")
+        if not self.num_tasks:
+            raise RuntimeError("expected at least one merged task, got none: fit first")
+        state = apply_task_vector(self.base, self.mergers[name].compute())
+        state.update(self._buffers)
+        return state
+
+    @contextmanager
+    def merged(self, model: nn.Module, name: str | None = None) -> Iterator[None]:
+        """Run a block with the merged weights in ``model``; the training weights come back in any case.
+
+        Args:
+            model: The LightningModule that was fitted.
+            name: Which merger; default the deployed one.
+        """
+        with swapped(model, self.merged_state(name)):
+            yield
+
+    def apply_start_policy(self, model: nn.Module) -> None:
+        """Give ``model`` the weights that the next task starts from; every ``fit`` does this by itself."""
+        if self.num_tasks and self.start_policy != "previous":
+            start = self.base if self.start_policy == "base" else self.merged_state()
+            assign(named_tensors(model, start, origin=self._base_origin), start)
+
+    # Training ----------------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        refuse_unsupported_strategy(trainer)
+        if stage == "fit":  # before Lightning restores a checkpoint: what a checkpoint holds wins over the start policy
+            self.apply_start_policy(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._merged_this_fit = False
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        selected = select_parameters(pl_module, self.include, self.exclude)
+        device = None if self.device == "model" else torch.device("cpu")
+        if not self.base:
+            self._set_base({name: full_copy(tensor, device) for name, tensor in selected.items()})
+        elif extra := [name for name in selected if name not in self.base]:
+            raise RuntimeError(
+                f"expected the parameters of {self._base_origin}, got {len(extra)} more in "
+                f"{type(pl_module).__name__}, the first {extra[0]!r}; leave them out with exclude=, or freeze them"
+            )
+        self._check_model(pl_module)
+        if self.buffers == "base" and not self._buffers:
+            self._buffers = self._float_buffers(pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._merge(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._merged_this_fit:
+            return
+        # A run killed between its last checkpoint and its merge has nothing left to train when it resumes, and
+        # Lightning then calls no on_train_end: without this the task would be lost without a word.
+        if trainer.ckpt_path is not None and trainer.global_step > 0 and trainer.fit_loop.done and self.base:
+            self._merge(trainer, pl_module)
+        else:
+            warnings.warn(
+                "this fit trained nothing, so nothing was merged: use a new Trainer for every task "
+                "(a Trainer that has reached max_epochs returns at once)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fold the trained weights into every merger; weights that cannot be merged reach none of them."""
+        started = time.perf_counter()
+        origin = f"the weights of task {self.num_tasks}"
+        theta = named_tensors(pl_module, self.base, origin=self._base_origin)
+        device = None if self.device == "model" else torch.device("cpu")
+        tau = task_vector({name: full_copy(tensor, device) for name, tensor in theta.items()}, self.base)
+        for name, tensor in tau.items():
+            if not math.isfinite(float(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+                raise RuntimeError(
+                    f"expected finite weights to merge, got NaN or Inf in {name!r} of {origin}; "
+                    "the merged models are unchanged: lower the learning rate, or clip gradients"
+                )
+        for merger in self.mergers.values():
+            score = self._scorer(pl_module) if "score" in merger.requires else None
+            merger.update(tau, task=self.num_tasks, base=self.base_fingerprint, score=score)
+        self._merge_buffers(pl_module)
+        if self.bank is not None and trainer.is_global_zero:
+            name = self._task_name or f"task_{self.num_tasks:03d}"
+            self.bank.append(self.num_tasks, tau, name=name, base=self.base_fingerprint)
+        self.num_tasks += 1
+        self._task_name = None
+        self._merged_this_fit = True
+        self._check_ranks(trainer)
+        self.seconds = time.perf_counter() - started
+
+    def _scorer(self, pl_module: LightningModule) -> Callable[[Mapping[str, Tensor]], float]:
+        function = self.score
+        assert function is not None
+
+        def score(vector: Mapping[str, Tensor]) -> float:
+            with swapped(pl_module, apply_task_vector(self.base, vector)), torch.no_grad():
+                was_training = pl_module.training
+                pl_module.eval()
+                try:
+                    return float(function(pl_module))
+                finally:
+                    pl_module.train(was_training)
+
+        return score
+
+    # Evaluation --------------------------------------------------------------------------------------------------
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_in(pl_module)
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_out(pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_in(pl_module)
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_out(pl_module)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._swap_in(pl_module)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._swap_out(pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._swap_out(pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._swap_out(pl_module)
+
+    def _swap_in(self, pl_module: LightningModule) -> None:
+        if self.num_tasks and self._originals is None:
+            merged = self.merged_state()
+            targets = named_tensors(pl_module, merged, origin=self._base_origin)
+            self._originals = {name: target.detach().clone() for name, target in targets.items()}
+            assign(targets, merged)
+
+    @torch.no_grad()
+    def _swap_out(self, pl_module: LightningModule) -> None:
+        if self._originals is not None:
+            for name, target in named_tensors(pl_module, self._originals, origin=self._base_origin).items():
+                target.copy_(self._originals[name])
+            self._originals = None
+
+    # State -------------------------------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self.accumulators() if self.save_state else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            self.load_accumulators(state_dict)
+
+    def accumulators(self) -> dict[str, Any]:
+        """Return base, accumulators and counters: plain tensors and primitives, safe for ``weights_only`` loading."""
+        return {
+            "num_tasks": self.num_tasks,
+            "base": dict(self.base),
+            "base_fingerprint": self.base_fingerprint,
+            "buffers": dict(self._buffers),
+            "mergers": {name: merger.state_dict() for name, merger in self.mergers.items()},
+        }
+
+    def load_accumulators(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``accumulators`` returned.
+
+        Raises:
+            RuntimeError: If the state holds other mergers, or another base than the one given to the constructor;
+                this callback is unchanged then.
+        """
+        if set(state["mergers"]) != set(self.mergers):
+            raise RuntimeError(
+                f"expected the state of mergers {sorted(self.mergers)}, got {sorted(state['mergers'])}; "
+                "resume with the mergers of the interrupted run"
+            )
+        found = state["base_fingerprint"]
+        if self.base_fingerprint is not None and found is not None and found != self.base_fingerprint:
+            raise RuntimeError(
+                f"expected the base {self.base_fingerprint[:12]} of {self._base_origin}, got a state that was "
+                f"accumulated against {found[:12]}: task vectors of different bases cannot be merged"
+            )
+        for name, merger in self.mergers.items():
+            merger.load_state_dict(state["mergers"][name])
+        self.num_tasks = int(state["num_tasks"])
+        if state["base"]:
+            self.base = dict(state["base"])
+            self.base_fingerprint = found
+        self._buffers = dict(state["buffers"])
+
+    def _set_base(self, base: dict[str, Tensor]) -> None:
+        self.base = base
+        self.base_fingerprint = fingerprint(base)
+
+    def _check_model(self, pl_module: LightningModule) -> None:
+        for name, tensor in named_tensors(pl_module, self.base, origin=self._base_origin).items():
+            if tensor.shape != self.base[name].shape:
+                raise RuntimeError(
+                    f"expected {name!r} of shape {tuple(self.base[name].shape)} as in {self._base_origin}, got "
+                    f"{tuple(tensor.shape)}; a parameter that grows (a head) must be left out with exclude="
+                )
+
+    # Buffers and ranks -------------------------------------------------------------------------------------------
+
+    def _float_buffers(self, pl_module: nn.Module) -> dict[str, Tensor]:
+        return {
+            name.replace("_orig_mod.", ""): full_copy(buffer, torch.device("cpu"))
+            for name, buffer in pl_module.named_buffers()
+            if buffer.is_floating_point() and name.rsplit(".", 1)[-1].startswith("running_")
+        }
+
+    def _merge_buffers(self, pl_module: LightningModule) -> None:
+        if self.buffers == "mean":
+            for name, value in self._float_buffers(pl_module).items():
+                mean = self._buffers.get(name, torch.zeros_like(value))
+                self._buffers[name] = mean + (value - mean) / (self.num_tasks + 1)
+
+    def _check_ranks(self, trainer: Trainer) -> None:
+        if trainer.world_size > 1:
+            mine = fingerprint(self.mergers[self.deploy].compute())
+            prints: list[str | None] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(prints, mine)
+            if len(set(prints)) > 1:
+                raise RuntimeError(
+                    f"expected the same merged weights on every rank, got {len(set(prints))} different ones: "
+                    "the ranks trained different models"
+                )
+
+
+def name_mergers(mergers: Merger | Sequence[Merger] | Mapping[str, Merger]) -> dict[str, Merger]:
+    """Name mergers: by class, or by class and settings where a class occurs twice.
+
+    Raises:
+        ValueError: If there is none, or if two are the same in class and settings.
+    """
+    if isinstance(mergers, Merger):
+        mergers = [mergers]
+    if isinstance(mergers, Mapping):
+        named = dict(mergers)
+    else:
+        names = [merger.name for merger in mergers]
+        labels = [m.name if names.count(m.name) == 1 else m.label for m in mergers]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            raise ValueError(f"expected different mergers, got {twice[0]!r} twice; drop one or change a setting")
+        named = dict(zip(labels, mergers, strict=True))
+    if not named:
+        raise ValueError("expected at least one merger, got none; pass for example MagMax(scale=0.5)")
+    return named

@@ -1,0 +1,53 @@
+"""Small callbacks of the learner: fixed random state per epoch, and plain progress lines where there is no terminal."""
+
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+
+class EpochSeed(Callback):
+    """Seed dropout and the like at the start of every epoch, so that a resumed run draws the same numbers.
+
+    Done at the first batch because Lightning skips ``on_train_epoch_start`` in the first epoch after a resume.
+
+    Args:
+        seed: Seed of the task; the epoch is added to it.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            torch.manual_seed((self.seed + trainer.current_epoch) % 2**63)
+
+
+class EpochLines(Callback):
+    """Print one line per epoch to stderr when no progress bar is shown.
+
+    Args:
+        label: What is being trained.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self._started = 0.0
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self._started = time.perf_counter()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.progress_bar_callback is None and trainer.is_global_zero:
+            figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k in ("train/loss", "val/accuracy")}
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+            seconds = time.perf_counter() - self._started
+            line = f"{self.label}: epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {shown}  {seconds:.1f} s"
+            print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,43 @@
+"""The command line: a lazy dispatcher, so that help is quick and a command imports only what it needs."""
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+import clmerge
+
+COMMANDS = {"fit": "train a stream of tasks, merge after every task, evaluate all tasks after every task"}
+
+HELP = f"""\
+usage: clmerge COMMAND [options]
+
+Continual learning by model merging: fine-tune task by task, fold every task vector into the running model, see what
+was forgotten.
+
+commands:
+{chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
+
+options:
+  -h, --help   show this text; clmerge COMMAND --help shows a command's options
+  --version    show the version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return 0, 1 if it failed, or 2 if it was called wrongly."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(clmerge.__version__)
+        return 0
+    command = arguments[0]
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(f"clmerge: expected a command ({', '.join(COMMANDS)}), got {command!r}{hint}", file=sys.stderr)
+        return 2
+    run: Callable[[Sequence[str]], int] = import_module(f"clmerge.cli.{command}").main
+    return run(arguments[1:])

@@ -1,0 +1,277 @@
+"""``clmerge fit``: train a stream, merge after every task, evaluate all tasks after every task."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import Logger
+
+    from clmerge.cli.parser import CommandParser
+    from clmerge.results import Results
+    from clmerge.run_folder import RunFolder
+
+HELP = Path(__file__).parent / "help" / "fit.txt"
+# Lightning starts the other ranks of a DDP run by the same command; they must find the folder that rank zero chose.
+RUN_DIR_VARIABLE = "CLMERGE_RUN_DIR"
+# Arguments of the Trainer that the learner sets itself.
+_OWNED_BY_LEARNER = {
+    "default_root_dir",
+    "enable_checkpointing",
+    "enable_model_summary",
+    "fast_dev_run",
+    "logger",
+    "num_sanity_val_steps",
+}
+
+
+@dataclass
+class Logging:
+    """What is told about a run besides its run folder.
+
+    Args:
+        csv: Write the curves as CSV under ``logs/csv``.
+        wandb: Log to W&B; offline, to be synchronised later, unless ``online`` or an API key says otherwise.
+        project: W&B project.
+        group: W&B group, for runs that are compared.
+        tags: W&B tags.
+        online: Insist on W&B's server.
+        extra: Any other Lightning loggers, for example ``TensorBoardLogger``.
+    """
+
+    csv: bool = True
+    wandb: bool = True
+    project: str = "clmerge"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    online: bool = False
+    extra: "list[Logger]" = field(default_factory=list)
+
+
+def build_parser() -> "CommandParser":
+    """Return the parser of ``clmerge fit``; imports everything that its types come from."""
+    from jsonargparse import set_parsing_settings
+    from lightning.pytorch import Trainer
+    from lightning.pytorch import loggers as lightning_loggers
+
+    import clmerge.merging  # noqa: F401  (the classes that may be named are the subclasses that are imported)
+    from clmerge.cli.parser import CommandParser
+    from clmerge.learner import Learner
+    from clmerge.merging import Merger
+    from clmerge.modules import ContinualClassifier
+    from clmerge.streams import Stream, StreamDataModule
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=False)
+    Logging.__dataclass_fields__["extra"].type = list[lightning_loggers.Logger]
+    Logging.__annotations__["extra"] = list[lightning_loggers.Logger]
+    parser = CommandParser(
+        prog="clmerge fit",
+        description="Train a stream of tasks, merge after every task, evaluate all tasks after every task.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="A YAML file with any of the options below; may be repeated.")
+    parser.add_argument("--run_dir", type=str | None, default=None, help="Run folder (default: runs/NAME-TIMESTAMP).")
+    parser.add_argument("--resume", type=str | None, default=None, help="Continue the run in this folder; takes no other option.")
+    parser.add_argument("--name", type=str, default="run", help="What the run is called in folders and in W&B.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of everything that is random.")
+    parser.add_subclass_arguments(Stream, "stream", help="The tasks.")
+    parser.add_class_arguments(ContinualClassifier, "model")
+    parser.add_argument("--mergers", type=list[Merger], help="Mergers that ride on the run, by class name.")
+    parser.add_class_arguments(StreamDataModule, "data", skip={"seed"})
+    parser.add_class_arguments(
+        Learner, "learner", skip={"stream", "module", "mergers", "data", "seed"}, instantiate=False
+    )
+    parser.add_class_arguments(Logging, "logging")
+    parser.add_class_arguments(Trainer, "trainer", skip=_OWNED_BY_LEARNER, instantiate=False)
+    parser.set_defaults({"mergers": [{"class_path": "clmerge.merging.MagMax"}], "trainer.max_epochs": 10})
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``clmerge fit``; return the exit code."""
+    arguments = spread_mergers(argv)
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(HELP.read_text(encoding="utf-8"), end="")
+        return 0
+    resumed = resume_folder(arguments)
+    if isinstance(resumed, str):
+        return _run(["--config", str(Path(resumed) / "config.yaml")], resume=resumed)
+    return _run(arguments, resume=None)
+
+
+def spread_mergers(argv: Sequence[str]) -> list[str]:
+    """Turn ``--mergers A B C`` into the list that the parser reads.
+
+    Example:
+        >>> spread_mergers(["--mergers", "MagMax", "TIES", "--seed", "1"])
+        ['--mergers=[MagMax, TIES]', '--seed', '1']
+    """
+    result: list[str] = []
+    position = 0
+    while position < len(argv):
+        if argv[position] == "--mergers":
+            end = position + 1
+            while end < len(argv) and not argv[end].startswith("-"):
+                end += 1
+            names = list(argv[position + 1 : end])
+            if names and not names[0].startswith("["):
+                result.append(f"--mergers=[{', '.join(names)}]")
+                position = end
+                continue
+        result.append(argv[position])
+        position += 1
+    return result
+
+
+def resume_folder(arguments: Sequence[str]) -> str | None:
+    """Return the folder of ``--resume``, if that is what is asked for."""
+    for position, argument in enumerate(arguments):
+        if argument == "--resume" or argument.startswith("--resume="):
+            split = argument.partition("=")[2]
+            rest = [*arguments[:position], *arguments[position + (1 if split else 2) :]]
+            folder = split or (arguments[position + 1] if position + 1 < len(arguments) else "")
+            if not folder or rest:
+                print(
+                    "clmerge fit: expected --resume RUN alone, since the run folder holds the configuration"
+                    + (f", got {' '.join(rest)} beside it" if rest else ", got no folder"),
+                    file=sys.stderr,
+                )
+                raise SystemExit(2)
+            if not (Path(folder) / "manifest.json").is_file() or not (Path(folder) / "config.yaml").is_file():
+                print(
+                    f"clmerge fit: expected a run folder (with manifest.json and config.yaml) to resume, got {folder}",
+                    file=sys.stderr,
+                )
+                raise SystemExit(2)
+            return folder
+    return None
+
+
+def _run(arguments: Sequence[str], *, resume: str | None) -> int:
+    from lightning.pytorch import seed_everything
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    from clmerge.learner import Learner
+    from clmerge.run_folder import RunFolder
+
+    parser = build_parser()
+    config = parser.parse_args(list(arguments))
+    if config.stream is None:
+        parser.error("expected --stream or a --config that has one, got neither")
+    is_main = rank_zero_only.rank == 0
+    try:
+        seed_everything(config.seed, workers=True, verbose=False)
+        objects = parser.instantiate(config)
+        objects.data.seed = config.seed
+        learner = Learner(
+            objects.stream, objects.model, objects.mergers, objects.data, seed=config.seed, **vars(config.learner)
+        )
+        if resume is not None:
+            run = RunFolder.open(resume, writes=is_main)
+        else:
+            default = config.run_dir or f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+            run = RunFolder.create(default if is_main else os.environ[RUN_DIR_VARIABLE], writes=is_main)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"clmerge fit: {error}", file=sys.stderr)
+        return 1
+    os.environ[RUN_DIR_VARIABLE] = str(run.path)
+    if is_main and resume is None:
+        _save_config(parser, config, run)
+    loggers = _build_loggers(objects.logging, config, run) if is_main else []
+    results = learner.fit(
+        run,
+        trainer=_trainer_factory(parser, config),
+        loggers=loggers,
+        report=_print_table if is_main else None,
+    )
+    if is_main:
+        _print_ending(results, run, wandb=objects.logging.wandb)
+    return 0
+
+
+def _save_config(parser: "CommandParser", config: Any, run: "RunFolder") -> None:
+    from clmerge.weights import write_text_atomic
+
+    kept = config.clone()
+    for key in ("config", "run_dir", "resume"):
+        kept.pop(key, None)
+    header = f"# The configuration of this run; `clmerge fit --config {run.config}` runs it again.\n"
+    write_text_atomic(run.config, header + parser.dump(kept, skip_validation=True))
+
+
+def _trainer_factory(parser: "CommandParser", config: Any) -> Any:
+    from jsonargparse import ArgumentParser
+    from lightning.pytorch import Trainer
+
+    builder = ArgumentParser()
+    builder.add_class_arguments(Trainer, "trainer", skip=_OWNED_BY_LEARNER, instantiate=False)
+    builder_config = builder.parse_object({"trainer": config.trainer.as_dict()})
+
+    def build(**given: Any) -> Trainer:
+        # Instantiated anew every time: callbacks keep state, and every task needs fresh ones.
+        options = vars(_instantiated(builder, builder_config))
+        for key in ("callbacks", "plugins"):
+            own = options.pop(key, None)
+            given[key] = [*(own if isinstance(own, list) else [own] if own else []), *given[key]]
+        if options.get("enable_progress_bar") is None:
+            options["enable_progress_bar"] = sys.stderr.isatty()
+        return Trainer(**options, **given)
+
+    return build
+
+
+def _instantiated(builder: Any, config: Any) -> Any:
+    return builder.instantiate(config).trainer
+
+
+def _build_loggers(options: Logging, config: Any, run: "RunFolder") -> "list[Logger]":
+    from lightning.pytorch.loggers import CSVLogger
+
+    from clmerge.loggers import build_wandb_logger
+
+    loggers: list[Logger] = []
+    if options.csv:
+        loggers.append(CSVLogger(run.logs, name="csv"))
+    if options.wandb:
+        logger = build_wandb_logger(
+            run.logs,
+            project=options.project,
+            name=run.path.name,
+            group=options.group,
+            tags=options.tags,
+            run_id=run.manifest.wandb_id,
+            config=config.as_dict(),
+            online=options.online,
+        )
+        run.manifest.wandb_id = logger.experiment.id
+        run.commit()
+        loggers.append(logger)
+    return [*loggers, *options.extra]
+
+
+def _print_table(results: "Results") -> None:
+    from rich.console import Console
+
+    from clmerge.tables import render_table, render_text
+
+    console = Console()
+    if console.is_terminal:
+        console.print(render_table(results, width=console.width))
+    else:
+        print(render_text(results, width=100))
+    print(flush=True)
+
+
+def _print_ending(results: "Results", run: "RunFolder", *, wandb: bool) -> None:
+    from clmerge.loggers import wandb_sync_command
+
+    print(f"results   {run.results}")
+    print(f"plots     {run.plots}")
+    print(f"models    {run.path / 'model'}")
+    if wandb and (command := wandb_sync_command(run.path)):
+        print(f"W&B       {command}")

@@ -1,0 +1,262 @@
+"""The outer loop over a stream: train a task, merge, evaluate everything, commit, go on; resume where it stopped."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+
+from clmerge.callbacks import MergeCallback
+from clmerge.callbacks.progress import EpochLines, EpochSeed
+from clmerge.evaluation import Rows, accuracy_on, evaluate
+from clmerge.lightning_compat import logger_step, quiet_lightning, set_step_offset
+from clmerge.loggers import log_task
+from clmerge.merging import Merger
+from clmerge.modules import ContinualClassifier
+from clmerge.plots import save_plots
+from clmerge.results import EXPERT, ZERO_SHOT, Results
+from clmerge.run_folder import AtomicCheckpointIO, RunFolder
+from clmerge.streams import Stream, StreamDataModule
+from clmerge.streams.splits import derived_seed
+from clmerge.weights import save_tensors
+
+TrainerFactory = Callable[..., Trainer]
+
+
+class Learner:
+    """Train a stream task by task with several mergers riding along, and commit to a run folder after every step.
+
+    For every task a new Trainer with fresh callbacks; the model, the loggers and the MergeCallback survive. After
+    every task all models (each merger, and the un-merged expert) are evaluated on all tasks of the stream.
+
+    Args:
+        stream: The tasks.
+        module: The classifier to train.
+        mergers: Mergers that ride on the run, as for ``MergeCallback``.
+        data: The data module; batch sizes and workers.
+        start_policy: Where every task starts: ``base`` (the pretrained weights), ``previous`` (the un-merged weights of
+            the task before) or ``merged`` (the deployed merged model).
+        deploy: Merger whose model is the start under ``merged``; default the first.
+        buffers: Running statistics of merged models: of the ``latest`` task, of the ``base``, or their ``mean``.
+        accumulators: Where base and accumulators live: ``cpu``, or ``model`` for the parameters' device.
+        keep_task_vectors: Whether every task vector is kept in the run folder, for merging again later. Costs four
+            bytes per trained parameter and task.
+        seed: Seed of initialisation, order of samples, augmentation and dropout, each fixed per task.
+
+    Raises:
+        ValueError: If a merger needs a score and the stream holds no validation images out.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        module: ContinualClassifier,
+        mergers: Merger | Sequence[Merger] | Mapping[str, Merger],
+        data: StreamDataModule,
+        *,
+        start_policy: Literal["base", "previous", "merged"] = "previous",
+        deploy: str | None = None,
+        buffers: Literal["latest", "base", "mean"] = "latest",
+        accumulators: Literal["cpu", "model"] = "cpu",
+        keep_task_vectors: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.stream = stream
+        self.module = module
+        self.data = data
+        self.seed = seed
+        self.keep_task_vectors = keep_task_vectors
+        self.merge = MergeCallback(
+            mergers,
+            start_policy=start_policy,
+            deploy=deploy,
+            include=module.trained_names,
+            buffers=buffers,
+            device=accumulators,
+            score=self._validation_score,
+            save_state=False,  # the run folder keeps accumulators; in every epoch's checkpoint they would be a burden
+        )
+        for taken in (EXPERT, ZERO_SHOT):
+            if taken in self.merge.mergers:
+                raise ValueError(f"expected another name for a merger than {taken!r}, a reference model's name")
+        needy = [name for name, merger in self.merge.mergers.items() if "score" in merger.requires]
+        if needy and not all(len(stream.dataset(task.index, "val")) for task in stream.tasks):
+            raise ValueError(
+                f"expected validation images for merger {needy[0]!r}, got a stream that holds none out; "
+                "set stream.val_fraction above 0"
+            )
+
+    def fit(
+        self,
+        run: RunFolder,
+        *,
+        trainer: TrainerFactory = Trainer,
+        loggers: Sequence[Logger] = (),
+        report: Callable[[Results], None] | None = None,
+    ) -> Results:
+        """Train what the run folder lacks, and return the results of the whole stream.
+
+        Args:
+            run: A new run, or one that was interrupted.
+            trainer: Builds a new Trainer with fresh callbacks from the keyword arguments it is given.
+            loggers: Lightning loggers for the whole stream.
+            report: Called with the results after every evaluated task.
+        """
+        quiet_lightning()
+        seed_everything(self.seed, workers=True, verbose=False)
+        backbone = self.module.backbone
+        self.data.setup_stream(self.stream, backbone.train_transform, backbone.eval_transform)
+        self.module.begin_stream(self.stream.class_prompts)
+        if self.keep_task_vectors:
+            self.merge.use_bank(run.bank)
+        results = self._restore(run)
+        if not run.manifest.results:
+            self._evaluate_zero_shot(run, trainer, results)
+        for task in range(results.num_finished):
+            log_task(loggers, results, task)  # a killed run's loggers may have lost rows that the manifest has
+        for task in range(run.manifest.evaluated, len(self.stream.tasks)):
+            if run.manifest.trained == task:
+                self._train(run, trainer, loggers, results, task)
+            self._evaluate(run, trainer, results, task)
+            log_task(loggers, results, task)
+            if report is not None:
+                report(results)
+        if not run.manifest.finished:
+            self._finish(run, results)
+        for logger in loggers:
+            logger.finalize("success")
+        return results
+
+    # One task ----------------------------------------------------------------------------------------------------
+
+    def _train(
+        self, run: RunFolder, factory: TrainerFactory, loggers: Sequence[Logger], results: Results, task: int
+    ) -> None:
+        started = time.perf_counter()
+        info = self.stream.tasks[task]
+        checkpoint = run.checkpoint(task)
+        seed = derived_seed(self.seed, "task", task)
+        seed_everything(seed, workers=True, verbose=False)
+        self.data.task = task
+        self.module.epoch_offset = run.manifest.epochs
+        self.merge.apply_start_policy(self.module)
+        wants_means = self.module.head.wants_prototypes
+        self.module.begin_task(info.classes, self.data.eval_dataloader("train", [task]) if wants_means else None)
+        self.merge.next_task(info.name)
+        trainer = self._build(
+            factory,
+            run,
+            logger=list(loggers) or False,
+            callbacks=[
+                self.merge,
+                EpochSeed(seed),
+                EpochLines(f"task {task + 1}/{len(self.stream.tasks)} {info.name}"),
+                ModelCheckpoint(
+                    dirpath=checkpoint.parent,
+                    filename=checkpoint.stem,
+                    save_top_k=1,
+                    every_n_epochs=1,
+                    save_on_train_epoch_end=True,
+                    enable_version_counter=False,
+                ),
+            ],
+        )
+        set_step_offset(trainer, run.manifest.step)
+        trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint if checkpoint.is_file() else None)
+        if self.merge.num_tasks != task + 1:
+            raise RuntimeError(
+                f"expected {task + 1} merged tasks after {info.name}, got {self.merge.num_tasks}: the fit ended "
+                "without training; set trainer.max_epochs to 1 or more"
+            )
+        run.manifest.step = logger_step(trainer)
+        run.manifest.epochs += trainer.current_epoch
+        results.add_seconds("train", time.perf_counter() - started - self.merge.seconds)
+        results.add_seconds("merge", self.merge.seconds)
+        run.manifest.results = results.to_dict()
+        trainer.strategy.barrier("trained")
+        run.commit_state(task, self.module.state_dict(), self.merge.accumulators())
+
+    def _evaluate(self, run: RunFolder, factory: TrainerFactory, results: Results, task: int) -> None:
+        started = time.perf_counter()
+        weights: dict[str, dict[str, Tensor] | None] = {name: self.merge.merged_state(name) for name in self.merge.mergers}
+        rows = self._rows(run, factory, {**weights, EXPERT: None})
+        for name, row in rows.items():
+            if not self.module.head.open_vocabulary:  # it has no logits for classes of tasks to come
+                row = {kind: [*found[: task + 1], *[float("nan")] * (len(found) - task - 1)] for kind, found in row.items()}
+            results.add_row(name, row["task_agnostic"], row["task_aware"])
+        results.add_seconds("evaluate", time.perf_counter() - started)
+        run.manifest.evaluated = task + 1
+        run.manifest.results = results.to_dict()
+        run.commit()
+
+    def _evaluate_zero_shot(self, run: RunFolder, factory: TrainerFactory, results: Results) -> None:
+        started = time.perf_counter()
+        if self.module.head.open_vocabulary:
+            row = self._rows(run, factory, {ZERO_SHOT: None})[ZERO_SHOT]
+            results.set_zero_shot(row["task_agnostic"], row["task_aware"])
+        results.add_seconds("evaluate", time.perf_counter() - started)
+        run.manifest.results = results.to_dict()
+        run.commit()
+
+    def _finish(self, run: RunFolder, results: Results) -> None:
+        prefix = "backbone.model."
+        whole = self.module.backbone.model.state_dict()
+        if run.writes:
+            for name, merger in self.merge.mergers.items():
+                merged = {key.removeprefix(prefix): value for key, value in self.merge.merged_state(name).items()}
+                about = {"merger": type(merger).__name__, "settings": repr(merger.settings()), "tasks": str(len(results.tasks))}
+                save_tensors(run.model(name), {**whole, **merged}, metadata=about)
+            if not self.module.head.open_vocabulary:
+                save_tensors(run.model("head"), self.module.head.state_dict())
+            save_plots(results, run.plots)
+        run.manifest.finished = True
+        run.manifest.results = results.to_dict()
+        run.commit()
+
+    # Parts -------------------------------------------------------------------------------------------------------
+
+    def _restore(self, run: RunFolder) -> Results:
+        tasks = self.stream.tasks
+        samples = [len(self.stream.dataset(task.index, "test")) for task in tasks]
+        fresh = Results([t.name for t in tasks], classes=[t.class_names for t in tasks], samples=samples)
+        found = run.manifest
+        results = Results.from_dict(found.results) if found.results else fresh
+        if results.tasks != fresh.tasks or results.classes != fresh.classes:
+            raise ValueError(f"expected the stream of {run.path} ({results.tasks}), got {fresh.tasks}")
+        if found.trained:
+            weights, accumulators = run.load_state()
+            for task in tasks[: found.trained]:
+                self.module.resume_task(task.classes)
+            self.module.load_state_dict(weights)
+            self.merge.load_accumulators(accumulators)
+        return results
+
+    def _rows(self, run: RunFolder, factory: TrainerFactory, weights: Mapping[str, Mapping[str, Tensor] | None]) -> Rows:
+        return evaluate(
+            self._build(factory, run, logger=False, callbacks=[]),
+            self.module,
+            weights,
+            self.data,
+            task_classes=[task.classes for task in self.stream.tasks],
+            num_classes=len(self.stream.class_names),
+        )
+
+    def _build(self, factory: TrainerFactory, run: RunFolder, *, logger: Any, callbacks: list[Callback]) -> Trainer:
+        return factory(
+            logger=logger,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=run.path,
+            enable_checkpointing=bool(callbacks),
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+
+    @torch.no_grad()
+    def _validation_score(self, module: LightningModule) -> float:
+        assert isinstance(module, ContinualClassifier)
+        return accuracy_on(module, self.data.eval_dataloader("val", range(self.merge.num_tasks + 1)))

@@ -1,0 +1,182 @@
+"""The LightningModule that fine-tunes one task: backbone, head, loss and optimizer."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.nn import functional
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
+
+from clmerge.models import Backbone, Head, ZeroShotHead
+from clmerge.weights import select_parameters
+
+Batch = tuple[Tensor, Tensor]
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+
+
+class ContinualClassifier(LightningModule):
+    """A backbone and a head that are fine-tuned one task after another.
+
+    Args:
+        backbone: The image encoder.
+        head: From features to logits; default a frozen zero-shot text head.
+        trainable: Glob patterns over the backbone's own parameter names that are trained; default the backbone's
+            choice (for CLIP ``visual.*``, the image tower).
+        loss_classes: Which classes compete in the loss: those of the ``current`` task (MagMax's choice), all ``seen``
+            so far, or ``all`` of the stream (only for a head that knows them).
+        optimizer: Optimizer class with its settings; default AdamW with lr 1e-5 and weight decay 0.1.
+        schedule: Learning rate over the steps of one task: ``cosine`` to zero, or ``constant``.
+        warmup_steps: Linear warm-up at the start of every task, in optimizer steps.
+        label_smoothing: Label smoothing of the cross-entropy, in [0, 1).
+
+    Raises:
+        ValueError: For ``loss_classes='all'`` with a head that must learn its classes, or for patterns in
+            ``trainable`` that match nothing.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head | None = None,
+        *,
+        trainable: Sequence[str] | None = None,
+        loss_classes: Literal["current", "seen", "all"] = "current",
+        optimizer: OptimizerFactory | None = None,
+        schedule: Literal["cosine", "constant"] = "cosine",
+        warmup_steps: int = 0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head or ZeroShotHead()
+        if loss_classes == "all" and not self.head.open_vocabulary:
+            raise ValueError(
+                f"expected loss_classes 'current' or 'seen' with {type(self.head).__name__}, got 'all': "
+                "it does not know classes of tasks to come"
+            )
+        self.loss_classes = loss_classes
+        self.optimizer_factory = optimizer or partial(AdamW, lr=1e-5, weight_decay=0.1)
+        self.schedule = schedule
+        self.warmup_steps = warmup_steps
+        self.label_smoothing = label_smoothing
+        self.epoch_offset = 0
+        self._task_classes: list[int] = []
+        self._seen_classes: list[int] = []
+        backbone.requires_grad_(True)
+        chosen = select_parameters(backbone.model, list(trainable or backbone.default_trainable))
+        backbone.requires_grad_(False)
+        for parameter in chosen.values():
+            parameter.requires_grad_(True)
+        self.trained_names = tuple(f"backbone.model.{name}" for name in chosen)
+
+    def begin_stream(self, prompts: Sequence[Sequence[str]]) -> None:
+        """Build the head for a stream whose class ``c`` is described by ``prompts[c]``."""
+        self.head.build(self.backbone, prompts)
+
+    def begin_task(self, classes: Sequence[int], batches: Iterable[Batch] | None = None) -> None:
+        """Get ready to train a task.
+
+        Args:
+            classes: Global class ids of the task.
+            batches: Training images under the evaluation transform with their labels; read only by heads that start
+                from class means.
+        """
+        self.resume_task(classes)
+        prototypes = None
+        if self.head.wants_prototypes and batches is not None:
+            prototypes = self._class_means(self._task_classes, batches)
+        self.head.add_classes(self._task_classes, prototypes)
+        self.head.train_newest_only(self.loss_classes == "current")
+
+    def resume_task(self, classes: Sequence[int]) -> None:
+        """Take note of a task that was trained before; its part of the head comes with ``load_state_dict``."""
+        self._task_classes = sorted(classes)
+        self._seen_classes = sorted({*self._seen_classes, *classes})
+
+    @torch.no_grad()
+    def _class_means(self, classes: list[int], batches: Iterable[Batch]) -> Tensor:
+        device = next(self.backbone.parameters()).device
+        sums = torch.zeros(len(classes), self.backbone.feature_dim, device=device)
+        counts = torch.zeros(len(classes), 1, device=device)
+        position = {c: i for i, c in enumerate(classes)}
+        was_training = self.backbone.training
+        self.backbone.eval()
+        for images, labels, *_ in batches:
+            rows = torch.tensor([position[int(c)] for c in labels], device=device)
+            sums.index_add_(0, rows, functional.normalize(self.backbone(images.to(device)).float(), dim=-1))
+            counts.index_add_(0, rows, torch.ones(len(rows), 1, device=device))
+        self.backbone.train(was_training)
+        return sums / counts.clamp(min=1)
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits of shape ``(B, C)`` over all classes of the stream, ``-inf`` where the head knows none."""
+        logits: Tensor = self.head(self.backbone(images))
+        return logits
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy over the classes that ``loss_classes`` names; logits ``(B, C)``, global labels ``(B,)``."""
+        if self.loss_classes != "all":
+            classes = self._task_classes if self.loss_classes == "current" else self._seen_classes
+            columns = torch.tensor(classes, device=logits.device)
+            logits = logits[:, columns]
+            labels = torch.searchsorted(columns, labels)
+        return functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels = batch[0], batch[1]
+        loss = self.loss(self(images), labels)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        # Lightning keeps an "epoch" that a module logs itself; its own would start at 0 again in every task.
+        self.log("epoch", float(self.epoch_offset + self.current_epoch))
+        return loss
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        images, labels = batch[0], batch[1]
+        logits = self(images)
+        columns = torch.tensor(self._task_classes, device=logits.device)
+        correct = (columns[logits[:, columns].argmax(dim=1)] == labels).float().mean()
+        self.log("val/loss", self.loss(logits, labels), batch_size=len(labels), sync_dist=True)
+        self.log("val/accuracy", correct, batch_size=len(labels), sync_dist=True, prog_bar=True)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        if self.schedule == "constant" and not self.warmup_steps:
+            return optimizer
+        total = int(self.trainer.estimated_stepping_batches)
+        if self.warmup_steps >= total:
+            warnings.warn(
+                f"warmup_steps={self.warmup_steps} is not shorter than the {total} steps of this task: the learning "
+                f"rate reaches {total / self.warmup_steps:.0%} of its value",
+                UserWarning,
+                stacklevel=2,
+            )
+        factor = partial(lr_factor, total=total, warmup=self.warmup_steps, cosine=self.schedule == "cosine")
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
+        }
+
+
+def lr_factor(step: int, *, total: int, warmup: int, cosine: bool) -> float:
+    """Learning-rate factor in [0, 1] at ``step`` of ``total``: linear warm-up, then cosine to zero or constant.
+
+    Example:
+        >>> [round(lr_factor(s, total=4, warmup=2, cosine=True), 2) for s in range(5)]
+        [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if not cosine:
+        return 1.0
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
