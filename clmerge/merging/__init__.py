@@ -1,21 +1,38 @@
 """Mergers: streaming rules that fold one task vector at a time into the running model. Pure tensor code."""
 
+from clmerge.merging.dare import DARE
+from clmerge.merging.finish import Finisher, Scale
+from clmerge.merging.interpolation import PAINT, WiSEFT
 from clmerge.merging.linear import TaskArithmetic, WeightAverage
 from clmerge.merging.magmax import MagMax
-from clmerge.merging.merger import Merger, Score, registered_mergers
+from clmerge.merging.merger import Merger, Score
+from clmerge.merging.pipeline import Pipeline
+from clmerge.merging.random_mix import RandomMix
+from clmerge.merging.registry import registered_mergers
+from clmerge.merging.soup import GreedySoup
 from clmerge.merging.sparsify import RandomDrop, Sparsifier, TrimModel, TrimTensor
+from clmerge.merging.stock import ModelStock
 from clmerge.merging.ties import TIES
 
 __all__ = [
+    "DARE",
+    "PAINT",
     "TIES",
+    "Finisher",
+    "GreedySoup",
     "MagMax",
     "Merger",
+    "ModelStock",
+    "Pipeline",
     "RandomDrop",
+    "RandomMix",
+    "Scale",
     "Score",
     "Sparsifier",
     "TaskArithmetic",
     "TrimModel",
     "TrimTensor",
     "WeightAverage",
+    "WiSEFT",
     "registered_mergers",
 ]

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-# A rule reads and writes a block several times. Blocks of half a megabyte keep that traffic out of main memory; a GPU
-# wants few large kernels instead.
+# A rule reads and writes a block several times. Blocks of half a megabyte keep that traffic out of main
+# memory; a GPU wants few large kernels instead.
 CPU_BLOCK = 1 << 17
 DEVICE_BLOCK = 1 << 25
 

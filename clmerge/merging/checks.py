@@ -32,7 +32,8 @@ def read_shapes(vector: State) -> Shapes:
         tensor = vector[name]
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise TypeError(
-                f"expected a task vector (parameter name -> tensor), got {type(tensor).__name__} under {name!r}"
+                "expected a task vector (parameter name -> tensor), "
+                f"got {type(tensor).__name__} under {name!r}"
             )
         if not tensor.is_floating_point():
             raise ValueError(
@@ -61,13 +62,14 @@ def check_shapes(shapes: Shapes, known: Shapes, source: str) -> None:
         found = [f"{len(missing)} missing: {', '.join(map(repr, missing[:3]))}"] if missing else []
         found += [f"{len(unknown)} unknown: {', '.join(hints)}"] if unknown else []
         raise ValueError(
-            f"expected the parameters of the task vectors merged so far, got {source} with {'; '.join(found)}; "
-            "select the same parameters for every task"
+            f"expected the parameters of the task vectors merged so far, got {source} with "
+            f"{'; '.join(found)}; select the same parameters for every task"
         )
     for name, shape in shapes.items():
         if shape != known[name]:
             raise ValueError(
-                f"expected shape {known[name]} for {name!r} as in the task vectors merged so far, got {shape} in {source}"
+                f"expected shape {known[name]} for {name!r} as in the task vectors merged so far, "
+                f"got {shape} in {source}"
             )
 
 
@@ -81,8 +83,8 @@ def check_base(base: str | None, known: str | None, source: str) -> None:
     """
     if base is not None and known is not None and base != known:
         raise ValueError(
-            f"expected the base model {known[:12]}... of the task vectors merged so far, got {source} of base model "
-            f"{base[:12]}...; task vectors of different base models cannot be merged"
+            f"expected the base model {known[:12]}... of the vectors merged so far, got {source} of base "
+            f"model {base[:12]}...; task vectors of different base models cannot be merged"
         )
 
 
@@ -94,11 +96,12 @@ def check_finite(vector: State) -> None:
     """
     for name in vector:
         tensor = vector[name].detach()
-        # One read-only pass: a sum is not finite if any entry is not. A sum may also overflow, hence the second look.
+        # One read-only pass: a sum is not finite if any entry is not. A sum may also overflow, hence the
+        # second look.
         if bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all()):
             continue
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         raise ValueError(
-            f"expected finite values, got {bad} NaN or Inf among the {tensor.numel()} entries of {name!r}; the state is "
-            "unchanged: look for a diverged training run"
+            f"expected finite values, got {bad} NaN or Inf among the {tensor.numel()} entries of {name!r}; "
+            "the state is unchanged: look for a diverged training run"
         )

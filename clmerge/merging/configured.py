@@ -1,4 +1,4 @@
-"""Objects that are nothing but their constructor arguments: settings, label and repr come from the signature."""
+"""Objects that are their constructor arguments: settings, label and repr come from the signature."""
 
 import inspect
 import re
@@ -17,8 +17,8 @@ class Configured:
         """Return the constructor arguments as plain values.
 
         Returns:
-            Numbers, strings, lists and None by argument name; an argument that is itself a rule or a part becomes
-            ``{"class_path": ..., "init_args": {...}}``.
+            Numbers, strings, lists and None by argument name; an argument that is itself a rule or a part
+            becomes ``{"class_path": ..., "init_args": {...}}``.
         """
         return {name: _plain(getattr(self, name)) for name in inspect.signature(type(self)).parameters}
 

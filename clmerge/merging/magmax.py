@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from clmerge.merging.merger import Merger, Slots, Step
+from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.merger import Merger, Step
 
 
 def fold_max_magnitude(winner: Tensor, tau: Tensor) -> None:
@@ -27,12 +29,12 @@ def fold_max_magnitude(winner: Tensor, tau: Tensor) -> None:
 class MagMax(Merger):
     """Keep, entry by entry, the change of largest magnitude (Marczak et al., arXiv 2407.06322).
 
-    Made for sequential fine-tuning (start policy ``previous``); on independently fine-tuned experts the same rule is
-    the paper's "MaxAbs" baseline. State: 4 bytes per parameter.
+    Made for sequential fine-tuning (start policy ``previous``); on independently fine-tuned experts the same
+    rule is the paper's "MaxAbs" baseline. State: 4 bytes per parameter.
 
-    Between two changes of equal magnitude the later task wins, as in the released code. Where these have opposite signs
-    the order of tasks shows; otherwise the result does not depend on it. ``merge_state`` takes the other merger's
-    tasks for the later ones.
+    Between two changes of equal magnitude the later task wins, as in the released code. Where these have
+    opposite signs the order of tasks shows; otherwise the result does not depend on it. ``merge_state`` takes
+    the other merger's tasks for the later ones.
 
     Args:
         scale: Scaling coefficient; 0.5 is the paper's, also after the first task.
@@ -53,14 +55,18 @@ class MagMax(Merger):
         super().__init__()
         self.scale = scale
 
-    def _slot_dtypes(self, num_tasks: int) -> dict[str, torch.dtype | None]:
+    @override
+    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
         return {"winner": None}
 
+    @override
     def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
         fold_max_magnitude(slots["winner"], tau)
 
+    @override
     def _read_block(self, slots: Slots, overview: Any) -> Tensor:
         return slots["winner"] * self.scale
 
+    @override
     def _join_block(self, slots: Slots, other: Slots) -> None:
         fold_max_magnitude(slots["winner"], other["winner"])

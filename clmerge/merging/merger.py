@@ -1,6 +1,5 @@
 """The contract of every merge rule: an accumulator that folds task vectors in, one task at a time."""
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,16 +8,22 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from clmerge.merging.blocks import blocks
+from clmerge.merging.accumulators import (
+    SlotDtypes,
+    Slots,
+    allocate,
+    copied,
+    device_of,
+    float_dtype,
+    slot_blocks,
+    widen,
+)
 from clmerge.merging.checks import Shapes, check_base, check_finite, check_shapes, read_shapes
 from clmerge.merging.configured import Configured
-from clmerge.weights.task_vector import State, TaskVector, accumulator_dtype
+from clmerge.weights.task_vector import State, TaskVector
 
 Score = Callable[[TaskVector], float]
 """Held-out accuracy of theta0 + vector; higher is better."""
-
-Slots = dict[str, Tensor]
-"""The accumulators of one parameter, by slot name."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,10 @@ class Step:
 class Merger(Configured, ABC):
     """Merge task vectors as a streaming reduction with constant memory.
 
-    ``compute()`` after t updates is the rule applied to tasks 1..t, for every t. A subclass keeps its constructor
-    arguments under their own names, says which accumulators every parameter has, and writes two short functions:
-    ``_fold_block`` takes a piece of a task vector in, ``_read_block`` reads the merged piece out. Subclasses are the
+    ``compute()`` after t updates is the rule applied to tasks 1..t, for every t. A subclass keeps its
+    constructor arguments under their own names, says which accumulators every parameter has, and writes two
+    short functions: ``_fold_block`` takes a piece of a task vector in, ``_read_block`` reads the merged piece
+    out. Subclasses are the
     registry: a class that exists is found by ``registered_mergers``.
 
     Attributes:
@@ -71,20 +77,18 @@ class Merger(Configured, ABC):
     # What a rule defines
 
     @abstractmethod
-    def _slot_dtypes(self, num_tasks: int) -> dict[str, torch.dtype | None]:
-        """Name the accumulators of a parameter; None is the floating dtype (float32, or float64 for float64 input)."""
+    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
+        """Name the accumulators of a parameter, and their dtypes after ``num_tasks`` tasks."""
 
     def _plan(self, vector: State, step: Step) -> Any:
-        """Compute what folding needs to know of the whole vector. Nothing may be changed here, so it may fail."""
+        """Compute what folding needs to know of the whole vector; it may fail, and changes nothing."""
         return None
 
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
         """Fold one parameter in; by default block by block."""
-        order = list(slots)
-        flat = tau.reshape(-1)
-        for piece, *accumulators in blocks(flat, *(slots[slot].view(-1) for slot in order)):
-            block = dict(zip(order, accumulators, strict=True))
-            self._fold_block(block, piece.to(self._float_dtype(slots)), step, plan)
+        dtype = float_dtype(slots)
+        for block, (piece,) in slot_blocks(slots, tau):
+            self._fold_block(block, piece.to(dtype), step, plan)
 
     def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
         """Fold one flat piece of a parameter into the same piece of its accumulators, in place."""
@@ -99,10 +103,10 @@ class Merger(Configured, ABC):
 
     def _read(self, name: str, slots: Slots, overview: Any) -> Tensor:
         """Read one merged parameter; by default block by block."""
-        order = list(slots)
-        merged = torch.empty_like(slots[order[0]], dtype=self._float_dtype(slots))
-        for piece, *accumulators in blocks(merged.view(-1), *(slots[slot].view(-1) for slot in order)):
-            piece.copy_(self._read_block(dict(zip(order, accumulators, strict=True)), overview))
+        shape = self._shapes[name]
+        merged = torch.empty(shape, dtype=float_dtype(slots), device=device_of(slots))
+        for block, (piece,) in slot_blocks(slots, merged):
+            piece.copy_(self._read_block(block, overview))
         return merged
 
     def _read_block(self, slots: Slots, overview: Any) -> Tensor:
@@ -144,8 +148,8 @@ class Merger(Configured, ABC):
 
         Raises:
             TypeError: If ``task_vector`` is not a mapping of names to tensors.
-            ValueError: If it holds NaN or Inf, names, shapes or the base differ from before, or something the rule
-                requires is missing. The state is then as it was.
+            ValueError: If it holds NaN or Inf, names, shapes or the base differ from before, or something the
+                rule requires is missing. The state is then as it was.
         """
         shapes = read_shapes(task_vector)
         source = f"the task vector of task {self.num_tasks if task is None else task}"
@@ -158,7 +162,7 @@ class Merger(Configured, ABC):
             )
         # Accumulators made in inference mode could never be changed outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            self._check_precision(task_vector, source)
+            self._check_dtypes({name: task_vector[name].dtype for name in task_vector}, source)
             check_finite(task_vector)
             step = Step(task=self.num_tasks if task is None else task, position=self.num_tasks, score=score)
             self._take(task_vector, shapes, base, step)
@@ -181,7 +185,7 @@ class Merger(Configured, ABC):
             return {name: self._read(name, slots, overview) for name, slots in self._slots.items()}
 
     def merge_state(self, other: "Merger") -> None:
-        """Join another accumulator of the same rule: the result has seen the tasks of both, ``other``'s later.
+        """Join another accumulator of the same rule, as if ``other``'s task vectors had come after these.
 
         Args:
             other: A merger of the same class and settings, over the same parameters; it is not changed.
@@ -197,14 +201,15 @@ class Merger(Configured, ABC):
             raise RuntimeError(f"expected the same settings to join two mergers, got {self!r} and {other!r}")
         if not self.order_free:
             raise RuntimeError(
-                f"expected a rule that does not depend on the order of tasks, got {self!r}; update one merger with the "
-                "task vectors in order instead"
+                f"expected a rule that does not depend on the order of tasks, got {self!r}; "
+                "update one merger with the task vectors in order instead"
             )
         check_base(other.base, self.base, "a merger")
         if not other.num_tasks:
             return
         if self.num_tasks:
             check_shapes(other._shapes, self._shapes, "a merger")
+            self._check_dtypes({name: float_dtype(slots) for name, slots in other._slots.items()}, "a merger")
         with torch.inference_mode(False), torch.no_grad():
             self._join(other)
 
@@ -221,14 +226,11 @@ class Merger(Configured, ABC):
             device: Where they go.
         """
         self._device = torch.device(device)
-        self._slots = {
-            name: {slot: tensor.to(self._device) for slot, tensor in slots.items()}
-            for name, slots in self._slots.items()
-        }
+        self._slots = copied(self._slots, self._device)
         return self
 
     def state_size(self, num_params: int, num_tasks: int) -> int:
-        """Return the bytes the accumulators take for float32 vectors (float64 vectors: twice the floating part).
+        """Return the bytes the accumulators take for task vectors of float32 or less.
 
         Args:
             num_params: Entries of one task vector.
@@ -238,17 +240,14 @@ class Merger(Configured, ABC):
         return num_params * sum((dtype or torch.float32).itemsize for dtype in dtypes)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to go on: primitives and copies of tensors, safe for ``weights_only=True``."""
+        """Return everything needed to go on: primitives and copies of tensors, safe to load weights-only."""
         return {
             "class": type(self).__name__,
             "settings": self.settings(),
             "num_tasks": self.num_tasks,
             "base": self.base,
             "shapes": {name: list(shape) for name, shape in self._shapes.items()},
-            "slots": {
-                name: {slot: tensor.detach().clone() for slot, tensor in slots.items()}
-                for name, slots in self._slots.items()
-            },
+            "slots": copied(self._slots),
             "extras": self._extras(),
         }
 
@@ -259,8 +258,8 @@ class Merger(Configured, ABC):
             state: What ``state_dict`` of a merger of the same class and settings returned.
 
         Raises:
-            ValueError: If it belongs to another rule or other settings, or tensors are missing. The state is then as
-                it was.
+            ValueError: If it belongs to another rule or other settings, or tensors are missing. The state is
+                then as it was.
         """
         for key, expected in (("class", type(self).__name__), ("settings", self.settings())):
             if state.get(key) != expected:
@@ -271,111 +270,51 @@ class Merger(Configured, ABC):
             found = {slot: tuple(tensor.shape) for slot, tensor in state["slots"].get(name, {}).items()}
             if found != dict.fromkeys(wanted, shape):
                 raise ValueError(
-                    f"expected accumulators {sorted(wanted)} of shape {shape} for {name!r} in the state of {self!r}, "
-                    f"got {found}; the checkpoint is damaged or of another version"
+                    f"expected accumulators {sorted(wanted)} of shape {shape} for {name!r} in the state of "
+                    f"{self!r}, got {found}; the checkpoint is damaged or of another version"
                 )
         with torch.inference_mode(False):
-            self._slots = {
-                name: {
-                    slot: tensor.detach().to(self._device or tensor.device, copy=True)
-                    for slot, tensor in slots.items()
-                }
-                for name, slots in state["slots"].items()
-            }
-        self._shapes, self.num_tasks, self.base = shapes, state["num_tasks"], state["base"]
+            slots = copied(state["slots"], self._device)
         self._load_extras(state["extras"])
+        self._slots, self._shapes = slots, shapes
+        self.num_tasks, self.base = state["num_tasks"], state["base"]
 
     # How it works inside
 
     def _take(self, vector: State, shapes: Shapes, base: str | None, step: Step) -> None:
+        """Fold a checked task vector in."""
         plan = self._plan(vector, step)
-        slots = self._slots or self._empty_slots(vector)
-        self._set_dtypes(slots, step.position + 1)
+        dtypes = self._slot_dtypes(step.position + 1)
+        slots = self._slots or allocate(vector, dtypes, self._device)
+        widen(slots, dtypes)
         for name, accumulators in slots.items():
-            device = next(iter(accumulators.values())).device
-            self._fold(name, accumulators, vector[name].detach().to(device), step, plan)
-        self._slots, self._shapes = slots, self._shapes or shapes
+            self._fold(name, accumulators, vector[name].detach().to(device_of(accumulators)), step, plan)
+        self._slots, self._shapes = slots, shapes
         self.base = self.base or base
         self.num_tasks = step.position + 1
         self._after_update(step, plan)
 
-    def _empty_slots(self, vector: State) -> dict[str, Slots]:
-        slots: dict[str, Slots] = {}
-        for name in vector:
-            tensor = vector[name]
-            device = self._device or tensor.device
-            slots[name] = {
-                slot: torch.zeros(tensor.shape, dtype=dtype or accumulator_dtype(tensor), device=device)
-                for slot, dtype in self._slot_dtypes(1).items()
-            }
-        return slots
-
-    def _set_dtypes(self, slots: dict[str, Slots], num_tasks: int) -> None:
-        """Widen integer accumulators before they would overflow."""
-        for slot, dtype in self._slot_dtypes(num_tasks).items():
-            for accumulators in slots.values():
-                if dtype is not None and accumulators[slot].dtype != dtype:
-                    accumulators[slot] = accumulators[slot].to(dtype)
-
-    def _float_dtype(self, slots: Slots) -> torch.dtype:
-        return next(tensor.dtype for tensor in slots.values() if tensor.is_floating_point())
-
-    def _check_precision(self, vector: State, source: str) -> None:
+    def _check_dtypes(self, dtypes: dict[str, torch.dtype], source: str) -> None:
+        """Refuse what would lose precision: float64 for an accumulator that began in float32."""
         for name, slots in self._slots.items():
-            if vector[name].dtype == torch.float64 and self._float_dtype(slots) != torch.float64:
+            if dtypes[name] == torch.float64 != float_dtype(slots):
                 raise ValueError(
-                    f"expected {name!r} in float32 or less as in the first task vector, got float64 in {source}; "
-                    "convert all task vectors to one dtype"
+                    f"expected {name!r} in float32 or less as in the first task vector, got float64 in "
+                    f"{source}; convert all task vectors to one dtype"
                 )
 
     def _join(self, other: Self) -> None:
-        num_tasks = self.num_tasks + other.num_tasks
-        if not self.num_tasks:
-            device = self._device
-            self._slots = {
-                name: {slot: tensor.to(device or tensor.device, copy=True) for slot, tensor in slots.items()}
-                for name, slots in other._slots.items()
-            }
-            self._shapes = dict(other._shapes)
-            self._load_extras(other._extras())
-        else:
-            self._set_dtypes(self._slots, num_tasks)
+        if self.num_tasks:
+            widen(self._slots, self._slot_dtypes(self.num_tasks + other.num_tasks))
             for name, slots in self._slots.items():
-                order = list(slots)
-                mine = [slots[slot].view(-1) for slot in order]
-                theirs = [other._slots[name][slot].to(mine[0].device).view(-1) for slot in order]
-                for pieces in blocks(*mine, *theirs):
-                    left, right = pieces[: len(order)], pieces[len(order) :]
-                    self._join_block(
-                        dict(zip(order, left, strict=True)), dict(zip(order, right, strict=True))
-                    )
+                order, dtype = list(slots), float_dtype(slots)
+                theirs = [other._slots[name][slot].to(device_of(slots)) for slot in order]
+                for block, pieces in slot_blocks(slots, *theirs):
+                    cast = (piece.to(dtype) if piece.is_floating_point() else piece for piece in pieces)
+                    self._join_block(block, dict(zip(order, cast, strict=True)))
             self._join_extras(other)
-        self.num_tasks, self.base = num_tasks, self.base or other.base
-
-
-def registered_mergers() -> dict[str, type[Merger]]:
-    """Return every merge rule by class name, found from the subclasses themselves.
-
-    Abstract classes and classes whose name starts with an underscore are left out.
-
-    Raises:
-        RuntimeError: If two rules share a class name or a short name.
-
-    Example:
-        >>> registered_mergers()["MagMax"].name
-        'magmax'
-    """
-    found: dict[str, type[Merger]] = {}
-    names: dict[str, type[Merger]] = {}
-    waiting = Merger.__subclasses__()
-    while waiting:
-        rule = waiting.pop()
-        waiting.extend(rule.__subclasses__())
-        if inspect.isabstract(rule) or rule.__name__.startswith("_"):
-            continue
-        for key, registry in ((rule.__name__, found), (rule.name, names)):
-            if registry.setdefault(key, rule) is not rule:
-                raise RuntimeError(
-                    f"expected one merger called {key!r}, got {registry[key]!r} and {rule!r}; rename one"
-                )
-    return dict(sorted(found.items()))
+        else:
+            self._slots, self._shapes = copied(other._slots, self._device), dict(other._shapes)
+            self._load_extras(other._extras())
+        self.num_tasks += other.num_tasks
+        self.base = self.base or other.base

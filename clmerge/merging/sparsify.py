@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from clmerge.merging.configured import Configured
 from clmerge.merging.randomness import seeded_uniform
@@ -32,7 +33,9 @@ def keep_from(tau: Tensor, threshold: float) -> Tensor:
 
 
 def keep_largest(tau: Tensor, count: int) -> Tensor:
-    """Keep exactly ``count`` entries, those of largest magnitude; between equal ones the first in memory order.
+    """Keep exactly ``count`` entries: those of largest magnitude.
+
+    Between entries of equal magnitude the first in memory order are kept.
 
     Args:
         tau: Any shape, floating-point.
@@ -62,8 +65,8 @@ def drop_entries(tau: Tensor, uniform: Tensor, drop_rate: float, rescale: Rescal
         tau: Any shape, floating-point.
         uniform: Numbers in [0, 1), same shape.
         drop_rate: Share that is dropped.
-        rescale: ``"probability"`` divides by ``1 - drop_rate``; ``"l1"`` gives the rest the L1 norm of ``tau``; ``"none"``
-            leaves it.
+        rescale: ``"probability"`` divides by ``1 - drop_rate``; ``"l1"`` gives the rest the L1 norm of
+            ``tau``; ``"none"`` leaves it.
 
     Returns:
         A fresh tensor with zeros in place of the dropped entries.
@@ -124,8 +127,9 @@ class Sparsifier(Configured, ABC):
 class TrimModel(Sparsifier):
     """Keep the largest entries of the whole model, by one threshold (TIES' trim, arXiv 2306.01708).
 
-    The threshold is the released code's: with d entries, the ``d - int(density * d)``-th smallest magnitude. That entry
-    and all that equal it are kept, so a vector without ties keeps ``int(density * d) + 1`` entries.
+    The threshold is the released code's: with d entries, the ``d - int(density * d)``-th smallest magnitude.
+    That entry and all that equal it are kept, so a vector without ties keeps ``int(density * d) + 1``
+    entries.
 
     Args:
         density: Share of the entries that is kept, in (0, 1]; 1 keeps everything.
@@ -136,11 +140,13 @@ class TrimModel(Sparsifier):
     def __init__(self, density: float = 0.2) -> None:
         self.density = checked_density(density)
 
+    @override
     def plan(self, vector: State, task: int) -> float:
         total = sum(vector[name].numel() for name in vector)
         count = int(self.density * total) + 1
         return kth_largest_magnitude([vector[name] for name in vector], count) if count <= total else 0.0
 
+    @override
     def sparsify(self, name: str, tau: Tensor, task: int, plan: float) -> Tensor:
         return keep_from(tau, plan)
 
@@ -159,6 +165,7 @@ class TrimTensor(Sparsifier):
     def __init__(self, density: float = 0.2) -> None:
         self.density = checked_density(density)
 
+    @override
     def sparsify(self, name: str, tau: Tensor, task: int, plan: None) -> Tensor:
         count = max(1, int(self.density * tau.numel()))
         return keep_largest(tau, count) if count < tau.numel() else tau
@@ -171,8 +178,9 @@ class RandomDrop(Sparsifier):
 
     Args:
         drop_rate: Share of the entries that is dropped, in [0, 1).
-        rescale: ``"probability"`` divides what is kept by ``1 - drop_rate`` (the paper); ``"l1"`` restores each tensor's
-            L1 norm (mergekit); ``"none"`` does neither (the released code without its rescale flag).
+        rescale: ``"probability"`` divides what is kept by ``1 - drop_rate`` (the paper); ``"l1"`` restores
+            each tensor's L1 norm (mergekit); ``"none"`` does neither (the released code without its rescale
+            flag).
         seed: Seed of the masks.
     """
 
@@ -187,6 +195,7 @@ class RandomDrop(Sparsifier):
         self.rescale: Rescale = rescale
         self.seed = seed
 
+    @override
     def sparsify(self, name: str, tau: Tensor, task: int, plan: None) -> Tensor:
         uniform = seeded_uniform(tau, seed=self.seed, task=task, name=name, purpose="drop")
         return drop_entries(tau, uniform, self.drop_rate, self.rescale)

@@ -4,8 +4,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from clmerge.merging.merger import Merger, Slots, Step
+from clmerge.merging.accumulators import SlotDtypes, Slots, float_dtype
+from clmerge.merging.merger import Merger, Step
 from clmerge.merging.sparsify import Sparsifier, TrimModel, TrimTensor
 from clmerge.weights.task_vector import State
 
@@ -32,19 +34,20 @@ class TIES(Merger):
 
     1. Trim: keep the ``density`` share of largest magnitude of every task vector.
     2. Elect: the sign of an entry is the sign of its sum over the tasks.
-    3. Merge: mean, sum or largest magnitude of the non-zero entries that have the elected sign; times ``scale``.
+    3. Merge: mean, sum or largest magnitude of the non-zero entries that have the elected sign; times
+    ``scale``.
 
-    No task vector is kept: sums and counts of the positive and of the negative entries are enough. State: 12 bytes per
-    parameter (mean, max) or 8 (sum); 16 for the mean of more than 32767 tasks.
+    No task vector is kept: sums and counts of the positive and of the negative entries are enough. State: 12
+    bytes per parameter (mean, max) or 8 (sum); 16 for the mean of more than 32767 tasks.
 
-    Entries whose sum is exactly zero: with ``trim="model"`` they take the sign most entries of the model have; if there
-    is no such sign either, the negative entries are kept, as the released code does. With ``trim="tensor"`` they are
-    positive, as in mergekit.
+    Entries whose sum is exactly zero: with ``trim="model"`` they take the sign most entries of the model
+    have; if there is no such sign either, the negative entries are kept, as the released code does. With
+    ``trim="tensor"`` they are positive, as in mergekit.
 
     Args:
         density: Share of the entries the trim keeps, in (0, 1].
-        trim: ``"model"``: one threshold for the flattened model, ties at it kept (the paper). ``"tensor"``: exactly
-            ``max(1, int(density * n))`` entries of each tensor (mergekit, PEFT).
+        trim: ``"model"``: one threshold for the flattened model, ties at it kept (the paper). ``"tensor"``:
+            exactly ``max(1, int(density * n))`` entries of each tensor (mergekit, PEFT).
         merge: ``"mean"`` (the paper), ``"sum"`` or ``"max"``.
         scale: Scaling coefficient; the paper searches 0.8 to 2.5 and falls back to 1.
 
@@ -74,21 +77,26 @@ class TIES(Merger):
         self.merge: MergeKind = merge
         self.scale = scale
 
-    def _slot_dtypes(self, num_tasks: int) -> dict[str, torch.dtype | None]:
+    @override
+    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
         if self.merge == "max":
             return {"pos_max": None, "neg_max": None, "total": None}
-        sums: dict[str, torch.dtype | None] = {"pos_sum": None, "neg_sum": None}
+        sums: SlotDtypes = {"pos_sum": None, "neg_sum": None}
         if self.merge == "sum":
             return sums
         count = torch.int16 if num_tasks <= torch.iinfo(torch.int16).max else torch.int32
         return sums | {"pos_count": count, "neg_count": count}
 
+    @override
     def _plan(self, vector: State, step: Step) -> Any:
         return self._sparsifier.plan(vector, step.task)
 
+    @override
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
-        super()._fold(name, slots, self._sparsifier.sparsify(name, tau, step.task, plan), step, plan)
+        tau = self._sparsifier.sparsify(name, tau.to(float_dtype(slots)), step.task, plan)
+        super()._fold(name, slots, tau, step, plan)
 
+    @override
     def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
         positive, negative = tau.clamp(min=0), tau.clamp(max=0)
         if self.merge == "max":
@@ -102,6 +110,7 @@ class TIES(Merger):
             slots["pos_count"].add_(tau > 0)
             slots["neg_count"].add_(tau < 0)
 
+    @override
     def _join_block(self, slots: Slots, other: Slots) -> None:
         if self.merge != "max":
             super()._join_block(slots, other)
@@ -110,12 +119,14 @@ class TIES(Merger):
         torch.minimum(slots["neg_max"], other["neg_max"], out=slots["neg_max"])
         slots["total"].add_(other["total"])
 
+    @override
     def _overview(self) -> int:
         """Return the sign of entries whose sum is zero."""
         if self.trim == "tensor":
             return 1
         return majority_sign([self._total(slots) for slots in self._slots.values()])
 
+    @override
     def _read_block(self, slots: Slots, overview: int) -> Tensor:
         total = self._total(slots)
         positive = total >= 0 if overview > 0 else total > 0

@@ -16,8 +16,8 @@ _FILE_NAME = re.compile(r"task_(\d{3,})\.safetensors")
 class TaskVectorBank:
     """Keep task vectors on disk, one ``task_000.safetensors`` per task, and read them back one at a time.
 
-    Every file says in its header which task it is, what the task is called, and the fingerprint of the base model it
-    was taken from. Files are written atomically.
+    Every file says in its header which task it is, what the task is called, and the fingerprint of the base
+    model it was taken from. Files are written atomically.
 
     Args:
         folder: Where the files are; created by the first ``append``.
@@ -67,8 +67,8 @@ class TaskVectorBank:
             overwrite: Replace a vector that is already there, as a resumed run does. Default: refuse.
 
         Raises:
-            ValueError: If the task is negative or stored already, or base, names or shapes differ from the stored
-                vectors'.
+            ValueError: If the task is negative or stored already, or base, names or shapes differ from the
+                stored vectors'.
         """
         if task < 0:
             raise ValueError(f"expected a task index of 0 or more, got {task}")
@@ -83,8 +83,8 @@ class TaskVectorBank:
             known = self.metadata(other)["base"]
             if base and known and base != known:
                 raise ValueError(
-                    f"expected task vectors of the base model {known[:12]}... as in {self.path(other)}, got base "
-                    f"{base[:12]}... for task {task}; use a new folder for another base model"
+                    f"expected task vectors of the base model {known[:12]}... as in {self.path(other)}, got "
+                    f"base {base[:12]}... for task {task}; use a new folder for another base model"
                 )
         if others:
             self._check_layout(tau, task, others[0])

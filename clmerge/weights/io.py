@@ -17,11 +17,11 @@ from clmerge.weights.task_vector import State, TaskVector
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; when the block ends well, the file written there becomes ``path``.
+    """Yield a temporary name; the file written there becomes ``path`` when the block ends well.
 
-    The data and the folder entry are flushed to disk before the block is left. When the block raises, the temporary
-    file is removed and ``path`` keeps its old content. A process that is killed leaves ``path`` untouched and may leave
-    a hidden ``.NAME.HEX.tmp`` file.
+    The data and the folder entry are flushed to disk before the block is left. When the block raises, the
+    temporary file is removed and ``path`` keeps its old content. A process that is killed leaves ``path``
+    untouched and may leave a hidden ``.NAME.HEX.tmp`` file.
 
     Args:
         path: Where the finished file shall be; missing folders are created.
@@ -40,7 +40,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         _fsync(temporary)
-        os.replace(temporary, target)
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
     _fsync(target.parent)
@@ -58,7 +58,7 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
-    """Write an object as indented JSON, atomically; NaN and Infinity are refused because JSON has no such numbers.
+    """Write an object as indented JSON, atomically.
 
     Args:
         path: The file to write.

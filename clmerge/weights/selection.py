@@ -14,9 +14,9 @@ def select_parameters(
 ) -> dict[str, nn.Parameter]:
     """Select the trainable floating-point parameters that match the patterns.
 
-    A pattern is a shell glob over the whole parameter name, in which ``*`` also matches dots: ``"visual.*"`` is the
-    image tower of a CLIP model. A parameter that several names share is selected once, under its first name, if any of
-    its names matches.
+    A pattern is a shell glob over the whole parameter name, in which ``*`` also matches dots: ``"visual.*"``
+    is the image tower of a CLIP model. A parameter that several names share is selected once, under its first
+    name, if any of its names matches.
 
     Args:
         module: The module whose parameters are looked at, compiled or not.
@@ -27,8 +27,8 @@ def select_parameters(
         The parameters themselves (not copies) by name, in the module's order.
 
     Raises:
-        ValueError: If a pattern matches no parameter, an include pattern matches only frozen parameters, or nothing
-            is left.
+        ValueError: If a pattern matches no parameter, an include pattern matches only frozen parameters, or
+            nothing is left.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
@@ -51,8 +51,8 @@ def select_parameters(
     for pattern in include or []:
         if not any(_any_match(group, [pattern]) for group in mergeable.values()):
             raise ValueError(
-                f"expected a pattern that matches a trainable parameter, got {pattern!r}, which matches only frozen or "
-                "integer ones; set requires_grad or drop the pattern"
+                f"expected a pattern that matches a trainable parameter, got {pattern!r}, which matches only "
+                "frozen or integer ones; set requires_grad or drop the pattern"
             )
     selected = {
         group[0]: parameter

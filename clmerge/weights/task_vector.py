@@ -18,8 +18,8 @@ def task_vector(
 ) -> TaskVector:
     """Compute ``theta - base`` for every parameter (Ilharco et al., arXiv 2212.04089).
 
-    The difference is taken in float32 (float64 if either side is float64), so half-precision weights are widened
-    before they are subtracted.
+    The difference is taken in float32 (float64 if either side is float64), so half-precision weights are
+    widened before they are subtracted.
 
     Args:
         theta: Fine-tuned weights by name, any floating dtype, any shape.
@@ -74,8 +74,8 @@ def apply_task_vector(
     unknown = [name for name in tau if name not in base]
     if unknown:
         raise ValueError(
-            f"expected parameters of {sources[0]}, got {_shown(unknown)} in {sources[1]}, which it does not have; "
-            "apply a task vector to the base model it was taken from"
+            f"expected parameters of {sources[0]}, got {_shown(unknown)} in {sources[1]}, which it does not "
+            "have; apply a task vector to the base model it was taken from"
         )
     merged = {}
     for name, start in base.items():
@@ -143,8 +143,8 @@ def check_same_shape(name: str, left: Tensor, right: Tensor, sources: tuple[str,
     """Raise a ValueError if a parameter has another shape in the other state."""
     if left.shape != right.shape:
         raise ValueError(
-            f"expected one shape for {name!r}, got {tuple(left.shape)} in {sources[0]} and {tuple(right.shape)} in "
-            f"{sources[1]}; leave the parameter out or use models of one architecture"
+            f"expected one shape of {name!r}, got {tuple(left.shape)} in {sources[0]} and {tuple(right.shape)}"
+            f" in {sources[1]}; leave the parameter out or use models of one architecture"
         )
 
 

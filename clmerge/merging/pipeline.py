@@ -1,0 +1,131 @@
+"""The composed rule: any sparsifier before any reducer before any finisher."""
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from clmerge.merging.accumulators import SlotDtypes
+from clmerge.merging.checks import Shapes
+from clmerge.merging.finish import Finisher
+from clmerge.merging.linear import TaskArithmetic
+from clmerge.merging.merger import Merger, Score, Step
+from clmerge.merging.sparsify import Sparsifier
+from clmerge.weights.task_vector import State, TaskVector, accumulator_dtype
+
+
+class _Sparsified(Mapping[str, Tensor]):
+    """A task vector whose parameters are sparsified when they are asked for, one at a time."""
+
+    def __init__(self, vector: State, sparsifier: Sparsifier, task: int) -> None:
+        self._vector = vector
+        self._sparsifier = sparsifier
+        self._task = task
+        self._plan = sparsifier.plan(vector, task)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tau = self._vector[name].detach()
+        return self._sparsifier.sparsify(name, tau.to(accumulator_dtype(tau)), self._task, self._plan)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._vector)
+
+    def __len__(self) -> int:
+        return len(self._vector)
+
+
+class Pipeline(Merger):
+    """Sparsify every task vector, reduce them with any rule, finish the result.
+
+    The pipeline is as exact, as order-free and as large as its reducer, and asks for what its reducer
+    requires.
+
+    Args:
+        reducer: The rule that merges; the pipeline works on its own copy. Default: ``TaskArithmetic()``.
+        sparsifier: What is done to every task vector before it. Default: nothing.
+        finisher: What is done to the merged vector after it. Default: nothing.
+
+    Example:
+        >>> from clmerge.merging import MagMax, Scale, TrimTensor
+        >>> merger = Pipeline(MagMax(scale=1.0), sparsifier=TrimTensor(density=0.5), finisher=Scale(0.1))
+        >>> merger.update({"w": torch.tensor([1.0, -30.0])})
+        >>> merger.update({"w": torch.tensor([20.0, 2.0])})
+        >>> merger.compute()
+        {'w': tensor([ 2., -3.])}
+    """
+
+    name = "pipeline"
+    summary = "any sparsifier before any rule before any finisher"
+    source = ""
+
+    def __init__(
+        self,
+        reducer: Merger | None = None,
+        *,
+        sparsifier: Sparsifier | None = None,
+        finisher: Finisher | None = None,
+    ) -> None:
+        self._inner = deepcopy(reducer) if reducer is not None else TaskArithmetic()
+        super().__init__()
+        self._inner.reset()
+        self.reducer = reducer
+        self.sparsifier = sparsifier
+        self.finisher = finisher
+        self.exact_online = self._inner.exact_online
+        self.order_free = self._inner.order_free
+        self.requires = self._inner.requires
+
+    @override
+    def compute(self) -> TaskVector:
+        return self._finished(self._inner.compute())
+
+    @override
+    def to(self, device: torch.device | str) -> Self:
+        self._inner.to(device)
+        return self
+
+    @override
+    def state_size(self, num_params: int, num_tasks: int) -> int:
+        return self._inner.state_size(num_params, num_tasks)
+
+    @override
+    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
+        return {}
+
+    @override
+    def _take(self, vector: State, shapes: Shapes, base: str | None, step: Step) -> None:
+        if step.score is not None and self.finisher is not None:
+            step = replace(step, score=self._score_finished(step.score))
+        if self.sparsifier is not None:
+            vector = _Sparsified(vector, self.sparsifier, step.task)
+        self._inner._take(vector, shapes, base, step)
+        self._shapes, self.base, self.num_tasks = shapes, self.base or base, step.position + 1
+
+    @override
+    def _check_dtypes(self, dtypes: dict[str, torch.dtype], source: str) -> None:
+        self._inner._check_dtypes(dtypes, source)
+
+    def _finished(self, vector: TaskVector) -> TaskVector:
+        return vector if self.finisher is None else self.finisher.finish(vector)
+
+    def _score_finished(self, score: Score) -> Score:
+        return lambda vector: score(self._finished(vector))
+
+    @override
+    def _extras(self) -> dict[str, Any]:
+        return {"reducer": self._inner.state_dict()}
+
+    @override
+    def _load_extras(self, extras: dict[str, Any]) -> None:
+        if extras:
+            self._inner.load_state_dict(extras["reducer"])
+        else:
+            self._inner.reset()
+
+    @override
+    def _join_extras(self, other: Self) -> None:
+        self._inner.merge_state(other._inner)

@@ -1,0 +1,116 @@
+"""Greedy soup: average the task vectors that do not lower a held-out metric."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import override
+
+from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.merger import Merger, Score, Step
+from clmerge.weights.task_vector import State, TaskVector
+
+
+def measured(score: Score, vector: TaskVector) -> float:
+    """Return the held-out metric of theta0 + vector.
+
+    Args:
+        score: The metric.
+        vector: What is added to theta0.
+
+    Raises:
+        ValueError: If the metric is NaN, which no comparison can rank.
+    """
+    value = float(score(vector))
+    if math.isnan(value):
+        raise ValueError("expected a number from the held-out metric, got NaN; check the held-out data")
+    return value
+
+
+@dataclass(frozen=True)
+class _Decision:
+    keep: bool
+
+
+class GreedySoup(Merger):
+    """Average the task vectors that help, deciding as they arrive (Wortsman et al., arXiv 2203.05482).
+
+    The first task vector is always kept. A later one is kept if the average with it scores at least as well
+    as the average without it; both are scored with the metric handed to that ``update``, so the held-out data
+    may grow.
+
+    This is not the batch recipe, which sorts all models by their score before it begins (hence
+    ``exact_online = False``): the stream cannot go back to a vector it left out. State: 4 bytes per
+    parameter.
+
+    Args:
+        strict: Whether the score must rise. Default: it must not fall, as in the paper; the released code
+            wants it to rise.
+
+    Example:
+        >>> import torch
+        >>> def score(vector):  # likes entries near 1.5, so 5.0 is left out
+        ...     return -abs(vector["w"].item() - 1.5)
+        >>> merger = GreedySoup()
+        >>> for value in (1.0, 5.0, 2.0):
+        ...     merger.update({"w": torch.tensor([value])}, score=score)
+        >>> merger.compute()
+        {'w': tensor([1.5000])}
+    """
+
+    name = "greedy_soup"
+    summary = "mean of the task vectors that do not lower a held-out metric"
+    source = "2203.05482"
+    exact_online = False
+    order_free = False
+    requires = frozenset({"score"})
+
+    def __init__(self, strict: bool = False) -> None:
+        super().__init__()
+        self.strict = strict
+        self.num_kept = 0
+
+    @override
+    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
+        return {"sum": None}
+
+    @override
+    def _plan(self, vector: State, step: Step) -> _Decision:
+        if not self.num_kept or step.score is None:
+            return _Decision(keep=True)
+        without = measured(step.score, self.compute())
+        with_it = measured(step.score, self._average_with(vector))
+        return _Decision(keep=with_it > without or (with_it == without and not self.strict))
+
+    def _average_with(self, vector: State) -> TaskVector:
+        count = self.num_kept + 1
+        return {
+            name: (slots["sum"] + vector[name].to(slots["sum"])) / count
+            for name, slots in self._slots.items()
+        }
+
+    @override
+    def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: _Decision) -> None:
+        if plan.keep:
+            super()._fold(name, slots, tau, step, plan)
+
+    @override
+    def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: _Decision) -> None:
+        slots["sum"].add_(tau)
+
+    @override
+    def _after_update(self, step: Step, plan: _Decision) -> None:
+        self.num_kept += plan.keep
+
+    @override
+    def _read_block(self, slots: Slots, overview: Any) -> Tensor:
+        return slots["sum"] / self.num_kept
+
+    @override
+    def _extras(self) -> dict[str, Any]:
+        return {"num_kept": self.num_kept}
+
+    @override
+    def _load_extras(self, extras: dict[str, Any]) -> None:
+        self.num_kept = extras.get("num_kept", 0)
