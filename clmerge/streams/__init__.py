@@ -15,27 +15,57 @@ if TYPE_CHECKING:
     from clmerge.streams.class_incremental import ClassIncremental
     from clmerge.streams.datamodule import StreamDataModule
     from clmerge.streams.digits import SklearnDigits
+    from clmerge.streams.domain_incremental import DomainIncremental
+    from clmerge.streams.file_list import FileListSource
+    from clmerge.streams.from_avalanche import FromAvalanche
+    from clmerge.streams.image_folder import ImageFolderSource
+    from clmerge.streams.npz import NpzSource
+    from clmerge.streams.source_groups import DomainFolders, DomainLists, PrefixDomains, SourceGroup
     from clmerge.streams.sources import DataSource, LabelledImages
     from clmerge.streams.stream import Stream, Task
+    from clmerge.streams.task_incremental import TaskIncremental
+    from clmerge.streams.torchvision_source import TorchvisionSource
 
 _HOMES = {
     "ClassIncremental": "class_incremental",
     "DataSource": "sources",
+    "DomainFolders": "source_groups",
+    "DomainIncremental": "domain_incremental",
+    "DomainLists": "source_groups",
+    "FileListSource": "file_list",
+    "FromAvalanche": "from_avalanche",
+    "ImageFolderSource": "image_folder",
     "LabelledImages": "sources",
+    "NpzSource": "npz",
+    "PrefixDomains": "source_groups",
     "SklearnDigits": "digits",
+    "SourceGroup": "source_groups",
     "Stream": "stream",
     "StreamDataModule": "datamodule",
     "Task": "stream",
+    "TaskIncremental": "task_incremental",
+    "TorchvisionSource": "torchvision_source",
 }
 
 __all__ = [
     "ClassIncremental",
     "DataSource",
+    "DomainFolders",
+    "DomainIncremental",
+    "DomainLists",
+    "FileListSource",
+    "FromAvalanche",
+    "ImageFolderSource",
     "LabelledImages",
+    "NpzSource",
+    "PrefixDomains",
     "SklearnDigits",
+    "SourceGroup",
     "Stream",
     "StreamDataModule",
     "Task",
+    "TaskIncremental",
+    "TorchvisionSource",
 ]
 
 

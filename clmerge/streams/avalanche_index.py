@@ -45,3 +45,23 @@ def experience_indices(experience: Any) -> list[int]:
     """Return the ascending positions that an experience over an `IndexDataset` holds."""
     dataset = experience.dataset
     return sorted(int(dataset[position][0]) for position in range(len(dataset)))
+
+
+def one_experience_each(train: Sequence[Sequence[int]], test: Sequence[Sequence[int]]) -> Any:
+    """Build an Avalanche benchmark with one experience per data set.
+
+    Args:
+        train: per experience, the global class ids of its training samples.
+        test: per experience, the global class ids of its test samples.
+
+    Returns:
+        A benchmark with class timeline and task labels, whose items are ``(i, target, task)``.
+    """
+    benchmarks = avalanche_benchmarks()
+    to_avalanche = benchmarks.utils.as_classification_dataset
+    benchmark = benchmarks.benchmark_from_datasets(
+        train=[to_avalanche(IndexDataset(targets)) for targets in train],
+        test=[to_avalanche(IndexDataset(targets)) for targets in test],
+    )
+    # Task labels first: task_incremental_benchmark drops the timeline's attributes.
+    return benchmarks.with_classes_timeline(benchmarks.task_incremental_benchmark(benchmark))

@@ -1,0 +1,57 @@
+"""Images in files: the common base of folder trees and file lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from typing_extensions import override
+
+from clmerge.streams.sources import LabelledImages
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGE_SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+
+
+class FileImages(LabelledImages):
+    """Images that are decoded when asked for.
+
+    Args:
+        paths: path of every image.
+        targets: class id of every image, length of ``paths``.
+    """
+
+    def __init__(self, paths: Sequence[Path], targets: Sequence[int]) -> None:
+        if len(paths) != len(targets):
+            raise ValueError(
+                f"expected one label per image, got {len(paths)} images and {len(targets)} labels"
+            )
+        self.paths = list(paths)
+        self.targets = list(targets)
+
+    @override
+    def image(self, index: int) -> Image:
+        import PIL.Image
+
+        with PIL.Image.open(self.paths[index]) as image:
+            return image.convert("RGB")
+
+    def select(self, indices: Sequence[int]) -> FileImages:
+        """Return the images at the given positions."""
+        return FileImages([self.paths[i] for i in indices], [self.targets[i] for i in indices])
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """Return the non-empty lines of a text file without surrounding blanks.
+
+    Raises:
+        RuntimeError: if there is no such file; the message says ``what`` was expected there.
+    """
+    if not path.is_file():
+        raise RuntimeError(f"expected {what} at {path.absolute()}, found no such file")
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -1,0 +1,171 @@
+"""Any Avalanche classification benchmark as a stream."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from clmerge.streams.layout import split_plan
+from clmerge.streams.sources import LabelledImages
+from clmerge.streams.splits import stratified_cut
+from clmerge.streams.stream import (
+    Split,
+    SplitPlan,
+    Stream,
+    StreamPlan,
+    Task,
+    safe_name,
+    task_names,
+    unique_names,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class AvalancheImages(LabelledImages):
+    """Images of an Avalanche data set.
+
+    Args:
+        dataset: an Avalanche classification data set, already switched to its training or evaluation
+            transforms.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.targets = [int(target) for target in dataset.targets]
+
+    @override
+    def image(self, index: int) -> Image:
+        import PIL.Image
+
+        image = self.dataset[index][0]
+        if not isinstance(image, PIL.Image.Image):
+            raise TypeError(
+                f"expected PIL images from the Avalanche benchmark, got {type(image).__name__}: build it with "
+                "train_transform=None and eval_transform=None (or with transforms that return PIL images), the "
+                "backbone brings its own"
+            )
+        return image.convert("RGB")
+
+
+class FromAvalanche(Stream):
+    """Any Avalanche classification benchmark, for use from Python.
+
+    The benchmark's own transforms run before the backbone's and must return PIL images: those of its "train" group
+    for training images, those of its "eval" group for validation and test images. A stream called "valid" or
+    "val" serves as validation split; without one it is cut from the training images. The class ids are the
+    benchmark's.
+
+    Args:
+        benchmark: an Avalanche benchmark with a train and a test stream of equal length.
+        class_names: class names by class id (default: the ids as text).
+        templates: prompt templates, ``{}`` stands for the class name (default: none, for heads that need no
+            text).
+        name: short name of the stream, used in file names.
+        seed: seed of the validation cut.
+        val_fraction: share of each class's training images held out where there is no validation stream; 0
+            for none.
+
+    Raises:
+        ValueError: if the streams differ in length or a class id has no name (when the data is first read).
+
+    Example:
+        >>> from clmerge.streams.avalanche_index import IndexDataset, avalanche_benchmarks
+        >>> benchmarks = avalanche_benchmarks()
+        >>> digits = IndexDataset([0, 1, 2, 3, 0, 1, 2, 3])
+        >>> benchmark = benchmarks.nc_benchmark(
+        ...     digits, digits, n_experiences=2, task_labels=False, fixed_class_order=[0, 1, 2, 3]
+        ... )
+        >>> [task.name for task in FromAvalanche(benchmark, val_fraction=0.0).tasks]
+        ['0-1', '2-3']
+    """
+
+    kind = "avalanche"
+
+    def __init__(
+        self,
+        benchmark: Any,
+        *,
+        class_names: list[str] | None = None,
+        templates: list[str] | None = None,
+        name: str = "avalanche",
+        seed: int = 0,
+        val_fraction: float = 0.1,
+    ) -> None:
+        if not 0.0 <= val_fraction < 1.0:
+            raise ValueError(f"expected val_fraction in [0, 1), got {val_fraction}")
+        self.benchmark = benchmark
+        self._class_names = class_names
+        self._templates = templates
+        self._name = safe_name(name)
+        self.seed = seed
+        self.val_fraction = val_fraction
+
+    @property
+    @override
+    def name(self) -> str:
+        return self._name
+
+    @override
+    def templates_for(self, class_id: int) -> tuple[str, ...]:
+        return super().templates_for(class_id) if self._templates is None else tuple(self._templates)
+
+    @cached_property
+    def _experiences(self) -> list[tuple[Any, Any, Any]]:
+        """Per task, the train, validation (or None) and test experience."""
+        streams = self.benchmark.streams
+        train, test = list(streams["train"]), list(streams["test"])
+        validation = next(
+            (list(streams[name]) for name in ("valid", "val") if name in streams), [None] * len(train)
+        )
+        if not len(train) == len(test) == len(validation):
+            raise ValueError(
+                f"expected streams of equal length, got {len(train)} train, {len(validation)} validation and "
+                f"{len(test)} test experiences"
+            )
+        return list(zip(train, validation, test, strict=True))
+
+    @override
+    def _build(self) -> StreamPlan:
+        splits: list[dict[Split, SplitPlan]] = []
+        classes: list[tuple[int, ...]] = []
+        for train, validation, test in self._experiences:
+            # New-style benchmarks serve the test stream with training transforms until told otherwise.
+            learned = AvalancheImages(train.dataset.train())
+            held_out = AvalancheImages((train if validation is None else validation).dataset.eval())
+            tested = AvalancheImages(test.dataset.eval())
+            if validation is None:
+                kept, held = stratified_cut(learned.targets, self.val_fraction, seed=self.seed)
+            else:
+                kept, held = list(range(len(learned))), list(range(len(held_out)))
+            splits.append(
+                {
+                    "train": _as_is(learned, kept),
+                    "val": _as_is(held_out, held),
+                    "test": _as_is(tested, list(range(len(tested)))),
+                }
+            )
+            classes.append(tuple(sorted(set(learned.targets))))
+        top = max(target for task in splits for plan in task.values() for target in plan.targets)
+        class_names = self._class_names or [str(class_id) for class_id in range(top + 1)]
+        if len(class_names) <= top:
+            raise ValueError(f"expected {top + 1} class names or more, got {len(class_names)}")
+        of_task = [tuple(class_names[class_id] for class_id in task) for task in classes]
+        tasks = [
+            Task(index, name, classes[index], of_task[index])
+            for index, name in enumerate(task_names(of_task))
+        ]
+        return StreamPlan(
+            tuple(tasks),
+            tuple(splits),
+            tuple(unique_names(class_names)),
+            tuple((name,) for name in class_names),
+            (None,) * len(class_names),
+        )
+
+
+def _as_is(images: LabelledImages, indices: list[int]) -> SplitPlan:
+    return split_plan(images, indices, {target: target for target in set(images.targets)})

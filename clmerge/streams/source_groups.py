@@ -1,0 +1,191 @@
+"""The domains of one data set as a list of sources."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from typing_extensions import override
+
+from clmerge.streams.file_list import FileListSource
+from clmerge.streams.files import FileImages
+from clmerge.streams.image_folder import ImageFolderSource
+from clmerge.streams.orders import DOMAIN_ORDERS
+from clmerge.streams.sources import DataSource, LabelledImages, Templates
+
+Domains: TypeAlias = Literal["magmax_domainnet", "magmax_imagenet_r"] | list[str]
+
+
+class SourceGroup(ABC):
+    """Several data sources from one description, in the order of their tasks."""
+
+    @abstractmethod
+    def sources(self) -> list[DataSource]:
+        """Return the sources, each named after its domain."""
+
+
+def domain_names(domains: Domains) -> list[str]:
+    """Return the names of the domains in order.
+
+    Args:
+        domains: the names themselves, or the name of a published order.
+
+    Raises:
+        ValueError: if the order is not known, a name repeats, or there is none.
+    """
+    if isinstance(domains, str):
+        if domains not in DOMAIN_ORDERS:
+            raise ValueError(
+                f"expected domains to be a list or one of {list(DOMAIN_ORDERS)}, got {domains!r}"
+            )
+        return list(DOMAIN_ORDERS[domains])
+    if not domains or len(set(domains)) != len(domains):
+        raise ValueError(f"expected domains to be different names, at least one, got {domains}")
+    return domains
+
+
+class DomainFolders(SourceGroup):
+    """A tree of domains: ``ROOT/DOMAIN/CLASS/*``, ``ROOT/DOMAIN/{train,test}/CLASS/*`` or the split on top.
+
+    Args:
+        root: the tree.
+        domains: names of the domains in order, or the name of a published order.
+        split_first: whether the tree is ``ROOT/{train,test}/DOMAIN/CLASS/*``.
+        train_folder: name of the train folder.
+        test_folder: name of the test folder.
+        test_fraction: share of each class held out as the test split where there is no train folder.
+        seed: seed of that cut.
+        templates: prompt templates, or the name of the data set whose templates to use, e.g. "DomainNet".
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        domains: Domains,
+        split_first: bool = False,
+        train_folder: str = "train",
+        test_folder: str = "test",
+        test_fraction: float = 0.2,
+        seed: int = 0,
+        templates: Templates = None,
+    ) -> None:
+        self.root = Path(root).expanduser()
+        self.domains = domain_names(domains)
+        self.split_first = split_first
+        self.train_folder = train_folder
+        self.test_folder = test_folder
+        self.test_fraction = test_fraction
+        self.seed = seed
+        self.templates = templates
+
+    @override
+    def sources(self) -> list[DataSource]:
+        return [
+            ImageFolderSource(
+                self.root if self.split_first else self.root / domain,
+                name=domain,
+                train_folder=f"{self.train_folder}/{domain}" if self.split_first else self.train_folder,
+                test_folder=f"{self.test_folder}/{domain}" if self.split_first else self.test_folder,
+                test_fraction=self.test_fraction,
+                seed=self.seed,
+                templates=self.templates,
+            )
+            for domain in self.domains
+        ]
+
+
+class DomainLists(SourceGroup):
+    """Domains listed in text files, as DomainNet has them: ``DOMAIN_train.txt`` and ``DOMAIN_test.txt``.
+
+    Args:
+        root: folder that holds the lists and the images they name.
+        domains: names of the domains in order, or the name of a published order.
+        train_list: name of a training list, ``{}`` stands for the domain.
+        test_list: name of a test list, ``{}`` stands for the domain.
+        templates: prompt templates, or the name of the data set whose templates to use.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        domains: Domains = "magmax_domainnet",
+        train_list: str = "{}_train.txt",
+        test_list: str = "{}_test.txt",
+        templates: Templates = "DomainNet",
+    ) -> None:
+        for pattern in (train_list, test_list):
+            if "{}" not in pattern:
+                raise ValueError(f"expected {{}} for the domain in the name of a list, got {pattern!r}")
+        self.root = Path(root).expanduser()
+        self.domains = domain_names(domains)
+        self.train_list = train_list
+        self.test_list = test_list
+        self.templates = templates
+
+    @override
+    def sources(self) -> list[DataSource]:
+        return [
+            FileListSource(
+                self.root,
+                train_list=self.train_list.replace("{}", domain),
+                test_list=self.test_list.replace("{}", domain),
+                name=domain,
+                templates=self.templates,
+            )
+            for domain in self.domains
+        ]
+
+
+class PrefixDomains(SourceGroup):
+    """One folder tree whose file names begin with the domain, as ImageNet-R's renditions do (``art_0.jpg``).
+
+    Args:
+        source: the folder tree.
+        domains: names of the domains in order, or the name of a published order; other images are left out.
+        separator: what follows the domain in a file name.
+    """
+
+    def __init__(
+        self, source: ImageFolderSource, *, domains: Domains = "magmax_imagenet_r", separator: str = "_"
+    ) -> None:
+        self.source = source
+        self.domains = domain_names(domains)
+        self.separator = separator
+
+    @override
+    def sources(self) -> list[DataSource]:
+        return [_PrefixSource(self.source, domain, self.separator) for domain in self.domains]
+
+
+class _PrefixSource(DataSource):
+    def __init__(self, source: ImageFolderSource, domain: str, separator: str) -> None:
+        super().__init__(domain)
+        self.source = source
+        self.separator = separator
+
+    @property
+    @override
+    def class_names(self) -> list[str]:
+        return self.source.class_names
+
+    @cached_property
+    @override
+    def templates(self) -> tuple[str, ...]:
+        return self.source.templates
+
+    @override
+    def _load(self, split: str) -> LabelledImages:
+        images = self.source.train() if split == "train" else self.source.test()
+        assert isinstance(images, FileImages)
+        prefix = self.name + self.separator
+        found = [index for index, path in enumerate(images.paths) if path.name.startswith(prefix)]
+        if not found:
+            raise RuntimeError(
+                f"expected file names that begin with {prefix!r} in the {split} split of {self.source.root}, "
+                f"found none"
+            )
+        return images.select(found)
