@@ -78,8 +78,12 @@ def _draw_matrix(panel: Axes, results: Results, matrix: Array, *, label_rows: bo
             text = "-" if undefined else f"{value:.1f}" if num_tasks <= 10 else f"{value:.0f}"
             color = GREY if undefined else ink_on(colors(value / 100))
             panel.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
-        panel.add_patch(Rectangle((row - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="white", linewidth=1.6))
-        panel.add_patch(Rectangle((row - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=DARK, linewidth=0.7))
+        for color, linewidth in (("white", 1.6), (DARK, 0.7)):
+            outline = Rectangle(
+                (row - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=color, linewidth=linewidth
+            )
+            outline.set_clip_on(False)
+            panel.add_patch(outline)
     label_tasks(panel, results)
     panel.set_xlabel("accuracy on task")
     if label_rows:
