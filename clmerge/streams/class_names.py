@@ -89,7 +89,8 @@ GTSRB = (
 FLOWERS102 = (
     "pink primrose", "hard-leaved pocket orchid", "canterbury bells", "sweet pea", "english marigold",
     "tiger lily", "moon orchid", "bird of paradise", "monkshood", "globe thistle", "snapdragon",
-    "colt's foot", "king protea", "spear thistle", "yellow iris", "globe flower", "purple coneflower", "peruvian lily",
+    "colt's foot", "king protea", "spear thistle", "yellow iris", "globe flower", "purple coneflower",
+    "peruvian lily",
     "balloon flower", "giant white arum lily", "fire lily", "pincushion flower", "fritillary", "red ginger",
     "grape hyacinth", "corn poppy", "prince of wales feathers", "stemless gentian", "artichoke",
     "sweet william", "carnation", "garden phlox", "love in the mist", "mexican aster", "alpine sea holly",

@@ -39,25 +39,44 @@ class AvalancheImages(LabelledImages):
 
     @override
     def image(self, index: int) -> Image:
-        import PIL.Image
+        return as_pil(self.dataset[index][0])
 
-        image = self.dataset[index][0]
-        if not isinstance(image, PIL.Image.Image):
-            raise TypeError(
-                f"expected PIL images from the Avalanche benchmark, got {type(image).__name__}: build it with "
-                "train_transform=None and eval_transform=None (or with transforms that return PIL images), the "
-                "backbone brings its own"
-            )
-        return image.convert("RGB")
+
+def as_pil(image: Any) -> Image:
+    """Return a PIL image, or a tensor that is a plain image, in mode RGB.
+
+    Args:
+        image: a PIL image, or a tensor ``(channels, height, width)``, one or three channels, uint8 or floating
+            in ``[0, 1]``; Avalanche's MNIST has tensors even without transforms.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    import PIL.Image
+    import torch
+    from torchvision.transforms.functional import to_pil_image
+
+    form = type(image).__name__
+    if isinstance(image, torch.Tensor):
+        low, high = float(image.min()), float(image.max())
+        form = f"Tensor {image.dtype} {tuple(image.shape)} in [{low:.2f}, {high:.2f}]"
+        plain = image.dtype == torch.uint8 or (image.is_floating_point() and 0 <= low <= high <= 1)
+        if plain and image.ndim == 3 and image.shape[0] in (1, 3):
+            image = to_pil_image(image)
+    if not isinstance(image, PIL.Image.Image):
+        raise ValueError(
+            f"expected images from the Avalanche benchmark (PIL, or tensors in [0, 1]), got {form}: build "
+            "it with train_transform=None and eval_transform=None, the backbone brings its own transforms"
+        )
+    return image.convert("RGB")
 
 
 class FromAvalanche(Stream):
     """Any Avalanche classification benchmark, for use from Python.
 
-    The benchmark's own transforms run before the backbone's and must return PIL images: those of its "train" group
-    for training images, those of its "eval" group for validation and test images. A stream called "valid" or
-    "val" serves as validation split; without one it is cut from the training images. The class ids are the
-    benchmark's.
+    The benchmark's own transforms run before the backbone's and must still return images: its "train" group for
+    training images, its "eval" group for validation and test images. A stream called "valid" or "val" serves as
+    validation split; without one it is cut from the training images. The class ids are the benchmark's.
 
     Args:
         benchmark: an Avalanche benchmark with a train and a test stream of equal length.
