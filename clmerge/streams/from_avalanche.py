@@ -46,8 +46,8 @@ def as_pil(image: Any) -> Image:
     """Return a PIL image, or a tensor that is a plain image, in mode RGB.
 
     Args:
-        image: a PIL image, or a tensor ``(channels, height, width)``, one or three channels, uint8 or floating
-            in ``[0, 1]``; Avalanche's MNIST has tensors even without transforms.
+        image: a PIL image, or a tensor ``(channels, height, width)`` of one or three channels, uint8 or
+            floating in ``[0, 1]``; Avalanche's MNIST has tensors even without transforms.
 
     Raises:
         ValueError: if it is neither.
@@ -74,9 +74,10 @@ def as_pil(image: Any) -> Image:
 class FromAvalanche(Stream):
     """Any Avalanche classification benchmark, for use from Python.
 
-    The benchmark's own transforms run before the backbone's and must still return images: its "train" group for
-    training images, its "eval" group for validation and test images. A stream called "valid" or "val" serves as
-    validation split; without one it is cut from the training images. The class ids are the benchmark's.
+    The benchmark's own transforms run before the backbone's and must still return images: its "train" group
+    for training images, its "eval" group for validation and test images. A stream called "valid" or "val"
+    serves as validation split; without one it is cut from the training images. The class ids are the
+    benchmark's.
 
     Args:
         benchmark: an Avalanche benchmark with a train and a test stream of equal length.
