@@ -1,7 +1,7 @@
 """Read back the .wandb file of an offline run.
 
-The format: a 7-byte header (magic, version), then 32 KiB blocks of records, each with checksum, length and type. A record
-longer than what is left of its block is cut into a first, any number of middle, and a last part.
+The format: a 7-byte header (magic, version), then 32 KiB blocks of records, each with checksum, length and type.
+A record longer than what is left of its block is cut into a first, any number of middle, and a last part.
 """
 
 import json
