@@ -269,11 +269,11 @@ class TorchvisionSource(DataSource):
             if self.download and self._recipe.downloads:
                 raise
             way = (
-                "or pass download=True (for every source: --stream.source.init_args.download=true)"
+                "Put them there, or set download=True."
                 if self._recipe.downloads
-                else "torchvision cannot download this data set"
+                else "Put them there; torchvision cannot download this data set."
             )
             raise RuntimeError(
-                f"expected the files of {self.name} in {self.root.absolute()} as {self._recipe.layout}; "
-                f"torchvision says: {error} Put them there, {way}."
+                f"expected the files of {self.name} in {self.root.absolute()} as {self._recipe.layout}. {way} "
+                f"(torchvision: {error})"
             ) from error

@@ -10,7 +10,6 @@ from streams.tiny_layouts import pixels, write_npz
 
 from clmerge.streams import ClassIncremental, NpzSource, SklearnDigits
 from clmerge.streams.class_incremental import even_sizes
-from clmerge.streams.orders import CLASS_ORDERS, DOMAIN_ORDERS
 from clmerge.streams.sources import ArrayImages, DataSource
 
 
@@ -141,26 +140,6 @@ def test_official_validation_split_is_served(tmp_path):
 def test_construction_reads_nothing():
     stream = ClassIncremental(NpzSource("/does/not/exist.npz"), num_tasks=2)
     assert stream.name == "exist-2"
-
-
-def test_published_orders_are_permutations_and_begin_as_published():
-    assert {name: len(order) for name, order in CLASS_ORDERS.items()} == {
-        "magmax_cifar100": 100,
-        "magmax_cub200": 200,
-        "magmax_imagenet_r": 200,
-        "magmax_domainnet": 345,
-    }
-    for order in CLASS_ORDERS.values():
-        assert sorted(order) == list(range(len(order)))
-    assert CLASS_ORDERS["magmax_cifar100"][:3] == (70, 89, 11)
-    assert CLASS_ORDERS["magmax_cifar100"][-3:] == (12, 85, 32)
-    assert CLASS_ORDERS["magmax_cub200"][:3] == CLASS_ORDERS["magmax_imagenet_r"][:3] == (186, 157, 67)
-    assert CLASS_ORDERS["magmax_cub200"][-3:] == (189, 2, 27)
-    assert CLASS_ORDERS["magmax_domainnet"][:3] == (76, 44, 168)
-    assert {name: len(order) for name, order in DOMAIN_ORDERS.items()} == {
-        "magmax_domainnet": 6,
-        "magmax_imagenet_r": 15,
-    }
 
 
 def test_published_order_is_used_by_name():
