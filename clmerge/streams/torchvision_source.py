@@ -274,6 +274,6 @@ class TorchvisionSource(DataSource):
                 else "Put them there; torchvision cannot download this data set."
             )
             raise RuntimeError(
-                f"expected the files of {self.name} in {self.root.absolute()} as {self._recipe.layout}. {way} "
-                f"(torchvision: {error})"
+                f"expected the files of {self.name} in {self.root.absolute()} as {self._recipe.layout}. "
+                f"{way} (torchvision: {error})"
             ) from error
