@@ -218,9 +218,10 @@ def build_wandb_logger(
     try:
         run = start(mode)
     except CommError as error:
-        if mode != "online":
+        if mode != "online" or wandb.run is not None:
             raise
         _log.warning("W&B: offline, because the server was reached but did not answer: %s", error)
+        wandb.teardown()  # its background process would refuse the same run id a second time
         run = start("offline")
     # Lightning defines these only for runs it starts itself: training curves lie on one axis over all tasks.
     run.define_metric(_STEP_KEY)

@@ -1,11 +1,13 @@
 """Read back the .wandb file of an offline run.
 
-The format: a 7-byte header (magic, version), then 32 KiB blocks of records, each with checksum, length and type.
-A record longer than what is left of its block is cut into a first, any number of middle, and a last part.
+The format: a 7-byte header (magic, version), then 32 KiB blocks of records, each with checksum, length and
+type. A record longer than what is left of its block is cut into a first, any number of middle, and a last
+part.
 """
 
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,15 +22,19 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 def read_records(path: Path) -> Iterator[Any]:
     """Yield the protobuf records of a .wandb file, checksums verified."""
     data = path.read_bytes()
+    if not data:
+        return
     assert struct.unpack_from("<4sHB", data) == (b":W&B", 0xBEE1, 0)
     position, parts = 7, []
-    while position < len(data):
+    while position + 7 <= len(data):
         room = BLOCK - position % BLOCK
         if room < 7:  # too little for a header: padding
             position += room
             continue
         checksum, length, kind = struct.unpack_from("<IHB", data, position)
         chunk = data[position + 7 : position + 7 + length]
+        if len(chunk) < length:  # still being written
+            return
         assert zlib.crc32(chunk, zlib.crc32(bytes([kind]))) == checksum, f"damaged record at {position}"
         position += 7 + length
         parts = [chunk] if kind in (FULL, FIRST) else [*parts, chunk]
@@ -43,7 +49,7 @@ def _values(items: Any) -> dict[str, Any]:
 
 
 class OfflineRun:
-    """What an offline run holds: metric definitions, history rows, summary, config, whether it was finished."""
+    """What an offline run holds: metric definitions, history, summary, config, whether it was finished."""
 
     def __init__(self, folder: Path) -> None:
         (file,) = folder.glob("run-*.wandb")
@@ -75,11 +81,19 @@ class OfflineRun:
         """Name of the x-axis of a metric."""
         return str(self.metrics[name].step_metric)
 
-    def rows(self, name: str) -> list[tuple[Any, Any]]:
-        """``(cl/task, value)`` of every history row that has the metric."""
-        return [(row.get("cl/task"), row[name]) for row in self.history if name in row]
+    def rows(self, name: str, axis: str = "cl/task") -> list[tuple[Any, Any]]:
+        """``(axis, value)`` of every history row that has the metric."""
+        return [(row.get(axis), row[name]) for row in self.history if name in row]
 
 
-def find_runs(folder: Path) -> list[OfflineRun]:
-    """All offline runs below a folder, oldest first."""
-    return [OfflineRun(path) for path in sorted(folder.glob("**/wandb/offline-run-*"))]
+def find_runs(folder: Path, timeout: float = 30.0) -> list[OfflineRun]:
+    """All offline runs below a folder, oldest first.
+
+    W&B's background process can still be writing when ``finish`` returns, so unfinished runs are waited for.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        runs = [OfflineRun(path) for path in sorted(folder.glob("**/wandb/offline-run-*"))]
+        if all(run.finished for run in runs) or time.monotonic() > deadline:
+            return runs
+        time.sleep(0.05)
