@@ -60,17 +60,17 @@ def log_task(loggers: Sequence[Logger], results: Results, task_index: int, *, im
 
     Args:
         loggers: Any Lightning loggers.
-        results: What the run found so far, the task's rows included.
-        task_index: Index of the task just finished, from 0.
+        results: What the run found so far, the task's rows included. Rows of later tasks are left out, so
+            that a resumed run can tell a logger again what it may have lost.
+        task_index: Index of the task, from 0.
         images: Whether W&B gets the matrices as images and tables (0.2 seconds per model and task).
 
     Raises:
-        ValueError: If the results do not end with that task.
+        ValueError: If the results do not hold that task.
     """
-    if task_index != results.num_finished - 1:
-        raise ValueError(
-            f"expected results whose latest task is {task_index}, got {results.num_finished} finished tasks"
-        )
+    if not 0 <= task_index < results.num_finished:
+        raise ValueError(f"expected one of {results.num_finished} finished tasks, got task {task_index}")
+    results = results.until(task_index + 1)
     metrics = task_metrics(results)
     for logger in loggers:
         if isinstance(logger, WandbLogger):

@@ -200,6 +200,29 @@ class Results:
                 scores[name] = averages[-1]
         return max(scores, key=scores.__getitem__) if scores else None
 
+    def until(self, num_finished: int) -> "Results":
+        """Return the results as they were after an earlier task, without the seconds.
+
+        Args:
+            num_finished: Number of finished tasks wanted.
+
+        Returns:
+            A copy with the first rows of every matrix.
+
+        Raises:
+            ValueError: If fewer tasks are finished.
+        """
+        if not 0 <= num_finished <= self.num_finished:
+            raise ValueError(f"expected at most {self.num_finished} finished tasks, got {num_finished}")
+        earlier = Results(self.tasks, classes=self.classes, samples=self.samples)
+        if self._zero_shot is not None:
+            earlier.set_zero_shot(*(self._zero_shot[setting] for setting in SETTINGS))
+        for model, matrices in self._rows.items():
+            values = (matrices[setting].values[:num_finished] for setting in SETTINGS)
+            for rows in zip(*values, strict=True):
+                earlier.add_row(model, *rows)
+        return earlier
+
     def to_dict(self) -> dict[str, Any]:
         """Return the ``results.json`` document: JSON types, full precision, null where undefined.
 

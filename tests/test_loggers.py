@@ -98,9 +98,17 @@ def test_wandb_is_told_exact_names_on_the_tasks_axis():
     assert "cl/ties_density0\\.1/forgetting" in run.defined
 
 
-def test_results_must_end_with_the_task():
-    with pytest.raises(ValueError, match="latest task is 0, got 2 finished"):
-        log_task([], make_results(2), 0)
+def test_an_earlier_task_can_be_told_again():
+    now, later = FakeRun(), FakeRun()
+    log_task([WandbLogger(experiment=now)], make_results(3, finished=2), 1, images=False)
+    log_task([WandbLogger(experiment=later)], make_results(3), 1, images=False)
+    assert later.logged == now.logged
+
+
+@pytest.mark.parametrize("task", [-1, 2])
+def test_the_task_must_be_finished(task):
+    with pytest.raises(ValueError, match=f"one of 2 finished tasks, got task {task}"):
+        log_task([], make_results(3, finished=2), task)
 
 
 def test_csv_logger_keeps_training_rows_and_takes_new_columns(tmp_path):

@@ -121,6 +121,14 @@ def test_best_merger_is_by_average_accuracy_after_the_latest_task():
     assert results.best_merger("task_aware") == "early"
 
 
+def test_until_is_the_past():
+    results = make_results()
+    for finished in range(4):
+        assert results.until(finished).to_dict() == make_results(finished=finished).to_dict()
+    with pytest.raises(ValueError, match="at most 3 finished tasks, got 4"):
+        results.until(4)
+
+
 def test_seconds_add_up():
     results = make_results()
     results.add_seconds("train", 1.5)
