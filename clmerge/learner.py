@@ -110,7 +110,8 @@ class Learner:
         seed_everything(self.seed, workers=True, verbose=False)
         backbone = self.module.backbone
         self.data.setup_stream(self.stream, backbone.train_transform, backbone.eval_transform)
-        self.module.begin_stream(self.stream.class_prompts)
+        prompts = self.stream.class_prompts if self.module.head.open_vocabulary else ()
+        self.module.begin_stream(len(self.stream.class_names), prompts)
         if self.keep_task_vectors:
             self.merge.use_bank(run.bank)
         results = self._restore(run)
@@ -139,7 +140,7 @@ class Learner:
         started = time.perf_counter()
         info = self.stream.tasks[task]
         checkpoint = run.checkpoint(task)
-        seed = derived_seed(self.seed, "task", task)
+        seed = derived_seed(self.seed, "task", task) % 2**32  # NumPy's generator takes 32 bits
         seed_everything(seed, workers=True, verbose=False)
         self.data.task = task
         self.module.epoch_offset = run.manifest.epochs
@@ -147,6 +148,7 @@ class Learner:
         wants_means = self.module.head.wants_prototypes
         self.module.begin_task(info.classes, self.data.eval_dataloader("train", [task]) if wants_means else None)
         self.merge.next_task(info.name)
+        self.module.train()
         trainer = self._build(
             factory,
             run,

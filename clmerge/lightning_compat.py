@@ -1,6 +1,7 @@
 """The only file that touches private attributes of Lightning; every use has a test that fails when upstream changes."""
 
 import logging
+import warnings
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
@@ -51,6 +52,16 @@ def attached_trainer(module: LightningModule) -> Trainer | None:
 
 
 def quiet_lightning() -> None:
-    """Lower Lightning's logger to warnings: its start-up lines would repeat for every task."""
+    """Lower Lightning's logger to warnings, since its start-up lines would repeat for every task.
+
+    Also ignores what Lightning 2.6 itself causes under newer versions of torch, and its advice on the number of
+    workers and on the logging interval, which small tasks would repeat without end.
+    """
+    for message in (
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+        r"The '\w+' does not have many workers",
+        r"The number of training batches \(\d+\) is smaller than the logging interval",
+    ):
+        warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

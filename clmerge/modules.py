@@ -76,9 +76,14 @@ class ContinualClassifier(LightningModule):
             parameter.requires_grad_(True)
         self.trained_names = tuple(f"backbone.model.{name}" for name in chosen)
 
-    def begin_stream(self, prompts: Sequence[Sequence[str]]) -> None:
-        """Build the head for a stream whose class ``c`` is described by ``prompts[c]``."""
-        self.head.build(self.backbone, prompts)
+    def begin_stream(self, num_classes: int, prompts: Sequence[Sequence[str]] = ()) -> None:
+        """Build the head for a stream of ``num_classes`` classes.
+
+        Args:
+            num_classes: Number of classes ``C`` of the whole stream.
+            prompts: One list of prompts per class; needed by open-vocabulary heads only.
+        """
+        self.head.build(self.backbone, num_classes, prompts)
 
     def begin_task(self, classes: Sequence[int], batches: Iterable[Batch] | None = None) -> None:
         """Get ready to train a task.

@@ -59,13 +59,15 @@ def build_parser() -> "CommandParser":
     from lightning.pytorch import Trainer
     from lightning.pytorch import loggers as lightning_loggers
 
-    import clmerge.merging  # noqa: F401  (the classes that may be named are the subclasses that are imported)
+    import clmerge.streams
     from clmerge.cli.parser import CommandParser
     from clmerge.learner import Learner
     from clmerge.merging import Merger
     from clmerge.modules import ContinualClassifier
     from clmerge.streams import Stream, StreamDataModule
 
+    for name in clmerge.streams.__all__:
+        getattr(clmerge.streams, name)  # loaded lazily, and only loaded classes may be named
     set_parsing_settings(docstring_parse_attribute_docstrings=False)
     Logging.__dataclass_fields__["extra"].type = list[lightning_loggers.Logger]
     Logging.__annotations__["extra"] = list[lightning_loggers.Logger]

@@ -25,8 +25,8 @@ class Head(nn.Module, ABC):
     wants_prototypes: ClassVar[bool] = False
 
     @abstractmethod
-    def build(self, backbone: Backbone, prompts: Sequence[Sequence[str]]) -> None:
-        """Prepare for a stream whose class ``c`` is described by ``prompts[c]``."""
+    def build(self, backbone: Backbone, num_classes: int, prompts: Sequence[Sequence[str]]) -> None:
+        """Prepare for a stream of ``num_classes`` classes, described by ``prompts`` for open-vocabulary heads."""
 
     def add_classes(self, classes: Sequence[int], prototypes: Tensor | None = None) -> None:
         """Grow by the new ones among ``classes``; ``prototypes`` of shape ``(len(classes), D)`` where wanted."""
@@ -57,8 +57,10 @@ class ZeroShotHead(Head):
         self.register_buffer("weight", torch.empty(0, 0))
 
     @torch.no_grad()
-    def build(self, backbone: Backbone, prompts: Sequence[Sequence[str]]) -> None:
+    def build(self, backbone: Backbone, num_classes: int, prompts: Sequence[Sequence[str]]) -> None:
         """Embed the prompts of every class with the backbone's text tower as it is now."""
+        if len(prompts) != num_classes:
+            raise ValueError(f"expected prompts for {num_classes} classes, got them for {len(prompts)}")
         rows = []
         for class_prompts in prompts:
             embedded = functional.normalize(backbone.encode_text(class_prompts).float(), dim=-1)
@@ -86,9 +88,9 @@ class _GrowingHead(Head):
         self._num_classes = 0
         self._feature_dim = 0
 
-    def build(self, backbone: Backbone, prompts: Sequence[Sequence[str]]) -> None:
-        """Take the number of classes and of features; the words of the prompts are not used."""
-        self._num_classes = len(prompts)
+    def build(self, backbone: Backbone, num_classes: int, prompts: Sequence[Sequence[str]]) -> None:
+        """Take the number of classes and of features; prompts are not used."""
+        self._num_classes = num_classes
         self._feature_dim = backbone.feature_dim
 
     def train_newest_only(self, newest_only: bool) -> None:

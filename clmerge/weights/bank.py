@@ -112,7 +112,7 @@ class TaskVectorBank:
 
     def _check_layout(self, tau: State, task: int, other: int) -> None:
         sources = (f"the task vector of task {task}", str(self.path(other)))
-        with safe_open(os.fspath(self.path(other)), framework="pt", device="meta") as file:
+        with safe_open(os.fspath(self.path(other)), framework="pt", device="cpu") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         check_same_names(tau, stored, sources)
         for name, tensor in tau.items():

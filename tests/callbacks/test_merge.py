@@ -1,0 +1,426 @@
+import copy
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from support.tiny import ForeignModule, toy_loader
+
+from clmerge.callbacks import MergeCallback
+from clmerge.callbacks.merge import name_mergers
+from clmerge.merging import TIES, MagMax, TaskArithmetic, WeightAverage
+from clmerge.weights import TaskVectorBank, save_tensors
+
+
+def make_trainer(*callbacks, epochs=2, **options):
+    return Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"enable_checkpointing": False, **options},
+    )
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return ForeignModule()
+
+
+def stream(model, merge, num_tasks=3):
+    """Fit ``num_tasks`` tasks, each with a new Trainer; return the trained weights after each."""
+    trained = []
+    for task in range(num_tasks):
+        make_trainer(merge).fit(model, toy_loader(task))
+        trained.append(weights(model))
+    return trained
+
+
+def test_three_lines_merge_what_the_formula_says(model):
+    base = weights(model)
+    merge = MergeCallback(MagMax(scale=0.5), start_policy="previous")
+    trained = stream(model, merge)
+    for name, merged in merge.merged_state().items():
+        taus = torch.stack([theta[name] - base[name] for theta in trained]).double()
+        winner = taus.abs().flip(0).argmax(dim=0)  # the later task wins ties
+        expected = base[name].double() + 0.5 * taus.flip(0).gather(0, winner[None])[0]
+        torch.testing.assert_close(merged.double(), expected, rtol=1e-6, atol=1e-7)
+    assert merge.num_tasks == 3
+    assert same(weights(model), trained[-1]), "the model keeps its training weights"
+
+
+@pytest.mark.parametrize("policy", ["base", "previous", "merged"])
+def test_start_policy_decides_where_a_task_starts(model, policy):
+    class Start(Callback):
+        def on_train_start(self, trainer, pl_module):
+            starts.append(weights(pl_module))
+
+    starts, base = [], weights(model)
+    merge = MergeCallback(TaskArithmetic(scale=0.3), start_policy=policy)
+    ends, merged = [], []
+    for task in range(3):
+        make_trainer(merge, Start()).fit(model, toy_loader(task))
+        ends.append(weights(model))
+        merged.append(merge.merged_state())
+    expected = {"base": [base, base], "previous": ends[:2], "merged": merged[:2]}[policy]
+    assert same(starts[0], base)
+    assert same(starts[1], expected[0])
+    assert same(starts[2], expected[1])
+
+
+@pytest.mark.parametrize("run", ["test", "validate", "predict"])
+def test_evaluation_sees_merged_weights_and_restores(model, run):
+    merge = MergeCallback(MagMax(scale=0.5))
+    stream(model, merge, 2)
+    before = weights(model)
+    model.seen.clear()
+    getattr(make_trainer(merge), run)(model, toy_loader(9))
+    assert set(model.seen) == {float(merge.merged_state()["net.0.weight"].sum())}
+    assert same(weights(model), before)
+
+
+def test_validation_inside_fit_sees_training_weights(model):
+    merge = MergeCallback(MagMax(scale=0.5))
+    stream(model, merge, 1)
+    model.seen.clear()
+    make_trainer(merge, num_sanity_val_steps=0, epochs=1).fit(model, toy_loader(1), toy_loader(2))
+    assert set(model.seen) == {float(model.net[0].weight.detach().sum())}
+
+
+def test_an_exception_in_test_restores_the_training_weights(model):
+    class Break(Callback):
+        def on_test_batch_end(self, *args, **kwargs):
+            raise KeyError("stop")
+
+    merge = MergeCallback(MagMax())
+    stream(model, merge, 1)
+    before = weights(model)
+    with pytest.raises(KeyError, match="stop"):
+        make_trainer(merge, Break()).test(model, toy_loader(1))
+    assert same(weights(model), before)
+
+
+def test_merged_context_manager_restores_also_after_an_exception(model):
+    merge = MergeCallback([MagMax(), TIES()])
+    stream(model, merge, 1)
+    before = weights(model)
+
+    def fail_inside():
+        with merge.merged(model, "ties"):
+            assert same(weights(model), merge.merged_state("ties"))
+            raise KeyError("stop")
+
+    pytest.raises(KeyError, fail_inside)
+    assert same(weights(model), before)
+
+
+def test_before_the_first_task_test_runs_on_the_model_as_it_is(model):
+    merge = MergeCallback(MagMax())
+    make_trainer(merge).test(model, toy_loader(0))
+    assert set(model.seen) == {float(model.net[0].weight.detach().sum())}
+    with pytest.raises(RuntimeError, match="at least one merged task"):
+        merge.merged_state()
+
+
+def test_a_fit_that_trains_nothing_warns_and_merges_nothing(model):
+    merge = MergeCallback(MagMax())
+    trainer = make_trainer(merge)
+    trainer.fit(model, toy_loader(0))
+    with pytest.warns(RuntimeWarning, match="trained nothing"):
+        trainer.fit(model, toy_loader(1))
+    assert merge.num_tasks == 1
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAt(Callback):
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            raise Stop
+
+
+class StopBeforeMerge(Callback):
+    def on_train_end(self, trainer, pl_module):
+        raise Stop
+
+
+@pytest.mark.parametrize("crash", [StopAt(1), StopBeforeMerge()], ids=["mid-task", "between checkpoint and merge"])
+def test_resume_from_a_lightning_checkpoint_equals_no_crash(tmp_path, crash):
+    def fresh():
+        torch.manual_seed(0)
+        merge = MergeCallback([MagMax(), TIES(density=0.5)], start_policy="previous")
+        checkpoint = ModelCheckpoint(
+            tmp_path, filename="last", save_top_k=1, every_n_epochs=1, enable_version_counter=False
+        )
+        return ForeignModule(), merge, checkpoint
+
+    model, merge, _ = fresh()
+    stream(model, merge, 2)
+
+    again, remerge, checkpoint = fresh()
+    make_trainer(remerge).fit(again, toy_loader(0))
+    with pytest.raises(Stop):
+        make_trainer(crash, remerge, checkpoint, enable_checkpointing=True).fit(again, toy_loader(1))
+    again, remerge, checkpoint = fresh()  # a new process knows nothing but the checkpoint
+    make_trainer(remerge, checkpoint, enable_checkpointing=True).fit(
+        again, toy_loader(1), ckpt_path=tmp_path / "last.ckpt"
+    )
+    assert remerge.num_tasks == 2
+    assert same(weights(again), weights(model))
+    for name in ("magmax", "ties"):
+        assert same(remerge.merged_state(name), merge.merged_state(name))
+
+
+def test_checkpoints_hold_training_weights_and_load_with_weights_only(model, tmp_path):
+    merge = MergeCallback(MagMax())
+    stream(model, merge, 1)
+    checkpoint = ModelCheckpoint(tmp_path, filename="x", save_top_k=1)
+    make_trainer(merge, checkpoint, enable_checkpointing=True, epochs=1).fit(model, toy_loader(1))
+    found = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert same({k: v for k, v in found["state_dict"].items()}, weights(model))
+    assert found["callbacks"][merge.state_key]["num_tasks"] == 1
+
+
+def test_nan_is_refused_before_it_reaches_any_merger(model):
+    merge = MergeCallback([TaskArithmetic(), MagMax()])
+    stream(model, merge, 1)
+    before = {name: merge.merged_state(name) for name in merge.mergers}
+    model.lr = float("nan")
+    with pytest.raises(RuntimeError, match=r"NaN or Inf in 'net.0.weight'"):
+        make_trainer(merge).fit(model, toy_loader(1))
+    assert merge.num_tasks == 1
+    assert all(same(merge.merged_state(name), before[name]) for name in merge.mergers)
+
+
+def test_a_model_of_another_shape_is_refused(model):
+    merge = MergeCallback(MagMax())
+    stream(model, merge, 1)
+    model.net[3] = torch.nn.Linear(6, 5)
+    with pytest.raises(RuntimeError, match=r"'net.3.weight' of shape \(3, 6\).*got \(5, 6\)"):
+        make_trainer(merge).fit(model, toy_loader(1))
+
+
+def test_a_model_with_more_parameters_is_refused(model):
+    merge = MergeCallback(MagMax())
+    stream(model, merge, 1)
+    model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match=r"'extra.weight'.*exclude="):
+        make_trainer(merge).fit(model, toy_loader(1))
+
+
+def test_a_state_of_another_base_is_refused(model):
+    merge = MergeCallback(MagMax())
+    stream(model, merge, 1)
+    other = MergeCallback(MagMax(), base={k: v + 1 for k, v in merge.base.items()})
+    with pytest.raises(RuntimeError, match="different bases cannot be merged"):
+        other.load_accumulators(merge.accumulators())
+
+
+def test_a_state_of_other_mergers_is_refused(model):
+    merge = MergeCallback(MagMax())
+    stream(model, merge, 1)
+    with pytest.raises(RuntimeError, match=r"expected the state of mergers \['ties'\], got \['magmax'\]"):
+        MergeCallback(TIES()).load_accumulators(merge.accumulators())
+
+
+def test_base_can_come_from_a_file(model, tmp_path):
+    base = {k: v + 0.25 for k, v in weights(model).items()}
+    save_tensors(tmp_path / "base.safetensors", base)
+    merge = MergeCallback(TaskArithmetic(scale=1.0), base=tmp_path / "base.safetensors")
+    stream(model, merge, 1)
+    merged = merge.merged_state()
+    for name, value in weights(model).items():
+        torch.testing.assert_close(merged[name], value)
+    assert same(merge.base, base)
+
+
+def test_exclude_leaves_a_head_as_it_was_trained(model):
+    merge = MergeCallback(MagMax(), exclude=["net.3.*"])
+    stream(model, merge, 2)
+    assert set(merge.merged_state()) == {"net.0.weight", "net.0.bias"}
+    before = weights(model)
+    with merge.merged(model):
+        assert torch.equal(model.net[3].weight, before["net.3.weight"])
+        assert not torch.equal(model.net[0].weight, before["net.0.weight"])
+
+
+@pytest.mark.parametrize("policy", ["latest", "base", "mean"])
+def test_running_statistics_follow_the_named_policy(policy):
+    torch.manual_seed(0)
+    model = ForeignModule(batch_norm=True)
+    start = model.net[1].running_mean.clone()
+    merge = MergeCallback(MagMax(), buffers=policy)
+    means = []
+    for task in range(3):
+        make_trainer(merge).fit(model, toy_loader(task))
+        means.append(model.net[1].running_mean.clone())
+    expected = {"latest": means[-1], "base": start, "mean": torch.stack(means).mean(dim=0)}[policy]
+    with merge.merged(model):
+        torch.testing.assert_close(model.net[1].running_mean, expected)
+    assert torch.equal(model.net[1].running_mean, means[-1])
+
+
+def test_task_vectors_are_kept_in_the_bank(model, tmp_path):
+    base = weights(model)
+    merge = MergeCallback(MagMax(), bank=tmp_path)
+    merge.next_task("first")
+    trained = stream(model, merge, 2)
+    bank = TaskVectorBank(tmp_path)
+    assert len(bank) == 2
+    assert bank.metadata(0)["name"] == "first"
+    for task, tau in enumerate(bank):
+        for name, value in tau.items():
+            assert torch.equal(value, trained[task][name] - base[name])
+
+
+def test_mergers_go_by_name_and_by_settings_where_a_class_comes_twice():
+    assert list(name_mergers([MagMax(), TIES()])) == ["magmax", "ties"]
+    twice = list(name_mergers([TIES(density=0.1), TIES(density=0.3), MagMax()]))
+    assert len(set(twice)) == 3
+    assert all("density" in name for name in twice[:2])
+    assert list(name_mergers({"mine": MagMax()})) == ["mine"]
+    with pytest.raises(ValueError, match="twice"):
+        name_mergers([MagMax(), MagMax()])
+    with pytest.raises(ValueError, match="at least one merger"):
+        name_mergers([])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start_policy": "bases"}, "start_policy to be one of"),
+        ({"deploy": "ties"}, "expected deploy to be one of"),
+        ({"buffers": "median"}, "buffers to be one of"),
+    ],
+)
+def test_wrong_settings_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        MergeCallback(MagMax(), **options)
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(model):
+    merge = MergeCallback(MagMax(), include=["nett.*"])
+    with pytest.raises(ValueError, match="nett"):
+        make_trainer(merge).fit(model, toy_loader(0))
+
+
+def test_spawn_launchers_are_refused(model):
+    merge = MergeCallback(MagMax())
+    with pytest.raises(RuntimeError, match="strategy='ddp'"):
+        merge.setup(make_trainer(merge, strategy="ddp_spawn", devices=2), model, "fit")
+
+
+def test_deepcopy_gives_an_independent_callback(model):
+    merge = MergeCallback(WeightAverage())
+    stream(model, merge, 1)
+    twin = copy.deepcopy(merge)
+    before = merge.merged_state()
+    make_trainer(twin).fit(model, toy_loader(1))
+    assert (merge.num_tasks, twin.num_tasks) == (1, 2)
+    assert same(merge.merged_state(), before)
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")  # LightningCLI's own calls
+def test_lightning_cli_builds_it_from_yaml(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["project"])
+    (tmp_path / "config.yaml").write_text(
+        textwrap.dedent("""
+        model: {class_path: support.tiny.ForeignModule}
+        trainer:
+          accelerator: cpu
+          logger: false
+          callbacks:
+            - class_path: clmerge.callbacks.MergeCallback
+              init_args:
+                mergers: {class_path: clmerge.merging.TIES, init_args: {density: 0.3}}
+                start_policy: base
+                exclude: ["net.3.*"]
+        """)
+    )
+    cli = LightningCLI(
+        subclass_mode_model=True, run=False, seed_everything_default=0, args=["--config", str(tmp_path / "config.yaml")], model_class=ForeignModule
+    )
+    (merge,) = [c for c in cli.trainer.callbacks if isinstance(c, MergeCallback)]
+    assert merge.mergers["ties"].settings()["density"] == 0.3
+    assert (merge.start_policy, merge.exclude) == ("base", ["net.3.*"])
+
+
+SCRIPT = """
+import sys, torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from support.tiny import ForeignModule, toy_loader
+from clmerge.callbacks import MergeCallback
+from clmerge.merging import TIES, MagMax
+from clmerge.weights import fingerprint, save_tensors
+
+class Sharded(ForeignModule):
+    def configure_model(self):
+        if not hasattr(self, "done"):
+            for layer in (self.net[0], self.net[3]):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+            self.done = True
+
+torch.manual_seed(0)
+kind, out = sys.argv[1:]
+sharded = kind == "fsdp2"
+model = Sharded() if sharded else ForeignModule()
+merge = MergeCallback([MagMax(), TIES(density=0.5)], start_policy="merged")
+for task in range(2):
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if sharded else "ddp"
+    trainer = Trainer(max_epochs=2, accelerator="cpu", devices=2, strategy=strategy, callbacks=[merge], logger=False,
+        enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False)
+    trainer.fit(model, toy_loader(task, batch_size=12))  # half of the samples for each rank, in one step
+trainer.test(model, toy_loader(5), verbose=False)
+inside = model.seen[-1]
+if trainer.is_global_zero:
+    state = {f"{n}/{k}": v for n in merge.mergers for k, v in merge.merged_state(n).items()}
+    save_tensors(out, {**state, "seen": torch.tensor(float(inside))})
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_merge_what_one_process_with_the_whole_batch_merges(tmp_path, kind):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    out = tmp_path / "merged.safetensors"
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", str(tmp_path / "script.py"), kind, str(out)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert out.is_file(), found.stderr[-3000:]
+
+    from clmerge.weights import load_tensors
+
+    torch.manual_seed(0)
+    model = ForeignModule()
+    merge = MergeCallback([MagMax(), TIES(density=0.5)], start_policy="merged")
+    for task in range(2):
+        make_trainer(merge).fit(model, toy_loader(task, batch_size=24))
+    merged = load_tensors(out)
+    for name in merge.mergers:
+        for key, value in merge.merged_state(name).items():
+            torch.testing.assert_close(merged[f"{name}/{key}"], value, rtol=1e-4, atol=1e-6)

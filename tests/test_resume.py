@@ -1,0 +1,67 @@
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.kill_driver import POINTS
+from support.tiny import tiny_clip
+
+DRIVER = Path(__file__).parent / "support" / "kill_driver.py"
+CONFIG = """
+name: killed
+stream:
+  class_path: ClassIncremental
+  init_args: {{source: SklearnDigits, num_tasks: 3, val_fraction: 0.1}}
+model:
+  backbone: {{class_path: OpenClip, init_args: {{name: "{backbone}"}}}}
+  loss_classes: all
+  optimizer: {{class_path: AdamW, init_args: {{lr: 3e-3}}}}
+mergers: [MagMax, TIES, RandomMix]
+data: {{batch_size: 64}}
+learner: {{start_policy: merged}}
+trainer: {{max_epochs: 2, accelerator: cpu, log_every_n_steps: 1, limit_train_batches: 6, limit_val_batches: 2}}
+logging: {{wandb: false}}
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    (out / "config.yaml").write_text(CONFIG.format(backbone=tiny_clip(out / "clip")))
+    found = subprocess.run(
+        [sys.executable, str(DRIVER), str(out / "config.yaml"), str(out)], capture_output=True, text=True, timeout=900
+    )
+    assert (out / "codes.json").is_file(), found.stderr[-3000:]
+    return out, json.loads((out / "codes.json").read_text()), found.stderr
+
+
+def contents(run):
+    """The results without seconds, and the hashes of all weights."""
+    results = json.loads((run / "results.json").read_text())
+    results.pop("seconds")
+    files = sorted([*run.glob("model/*"), *run.glob("bank/*")])
+    return results, {f"{f.parent.name}/{f.name}": hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", list(POINTS))
+def test_a_killed_run_resumes_to_the_same_bits(runs, point):
+    out, codes, log = runs
+    assert codes["whole"] == [0], log[-3000:]
+    assert codes[point] == [-9, 0], log[-3000:]
+    results, hashes = contents(out / point)
+    expected_results, expected_hashes = contents(out / "whole")
+    assert results == expected_results
+    assert hashes == expected_hashes
+    assert len(hashes) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", list(POINTS))
+def test_a_finished_run_leaves_no_temporary_files(runs, point):
+    out, _, _ = runs
+    left = [p for p in (out / point).rglob("*") if p.name.endswith(".tmp") or "checkpoints" in p.parent.name]
+    assert left == []
+    assert [p.name for p in (out / point / "state").iterdir()] == ["task_002"]
