@@ -172,6 +172,8 @@ def test_an_offline_run_holds_everything(wandb_home):
 
     assert run.step_metric("*") == "trainer/global_step"
     assert run.rows("train/loss", axis="trainer/global_step") == [(10, 1.0), (20, 0.5)]
+    # W&B adds where training stood to rows that do not say it.
+    assert [step for step, _ in run.rows("cl/magmax/accuracy/task 1", axis="trainer/global_step")] == [10, 20]
     for name, value in task_metrics(results).items():
         assert run.step_metric(name.replace(".", "\\.")) == "cl/task", name
         assert run.rows(name)[-1] == (2, pytest.approx(value, rel=1e-12)), name

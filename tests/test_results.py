@@ -146,6 +146,14 @@ def test_rows_missing_for_a_model_are_refused_when_writing():
         results.to_dict()
 
 
+def test_figures_that_need_the_expert_wait_for_its_row():
+    results = make_results(finished=1)
+    results.add_row("magmax", [0.1] * 3, [0.1] * 3)
+    figures = results.figures("magmax")
+    assert math.isnan(figures["normalised_accuracy"])
+    assert np.isnan(figures["merge_gap"]).tolist() == [True, True]
+
+
 def test_a_bad_row_adds_nothing():
     results = make_results(finished=1)
     with pytest.raises(ValueError, match="87"):

@@ -67,6 +67,11 @@ def test_a_growing_head_scores_unseen_classes_minus_infinity():
     result = metric.compute()
     assert result["task_agnostic"][:2].tolist() == [1, 0]
     assert result["task_aware"][:2].tolist() == [1, 0]
+    metric.reset()
+    # Class 0 is where argmax points if nothing is scored.
+    metric.update(torch.full((1, 6), -inf), torch.tensor([0]), torch.tensor([0]))
+    result = metric.compute()
+    assert (result["task_agnostic"][0], result["task_aware"][0]) == (0, 0)
 
 
 def test_nan_among_the_competing_logits_is_wrong():
