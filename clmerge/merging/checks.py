@@ -88,6 +88,21 @@ def check_base(base: str | None, known: str | None, source: str) -> None:
         )
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor is free of NaN and Inf.
+
+    Args:
+        tensor: Any shape, floating-point.
+
+    Example:
+        >>> is_finite(torch.tensor([3e38, 3e38])), is_finite(torch.tensor([3e38, float("inf")]))
+        (True, False)
+    """
+    # One read-only pass: a sum is not finite if any entry is not. A sum may also overflow, hence the second
+    # look.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
 def check_finite(vector: State) -> None:
     """Raise a ValueError that names the first parameter with NaN or Inf.
 
@@ -96,9 +111,7 @@ def check_finite(vector: State) -> None:
     """
     for name in vector:
         tensor = vector[name].detach()
-        # One read-only pass: a sum is not finite if any entry is not. A sum may also overflow, hence the
-        # second look.
-        if bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all()):
+        if is_finite(tensor):
             continue
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         raise ValueError(

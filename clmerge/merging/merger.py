@@ -18,7 +18,7 @@ from clmerge.merging.accumulators import (
     slot_blocks,
     widen,
 )
-from clmerge.merging.checks import Shapes, check_base, check_finite, check_shapes, read_shapes
+from clmerge.merging.checks import Shapes, check_base, check_finite, check_shapes, is_finite, read_shapes
 from clmerge.merging.configured import Configured
 from clmerge.weights.task_vector import State, TaskVector
 
@@ -174,7 +174,7 @@ class Merger(Configured, ABC):
             Fresh tensors by name, float32 (float64 after float64 vectors), where the accumulators live.
 
         Raises:
-            RuntimeError: If nothing was merged yet.
+            RuntimeError: If nothing was merged yet, or the merged vector overflows.
         """
         if not self.num_tasks:
             raise RuntimeError(
@@ -182,7 +182,14 @@ class Merger(Configured, ABC):
             )
         with torch.inference_mode(False), torch.no_grad():
             overview = self._overview()
-            return {name: self._read(name, slots, overview) for name, slots in self._slots.items()}
+            merged = {name: self._read(name, slots, overview) for name, slots in self._slots.items()}
+        for name, tensor in merged.items():
+            if not is_finite(tensor):
+                raise RuntimeError(
+                    f"expected finite sums, got an overflow in {name!r} of {self!r}; scale the task vectors "
+                    "down or use float64"
+                )
+        return merged
 
     def merge_state(self, other: "Merger") -> None:
         """Join another accumulator of the same rule, as if ``other``'s task vectors had come after these.

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -24,6 +23,7 @@ class RandomMix(Merger):
         seed: Seed of the draws.
 
     Example:
+        >>> import torch
         >>> merger = RandomMix()
         >>> for value in (1.0, 2.0):
         ...     merger.update({"w": torch.full((1000,), value)})
@@ -48,9 +48,9 @@ class RandomMix(Merger):
     @override
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
         uniform = seeded_uniform(tau, seed=self.seed, task=step.task, name=name, purpose="mix")
-        replace = uniform < 1 / (step.position + 1)
-        for block, (piece, mask) in slot_blocks(slots, tau, replace):
-            torch.where(mask, piece.to(block["pick"]), block["pick"], out=block["pick"])
+        for block, (piece, drawn) in slot_blocks(slots, tau, uniform):
+            replace = drawn.lt_(1 / (step.position + 1)).to(block["pick"].dtype)
+            block["pick"].lerp_(piece.to(replace.dtype), replace)  # weights of 0 and 1 select exactly
 
     @override
     def _read_block(self, slots: Slots, overview: Any) -> Tensor:

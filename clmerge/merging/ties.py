@@ -1,31 +1,33 @@
 """TIES: trim every task vector, elect a sign per entry, merge the entries that agree with it."""
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots, float_dtype
+from clmerge.merging.accumulators import SlotDtypes, Slots, float_dtype, slot_blocks
 from clmerge.merging.merger import Merger, Step
-from clmerge.merging.sparsify import Sparsifier, TrimModel, TrimTensor
+from clmerge.merging.sparsify import Sparsifier, TrimModel, TrimTensor, keep_from
 from clmerge.weights.task_vector import State
 
 Trim = Literal["model", "tensor"]
 MergeKind = Literal["mean", "sum", "max"]
 
 
-def majority_sign(totals: list[Tensor]) -> int:
+def majority_sign(totals: Iterable[Tensor]) -> int:
     """Return the sign most entries of the model have: 1, -1, or 0 if none prevails.
 
     Args:
-        totals: Sums over the tasks, one tensor per parameter.
+        totals: Sums over the tasks, in pieces of at most 2^24 entries.
 
     Example:
         >>> majority_sign([torch.tensor([0.5, -9.0]), torch.tensor([0.1, 0.0])])
         1
     """
-    signs = sum(int(total.sign().sum(dtype=torch.int64)) for total in totals)
+    # float32 counts up to 2^24 exactly.
+    signs = sum(int(total.sign().sum()) for total in totals)
     return (signs > 0) - (signs < 0)
 
 
@@ -93,22 +95,25 @@ class TIES(Merger):
 
     @override
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
-        tau = self._sparsifier.sparsify(name, tau.to(float_dtype(slots)), step.task, plan)
+        if self.trim == "tensor":
+            tau = self._sparsifier.sparsify(name, tau.to(float_dtype(slots)), step.task, plan)
         super()._fold(name, slots, tau, step, plan)
 
     @override
     def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
-        positive, negative = tau.clamp(min=0), tau.clamp(max=0)
+        if self.trim == "model":
+            tau = keep_from(tau, plan)
         if self.merge == "max":
-            torch.maximum(slots["pos_max"], positive, out=slots["pos_max"])
-            torch.minimum(slots["neg_max"], negative, out=slots["neg_max"])
+            torch.maximum(slots["pos_max"], tau, out=slots["pos_max"])
+            torch.minimum(slots["neg_max"], tau, out=slots["neg_max"])
             slots["total"].add_(tau)
             return
+        positive, negative = tau.clamp(min=0), tau.clamp(max=0)
         slots["pos_sum"].add_(positive)
         slots["neg_sum"].add_(negative)
         if self.merge == "mean":
-            slots["pos_count"].add_(tau > 0)
-            slots["neg_count"].add_(tau < 0)
+            slots["pos_count"].add_(positive.sign_().to(torch.int16))
+            slots["neg_count"].sub_(negative.sign_().to(torch.int16))
 
     @override
     def _join_block(self, slots: Slots, other: Slots) -> None:
@@ -124,18 +129,21 @@ class TIES(Merger):
         """Return the sign of entries whose sum is zero."""
         if self.trim == "tensor":
             return 1
-        return majority_sign([self._total(slots) for slots in self._slots.values()])
+        return majority_sign(
+            self._total(block) for slots in self._slots.values() for block, _ in slot_blocks(slots)
+        )
 
     @override
     def _read_block(self, slots: Slots, overview: int) -> Tensor:
-        total = self._total(slots)
-        positive = total >= 0 if overview > 0 else total > 0
+        elected = torch.empty_like(slots["neg_max" if self.merge == "max" else "neg_sum"])
+        (torch.ge if overview > 0 else torch.gt)(self._total(slots), 0, out=elected)
+        if self.merge == "max":
+            return slots["neg_max"].lerp(slots["pos_max"], elected).mul_(self.scale)
+        merged = slots["neg_sum"].lerp(slots["pos_sum"], elected)
         if self.merge == "mean":
-            sums = torch.where(positive, slots["pos_sum"], slots["neg_sum"])
-            counts = torch.where(positive, slots["pos_count"], slots["neg_count"])
-            return sums.div_(counts.clamp_(min=1)).mul_(self.scale)
-        kind = self.merge
-        return torch.where(positive, slots[f"pos_{kind}"], slots[f"neg_{kind}"]).mul_(self.scale)
+            counts = slots["neg_count"].to(elected.dtype).lerp(slots["pos_count"].to(elected.dtype), elected)
+            merged.div_(counts.clamp_(min=1))
+        return merged.mul_(self.scale)
 
     def _total(self, slots: Slots) -> Tensor:
         return slots["total"] if self.merge == "max" else slots["pos_sum"] + slots["neg_sum"]

@@ -92,6 +92,7 @@ def save_tensors(
         plain[name] = tensor
     with atomic_path(path) as temporary:
         save_file(plain, temporary, metadata=dict(metadata) if metadata is not None else None)
+        _sort_metadata(temporary)
 
 
 def load_tensors(path: str | os.PathLike[str]) -> TaskVector:
@@ -130,6 +131,19 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
             return dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"expected a safetensors file, got {os.fspath(path)!r}: {error}") from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the header's strings in order; safetensors writes them in a random one, and equal files must be equal."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            if len(text) <= size:  # the same characters in another order, then the padding
+                file.seek(8)
+                file.write(text.ljust(size))
 
 
 def _fsync(path: Path) -> None:

@@ -143,8 +143,8 @@ def check_same_shape(name: str, left: Tensor, right: Tensor, sources: tuple[str,
     """Raise a ValueError if a parameter has another shape in the other state."""
     if left.shape != right.shape:
         raise ValueError(
-            f"expected one shape of {name!r}, got {tuple(left.shape)} in {sources[0]} and {tuple(right.shape)}"
-            f" in {sources[1]}; leave the parameter out or use models of one architecture"
+            f"expected one shape for {name!r}, got {tuple(left.shape)} in {sources[0]} and "
+            f"{tuple(right.shape)} in {sources[1]}; leave the parameter out or use models of one architecture"
         )
 
 
