@@ -37,9 +37,9 @@ class Evaluator(LightningModule):
         super().__init__()
         self.module = module
         self.weights = dict(weights)
-        self.accuracies = nn.ModuleDict(
-            {name: TaskAccuracy(len(task_classes), num_classes, task_classes) for name in weights}
-        )
+        self._accuracies = {name: TaskAccuracy(len(task_classes), num_classes, task_classes) for name in weights}
+        # A ModuleDict refuses names with dots, and mergers are named after settings such as density0.1.
+        self.metrics = nn.ModuleList(self._accuracies.values())
 
     @override
     def on_test_start(self) -> None:
@@ -53,13 +53,12 @@ class Evaluator(LightningModule):
         images, labels, tasks = batch
         for name, state in self.weights.items():
             logits = self.module(images) if state is None else functional_call(self.module, dict(state), (images,))
-            self.accuracies[name].update(logits.float(), labels, tasks)
+            self._accuracies[name].update(logits.float(), labels, tasks)
 
     def rows(self) -> Rows:
         """Return model name -> ``task_agnostic`` and ``task_aware`` accuracies, one per task of the stream."""
         found: Rows = {}
-        for name, accuracy in self.accuracies.items():
-            assert isinstance(accuracy, TaskAccuracy)
+        for name, accuracy in self._accuracies.items():
             result = accuracy.compute()
             found[name] = {kind: result[kind].tolist() for kind in ("task_agnostic", "task_aware")}
         return found

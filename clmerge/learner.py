@@ -14,7 +14,7 @@ from clmerge.callbacks import MergeCallback
 from clmerge.callbacks.progress import EpochLines, EpochSeed
 from clmerge.evaluation import Rows, accuracy_on, evaluate
 from clmerge.lightning_compat import logger_step, quiet_lightning, set_step_offset
-from clmerge.loggers import log_task
+from clmerge.loggers import finish_loggers, log_summary, log_task
 from clmerge.merging import Merger
 from clmerge.modules import ContinualClassifier
 from clmerge.plots import save_plots
@@ -40,6 +40,7 @@ class Learner:
         data: The data module; batch sizes and workers.
         start_policy: Where every task starts: ``base`` (the pretrained weights), ``previous`` (the un-merged weights of
             the task before) or ``merged`` (the deployed merged model).
+        epochs: Epochs of every task, where they differ; default the Trainer's ``max_epochs`` for all.
         deploy: Merger whose model is the start under ``merged``; default the first.
         buffers: Running statistics of merged models: of the ``latest`` task, of the ``base``, or their ``mean``.
         accumulators: Where base and accumulators live: ``cpu``, or ``model`` for the parameters' device.
@@ -48,7 +49,8 @@ class Learner:
         seed: Seed of initialisation, order of samples, augmentation and dropout, each fixed per task.
 
     Raises:
-        ValueError: If a merger needs a score and the stream holds no validation images out.
+        ValueError: If a merger needs a score and the stream holds no validation images out, or if ``epochs`` does not
+            have one number per task.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Learner:
         data: StreamDataModule,
         *,
         start_policy: Literal["base", "previous", "merged"] = "previous",
+        epochs: list[int] | None = None,
         deploy: str | None = None,
         buffers: Literal["latest", "base", "mean"] = "latest",
         accumulators: Literal["cpu", "model"] = "cpu",
@@ -69,6 +72,9 @@ class Learner:
         self.module = module
         self.data = data
         self.seed = seed
+        if epochs is not None and len(epochs) != len(stream.tasks):
+            raise ValueError(f"expected epochs for each of the {len(stream.tasks)} tasks, got {len(epochs)} numbers")
+        self.epochs = epochs
         self.keep_task_vectors = keep_task_vectors
         self.merge = MergeCallback(
             mergers,
@@ -115,21 +121,25 @@ class Learner:
         if self.keep_task_vectors:
             self.merge.use_bank(run.bank)
         results = self._restore(run)
-        if not run.manifest.results:
-            self._evaluate_zero_shot(run, trainer, results)
-        for task in range(results.num_finished):
-            log_task(loggers, results, task)  # a killed run's loggers may have lost rows that the manifest has
-        for task in range(run.manifest.evaluated, len(self.stream.tasks)):
-            if run.manifest.trained == task:
-                self._train(run, trainer, loggers, results, task)
-            self._evaluate(run, trainer, results, task)
-            log_task(loggers, results, task)
-            if report is not None:
-                report(results)
-        if not run.manifest.finished:
-            self._finish(run, results)
-        for logger in loggers:
-            logger.finalize("success")
+        success = False
+        try:
+            if not run.manifest.results:
+                self._evaluate_zero_shot(run, trainer, results)
+            for task in range(results.num_finished):
+                log_task(loggers, results, task)  # a killed run's loggers may lack what the manifest has
+            for task in range(run.manifest.evaluated, len(self.stream.tasks)):
+                if run.manifest.trained == task:
+                    self._train(run, trainer, loggers, results, task)
+                self._evaluate(run, trainer, results, task)
+                log_task(loggers, results, task)
+                if report is not None:
+                    report(results)
+            if not run.manifest.finished:
+                self._finish(run, results)
+            log_summary(loggers, results)
+            success = True
+        finally:
+            finish_loggers(loggers, success=success)
         return results
 
     # One task ----------------------------------------------------------------------------------------------------
@@ -166,6 +176,7 @@ class Learner:
                     enable_version_counter=False,
                 ),
             ],
+            **({} if self.epochs is None else {"max_epochs": self.epochs[task]}),
         )
         set_step_offset(trainer, run.manifest.step)
         trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint if checkpoint.is_file() else None)
@@ -247,7 +258,7 @@ class Learner:
             num_classes=len(self.stream.class_names),
         )
 
-    def _build(self, factory: TrainerFactory, run: RunFolder, *, logger: Any, callbacks: list[Callback]) -> Trainer:
+    def _build(self, factory: TrainerFactory, run: RunFolder, *, logger: Any, callbacks: list[Callback], **options: Any) -> Trainer:
         return factory(
             logger=logger,
             callbacks=callbacks,
@@ -256,6 +267,7 @@ class Learner:
             enable_checkpointing=bool(callbacks),
             enable_model_summary=False,
             num_sanity_val_steps=0,
+            **options,
         )
 
     @torch.no_grad()

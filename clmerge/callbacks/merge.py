@@ -257,7 +257,9 @@ class MergeCallback(Callback):
         self._merge_buffers(pl_module)
         if self.bank is not None and trainer.is_global_zero:
             name = self._task_name or f"task_{self.num_tasks:03d}"
-            self.bank.append(self.num_tasks, tau, name=name, base=self.base_fingerprint)
+            # A run killed after its merge has written this vector already.
+            again = trainer.ckpt_path is not None
+            self.bank.append(self.num_tasks, tau, name=name, base=self.base_fingerprint, overwrite=again)
         self.num_tasks += 1
         self._task_name = None
         self._merged_this_fit = True

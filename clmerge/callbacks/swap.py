@@ -24,8 +24,8 @@ def named_tensors(module: nn.Module, names: Iterable[str], *, origin: str) -> di
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-    own = {name.replace("_orig_mod.", ""): tensor for name, tensor in module.named_parameters()}
-    own.update((name.replace("_orig_mod.", ""), tensor) for name, tensor in module.named_buffers())
+    both = (*module.named_parameters(), *module.named_buffers())
+    own: dict[str, Tensor] = {name.replace("_orig_mod.", ""): tensor for name, tensor in both}
     missing = [name for name in names if name not in own]
     if missing:
         raise RuntimeError(

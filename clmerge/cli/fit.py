@@ -28,6 +28,23 @@ _OWNED_BY_LEARNER = {
     "logger",
     "num_sanity_val_steps",
 }
+TRAINER_HELP = """\
+Trainer:
+  Every argument of lightning.pytorch.Trainer but the logger and the checkpointing, for example
+    --trainer.max_epochs N       epochs per task (default: 10)
+    --trainer.accelerator cpu    cpu, gpu, mps, auto (default: auto)
+    --trainer.devices N          devices to train on, with --trainer.strategy ddp for several
+    --trainer.precision bf16-mixed
+    --trainer.gradient_clip_val 1.0
+    --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=val/loss
+  Callbacks are built anew for every task.
+
+examples:
+  clmerge fit --config configs/quickstart.yaml --mergers MagMax TIES TaskArithmetic
+  clmerge fit --config configs/quickstart.yaml --learner.start_policy=base --trainer.max_epochs=3
+  clmerge fit --config configs/quickstart.yaml --print_config
+  clmerge fit --mergers.help TIES
+"""
 
 
 @dataclass
@@ -53,14 +70,18 @@ class Logging:
     extra: "list[Logger]" = field(default_factory=list)
 
 
-def build_parser() -> "CommandParser":
-    """Return the parser of ``clmerge fit``; imports everything that its types come from."""
+def build_parser(*, trainer: bool = True) -> "CommandParser":
+    """Return the parser of ``clmerge fit``; imports everything that its types come from.
+
+    Args:
+        trainer: Whether the Trainer's arguments are options; the help leaves their three hundred lines to Lightning.
+    """
     from jsonargparse import set_parsing_settings
     from lightning.pytorch import Trainer
     from lightning.pytorch import loggers as lightning_loggers
 
     import clmerge.streams
-    from clmerge.cli.parser import CommandParser
+    from clmerge.cli.parser import CommandFormatter, CommandParser
     from clmerge.learner import Learner
     from clmerge.merging import Merger
     from clmerge.modules import ContinualClassifier
@@ -73,7 +94,10 @@ def build_parser() -> "CommandParser":
     Logging.__annotations__["extra"] = list[lightning_loggers.Logger]
     parser = CommandParser(
         prog="clmerge fit",
+        usage="clmerge fit --config FILE [options]\n       clmerge fit --resume RUN",
         description="Train a stream of tasks, merge after every task, evaluate all tasks after every task.",
+        epilog=None if trainer else TRAINER_HELP,
+        formatter_class=CommandFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="A YAML file with any of the options below; may be repeated.")
@@ -89,8 +113,10 @@ def build_parser() -> "CommandParser":
         Learner, "learner", skip={"stream", "module", "mergers", "data", "seed"}, instantiate=False
     )
     parser.add_class_arguments(Logging, "logging")
-    parser.add_class_arguments(Trainer, "trainer", skip=_OWNED_BY_LEARNER, instantiate=False)
-    parser.set_defaults({"mergers": [{"class_path": "clmerge.merging.MagMax"}], "trainer.max_epochs": 10})
+    parser.set_defaults({"mergers": [{"class_path": "clmerge.merging.MagMax"}]})
+    if trainer:
+        parser.add_class_arguments(Trainer, "trainer", skip=_OWNED_BY_LEARNER, instantiate=False)
+        parser.set_defaults({"trainer.max_epochs": 10})
     return parser
 
 
@@ -156,7 +182,7 @@ def resume_folder(arguments: Sequence[str]) -> str | None:
 
 def _run(arguments: Sequence[str], *, resume: str | None) -> int:
     from lightning.pytorch import seed_everything
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+    from lightning_utilities.core.rank_zero import rank_zero_only
 
     from clmerge.learner import Learner
     from clmerge.run_folder import RunFolder
@@ -165,7 +191,7 @@ def _run(arguments: Sequence[str], *, resume: str | None) -> int:
     config = parser.parse_args(list(arguments))
     if config.stream is None:
         parser.error("expected --stream or a --config that has one, got neither")
-    is_main = rank_zero_only.rank == 0
+    is_main = getattr(rank_zero_only, "rank", 0) == 0
     try:
         seed_everything(config.seed, workers=True, verbose=False)
         objects = parser.instantiate(config)
@@ -222,7 +248,7 @@ def _trainer_factory(parser: "CommandParser", config: Any) -> Any:
             given[key] = [*(own if isinstance(own, list) else [own] if own else []), *given[key]]
         if options.get("enable_progress_bar") is None:
             options["enable_progress_bar"] = sys.stderr.isatty()
-        return Trainer(**options, **given)
+        return Trainer(**{**options, **given})
 
     return build
 

@@ -5,8 +5,14 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from jsonargparse import ArgumentParser
+from argparse import RawDescriptionHelpFormatter
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from typing_extensions import override
+
+
+class CommandFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Leave examples under the options as they are written."""
 
 
 class CommandParser(ArgumentParser):

@@ -98,7 +98,7 @@ class OpenClip(Backbone):
         self._tokenize: Callable[[Sequence[str]], Tensor] = open_clip.get_tokenizer(
             source, **({"bpe_path": str(vocabulary)} if brings_vocabulary else {})
         )
-        self.feature_dim = int(self.model.visual.output_dim)
+        self.feature_dim = int(self.model.visual.output_dim)  # type: ignore[union-attr, arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode images of shape ``(B, 3, H, W)`` into features of shape ``(B, D)``, not normalised."""
@@ -114,7 +114,7 @@ class OpenClip(Backbone):
 
     def logit_scale(self) -> float:
         """Return the factor from cosine similarity to logits that the model was pretrained with."""
-        return float(self.model.logit_scale.detach().exp())  # type: ignore[operator, union-attr]
+        return float(self.model.logit_scale.detach().exp())  # type: ignore[operator]
 
 
 class Timm(Backbone):
@@ -152,7 +152,7 @@ class Timm(Backbone):
         self.train_transform = create_transform(
             **config, is_training=True, no_aug=False, scale=(0.9, 1.0), hflip=0.0, color_jitter=None, auto_augment=None
         )
-        self.feature_dim = int(self.model.num_features)
+        self.feature_dim = int(self.model.num_features)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode images of shape ``(B, 3, H, W)`` into features of shape ``(B, D)``, not normalised."""

@@ -134,7 +134,7 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the header's strings in order; safetensors writes them in a random one, and equal files must be equal."""
+    """Put the header's strings in order: safetensors writes a random one, and equal files must be equal."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -86,6 +87,8 @@ def forked(work) -> int:
         code = 70
         try:
             code = work()
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

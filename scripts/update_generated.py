@@ -1,0 +1,61 @@
+"""Write again what is generated from the code: the help texts of the commands and the README's table of mergers.
+
+python scripts/update_generated.py          write
+python scripts/update_generated.py --check  exit with 1 if something is out of date
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- mergers: begin -->", "<!-- mergers: end -->"
+
+
+def fit_help() -> str:
+    """Return the help of ``clmerge fit`` at a width of 100 columns."""
+    os.environ["COLUMNS"] = "100"
+    from clmerge.cli.fit import build_parser
+
+    return build_parser(trainer=False).format_help()
+
+
+def merger_table() -> str:
+    """Return the mergers as a Markdown table."""
+    from clmerge.merging import registered_mergers
+
+    lines = ["| merger | what it does | source | exact online | order-free |", "|---|---|---|---|---|"]
+    for name, merger in sorted(registered_mergers().items(), key=lambda item: item[0].lower()):
+        source = f"[{merger.source}](https://arxiv.org/abs/{merger.source})" if merger.source[:1].isdigit() else merger.source
+        exact, free = ("yes" if flag else "no" for flag in (merger.exact_online, merger.order_free))
+        lines.append(f"| `{name}` | {merger.summary} | {source} | {exact} | {free} |")
+    return "\n".join(lines)
+
+
+def generated() -> dict[Path, str]:
+    """Return the generated files and what they should hold."""
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return {
+        ROOT / "clmerge" / "cli" / "help" / "fit.txt": fit_help(),
+        readme: f"{before}{BEGIN}\n{merger_table()}\n{END}{after}",
+    }
+
+
+def main() -> int:
+    """Write or check; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only compare")
+    check = parser.parse_args().check
+    stale = [path for path, text in generated().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        print(f"{'out of date' if check else 'wrote'}: {path.relative_to(ROOT)}")
+        if not check:
+            path.write_text(generated()[path], encoding="utf-8")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
