@@ -216,7 +216,7 @@ class Merger(Configured, ABC):
             return
         if self.num_tasks:
             check_shapes(other._shapes, self._shapes, "a merger")
-            self._check_dtypes({name: float_dtype(slots) for name, slots in other._slots.items()}, "a merger")
+            self._check_dtypes(other._float_dtypes(), "a merger")
         with torch.inference_mode(False), torch.no_grad():
             self._join(other)
 
@@ -301,10 +301,13 @@ class Merger(Configured, ABC):
         self.num_tasks = step.position + 1
         self._after_update(step, plan)
 
+    def _float_dtypes(self) -> dict[str, torch.dtype]:
+        return {name: float_dtype(slots) for name, slots in self._slots.items()}
+
     def _check_dtypes(self, dtypes: dict[str, torch.dtype], source: str) -> None:
         """Refuse what would lose precision: float64 for an accumulator that began in float32."""
-        for name, slots in self._slots.items():
-            if dtypes[name] == torch.float64 != float_dtype(slots):
+        for name, dtype in self._float_dtypes().items():
+            if dtypes[name] == torch.float64 != dtype:
                 raise ValueError(
                     f"expected {name!r} in float32 or less as in the first task vector, got float64 in "
                     f"{source}; convert all task vectors to one dtype"

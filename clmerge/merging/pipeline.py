@@ -106,8 +106,8 @@ class Pipeline(Merger):
         self._shapes, self.base, self.num_tasks = shapes, self.base or base, step.position + 1
 
     @override
-    def _check_dtypes(self, dtypes: dict[str, torch.dtype], source: str) -> None:
-        self._inner._check_dtypes(dtypes, source)
+    def _float_dtypes(self) -> dict[str, torch.dtype]:
+        return self._inner._float_dtypes()
 
     def _finished(self, vector: TaskVector) -> TaskVector:
         return vector if self.finisher is None else self.finisher.finish(vector)

@@ -105,4 +105,4 @@ class ModelStock(Merger):
 
 def _squared_norm(tensor: Tensor) -> float:
     # Squares are taken in float64: those of float32 values may not be float32 values.
-    return sum(float(piece.double().square_().sum()) for (piece,) in blocks(tensor.reshape(-1)))
+    return sum(float(piece.double().square().sum()) for (piece,) in blocks(tensor.reshape(-1)))

@@ -1,0 +1,255 @@
+"""Every rule once more, in batch form and float64, and the settings each is tested with.
+
+The references see all task vectors at once and share no code with clmerge. To add a rule, add its reference and one
+or more cases to ``CASES``.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from clmerge import merging
+
+Vector = dict[str, np.ndarray]
+Batch = Callable[[list[Vector], list[int]], Vector]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configured rule and what it must compute for the vectors and the indices of their tasks."""
+
+    build: Callable[[], merging.Merger]
+    batch: Batch
+    homogeneous: bool = True  # scaling all vectors scales the result
+
+
+def score(vector):
+    """A held-out metric, as coarse as an accuracy: how near all entries are to 0.25."""
+    entries = [np.asarray(tensor, dtype=np.float64).ravel() for tensor in vector.values()]
+    return -round(float(np.mean(np.abs(np.concatenate(entries) - 0.25))), 3)
+
+
+def stacked(vectors: list[Vector], name: str) -> np.ndarray:
+    return np.stack([vector[name] for vector in vectors])
+
+
+def each(function: Callable[[np.ndarray], np.ndarray]) -> Batch:
+    """A rule that looks at one parameter at a time: all its values, shape (num_tasks, ...)."""
+    return lambda vectors, tasks: {name: function(stacked(vectors, name)) for name in vectors[0]}
+
+
+def total(scale: float) -> Batch:
+    return each(lambda taus: scale * taus.sum(axis=0))
+
+
+def average(scale: float) -> Batch:
+    return each(lambda taus: scale * taus.mean(axis=0))
+
+
+def max_magnitude(scale: float) -> Batch:
+    def rule(taus):
+        last_first = taus[::-1]  # argmax takes the first of equals, and the last task is to win
+        winner = np.abs(last_first).argmax(axis=0)
+        return scale * np.take_along_axis(last_first, winner[None], axis=0)[0]
+
+    return each(rule)
+
+
+def trimmed_by_model(vector: Vector, density: float) -> Vector:
+    flat = np.sort(np.abs(np.concatenate([entries.ravel() for entries in vector.values()])))
+    num_dropped = flat.size - int(density * flat.size)
+    threshold = flat[num_dropped - 1] if num_dropped else 0.0
+    return {name: np.where(np.abs(entries) >= threshold, entries, 0) for name, entries in vector.items()}
+
+
+def trimmed_by_tensor(vector: Vector, density: float) -> Vector:
+    trimmed = {}
+    for name, entries in vector.items():
+        kept = np.zeros(entries.size)
+        largest = np.argsort(-np.abs(entries.ravel()), kind="stable")[: max(1, int(density * entries.size))]
+        kept[largest] = entries.ravel()[largest]
+        trimmed[name] = kept.reshape(entries.shape)
+    return trimmed
+
+
+def ties(density: float, trim: str, merge: str, scale: float) -> Batch:
+    def batch(vectors, tasks):
+        trimming = trimmed_by_model if trim == "model" else trimmed_by_tensor
+        vectors = [trimming(vector, density) for vector in vectors]
+        signs = {name: np.sign(stacked(vectors, name).sum(axis=0)) for name in vectors[0]}
+        undecided = 1.0 if trim == "tensor" else np.sign(sum(sign.sum() for sign in signs.values()))
+        merged = {}
+        for name, sign in signs.items():
+            sign = np.where(sign == 0, undecided, sign)
+            taus = stacked(vectors, name)
+            agrees = np.where(sign > 0, taus > 0, taus < 0)
+            kept = np.where(agrees, taus, 0)
+            if merge == "max":
+                merged[name] = np.abs(kept).max(axis=0) * np.where(sign > 0, 1, -1)
+            else:
+                merged[name] = kept.sum(axis=0)
+            if merge == "mean":
+                merged[name] = merged[name] / np.maximum(agrees.sum(axis=0), 1)
+        return {name: scale * entries for name, entries in merged.items()}
+
+    return batch
+
+
+def uniform(purpose: str, seed: int, task: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    digest = hashlib.sha256(f"{purpose}/{seed}/{task}/{name}".encode()).hexdigest()
+    generator = torch.Generator().manual_seed(int(digest[:16], 16))
+    return torch.rand(shape, generator=generator).numpy()
+
+
+def dropped(drop_rate: float, rescale: str, seed: int, reduce: Batch) -> Batch:
+    def batch(vectors, tasks):
+        sparse = []
+        for vector, task in zip(vectors, tasks, strict=True):
+            kept = {
+                name: np.where(uniform("drop", seed, task, name, entries.shape) >= drop_rate, entries, 0)
+                for name, entries in vector.items()
+            }
+            if rescale == "probability":
+                kept = {name: entries / (1 - drop_rate) for name, entries in kept.items()}
+            if rescale == "l1":
+                norms = {name: np.abs(entries).sum() for name, entries in kept.items()}
+                kept = {
+                    name: entries * (np.abs(vector[name]).sum() / norms[name] if norms[name] else 1)
+                    for name, entries in kept.items()
+                }
+            sparse.append(kept)
+        return reduce(sparse, tasks)
+
+    return batch
+
+
+def model_stock(scale: float) -> Batch:
+    def rule(taus):
+        moved = [tau for tau in taus if np.linalg.norm(tau)]
+        count = len(moved)
+        if not count:
+            return np.zeros(taus.shape[1:])
+        cosines = [
+            (moved[i] * moved[j]).sum() / (np.linalg.norm(moved[i]) * np.linalg.norm(moved[j]))
+            for i in range(count)
+            for j in range(i)
+        ]
+        cosine = np.clip(np.mean(cosines), 0, 1) if cosines else 1.0
+        return scale * count * cosine / (1 + (count - 1) * cosine) * np.mean(moved, axis=0)
+
+    return each(rule)
+
+
+def greedy_soup(strict: bool) -> Batch:
+    def mean(vectors):
+        return {name: stacked(vectors, name).mean(axis=0) for name in vectors[0]}
+
+    def batch(vectors, tasks):
+        kept = vectors[:1]
+        for vector in vectors[1:]:
+            gain = score(mean([*kept, vector])) - score(mean(kept))
+            if gain > 0 or (gain == 0 and not strict):
+                kept = [*kept, vector]
+        return mean(kept)
+
+    return batch
+
+
+def interpolated(shares: Callable[[list[Vector]], list[float]]) -> Batch:
+    def batch(vectors, tasks):
+        alphas = shares(vectors)
+        merged = {name: np.zeros(entries.shape) for name, entries in vectors[0].items()}
+        for index, vector in enumerate(vectors):
+            weight = alphas[index] * np.prod([1 - alpha for alpha in alphas[index + 1 :]])
+            merged = {name: merged[name] + weight * vector[name] for name in merged}
+        return merged
+
+    return batch
+
+
+def best_shares(candidates: tuple[float, ...]) -> Callable[[list[Vector]], list[float]]:
+    def shares(vectors):
+        chosen = []
+        for count in range(1, len(vectors) + 1):
+            results = [
+                score(interpolated(lambda _, alpha=alpha: [*chosen, alpha])(vectors[:count], []))
+                for alpha in candidates
+            ]
+            chosen.append(candidates[int(np.argmax(results))])
+        return chosen
+
+    return shares
+
+
+def random_mix(seed: int, scale: float) -> Batch:
+    def batch(vectors, tasks):
+        mixed = {}
+        for name, entries in vectors[0].items():
+            undecided = np.ones(entries.shape, dtype=bool)
+            mixed[name] = np.zeros(entries.shape)
+            for position in reversed(range(len(vectors))):  # the last task that replaced an entry owns it
+                drawn = uniform("mix", seed, tasks[position], name, entries.shape)
+                owned = undecided & (drawn < 1 / (position + 1))
+                mixed[name] = np.where(owned, scale * vectors[position][name], mixed[name])
+                undecided = undecided & ~owned
+        return mixed
+
+    return batch
+
+
+def trim_tensor_first(density: float, reduce: Batch) -> Batch:
+    return lambda vectors, tasks: reduce([trimmed_by_tensor(vector, density) for vector in vectors], tasks)
+
+
+TENTHS = tuple(index / 10 for index in range(11))
+
+CASES = {
+    "WeightAverage": Case(merging.WeightAverage, average(1.0)),
+    "WeightAverage scale": Case(lambda: merging.WeightAverage(scale=-2.0), average(-2.0)),
+    "TaskArithmetic": Case(merging.TaskArithmetic, total(0.3)),
+    "TaskArithmetic negation": Case(lambda: merging.TaskArithmetic(scale=-1.0), total(-1.0)),
+    "MagMax": Case(merging.MagMax, max_magnitude(0.5)),
+    "TIES": Case(merging.TIES, ties(0.2, "model", "mean", 1.0)),
+    **{
+        f"TIES {trim} {merge} {density}": Case(
+            lambda trim=trim, merge=merge, density=density: merging.TIES(
+                density, trim=trim, merge=merge, scale=0.5
+            ),
+            ties(density, trim, merge, 0.5),
+        )
+        for trim in ("model", "tensor")
+        for merge in ("mean", "sum", "max")
+        for density in (0.3, 1.0)
+    },
+    "DARE": Case(merging.DARE, dropped(0.9, "probability", 0, total(0.3))),
+    "DARE l1": Case(
+        lambda: merging.DARE(0.5, rescale="l1", seed=7, scale=1.0), dropped(0.5, "l1", 7, total(1.0))
+    ),
+    "DARE TIES": Case(
+        lambda: merging.DARE(0.5, rescale="none", reducer=merging.TIES(0.5, trim="tensor")),
+        dropped(0.5, "none", 0, ties(0.5, "tensor", "mean", 1.0)),
+    ),
+    "ModelStock": Case(merging.ModelStock, model_stock(1.0)),
+    "GreedySoup": Case(merging.GreedySoup, greedy_soup(strict=False), homogeneous=False),
+    "GreedySoup strict": Case(
+        lambda: merging.GreedySoup(strict=True), greedy_soup(strict=True), homogeneous=False
+    ),
+    "WiSEFT": Case(merging.WiSEFT, interpolated(lambda vectors: [0.5] * len(vectors))),
+    "PAINT": Case(merging.PAINT, interpolated(best_shares(TENTHS)), homogeneous=False),
+    "RandomMix": Case(merging.RandomMix, random_mix(0, 1.0)),
+    "RandomMix seed": Case(lambda: merging.RandomMix(scale=0.5, seed=3), random_mix(3, 0.5)),
+    "Pipeline": Case(merging.Pipeline, total(0.3)),
+    "Pipeline trim, MagMax, scale": Case(
+        lambda: merging.Pipeline(
+            merging.MagMax(), sparsifier=merging.TrimTensor(0.4), finisher=merging.Scale(3.0)
+        ),
+        trim_tensor_first(0.4, max_magnitude(1.5)),
+    ),
+    "Pipeline drop, Model Stock": Case(
+        lambda: merging.Pipeline(merging.ModelStock(), sparsifier=merging.RandomDrop(0.5)),
+        dropped(0.5, "probability", 0, model_stock(1.0)),
+    ),
+}
