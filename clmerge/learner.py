@@ -69,11 +69,12 @@ class Learner:
         seed: int = 0,
     ) -> None:
         self.stream = stream
+        self.tasks = stream.tasks  # reads the labels: missing data is found before anything is written
         self.module = module
         self.data = data
         self.seed = seed
-        if epochs is not None and len(epochs) != len(stream.tasks):
-            raise ValueError(f"expected epochs for each of the {len(stream.tasks)} tasks, got {len(epochs)} numbers")
+        if epochs is not None and len(epochs) != len(self.tasks):
+            raise ValueError(f"expected epochs for each of the {len(self.tasks)} tasks, got {len(epochs)} numbers")
         self.epochs = epochs
         self.keep_task_vectors = keep_task_vectors
         self.merge = MergeCallback(
@@ -90,7 +91,7 @@ class Learner:
             if taken in self.merge.mergers:
                 raise ValueError(f"expected another name for a merger than {taken!r}, a reference model's name")
         needy = [name for name, merger in self.merge.mergers.items() if "score" in merger.requires]
-        if needy and not all(len(stream.dataset(task.index, "val")) for task in stream.tasks):
+        if needy and not all(len(stream.dataset(task.index, "val")) for task in self.tasks):
             raise ValueError(
                 f"expected validation images for merger {needy[0]!r}, got a stream that holds none out; "
                 "set stream.val_fraction above 0"
@@ -127,7 +128,7 @@ class Learner:
                 self._evaluate_zero_shot(run, trainer, results)
             for task in range(results.num_finished):
                 log_task(loggers, results, task)  # a killed run's loggers may lack what the manifest has
-            for task in range(run.manifest.evaluated, len(self.stream.tasks)):
+            for task in range(run.manifest.evaluated, len(self.tasks)):
                 if run.manifest.trained == task:
                     self._train(run, trainer, loggers, results, task)
                 self._evaluate(run, trainer, results, task)
@@ -148,7 +149,7 @@ class Learner:
         self, run: RunFolder, factory: TrainerFactory, loggers: Sequence[Logger], results: Results, task: int
     ) -> None:
         started = time.perf_counter()
-        info = self.stream.tasks[task]
+        info = self.tasks[task]
         checkpoint = run.checkpoint(task)
         seed = derived_seed(self.seed, "task", task) % 2**32  # NumPy's generator takes 32 bits
         seed_everything(seed, workers=True, verbose=False)
@@ -166,7 +167,7 @@ class Learner:
             callbacks=[
                 self.merge,
                 EpochSeed(seed),
-                EpochLines(f"task {task + 1}/{len(self.stream.tasks)} {info.name}"),
+                EpochLines(f"task {task + 1}/{len(self.tasks)} {info.name}"),
                 ModelCheckpoint(
                     dirpath=checkpoint.parent,
                     filename=checkpoint.stem,
@@ -233,7 +234,7 @@ class Learner:
     # Parts -------------------------------------------------------------------------------------------------------
 
     def _restore(self, run: RunFolder) -> Results:
-        tasks = self.stream.tasks
+        tasks = self.tasks
         samples = [len(self.stream.dataset(task.index, "test")) for task in tasks]
         fresh = Results([t.name for t in tasks], classes=[t.class_names for t in tasks], samples=samples)
         found = run.manifest
@@ -254,7 +255,7 @@ class Learner:
             self.module,
             weights,
             self.data,
-            task_classes=[task.classes for task in self.stream.tasks],
+            task_classes=[task.classes for task in self.tasks],
             num_classes=len(self.stream.class_names),
         )
 

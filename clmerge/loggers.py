@@ -212,7 +212,7 @@ def build_wandb_logger(
             config=dict(config or {}),
             # A run that the caller has in progress is left alone instead of being logged into.
             reinit="create_new" if wandb.run is not None else None,
-            settings=wandb.Settings(init_timeout=_INIT_SECONDS, quiet=True),
+            settings=wandb.Settings(init_timeout=_INIT_SECONDS, quiet=True, silent=mode == "offline"),
         )
 
     try:

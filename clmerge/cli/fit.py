@@ -77,21 +77,25 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
         trainer: Whether the Trainer's arguments are options; the help leaves their three hundred lines to Lightning.
     """
     from jsonargparse import set_parsing_settings
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import Callback, Trainer
     from lightning.pytorch import loggers as lightning_loggers
+    from torch.optim import Optimizer
 
     import clmerge.streams
-    from clmerge.cli.parser import CommandFormatter, CommandParser
+    from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
     from clmerge.learner import Learner
     from clmerge.merging import Merger
     from clmerge.modules import ContinualClassifier
-    from clmerge.streams import Stream, StreamDataModule
+    from clmerge.models import Backbone, Head
+    from clmerge.streams import DataSource, Stream, StreamDataModule
 
     for name in clmerge.streams.__all__:
         getattr(clmerge.streams, name)  # loaded lazily, and only loaded classes may be named
     set_parsing_settings(docstring_parse_attribute_docstrings=False)
     Logging.__dataclass_fields__["extra"].type = list[lightning_loggers.Logger]
     Logging.__annotations__["extra"] = list[lightning_loggers.Logger]
+    bases = (Merger, Stream, DataSource, Backbone, Head, Optimizer, Callback, lightning_loggers.Logger)
+    CommandParser.class_names = known_subclasses(bases)
     parser = CommandParser(
         prog="clmerge fit",
         usage="clmerge fit --config FILE [options]\n       clmerge fit --resume RUN",

@@ -1,11 +1,10 @@
-"""A jsonargparse parser whose errors name the nearest valid option, and whose help can be printed from a file."""
+"""A jsonargparse parser whose errors name the nearest valid option, class or value."""
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
-from typing import NoReturn
-
 from argparse import RawDescriptionHelpFormatter
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from typing_extensions import override
@@ -16,39 +15,69 @@ class CommandFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
 
 
 class CommandParser(ArgumentParser):
-    """An argument parser of one command."""
+    """An argument parser of one command.
+
+    Attributes:
+        class_names: Names of classes that options take; the nearest one is offered for a misspelt class.
+    """
+
+    class_names: ClassVar[Sequence[str]] = ()
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong and the nearest valid words, without the usage, and exit with 2."""
-        text = message if ex is None else str(ex)
-        hint = suggestion(text, option_names(self), self.choices())
-        self.exit(2, f"{self.prog}: {text.strip()}\n{hint}Options: {self.prog} --help\n")
+        """Print what is wrong and the nearest valid word, without the usage, and exit with 2."""
+        text = (message if ex is None else str(ex)).strip()
+        options = [action.dest for action in self._actions if action.dest not in ("help", "==SUPPRESS==")]
+        if "Did you mean" not in text and (near := suggestion(text, options, self.class_names)):
+            text = f"{text}\nDid you mean {near}?"
+        if not self.exit_on_error:  # a parser of one class's arguments, inside of the command's
+            super().error(text, ex)
+        self.exit(2, f"{self.prog}: {text}\nOptions: {self.prog} --help\n")
         raise AssertionError("exit returned")
 
-    def choices(self) -> list[str]:
-        """Class names that may be given as values; the nearest one is offered for a misspelt class."""
-        return []
+
+def known_subclasses(bases: Iterable[type]) -> list[str]:
+    """Return the names of all classes below ``bases`` that are imported, private ones left out."""
+    found: list[str] = []
+    pending = [*bases]
+    while pending:
+        children = pending.pop().__subclasses__()
+        pending += children
+        found += [child.__name__ for child in children if not child.__name__.startswith("_")]
+    return sorted(set(found))
 
 
-def option_names(parser: ArgumentParser) -> list[str]:
-    """Return the dotted names of all options of a parser."""
-    return [action.dest for action in parser._actions if action.dest not in ("help", "==SUPPRESS==")]
+def suggestion(message: str, options: Sequence[str], classes: Sequence[str]) -> str | None:
+    """Return the nearest valid word to the one that an error message of jsonargparse complains about.
 
-
-def suggestion(message: str, options: Sequence[str], classes: Iterable[str]) -> str:
-    """Return a line that names the nearest option or class to the words quoted in an error message, or nothing.
+    Args:
+        message: The error message.
+        options: Dotted names of the options there are.
+        classes: Names of the classes there are.
 
     Example:
-        >>> suggestion("Unrecognized arguments: --learner.start_polcy=base", ["learner.start_policy"], [])
-        'Did you mean --learner.start_policy?\\n'
+        >>> suggestion("unrecognized arguments: --learner.start_polcy=base", ["learner.start_policy"], [])
+        '--learner.start_policy'
+        >>> suggestion("Expected a dot import path string: TEIS", [], ["MagMax", "TIES"])
+        'TIES'
     """
-    words = re.findall(r"--([\w.]+)", message) + re.findall(r"[\"'`]([\w.]+)[\"'`]", message)
-    for word in words:
-        if word in options:
-            continue
-        if near := difflib.get_close_matches(word, options, n=1, cutoff=0.75):
-            return f"Did you mean --{near[0]}?\n"
-        if near := difflib.get_close_matches(word.lower(), [c.lower() for c in classes], n=1, cutoff=0.6):
-            return f"Did you mean {next(c for c in classes if c.lower() == near[0])}?\n"
-    return ""
+    if found := re.search(r"unrecognized arguments: --([\w.]+)", message):
+        near = _nearest(found[1], options)
+        return near and f"--{near}"
+    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
+        return _nearest(f"{found[1]}.{found[2]}", options)
+    if found := re.search(r"Option '([\w.]+)' is not accepted", message):
+        word = found[1]
+        return _nearest(word, options) or _nearest(word.split(".")[0], {o.split(".")[0] for o in options})
+    if found := re.search(r"Literal\[(.*?)\]\. Got value: (\S+)", message):
+        return _nearest(found[2], re.findall(r"'(.*?)'", found[1]))
+    if found := re.search(r"dot import path string: (\w+)", message):
+        return _nearest(found[1], classes)
+    return None
+
+
+def _nearest(word: str, words: Iterable[str]) -> str | None:
+    """Return the word most like ``word`` whatever its case, if one is like it at all."""
+    by_lower = {candidate.lower(): candidate for candidate in words}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
+    return by_lower[near[0]] if near else None
