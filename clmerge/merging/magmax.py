@@ -15,7 +15,8 @@ def fold_max_magnitude(winner: Tensor, tau: Tensor) -> None:
 
     Args:
         winner: Running winners, any shape.
-        tau: The next task vector, same shape and dtype; it wins ties.
+        tau: The next task vector, same shape and dtype; it wins ties. Magnitudes must stay below half of the
+            dtype's largest number.
 
     Example:
         >>> winner = torch.tensor([1.0, -3.0, 2.0])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -91,7 +92,10 @@ def save_tensors(
         seen.add(storage.data_ptr())
         plain[name] = tensor
     with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         save_file(plain, temporary, metadata=dict(metadata) if metadata is not None else None)
+        temporary.chmod(mode)  # safetensors lets nobody but the owner read its files, whatever the umask says
         _sort_metadata(temporary)
 
 

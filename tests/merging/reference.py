@@ -1,7 +1,7 @@
 """Every rule once more, in batch form and float64, and the settings each is tested with.
 
-The references see all task vectors at once and share no code with clmerge. To add a rule, add its reference and one
-or more cases to ``CASES``.
+The references see all task vectors at once and share no code with clmerge. To add a rule, add its reference
+and one or more cases to ``CASES``.
 """
 
 import hashlib

@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from clmerge.merging import PAINT, WiSEFT
+
+
+def test_wise_ft_of_one_task_is_the_interpolation_with_the_base():
+    merger = WiSEFT(alpha=0.25)
+    merger.update({"w": torch.tensor([8.0])})
+    assert merger.compute()["w"].item() == 2.0
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(0.0, 0.0), (1.0, 3.0)])
+def test_the_ends_are_exact(alpha, expected):
+    merger = WiSEFT(alpha=alpha)
+    for value in (0.1, 0.7, 3.0):
+        merger.update({"w": torch.tensor([value])})
+    assert merger.compute()["w"].item() == expected
+
+
+def test_paint_takes_the_best_candidate_and_the_first_of_equals():
+    merger = PAINT()
+    merger.update({"w": torch.tensor([1.0])}, score=lambda vector: -abs(vector["w"].item() - 0.62))
+    merger.update({"w": torch.tensor([2.0])}, score=lambda vector: 1.0)
+    assert merger.chosen == [0.6, 0.0]
+    assert merger.compute()["w"].item() == pytest.approx(0.6)
+
+
+def test_paint_scores_every_candidate_once():
+    seen = []
+    merger = PAINT((0.0, 0.5, 1.0))
+    merger.update({"w": torch.tensor([4.0])}, score=lambda vector: seen.append(vector["w"].item()) or 0.0)
+    assert seen == [0.0, 2.0, 4.0]
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match=r"alpha in \[0, 1\]"):
+        WiSEFT(alpha=1.5)
+    with pytest.raises(ValueError, match="candidate shares"):
+        PAINT((0.5, 2.0))
+    with pytest.raises(ValueError, match="candidate shares"):
+        PAINT(())
+    with pytest.raises(ValueError, match="expected a held-out metric for PAINT"):
+        PAINT().update({"w": torch.ones(1)})

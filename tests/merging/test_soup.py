@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from clmerge.merging import GreedySoup
+
+
+def near(target):
+    return lambda vector: -abs(vector["w"].item() - target)
+
+
+def soup(*values, target, strict=False):
+    merger = GreedySoup(strict=strict)
+    for value in values:
+        merger.update({"w": torch.tensor([value])}, score=near(target))
+    return merger
+
+
+def test_what_lowers_the_score_is_left_out():
+    merger = soup(1.0, 9.0, 2.0, target=1.5)
+    assert merger.compute()["w"].item() == 1.5
+    assert merger.num_kept == 2
+    assert merger.num_tasks == 3
+
+
+def test_equal_scores_are_decided_by_strict():
+    assert soup(1.0, 3.0, target=1.5, strict=False).num_kept == 2
+    assert soup(1.0, 3.0, target=1.5, strict=True).num_kept == 1
+
+
+def test_both_candidates_are_scored_with_the_metric_of_the_update():
+    merger = GreedySoup()
+    merger.update({"w": torch.tensor([0.0])}, score=near(0.0))
+    merger.update({"w": torch.tensor([10.0])}, score=near(10.0))  # the old score was 0, the best there is
+    assert merger.num_kept == 2
+
+
+def test_a_metric_is_required_and_must_be_a_number():
+    merger = soup(1.0, target=1.0)
+    with pytest.raises(ValueError, match="expected a held-out metric for GreedySoup"):
+        merger.update({"w": torch.tensor([1.0])})
+    with pytest.raises(ValueError, match="got NaN"):
+        merger.update({"w": torch.tensor([1.0])}, score=lambda vector: float("nan"))
+    assert merger.num_tasks == 1
+
+
+def test_a_metric_that_fails_leaves_the_state_as_it_was():
+    merger = soup(1.0, target=1.0)
+
+    def broken(vector):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        merger.update({"w": torch.tensor([5.0])}, score=broken)
+    assert merger.num_tasks == 1
+    assert merger.compute()["w"].item() == 1.0

@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from clmerge.merging.threshold import kth_largest_magnitude
+
+SHAPES = [(17,), (0,), (3, 5), (300_001,)]
+
+
+def tensors(kind, dtype):
+    generator = torch.Generator().manual_seed(0)
+    makers = {
+        "normal": lambda shape: torch.randn(shape, generator=generator),
+        "few values": lambda shape: torch.randint(-3, 4, shape, generator=generator).float(),
+        "mostly zero": lambda shape: torch.randn(shape, generator=generator).clamp(min=2) - 2,
+        "one value": lambda shape: torch.full(shape, -0.1),
+        "denormal": lambda shape: torch.randn(shape, generator=generator) * 1e-40,
+        "huge": lambda shape: torch.randn(shape, generator=generator) * 1e37,
+    }
+    return [makers[kind](shape).to(dtype) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["normal", "few values", "mostly zero", "one value", "denormal", "huge"])
+def test_equals_a_sort(kind, dtype):
+    candidates = tensors(kind, dtype)
+    ordered = (
+        torch.cat([tensor.reshape(-1) for tensor in candidates]).abs().double().sort(descending=True).values
+    )
+    for k in (1, 2, 1000, len(ordered) // 5, len(ordered) // 2, len(ordered) - 1, len(ordered)):
+        assert kth_largest_magnitude(candidates, k) == ordered[k - 1].item()
+
+
+def test_small_and_strided_tensors():
+    assert kth_largest_magnitude([torch.tensor(-2.0), torch.tensor([[1.0, 3.0]]).t()], 2) == 2.0
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_rank_must_exist(k):
+    with pytest.raises(ValueError, match="between 1 and the 3 entries"):
+        kth_largest_magnitude([torch.zeros(3)], k)

@@ -1,0 +1,117 @@
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from clmerge.weights import (
+    io,
+    load_metadata,
+    load_tensors,
+    save_tensors,
+    write_json_atomic,
+    write_text_atomic,
+)
+
+
+def test_tensors_come_back_with_their_metadata(tmp_path):
+    tensors = {
+        "strided": torch.arange(6.0).view(2, 3).t(),
+        "half": torch.tensor([1.5], dtype=torch.bfloat16),
+        "scalar": torch.tensor(2.0, dtype=torch.float64),
+        "empty": torch.zeros(0, 3),
+    }
+    path = tmp_path / "new" / "folder" / "a.safetensors"
+    save_tensors(path, tensors, {"task": "3", "name": "digits"})
+    loaded = load_tensors(path)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+    assert load_metadata(path) == {"task": "3", "name": "digits"}
+    assert load_metadata(path).keys() == {"task", "name"}
+
+
+def test_tensors_that_share_storage_are_written_apart(tmp_path):
+    whole = torch.arange(10.0)
+    save_tensors(tmp_path / "a.safetensors", {"whole": whole, "again": whole, "part": whole[2:4]})
+    loaded = load_tensors(tmp_path / "a.safetensors")
+    assert torch.equal(loaded["again"], whole)
+    assert loaded["part"].tolist() == [2.0, 3.0]
+    loaded["whole"].zero_()
+    assert loaded["again"].sum() == 45
+
+
+def test_equal_tensors_give_equal_files(tmp_path):
+    metadata = {key: key * 2 for key in "hgfedcba"}
+    for name in ("a", "b"):
+        save_tensors(tmp_path / name, {"w": torch.ones(3)}, metadata)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_no_metadata_is_empty_metadata(tmp_path):
+    save_file({"w": torch.ones(1)}, tmp_path / "a.safetensors")
+    assert load_metadata(tmp_path / "a.safetensors") == {}
+
+
+@pytest.mark.parametrize("read", [load_tensors, load_metadata])
+def test_a_cut_file_is_an_error_with_its_name(tmp_path, read):
+    save_tensors(tmp_path / "a.safetensors", {"w": torch.ones(100)})
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.safetensors"):
+        read(tmp_path / "cut.safetensors")
+
+
+def broken_write(tensors, path, metadata=None):
+    path.write_bytes(b"half of i")
+    raise OSError("no space left on device")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    save_tensors(path, {"w": torch.ones(2)})
+    monkeypatch.setattr(io, "save_file", broken_write)
+    with pytest.raises(OSError, match="no space left"):
+        save_tensors(path, {"w": torch.zeros(2)})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
+    assert load_tensors(path)["w"].tolist() == [1.0, 1.0]
+
+
+def test_a_killed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text_atomic(path, "old")
+    program = f"""
+import os, signal
+from clmerge.weights import atomic_path
+with atomic_path({str(path)!r}) as temporary:
+    temporary.write_text("half of the n")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    result = subprocess.run([sys.executable, "-c", program], check=False)
+    assert result.returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
+    left = {entry.name for entry in tmp_path.iterdir()} - {"a.txt"}
+    assert all(name.startswith(".a.txt.") for name in left)
+
+
+def test_text_and_json(tmp_path):
+    write_text_atomic(tmp_path / "a.txt", "line\nGr\u00fc\u00dfe\n")
+    assert (tmp_path / "a.txt").read_bytes() == "line\nGr\u00fc\u00dfe\n".encode()
+    write_json_atomic(tmp_path / "a.json", {"x": [1, None]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1, None]}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json_atomic(tmp_path / "a.json", {"x": float("nan")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1, None]}
+
+
+def test_files_are_readable_for_whom_the_umask_allows(tmp_path):
+    write_text_atomic(tmp_path / "a.txt", "x")
+    save_tensors(tmp_path / "a.safetensors", {"w": torch.ones(1)})
+    plain = tmp_path / "plain"
+    plain.write_text("x")
+    modes = {(tmp_path / name).stat().st_mode for name in ("a.txt", "a.safetensors", "plain")}
+    assert modes == {plain.stat().st_mode}
