@@ -178,6 +178,7 @@ class Learner:
                 ),
             ],
             **({} if self.epochs is None else {"max_epochs": self.epochs[task]}),
+            **({} if len(self.stream.dataset(task, "val")) else {"limit_val_batches": 0}),
         )
         set_step_offset(trainer, run.manifest.step)
         trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint if checkpoint.is_file() else None)

@@ -1,0 +1,226 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from support.tiny import tiny_clip
+from wandb_reader import find_runs
+
+from clmerge.cli import main
+from clmerge.cli.fit import resume_folder, spread_mergers
+
+CONFIG = """
+name: small
+stream: {{class_path: ClassIncremental, init_args: {{source: SklearnDigits, num_tasks: 2}}}}
+model:
+  backbone: {{class_path: OpenClip, init_args: {{name: "{backbone}"}}}}
+  loss_classes: all
+  optimizer: {{class_path: AdamW, init_args: {{lr: 3e-3}}}}
+mergers: [MagMax, TIES]
+data: {{batch_size: 64}}
+trainer: {{max_epochs: 1, accelerator: cpu, log_every_n_steps: 1, limit_train_batches: 3, limit_val_batches: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("config")
+    path = folder / "config.yaml"
+    path.write_text(CONFIG.format(backbone=tiny_clip(folder / "clip")))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def private_wandb(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb"))
+    monkeypatch.delenv("CLMERGE_RUN_DIR", raising=False)
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """A whole run with W&B and CSV."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+            patch.setenv(name, str(run.parent / "wandb"))
+        assert main(["fit", "--config", str(config), "--run_dir", str(run)]) == 0
+        patch.delenv("CLMERGE_RUN_DIR")
+    return run
+
+
+def test_results_keep_the_contract(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert results["schema"] == 1
+    assert results["tasks"] == ["zero-one-and-3", "five-six-and-3"]
+    assert [len(names) for names in results["classes"]] == [5, 5]
+    assert set(results["models"]) == {"magmax", "ties", "expert", "zero_shot"}
+    for settings in results["models"].values():
+        for setting in ("task_agnostic", "task_aware"):
+            figures = settings[setting]
+            assert [len(row) for row in figures["R"]] == [2, 2]
+            assert len(figures["average_accuracy"]) == 2
+            keys = ("average_incremental_accuracy", "forgetting", "backward_transfer", "forward_transfer", "learning_accuracy")
+            assert all(isinstance(figures[key], float) for key in keys)
+    assert {"train", "evaluate", "merge"} <= set(results["seconds"])
+
+
+def test_models_load_strictly_into_open_clip(finished, config):
+    name = yaml.safe_load(config.read_text())["model"]["backbone"]["init_args"]["name"]
+    model = open_clip.create_model(name)
+    base = {key: value.clone() for key, value in model.state_dict().items()}
+    for merger in ("magmax", "ties"):
+        merged = load_file(finished / "model" / f"{merger}.safetensors")
+        model.load_state_dict(merged, strict=True)
+        changed = {key for key in base if not torch.equal(base[key], merged[key])}
+        assert changed
+        assert all(key.startswith("visual.") for key in changed)
+
+
+def test_the_saved_config_runs_again(finished, config, tmp_path):
+    again = tmp_path / "again"
+    assert main(["fit", "--config", str(finished / "config.yaml"), "--run_dir", str(again), "--logging.wandb=false"]) == 0
+    first, second = (json.loads((run / "results.json").read_text())["models"] for run in (finished, again))
+    assert first == second
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, capsys):
+    before = {path: path.read_bytes() for path in [finished / "results.json", *finished.glob("model/*")]}
+    assert main(["fit", "--resume", str(finished)]) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert "results" in capsys.readouterr().out
+
+
+def test_csv_has_one_continuous_axis(finished):
+    (file, *_) = sorted(finished.glob("logs/csv/*/metrics.csv"))
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    steps = [int(row["step"]) for row in rows if row.get("train/loss")]
+    epochs = [float(row["epoch"]) for row in rows if row.get("train/loss")]
+    assert steps == list(range(6))
+    assert epochs == [0, 0, 0, 1, 1, 1]
+
+
+def test_wandb_has_the_figures_by_name_and_one_continuous_axis(finished):
+    runs = find_runs(finished / "logs")
+    first = runs[0]
+    rows = [row for row in first.history if "cl/magmax/average_accuracy" in row]
+    results = json.loads((finished / "results.json").read_text())["models"]["magmax"]["task_agnostic"]
+    assert [row["cl/magmax/average_accuracy"] for row in rows][:2] == results["average_accuracy"]
+    assert [row["cl/task"] for row in rows][:2] == [1, 2]
+    losses = [row["trainer/global_step"] for row in first.history if "train/loss" in row]
+    assert losses == list(range(6))
+
+
+def test_pictures_are_there(finished):
+    names = {path.name for path in finished.glob("plots/*.png")}
+    assert {"matrices.png", "forgetting_curves.png", "average_accuracy.png", "final_accuracy.png"} <= names
+
+
+def test_nothing_temporary_is_left(finished):
+    assert not [path for path in finished.rglob("*") if path.suffix in (".tmp", ".ckpt")]
+
+
+def test_an_existing_folder_is_never_overwritten(config, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("keep me")
+    assert main(["fit", "--config", str(config), "--run_dir", str(tmp_path)]) == 1
+    assert "--resume" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learner.start_polcy=base"], "Did you mean --learner.start_policy?"),
+        (["--mergers", "MagMaxx"], "Did you mean MagMax?"),
+        (["--model.backbone.nam=x"], "Did you mean name?"),
+        (["--learner.start_policy=bse"], "Did you mean base?"),
+        (["--trainer.max_epochs=abc"], "trainer.max_epochs"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_a_typo_names_the_nearest_option_and_writes_nothing(config, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(config), *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.backbone.name=ViT-B-61"], "nearest: ViT-B-16"),
+        (["--mergers", "GreedySoup", "--stream.val_fraction=0"], "set stream.val_fraction above 0"),
+        (["--learner.epochs=[1,2,3]"], "expected epochs for each of the 2 tasks, got 3"),
+        (["--mergers", "[MagMax, MagMax]"], "twice"),
+        (
+            ["--stream.source", "TorchvisionSource", "--stream.source.dataset=CIFAR100", "--stream.source.root=nowhere"],
+            "CIFAR100",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_named_before_anything_is_written(config, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", str(config), *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_print_config_shows_overrides(config, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(config), "--trainer.max_epochs=7", "--mergers", "TIES", "--print_config"])
+    assert stop.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["trainer"]["max_epochs"] == 7
+    assert [merger["class_path"] for merger in shown["mergers"]] == ["clmerge.merging.TIES"]
+
+
+def test_help_is_what_the_parser_says(capsys):
+    root = Path(__file__).parents[2]
+    found = subprocess.run(
+        [sys.executable, str(root / "scripts" / "update_generated.py"), "--check"], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert main(["fit", "--help"]) == 0
+    assert "--learner.start_policy" in capsys.readouterr().out
+
+
+def test_mergers_may_be_listed_with_spaces():
+    assert spread_mergers(["--mergers", "A", "B", "--x", "1"]) == ["--mergers=[A, B]", "--x", "1"]
+    assert spread_mergers(["--mergers", "[A, B]"]) == ["--mergers", "[A, B]"]
+    assert spread_mergers(["--mergers=A"]) == ["--mergers=A"]
+
+
+@pytest.mark.parametrize("arguments", [["--resume"], ["--resume", "x", "--seed", "1"], ["--resume=nowhere"]])
+def test_resume_wants_a_run_and_nothing_else(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        resume_folder(arguments)
+    assert stop.value.code == 2
+    assert "expected" in capsys.readouterr().err
+
+
+@pytest.mark.distributed
+def test_two_processes_write_one_run(config, tmp_path):
+    run = tmp_path / "run"
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "clmerge", "fit", "--config", str(config), "--run_dir", str(run)]
+        + ["--trainer.devices=2", "--trainer.strategy=ddp", "--logging.wandb=false", "--stream.num_tasks=2"],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    results = json.loads((run / "results.json").read_text())
+    assert [len(row) for row in results["models"]["ties"]["task_agnostic"]["R"]] == [2, 2]
+    assert found.stdout.count("results   ") == 1

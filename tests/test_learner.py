@@ -1,0 +1,190 @@
+import json
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from support.tiny import tiny_clip
+
+from clmerge import ContinualClassifier, Learner
+from clmerge.merging import PAINT, TIES, GreedySoup, MagMax, TaskArithmetic, WeightAverage
+from clmerge.models import CosineHead, LinearHead, OpenClip, Timm, ZeroShotHead
+from clmerge.run_folder import RunFolder
+from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
+from clmerge.weights import TaskVectorBank, load_tensors
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr("clmerge.learner.save_plots", lambda results, folder: [])
+
+
+def make_learner(clip, mergers, *, head=None, loss="current", backbone=None, num_tasks=3, val_fraction=0.1, **options):
+    torch.manual_seed(0)
+    module = ContinualClassifier(
+        backbone or OpenClip(clip),
+        head or ZeroShotHead(),
+        loss_classes=loss,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
+    )
+    stream = ClassIncremental(SklearnDigits(), num_tasks=num_tasks, val_fraction=val_fraction)
+    return Learner(stream, module, mergers, StreamDataModule(64), **options)
+
+
+def build_trainer(**given):
+    options = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 1} | given
+    return Trainer(accelerator="cpu", enable_progress_bar=False, **options)
+
+
+def run(learner, folder, **options):
+    return learner.fit(RunFolder.create(folder), trainer=build_trainer, **options)
+
+
+def test_expert_and_mergers_are_what_they_say(clip, tmp_path):
+    """The row of every model is that of its weights: checked with the weights the run leaves behind."""
+    learner = make_learner(clip, [MagMax(), TaskArithmetic(scale=1.0)], start_policy="previous", loss="all")
+    results = run(learner, tmp_path / "run")
+    base, merged = learner.merge.base, learner.merge.merged_state("task_arithmetic")
+    bank = TaskVectorBank(tmp_path / "run" / "bank")
+    for name, value in merged.items():
+        torch.testing.assert_close(value, base[name] + sum(tau[name] for tau in bank))
+
+    images = learner.data.eval_dataloader("test")
+    learner.module.eval()
+    for model in ("magmax", "expert"):
+        correct, total = torch.zeros(3), torch.zeros(3)
+        saved = load_tensors(tmp_path / "run" / "model" / "magmax.safetensors") if model == "magmax" else None
+        if saved:
+            learner.module.backbone.model.load_state_dict(saved)
+        else:
+            state, _ = RunFolder.open(tmp_path / "run").load_state()
+            learner.module.load_state_dict(state)
+        with torch.no_grad():
+            for x, y, tasks in images:
+                hit = learner.module(x).argmax(dim=1) == y
+                correct.index_add_(0, tasks, hit.float())
+                total.index_add_(0, tasks, torch.ones(len(y)))
+        assert results.matrix(model)[-1].tolist() == pytest.approx((correct / total).tolist(), abs=1e-6)
+
+
+def test_zero_shot_is_the_model_before_the_first_task(clip, tmp_path):
+    learner = make_learner(clip, MagMax())
+    untouched = make_learner(clip, MagMax())
+    results = run(learner, tmp_path / "run")
+    untouched.data.setup_stream(untouched.stream, None, untouched.module.backbone.eval_transform)
+    untouched.module.begin_stream(10, untouched.stream.class_prompts)
+    untouched.module.eval()
+    hits = [(untouched.module(x).argmax(1) == y)[t == 0] for x, y, t in untouched.data.eval_dataloader("test")]
+    assert results.matrix("zero_shot")[0][0] == pytest.approx(float(torch.cat(hits).float().mean()))
+
+
+@pytest.mark.parametrize("policy", ["base", "previous", "merged"])
+def test_every_task_starts_where_the_policy_says(clip, tmp_path, policy):
+    class Start(Callback):
+        def on_train_start(self, trainer, pl_module):
+            starts.append(pl_module.backbone.model.visual.proj.detach().clone())
+
+    starts, name = [], "backbone.model.visual.proj"
+    learner = make_learner(clip, WeightAverage(), start_policy=policy, num_tasks=2)
+    learner.fit(
+        RunFolder.create(tmp_path / "run"),
+        trainer=lambda **given: build_trainer(**given | {"callbacks": [*given["callbacks"], Start()]}),
+    )
+    base, bank = learner.merge.base[name], TaskVectorBank(tmp_path / "run" / "bank")
+    expected = base if policy == "base" else base + bank[0][name]  # of one task, the average is its vector
+    assert torch.equal(starts[0], base)
+    torch.testing.assert_close(starts[1], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("head", [LinearHead, CosineHead])
+@pytest.mark.parametrize("loss", ["current", "seen"])
+def test_growing_heads_have_no_accuracy_on_tasks_to_come(clip, tmp_path, head, loss):
+    learner = make_learner(clip, MagMax(), head=head(), loss=loss)
+    results = run(learner, tmp_path / "run").to_dict()
+    for model in ("magmax", "expert"):
+        matrix = results["models"][model]["task_agnostic"]["R"]
+        assert [[value is None for value in row] for row in matrix] == [
+            [False, True, True],
+            [False, False, True],
+            [False, False, False],
+        ]
+    assert "zero_shot" not in results["models"]
+    assert results["models"]["magmax"]["task_agnostic"]["forward_transfer"] is None
+    assert (tmp_path / "run" / "model" / "head.safetensors").is_file()
+
+
+def test_timm_backbone_runs_the_stream(tmp_path):
+    backbone = Timm("test_vit", image_size=32)
+    learner = make_learner(None, [MagMax(), TIES()], head=CosineHead(), backbone=backbone, num_tasks=2)
+    results = run(learner, tmp_path / "run")
+    assert results.num_finished == 2
+    saved = load_tensors(tmp_path / "run" / "model" / "ties.safetensors")
+    backbone.model.load_state_dict(saved, strict=True)
+
+
+def test_mergers_that_need_a_score_get_one_from_validation_images(clip, tmp_path):
+    learner = make_learner(clip, [PAINT(), GreedySoup()], start_policy="merged", num_tasks=2)
+    results = run(learner, tmp_path / "run")
+    assert set(results.mergers) == {"paint", "greedy_soup"}
+    with pytest.raises(ValueError, match="set stream.val_fraction above 0"):
+        make_learner(clip, GreedySoup(), val_fraction=0.0)
+
+
+def test_epochs_may_differ_by_task(clip, tmp_path):
+    class Count(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            counts[pl_module._task_classes[0]] = trainer.current_epoch + 1
+
+    counts = {}
+    learner = make_learner(clip, MagMax(), epochs=[1, 3, 2])
+    learner.fit(
+        RunFolder.create(tmp_path / "run"),
+        trainer=lambda **given: build_trainer(**given | {"callbacks": [*given["callbacks"], Count()]}),
+    )
+    assert list(counts.values()) == [1, 3, 2]
+
+
+def test_two_mergers_of_one_class_have_their_own_rows(clip, tmp_path):
+    learner = make_learner(clip, [TIES(density=0.1), TIES(density=0.9)], num_tasks=2)
+    results = run(learner, tmp_path / "run")
+    assert len(results.mergers) == 2
+    assert {path.stem for path in (tmp_path / "run" / "model").iterdir()} == set(results.mergers)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(clip, tmp_path):
+    states = []
+    for i, seed in enumerate((0, 0, 1)):
+        learner = make_learner(clip, MagMax(), seed=seed, num_tasks=2)
+        learner.data.seed = seed
+        run(learner, tmp_path / str(i))
+        states.append(learner.merge.merged_state())
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert not all(torch.equal(states[0][k], states[2][k]) for k in states[0])
+
+
+def test_a_fit_without_training_is_an_error_that_says_so(clip, tmp_path):
+    learner = make_learner(clip, MagMax(), num_tasks=2)
+    with (
+        pytest.warns(RuntimeWarning, match="trained nothing"),
+        pytest.raises(RuntimeError, match=r"trainer.max_epochs to 1 or more"),
+    ):
+        learner.fit(RunFolder.create(tmp_path / "run"), trainer=lambda **given: build_trainer(**given | {"max_epochs": 0}))
+
+
+def test_a_run_resumes_only_on_its_own_stream(clip, tmp_path):
+    run(make_learner(clip, MagMax(), num_tasks=2), tmp_path / "run")
+    other = make_learner(clip, MagMax(), num_tasks=5)
+    with pytest.raises(ValueError, match="expected the stream of"):
+        other.fit(RunFolder.open(tmp_path / "run"), trainer=build_trainer)
+
+
+def test_the_report_sees_every_task(clip, tmp_path):
+    seen = []
+    run(make_learner(clip, MagMax(), num_tasks=2), tmp_path / "run", report=lambda r: seen.append(r.num_finished))
+    assert seen == [1, 2]
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert (manifest["trained"], manifest["evaluated"], manifest["finished"]) == (2, 2, True)

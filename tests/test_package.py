@@ -1,0 +1,42 @@
+import subprocess
+import sys
+
+import pytest
+
+import clmerge
+
+HEAVY = ["lightning", "avalanche", "wandb", "open_clip", "timm", "torchvision", "torchmetrics", "matplotlib", "sklearn"]
+
+
+def loaded_by(statement):
+    """The heavy packages (and torch) that a fresh interpreter has loaded after ``statement``."""
+    code = f"{statement}; import sys; print(*[m for m in {['torch', 'numpy', *HEAVY]} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    return found.stdout.splitlines()[-1].split()
+
+
+@pytest.mark.parametrize(
+    ("statement", "allowed"),
+    [
+        ("import clmerge", []),
+        ("import clmerge.cli, io, contextlib\nwith contextlib.redirect_stdout(io.StringIO()): clmerge.cli.main(['--help'])\npass", []),
+        ("import clmerge.cli, io, contextlib\nwith contextlib.redirect_stdout(io.StringIO()): clmerge.cli.main(['fit', '--help'])\npass", []),
+        ("import clmerge.merging", ["torch", "numpy"]),
+        ("import clmerge.weights", ["torch", "numpy"]),
+    ],
+)
+def test_imports_stay_light(statement, allowed):
+    assert set(loaded_by(statement)) <= set(allowed)
+
+
+def test_public_names_load_on_use():
+    for name in clmerge.__all__:
+        assert getattr(clmerge, name) is not None
+    assert set(dir(clmerge)) == set(clmerge.__all__)
+    with pytest.raises(AttributeError, match="public names are"):
+        clmerge.Lerner  # noqa: B018
+
+
+def test_python_dash_m():
+    found = subprocess.run([sys.executable, "-m", "clmerge", "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == clmerge.__version__
