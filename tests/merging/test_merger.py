@@ -1,3 +1,7 @@
+import copy
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -107,6 +111,13 @@ def test_joining_nothing_or_into_nothing():
     assert full.compute()["w"].tolist() == [1.0, 2.0]
 
 
+def test_joining_tells_the_base():
+    left, right = one(MagMax()), MagMax()
+    right.update({"w": torch.ones(2)}, base="abc")
+    left.merge_state(right)
+    assert left.base == "abc"
+
+
 def test_joining_a_merger_with_itself_doubles_it():
     merger = one(WeightAverage())
     merger.merge_state(merger)
@@ -119,6 +130,21 @@ def test_moving_accumulators_keeps_them_there():
     assert merger.state_dict()["slots"]["w"]["winner"].device.type == "meta"
     merger = MagMax(1.0).to("cpu")
     assert one(merger).compute()["w"].device.type == "cpu"
+
+
+def test_a_merger_that_was_copied_goes_its_own_way():
+    merger = one(MagMax(1.0))
+    twin = copy.deepcopy(merger)
+    one(twin, 9.0)
+    assert merger.compute()["w"].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("package", ["clmerge.merging", "clmerge.weights"])
+def test_importing_needs_torch_and_safetensors_alone(package):
+    heavy = "lightning avalanche wandb open_clip timm torchvision torchmetrics jsonargparse matplotlib"
+    program = f"import sys, {package}; print(*(set({heavy.split()!r}) & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""
 
 
 def test_label_and_repr_show_the_settings():

@@ -1,6 +1,7 @@
 """What holds for every registered rule, and for whatever rule is added later."""
 
 import copy
+import inspect
 import io
 
 import numpy as np
@@ -331,6 +332,13 @@ def test_inference_mode_leaves_ordinary_tensors(label):
     assert_close(fold(merger, vectors[2:], tasks=[2, 3]).compute(), expected(label, vectors))
 
 
+@pytest.mark.parametrize("rule", registered_mergers().values(), ids=lambda rule: rule.__name__)
+def test_settings_rebuild_every_rule(rule):
+    merger = rule()
+    assert rule(**merger.settings()).settings() == merger.settings()
+    assert list(merger.settings()) == list(inspect.signature(rule).parameters)
+
+
 @each_case
 def test_gradients_are_left_alone(label):
     vector = {name: tensor.requires_grad_() for name, tensor in normal_streams(1)[0].items()}
@@ -344,7 +352,6 @@ def test_every_rule_describes_itself(rule):
     assert merger.name == merger.label
     assert rule.summary
     assert rule.__doc__
-    assert rule(**{}).settings() == merger.settings()
     assert set(rule.requires) <= {"score"}
     assert rule.__name__ in repr(merger)
     if rule.__name__ != "Pipeline":
