@@ -1,5 +1,6 @@
 """The outer loop over a stream: train a task, merge, evaluate everything, commit, go on; resume where it stopped."""
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from torch import Tensor
 from clmerge.callbacks import MergeCallback
 from clmerge.callbacks.progress import EpochLines, EpochSeed
 from clmerge.evaluation import Rows, accuracy_on, evaluate
-from clmerge.lightning_compat import logger_step, quiet_lightning, set_step_offset
+from clmerge.lightning_compat import TaskProgressBar, logger_step, quiet_lightning, set_step_offset
 from clmerge.loggers import finish_loggers, log_summary, log_task
 from clmerge.merging import Merger
 from clmerge.modules import ContinualClassifier
@@ -76,6 +77,7 @@ class Learner:
         if epochs is not None and len(epochs) != len(self.tasks):
             raise ValueError(f"expected epochs for each of the {len(self.tasks)} tasks, got {len(epochs)} numbers")
         self.epochs = epochs
+        self._progress = False
         self.keep_task_vectors = keep_task_vectors
         self.merge = MergeCallback(
             mergers,
@@ -104,6 +106,7 @@ class Learner:
         trainer: TrainerFactory = Trainer,
         loggers: Sequence[Logger] = (),
         report: Callable[[Results], None] | None = None,
+        progress: bool | None = None,
     ) -> Results:
         """Train what the run folder lacks, and return the results of the whole stream.
 
@@ -112,7 +115,9 @@ class Learner:
             trainer: Builds a new Trainer with fresh callbacks from the keyword arguments it is given.
             loggers: Lightning loggers for the whole stream.
             report: Called with the results after every evaluated task.
+            progress: Whether to show progress bars instead of a line per epoch; default where stderr is a terminal.
         """
+        self._progress = sys.stderr.isatty() if progress is None else progress
         quiet_lightning()
         seed_everything(self.seed, workers=True, verbose=False)
         backbone = self.module.backbone
@@ -160,14 +165,16 @@ class Learner:
         self.module.begin_task(info.classes, self.data.eval_dataloader("train", [task]) if wants_means else None)
         self.merge.next_task(info.name)
         self.module.train()
+        label = f"task {task + 1}/{len(self.tasks)} {info.name}"
         trainer = self._build(
             factory,
             run,
+            label,
             logger=list(loggers) or False,
             callbacks=[
                 self.merge,
                 EpochSeed(seed),
-                EpochLines(f"task {task + 1}/{len(self.tasks)} {info.name}"),
+                EpochLines(label),
                 ModelCheckpoint(
                     dirpath=checkpoint.parent,
                     filename=checkpoint.stem,
@@ -198,7 +205,7 @@ class Learner:
     def _evaluate(self, run: RunFolder, factory: TrainerFactory, results: Results, task: int) -> None:
         started = time.perf_counter()
         weights: dict[str, dict[str, Tensor] | None] = {name: self.merge.merged_state(name) for name in self.merge.mergers}
-        rows = self._rows(run, factory, {**weights, EXPERT: None})
+        rows = self._rows(run, factory, f"evaluating {len(weights) + 1} models", {**weights, EXPERT: None})
         for name, row in rows.items():
             if not self.module.head.open_vocabulary:  # it has no logits for classes of tasks to come
                 row = {kind: [*found[: task + 1], *[float("nan")] * (len(found) - task - 1)] for kind, found in row.items()}
@@ -211,7 +218,7 @@ class Learner:
     def _evaluate_zero_shot(self, run: RunFolder, factory: TrainerFactory, results: Results) -> None:
         started = time.perf_counter()
         if self.module.head.open_vocabulary:
-            row = self._rows(run, factory, {ZERO_SHOT: None})[ZERO_SHOT]
+            row = self._rows(run, factory, "evaluating zero-shot", {ZERO_SHOT: None})[ZERO_SHOT]
             results.set_zero_shot(row["task_agnostic"], row["task_aware"])
         results.add_seconds("evaluate", time.perf_counter() - started)
         run.manifest.results = results.to_dict()
@@ -250,9 +257,11 @@ class Learner:
             self.merge.load_accumulators(accumulators)
         return results
 
-    def _rows(self, run: RunFolder, factory: TrainerFactory, weights: Mapping[str, Mapping[str, Tensor] | None]) -> Rows:
+    def _rows(
+        self, run: RunFolder, factory: TrainerFactory, label: str, weights: Mapping[str, Mapping[str, Tensor] | None]
+    ) -> Rows:
         return evaluate(
-            self._build(factory, run, logger=False, callbacks=[]),
+            self._build(factory, run, label, logger=False, callbacks=[]),
             self.module,
             weights,
             self.data,
@@ -260,14 +269,24 @@ class Learner:
             num_classes=len(self.stream.class_names),
         )
 
-    def _build(self, factory: TrainerFactory, run: RunFolder, *, logger: Any, callbacks: list[Callback], **options: Any) -> Trainer:
+    def _build(
+        self,
+        factory: TrainerFactory,
+        run: RunFolder,
+        label: str,
+        *,
+        logger: list[Logger] | Literal[False],
+        callbacks: list[Callback],
+        **options: Any,
+    ) -> Trainer:
         return factory(
             logger=logger,
-            callbacks=callbacks,
+            callbacks=[*callbacks, *([TaskProgressBar(label)] if self._progress else [])],
             plugins=[AtomicCheckpointIO()],
             default_root_dir=run.path,
             enable_checkpointing=bool(callbacks),
             enable_model_summary=False,
+            enable_progress_bar=self._progress,
             num_sanity_val_steps=0,
             **options,
         )

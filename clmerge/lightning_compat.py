@@ -1,18 +1,20 @@
-"""The only file that touches private attributes of Lightning; every use has a test that fails when upstream changes."""
+"""The only file that touches private attributes of Lightning; every use has a test that notices a change."""
 
 import logging
 import warnings
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from typing_extensions import override
 
 
 def set_step_offset(trainer: Trainer, offset: int) -> None:
     """Make ``trainer`` count the logger's step from ``offset`` instead of 0.
 
-    A new Trainer for every task would draw the training curves of all tasks on top of each other. The counter is
-    saved in Lightning's checkpoints, so a fit that resumes from one continues where the checkpoint was.
+    A new Trainer for every task would draw the training curves of all tasks on top of each other. The counter
+    is saved in Lightning's checkpoints, so a fit that resumes from one continues where the checkpoint was.
 
     Args:
         trainer: A Trainer that has not been fitted yet.
@@ -36,26 +38,52 @@ def refuse_unsupported_strategy(trainer: Trainer) -> None:
     strategy = trainer.strategy
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
         raise RuntimeError(
-            f"expected a strategy that trains in this process, got {type(strategy).__name__} with a spawn or fork "
-            "launcher: its children's merge state would be lost; use strategy='ddp'"
+            f"expected a strategy that trains in this process, got {type(strategy).__name__} with a spawn or "
+            "fork launcher: its children's merge state would be lost; use strategy='ddp'"
         )
     if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
         raise RuntimeError(
-            f"expected whole or DTensor parameters, got {type(strategy).__name__}, which shards them out of reach; "
-            "use strategy='ddp', or ModelParallelStrategy with fully_shard (FSDP2)"
+            f"expected whole or DTensor parameters, got {type(strategy).__name__}, which shards them out of "
+            "reach; use strategy='ddp', or ModelParallelStrategy with fully_shard (FSDP2)"
         )
 
 
-def attached_trainer(module: LightningModule) -> Trainer | None:
-    """Return the Trainer that ``module`` is attached to, or None outside of a run."""
-    return module._trainer if isinstance(module._trainer, Trainer) else None
+class TaskProgressBar(RichProgressBar):
+    """Lightning's progress bar on stderr, which says what is being trained or evaluated.
+
+    Args:
+        label: Shown before epochs and while testing.
+    """
+
+    def __init__(self, label: str) -> None:
+        super().__init__(console_kwargs={"stderr": True})
+        self.label = label
+
+    @property
+    @override
+    def test_description(self) -> str:
+        return self.label
+
+    @override
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Return what is shown beside the bar, without the loggers' version."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+    @override
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"{self.label}: epoch {current_epoch + 1}/{self.trainer.max_epochs}"
 
 
 def quiet_lightning() -> None:
-    """Lower Lightning's logger to warnings, since its start-up lines would repeat for every task.
+    """Let Lightning log warnings and errors only, since its start-up lines would repeat for every task.
 
-    Also ignores what Lightning 2.6 itself causes under newer versions of torch, and its advice on the number of
-    workers and on the logging interval, which small tasks would repeat without end.
+    Also ignores what Lightning 2.6 itself causes under newer versions of torch, and its advice on the number
+    of workers and on the logging interval, which small tasks would repeat without end. A logger that shows
+    less already stays as it is.
     """
     for message in (
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
@@ -63,5 +91,6 @@ def quiet_lightning() -> None:
         r"The number of training batches \(\d+\) is smaller than the logging interval",
     ):
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.setLevel(max(logger.level, logging.WARNING))

@@ -70,14 +70,12 @@ def harness(batch: int, epochs: int) -> dict[str, float]:
 
     def trainer(**given: object) -> Trainer:
         callbacks = [*given.pop("callbacks"), clock]  # type: ignore[misc]
-        return Trainer(
-            max_epochs=epochs, accelerator="cpu", enable_progress_bar=False, callbacks=callbacks, **given
-        )
+        return Trainer(max_epochs=epochs, accelerator="cpu", callbacks=callbacks, **given)
 
     with tempfile.TemporaryDirectory() as folder:
         learner = build(batch)
         results = learner.fit(
-            RunFolder.create(Path(folder, "run")), trainer=trainer, loggers=[CSVLogger(folder, name="csv")]
+            RunFolder.create(Path(folder, "run")), trainer=trainer, loggers=[CSVLogger(folder, name="csv")], progress=False
         )
         per_step = clock.seconds / clock.steps
         steps = clock.steps * epochs / (epochs - 1)

@@ -37,7 +37,7 @@ def make_learner(clip, mergers, *, head=None, loss="current", backbone=None, num
 
 def build_trainer(**given):
     options = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 1} | given
-    return Trainer(accelerator="cpu", enable_progress_bar=False, **options)
+    return Trainer(accelerator="cpu", **options)
 
 
 def run(learner, folder, **options):

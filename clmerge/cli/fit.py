@@ -220,6 +220,7 @@ def _run(arguments: Sequence[str], *, resume: str | None) -> int:
         trainer=_trainer_factory(parser, config),
         loggers=loggers,
         report=_print_table if is_main else None,
+        progress=config.trainer.enable_progress_bar,
     )
     if is_main:
         _print_ending(results, run, wandb=objects.logging.wandb)
@@ -250,8 +251,6 @@ def _trainer_factory(parser: "CommandParser", config: Any) -> Any:
         for key in ("callbacks", "plugins"):
             own = options.pop(key, None)
             given[key] = [*(own if isinstance(own, list) else [own] if own else []), *given[key]]
-        if options.get("enable_progress_bar") is None:
-            options["enable_progress_bar"] = sys.stderr.isatty()
         return Trainer(**{**options, **given})
 
     return build

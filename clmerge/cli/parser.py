@@ -41,7 +41,7 @@ def known_subclasses(bases: Iterable[type]) -> list[str]:
     found: list[str] = []
     pending = [*bases]
     while pending:
-        children = pending.pop().__subclasses__()
+        children: list[type] = pending.pop().__subclasses__()
         pending += children
         found += [child.__name__ for child in children if not child.__name__.startswith("_")]
     return sorted(set(found))
