@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from clmerge.models import Backbone, Head, ZeroShotHead
+from clmerge.models.backbone import eval_mode
 from clmerge.weights import select_parameters
 
 Batch = tuple[Tensor, Tensor]
@@ -27,18 +28,23 @@ class ContinualClassifier(LightningModule):
     Args:
         backbone: The image encoder.
         head: From features to logits; default a frozen zero-shot text head.
-        trainable: Glob patterns over the backbone's own parameter names that are trained; default the backbone's
-            choice (for CLIP ``visual.*``, the image tower).
-        loss_classes: Which classes compete in the loss: those of the ``current`` task (MagMax's choice), all ``seen``
-            so far, or ``all`` of the stream (only for a head that knows them).
+        trainable: Glob patterns over the backbone's own parameter names that are trained; default the
+            backbone's choice (for CLIP ``visual.*``, the image tower).
+        loss_classes: Which classes compete in the loss: those of the ``current`` task (MagMax's choice), all
+            ``seen`` so far, or ``all`` of the stream (only for a head that knows them).
         optimizer: Optimizer class with its settings; default AdamW with lr 1e-5 and weight decay 0.1.
         schedule: Learning rate over the steps of one task: ``cosine`` to zero, or ``constant``.
         warmup_steps: Linear warm-up at the start of every task, in optimizer steps.
         label_smoothing: Label smoothing of the cross-entropy, in [0, 1).
 
+    Attributes:
+        epoch_offset: Epochs of earlier tasks, added to the ``epoch`` that loggers are told.
+        trained_names: Names of the parameters of this module that are trained and may be merged; the head's
+            are not among them.
+
     Raises:
-        ValueError: For ``loss_classes='all'`` with a head that must learn its classes, or for patterns in
-            ``trainable`` that match nothing.
+        ValueError: For ``loss_classes='all'`` with a head that must learn its classes, for patterns in
+            ``trainable`` that match nothing, or for a setting out of range.
     """
 
     def __init__(
@@ -55,11 +61,16 @@ class ContinualClassifier(LightningModule):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = head or ZeroShotHead()
+        self.head = ZeroShotHead() if head is None else head
         if loss_classes == "all" and not self.head.open_vocabulary:
             raise ValueError(
                 f"expected loss_classes 'current' or 'seen' with {type(self.head).__name__}, got 'all': "
                 "it does not know classes of tasks to come"
+            )
+        if warmup_steps < 0 or not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(
+                "expected warmup_steps of 0 or more and label_smoothing in [0, 1), "
+                f"got {warmup_steps} and {label_smoothing}"
             )
         self.loss_classes = loss_classes
         self.optimizer_factory = optimizer or partial(AdamW, lr=1e-5, weight_decay=0.1)
@@ -69,8 +80,9 @@ class ContinualClassifier(LightningModule):
         self.epoch_offset = 0
         self._task_classes: list[int] = []
         self._seen_classes: list[int] = []
+        patterns = backbone.default_trainable if trainable is None else trainable
         backbone.requires_grad_(True)
-        chosen = select_parameters(backbone.model, list(trainable or backbone.default_trainable))
+        chosen = select_parameters(backbone.model, list(patterns))
         backbone.requires_grad_(False)
         for parameter in chosen.values():
             parameter.requires_grad_(True)
@@ -90,19 +102,29 @@ class ContinualClassifier(LightningModule):
 
         Args:
             classes: Global class ids of the task.
-            batches: Training images under the evaluation transform with their labels; read only by heads that start
-                from class means.
+            batches: Training images under the evaluation transform with their labels; read only by heads
+                that start from class means. Under DDP every process may bring its share of them.
+
+        Raises:
+            ValueError: If a head that starts from class means gets no ``batches``, or none with images of
+                one of the classes.
         """
         self.resume_task(classes)
         prototypes = None
         if self.head.wants_prototypes and batches is not None:
             prototypes = self._class_means(self._task_classes, batches)
         self.head.add_classes(self._task_classes, prototypes)
-        self.head.train_newest_only(self.loss_classes == "current")
+        self.head.train_blocks(self._task_classes if self.loss_classes == "current" else None)
 
     def resume_task(self, classes: Sequence[int]) -> None:
-        """Take note of a task that was trained before; its part of the head comes with ``load_state_dict``."""
-        self._task_classes = sorted(classes)
+        """Take note of a task that was trained before.
+
+        Its part of the head comes with ``load_state_dict``.
+
+        Args:
+            classes: Global class ids of the task.
+        """
+        self._task_classes = sorted(set(classes))
         self._seen_classes = sorted({*self._seen_classes, *classes})
 
     @torch.no_grad()
@@ -111,23 +133,32 @@ class ContinualClassifier(LightningModule):
         sums = torch.zeros(len(classes), self.backbone.feature_dim, device=device)
         counts = torch.zeros(len(classes), 1, device=device)
         position = {c: i for i, c in enumerate(classes)}
-        was_training = self.backbone.training
-        self.backbone.eval()
-        for images, labels, *_ in batches:
-            rows = torch.tensor([position[int(c)] for c in labels], device=device)
-            sums.index_add_(0, rows, functional.normalize(self.backbone(images.to(device)).float(), dim=-1))
-            counts.index_add_(0, rows, torch.ones(len(rows), 1, device=device))
-        self.backbone.train(was_training)
-        return sums / counts.clamp(min=1)
+        with eval_mode(self.backbone):
+            for images, labels, *_ in batches:
+                rows = torch.tensor([position[int(c)] for c in labels], device=device)
+                features = functional.normalize(self.backbone(images.to(device)).float(), dim=-1)
+                sums.index_add_(0, rows, features)
+                counts.index_add_(0, rows, torch.ones(len(rows), 1, device=device))
+        sums, counts = sum_over_processes(sums), sum_over_processes(counts)
+        if missing := [c for c, count in zip(classes, counts.flatten().tolist(), strict=True) if not count]:
+            raise ValueError(
+                f"expected training images of every class of the task, got none of class {missing[0]}"
+            )
+        return sums / counts
 
     @override
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits of shape ``(B, C)`` over all classes of the stream, ``-inf`` where the head knows none."""
+        """Return logits of shape ``(B, C)`` over all classes of the stream, ``-inf`` for unknown ones."""
         logits: Tensor = self.head(self.backbone(images))
         return logits
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy over the classes that ``loss_classes`` names; logits ``(B, C)``, global labels ``(B,)``."""
+        """Return the mean cross-entropy over the classes that ``loss_classes`` names.
+
+        Args:
+            logits: Logits over all classes of the stream, ``(B, C)``.
+            labels: Global class ids, ``(B,)``.
+        """
         if self.loss_classes != "all":
             classes = self._task_classes if self.loss_classes == "current" else self._seen_classes
             columns = torch.tensor(classes, device=logits.device)
@@ -152,17 +183,25 @@ class ContinualClassifier(LightningModule):
         correct = (columns[logits[:, columns].argmax(dim=1)] == labels).float().mean()
         self.log("val/loss", self.loss(logits, labels), batch_size=len(labels), sync_dist=True)
         self.log("val/accuracy", correct, batch_size=len(labels), sync_dist=True, prog_bar=True)
+        epoch = float(self.epoch_offset + self.current_epoch)
+        self.log("epoch", epoch, batch_size=len(labels), sync_dist=True)
 
     @override
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
         if self.schedule == "constant" and not self.warmup_steps:
             return optimizer
-        total = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps) and self.schedule == "cosine":
+            raise ValueError(
+                "expected a fit of known length for schedule='cosine', got an endless one; "
+                "set the Trainer's max_epochs or max_steps, or schedule='constant'"
+            )
+        total = 2**63 if math.isinf(steps) else int(steps)
         if self.warmup_steps >= total:
             warnings.warn(
-                f"warmup_steps={self.warmup_steps} is not shorter than the {total} steps of this task: the learning "
-                f"rate reaches {total / self.warmup_steps:.0%} of its value",
+                f"warmup_steps={self.warmup_steps} is not shorter than the {total} steps of this task: the "
+                f"learning rate reaches {total / self.warmup_steps:.0%} of its value",
                 UserWarning,
                 stacklevel=2,
             )
@@ -174,7 +213,16 @@ class ContinualClassifier(LightningModule):
 
 
 def lr_factor(step: int, *, total: int, warmup: int, cosine: bool) -> float:
-    """Learning-rate factor in [0, 1] at ``step`` of ``total``: linear warm-up, then cosine to zero or constant.
+    """Return the learning-rate factor of one step: linear warm-up, then cosine to zero, or constant.
+
+    Args:
+        step: Optimizer steps taken in this task.
+        total: Optimizer steps of the whole task.
+        warmup: Steps of the warm-up.
+        cosine: Whether the rate falls to zero after the warm-up.
+
+    Returns:
+        A number in [0, 1].
 
     Example:
         >>> [round(lr_factor(s, total=4, warmup=2, cosine=True), 2) for s in range(5)]
@@ -185,3 +233,15 @@ def lr_factor(step: int, *, total: int, warmup: int, cosine: bool) -> float:
     if not cosine:
         return 1.0
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Add up ``values`` over all processes of a distributed run, in the same order on each of them.
+
+    Goes through the CPU, because evaluation between two fits runs there even where NCCL does not.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    parts: list[Tensor] = [torch.empty(0)] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, values.cpu())
+    return torch.stack(parts).sum(dim=0).to(values.device)

@@ -2,16 +2,32 @@
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 Transform = Callable[[Image], Tensor]
 NANO = Path(__file__).parent / "nano_clip"
+_SOURCES = ("local-dir:", "hf-hub:")
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Run a block with ``module`` in evaluation mode; every part gets back the mode it had."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 class Backbone(nn.Module, ABC):
@@ -22,7 +38,8 @@ class Backbone(nn.Module, ABC):
         feature_dim: Number of features ``D`` per image.
         train_transform: PIL image to tensor, for training.
         eval_transform: PIL image to tensor, for validation and test.
-        default_trainable: Glob patterns over ``model``'s parameter names that are trained unless told otherwise.
+        default_trainable: Glob patterns over ``model``'s parameter names that are trained unless told
+            otherwise.
     """
 
     default_trainable: ClassVar[tuple[str, ...]] = ("*",)
@@ -55,15 +72,18 @@ class OpenClip(Backbone):
     """A CLIP model of open_clip; only its image tower is trained unless told otherwise.
 
     Args:
-        name: An open_clip model name (``ViT-B-16-quickgelu``), ``local-dir:FOLDER`` or ``hf-hub:ORG/MODEL``, or
-            ``nano``: the small CLIP that is part of clmerge and needs no download.
-        pretrained: A pretrained tag of open_clip (``openai``, downloaded by open_clip) or a checkpoint file; default
-            none, which for a plain model name means random weights. Local folders and hub models bring their own.
+        name: An open_clip model name (``ViT-B-16-quickgelu``), ``local-dir:FOLDER`` or ``hf-hub:ORG/MODEL``,
+            or ``nano``: the small CLIP that is part of clmerge and needs no download.
+        pretrained: A pretrained tag of open_clip (``openai``, downloaded by open_clip) or a checkpoint file.
+            Default none, which for a plain model name means random weights. ``nano``, local folders and hub
+            models bring their own; a checkpoint file replaces them.
         cache_dir: Where open_clip keeps downloads; default its own choice.
 
     Raises:
-        ValueError: For an unknown name (the nearest ones are given), or for OpenAI's weights under a model name whose
-            activation is not the QuickGELU they were trained with.
+        ValueError: For an unknown name or tag (the nearest ones are given), for a checkpoint of another
+            model, for a local folder without weights, or for weights trained with QuickGELU (OpenAI's, for
+            instance) under a model name that has another activation.
+        FileNotFoundError: For a local folder that does not exist or has no ``open_clip_config.json``.
 
     Example:
         >>> backbone = OpenClip("nano")
@@ -73,32 +93,45 @@ class OpenClip(Backbone):
 
     default_trainable: ClassVar[tuple[str, ...]] = ("visual.*",)
 
-    def __init__(self, name: str = "nano", *, pretrained: str | None = None, cache_dir: str | None = None) -> None:
+    def __init__(
+        self, name: str = "nano", *, pretrained: str | None = None, cache_dir: str | None = None
+    ) -> None:
         super().__init__()
         import open_clip
 
-        folder = NANO if name == "nano" else None
-        if name.startswith("local-dir:"):
-            folder = Path(name.removeprefix("local-dir:"))
-        elif ":" not in name and folder is None and name not in (known := open_clip.list_models()):
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-            raise ValueError(f"expected a model of open_clip, got {name!r}; nearest: {', '.join(near) or 'none'}")
-        if pretrained == "openai" and "quickgelu" not in name and name.startswith("ViT"):
-            raise ValueError(
-                f"expected a model with QuickGELU for pretrained='openai', got {name!r}, which would run these weights "
-                f"with another activation; use {name + '-quickgelu'!r}"
+        source = f"local-dir:{NANO}" if name == "nano" else name
+        folder = Path(source.removeprefix("local-dir:")) if source.startswith("local-dir:") else None
+        file = pretrained if pretrained is not None and Path(pretrained).is_file() else None
+        if not source.startswith(_SOURCES):
+            _check_name(name, ["nano", *open_clip.list_models()], "open_clip")
+        if pretrained is not None and file is None:
+            _check_tag(name, pretrained)
+        with _naming(name, file or source):
+            self.model, self.train_transform, self.eval_transform = open_clip.create_model_and_transforms(
+                source,
+                # open_clip would ignore a file beside a folder or hub model.
+                pretrained=None if source.startswith(_SOURCES) else pretrained,
+                cache_dir=cache_dir,
+                require_pretrained=source.startswith(_SOURCES) and file is None,
             )
-        source = f"local-dir:{folder}" if folder is not None else name
-        self.model, train_transform, eval_transform = open_clip.create_model_and_transforms(
-            source, pretrained=pretrained, cache_dir=cache_dir
-        )
-        self.train_transform, self.eval_transform = train_transform, eval_transform
+            if file is not None and source.startswith(_SOURCES):
+                open_clip.load_checkpoint(self.model, file)
         vocabulary = None if folder is None else folder / "bpe_simple_vocab.txt.gz"
         brings_vocabulary = vocabulary is not None and vocabulary.is_file()
         self._tokenize: Callable[[Sequence[str]], Tensor] = open_clip.get_tokenizer(
-            source, **({"bpe_path": str(vocabulary)} if brings_vocabulary else {})
+            source, cache_dir=cache_dir, **({"bpe_path": str(vocabulary)} if brings_vocabulary else {})
         )
-        self.feature_dim = int(self.model.visual.output_dim)  # type: ignore[union-attr, arg-type]
+        self.feature_dim = self._num_features()
+
+    def _num_features(self) -> int:
+        visual: Any = self.model.visual
+        if (known := getattr(visual, "output_dim", None)) is not None:
+            return int(known)
+        # open_clip's wrapper around timm models does not say.
+        size = visual.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        with torch.no_grad(), eval_mode(self.model):
+            return int(self(torch.zeros(1, 3, height, width)).shape[1])
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode images of shape ``(B, 3, H, W)`` into features of shape ``(B, D)``, not normalised."""
@@ -121,40 +154,109 @@ class Timm(Backbone):
     """A timm model without its classifier.
 
     Args:
-        name: A timm model name (``vit_base_patch16_224.augreg_in21k``), ``local-dir:FOLDER`` or ``hf-hub:ORG/MODEL``.
+        name: A timm model name (``vit_base_patch16_224.augreg_in21k``), ``local-dir:FOLDER`` or
+            ``hf-hub:ORG/MODEL``.
         pretrained: Whether to load (and, if need be, download) the weights that timm has for ``name``.
-        checkpoint: A checkpoint file to load instead.
+        checkpoint: A checkpoint file to load instead; a classifier in it is left out.
         image_size: Side of the square input in pixels; default the model's own.
 
     Raises:
-        ValueError: For an unknown name; the nearest ones are given.
+        ValueError: For an unknown name or tag (the nearest names are given), for ``pretrained`` together with
+            ``checkpoint``, or for a checkpoint that is missing or of another model.
     """
 
     def __init__(
-        self, name: str, *, pretrained: bool = False, checkpoint: str | None = None, image_size: int | None = None
+        self,
+        name: str,
+        *,
+        pretrained: bool = False,
+        checkpoint: str | None = None,
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
         import timm
         from timm.data import create_transform, resolve_data_config
 
-        if ":" not in name and name.split(".")[0] not in (known := timm.list_models()):
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-            raise ValueError(f"expected a model of timm, got {name!r}; nearest: {', '.join(near) or 'none'}")
-        size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
-        self.model = timm.create_model(
-            name, pretrained=pretrained, checkpoint_path=checkpoint or "", num_classes=0, **size
-        )
+        if pretrained and checkpoint is not None:
+            raise ValueError(
+                f"expected pretrained=True or a checkpoint, got both (checkpoint={checkpoint!r}); drop one"
+            )
+        takes_size = True
+        if not name.startswith(_SOURCES):
+            _check_name(name.split(".")[0], timm.list_models(), "timm")
+            with _naming(name, "timm"):
+                takes_size = bool(timm.get_pretrained_cfg(name).fixed_input_size)
+        size: dict[str, Any] = {"img_size": image_size} if image_size is not None and takes_size else {}
+        self.model = timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
+        if checkpoint is not None:
+            self._load(checkpoint, name)
         config = resolve_data_config(
             {} if image_size is None else {"input_size": (3, image_size, image_size)}, model=self.model
         )
         self.eval_transform = create_transform(**config, is_training=False)
-        # Like CLIP's: crop and flip nothing but a mild random resized crop; heavier augmentation is the project's choice.
+        # As mild as CLIP's own: no flips, no colours. Heavier augmentation is the project's choice.
         self.train_transform = create_transform(
-            **config, is_training=True, no_aug=False, scale=(0.9, 1.0), hflip=0.0, color_jitter=None, auto_augment=None
+            **config, is_training=True, scale=(0.9, 1.0), hflip=0.0, color_jitter=None, auto_augment=None
         )
-        self.feature_dim = int(self.model.num_features)  # type: ignore[arg-type]
+        # Some models project once more between their trunk and their classifier.
+        self.feature_dim = int(getattr(self.model, "head_hidden_size", self.model.num_features))  # type: ignore[arg-type]
+
+    def _load(self, checkpoint: str, name: str) -> None:
+        from timm.models import load_state_dict
+
+        if not Path(checkpoint).is_file():
+            raise ValueError(f"expected a checkpoint file, got {checkpoint!r}")
+        with _naming(name, checkpoint):
+            state = load_state_dict(checkpoint, weights_only=True)
+        classifier: Any = self.model.pretrained_cfg.get("classifier") or ()  # type: ignore[operator, union-attr]
+        prefixes = tuple(f"{c}." for c in ((classifier,) if isinstance(classifier, str) else classifier))
+        own = self.model.state_dict()
+        state = {k: v for k, v in state.items() if k in own or not k.startswith(prefixes)}
+        with _naming(name, checkpoint):
+            self.model.load_state_dict(state)
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode images of shape ``(B, 3, H, W)`` into features of shape ``(B, D)``, not normalised."""
         features: Tensor = self.model(images)
         return features
+
+
+@contextmanager
+def _naming(name: str, origin: str) -> Iterator[None]:
+    """Say which model and which origin an error of the libraries is about."""
+    try:
+        yield
+    except (RuntimeError, UnpicklingError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"expected the weights of {name!r} in {origin}, got: {reason}") from error
+
+
+def _check_name(name: str, known: list[str], library: str) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"; for a folder write 'local-dir:{name}'" if Path(name).is_dir() else ""
+        raise ValueError(
+            f"expected a model of {library}, got {name!r}; nearest: {', '.join(near) or 'none'}{hint}"
+        )
+
+
+def _check_tag(name: str, tag: str) -> None:
+    """Refuse a pretrained tag of open_clip that is unknown, or whose activation is not the model's."""
+    import open_clip
+
+    if name == "nano" or name.startswith(_SOURCES):
+        raise ValueError(
+            f"expected a checkpoint file beside {name!r}, which brings its own weights, got {tag!r}"
+        )
+    found = open_clip.get_pretrained_cfg(name, tag)
+    if not found:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ValueError(
+            f"expected a pretrained tag of {name} or a checkpoint file, got {tag!r}; tags: {tags}"
+        )
+    # open_clip only warns, and such a model loses accuracy before anything was trained.
+    if found.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu"):
+        raise ValueError(
+            f"expected a model with QuickGELU for pretrained={tag!r}, got {name!r}, which would run these "
+            f"weights with another activation; use {name + '-quickgelu'!r}"
+        )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clmerge.models.backbone import Backbone
+from clmerge.models.backbone import Backbone, eval_mode
 
 
 class Head(nn.Module, ABC):
@@ -26,13 +26,24 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def build(self, backbone: Backbone, num_classes: int, prompts: Sequence[Sequence[str]]) -> None:
-        """Prepare for a stream of ``num_classes`` classes, described by ``prompts`` for open-vocabulary heads."""
+        """Prepare for a stream.
+
+        Args:
+            backbone: The image encoder whose features the head will get.
+            num_classes: Number of classes ``C`` of the whole stream.
+            prompts: One list of prompts per class; used by open-vocabulary heads only.
+        """
 
     def add_classes(self, classes: Sequence[int], prototypes: Tensor | None = None) -> None:
-        """Grow by the new ones among ``classes``; ``prototypes`` of shape ``(len(classes), D)`` where wanted."""
+        """Grow by the new ones among ``classes``.
 
-    def train_newest_only(self, newest_only: bool) -> None:
-        """Freeze the weights of earlier tasks' classes, or train them all."""
+        Args:
+            classes: Global class ids of the task.
+            prototypes: Mean features of these classes, of shape ``(len(classes), D)``, where wanted.
+        """
+
+    def train_blocks(self, classes: Sequence[int] | None) -> None:
+        """Train the blocks of tasks with any of these classes and freeze the others; None trains all."""
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
@@ -42,8 +53,8 @@ class Head(nn.Module, ABC):
 class ZeroShotHead(Head):
     """Frozen text embeddings of the class names, as CLIP classifies without training (arXiv:2103.00020).
 
-    Every prompt's embedding is normalised, averaged over a class's prompts and normalised again; logits are cosine
-    similarities times the model's own logit scale.
+    Every prompt's embedding is normalised, averaged over a class's prompts and normalised again; logits are
+    cosine similarities times the model's own logit scale.
 
     Attributes:
         weight: Buffer of shape ``(C, D)``, logit scale included.
@@ -58,17 +69,26 @@ class ZeroShotHead(Head):
 
     @torch.no_grad()
     def build(self, backbone: Backbone, num_classes: int, prompts: Sequence[Sequence[str]]) -> None:
-        """Embed the prompts of every class with the backbone's text tower as it is now."""
+        """Embed the prompts of every class with the backbone's text tower as it is now.
+
+        Raises:
+            ValueError: If there is not at least one prompt for each of the ``num_classes`` classes.
+            TypeError: If the backbone has no text tower.
+        """
         if len(prompts) != num_classes:
             raise ValueError(f"expected prompts for {num_classes} classes, got them for {len(prompts)}")
+        if empty := [c for c, class_prompts in enumerate(prompts) if not class_prompts]:
+            raise ValueError(f"expected a prompt for every class, got none for class {empty[0]}")
         rows = []
-        for class_prompts in prompts:
-            embedded = functional.normalize(backbone.encode_text(class_prompts).float(), dim=-1)
-            rows.append(functional.normalize(embedded.mean(dim=0), dim=-1))
+        with eval_mode(backbone):  # some text towers have dropout
+            for class_prompts in prompts:
+                embedded = functional.normalize(backbone.encode_text(class_prompts).float(), dim=-1)
+                rows.append(functional.normalize(embedded.mean(dim=0), dim=-1))
         self.weight = torch.stack(rows) * backbone.logit_scale()
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        self.weight = torch.empty_like(state_dict[f"{prefix}weight"], device=self.weight.device)
+        if (saved := state_dict.get(f"{prefix}weight")) is not None:
+            self.weight = torch.empty_like(saved, device=self.weight.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -93,17 +113,28 @@ class _GrowingHead(Head):
         self._num_classes = num_classes
         self._feature_dim = backbone.feature_dim
 
-    def train_newest_only(self, newest_only: bool) -> None:
-        """Freeze the weights of earlier tasks' classes, or train them all."""
-        for i, block in enumerate(self.blocks):
-            block.requires_grad_(not newest_only or i == len(self.blocks) - 1)
+    def train_blocks(self, classes: Sequence[int] | None) -> None:
+        """Train the blocks of tasks with any of these classes and freeze the others; None trains all."""
+        start = 0
+        for block in self.blocks:
+            own = self.known[start : start + len(block)].tolist()
+            block.requires_grad_(classes is None or not set(classes).isdisjoint(own))
+            start += len(block)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         # A checkpoint may know more classes than this head does: grow to its size first.
-        self.known = torch.empty_like(state_dict[f"{prefix}known"], device=self.known.device)
+        if (saved := state_dict.get(f"{prefix}known")) is not None:
+            self.known = torch.empty_like(saved, device=self.known.device)
         while (key := f"{prefix}blocks.{len(self.blocks)}") in state_dict:
             self.blocks.append(nn.Parameter(torch.empty_like(state_dict[key], device=self.known.device)))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check(self, classes: Sequence[int]) -> None:
+        if wrong := [c for c in classes if not 0 <= c < self._num_classes]:
+            raise ValueError(
+                f"expected classes of the stream, in [0, {self._num_classes}), got {wrong[0]}; "
+                "build the head for the whole stream first"
+            )
 
     def _grow(self, classes: Sequence[int], rows: Tensor) -> None:
         """Append ``rows`` of shape ``(len(classes), ...)`` for the classes that are new."""
@@ -118,27 +149,43 @@ class _GrowingHead(Head):
         full = logits.new_full((logits.shape[0], self._num_classes), float("-inf"))
         return full.index_copy(1, self.known, logits)
 
+    def _rows(self, features: Tensor, width: int) -> Tensor:
+        """All blocks on top of each other, ``(known classes, width)``; none before the first task."""
+        return torch.cat([features.new_empty(0, width, dtype=torch.float32), *self.blocks])
+
 
 class LinearHead(_GrowingHead):
     """A linear classifier that grows by one block of rows (weights and bias) per task.
 
-    Blocks of earlier tasks get no gradient while the loss runs over the current classes, and none of the optimizer's
-    weight decay either.
+    While the loss runs over the current classes only, blocks of tasks without any of them get no gradient,
+    and none of the optimizer's weight decay either. Classes that an earlier task had keep their rows.
     """
 
     def add_classes(self, classes: Sequence[int], prototypes: Tensor | None = None) -> None:
-        """Grow by the new ones among ``classes``, with PyTorch's initialisation of a linear layer."""
+        """Grow by the new ones among ``classes``, with PyTorch's initialisation of a linear layer.
+
+        Args:
+            classes: Global class ids of the task.
+            prototypes: Not used.
+
+        Raises:
+            ValueError: For a class that the stream does not have.
+        """
+        self._check(classes)
         layer = nn.Linear(self._feature_dim, len(classes))
         self._grow(classes, torch.cat([layer.weight.detach(), layer.bias.detach()[:, None]], dim=1))
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits of shape ``(B, C)``."""
-        rows = torch.cat(list(self.blocks))
-        return self._scatter(functional.linear(features, rows[:, :-1].to(features.dtype), rows[:, -1].to(features.dtype)))
+        rows = self._rows(features, features.shape[1] + 1).to(features.dtype)
+        return self._scatter(functional.linear(features, rows[:, :-1], rows[:, -1]))
 
 
 class CosineHead(_GrowingHead):
-    """Cosine similarity to one prototype per class, started at the class means of the task's training features.
+    """Cosine similarity to one prototype per class, started at the class means of the training features.
+
+    The means are of normalised features, taken with the weights that the task starts from. Classes that an
+    earlier task had keep their prototypes.
 
     Args:
         logit_scale: Factor from cosine similarity to logits.
@@ -153,18 +200,29 @@ class CosineHead(_GrowingHead):
         self.trainable = trainable
 
     def add_classes(self, classes: Sequence[int], prototypes: Tensor | None = None) -> None:
-        """Grow by the new ones among ``classes``, whose mean features are the rows of ``prototypes``."""
-        if prototypes is None:
-            raise ValueError("expected prototypes of shape (classes, features) for a CosineHead, got none")
+        """Grow by the new ones among ``classes``, whose mean features are the rows of ``prototypes``.
+
+        Args:
+            classes: Global class ids of the task.
+            prototypes: Mean features of these classes, of shape ``(len(classes), D)``.
+
+        Raises:
+            ValueError: Without prototypes of that shape, or for a class that the stream does not have.
+        """
+        self._check(classes)
+        if prototypes is None or prototypes.shape != (len(classes), self._feature_dim):
+            expected = (len(classes), self._feature_dim)
+            got = "none" if prototypes is None else f"shape {tuple(prototypes.shape)}"
+            raise ValueError(f"expected prototypes of shape {expected} for a CosineHead, got {got}")
         self._grow(classes, functional.normalize(prototypes, dim=-1))
 
-    def train_newest_only(self, newest_only: bool) -> None:
-        """Freeze the prototypes of earlier tasks' classes, or train them all, if they are trained at all."""
-        super().train_newest_only(newest_only)
+    def train_blocks(self, classes: Sequence[int] | None) -> None:
+        """Like every growing head's, but none is trained if prototypes are not trained at all."""
+        super().train_blocks(classes)
         if not self.trainable:
             self.requires_grad_(False)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits of shape ``(B, C)``."""
-        prototypes = functional.normalize(torch.cat(list(self.blocks)), dim=-1).to(features.dtype)
+        prototypes = functional.normalize(self._rows(features, features.shape[1]), dim=-1).to(features.dtype)
         return self._scatter(functional.normalize(features, dim=-1) @ prototypes.T * self.logit_scale)

@@ -1,0 +1,350 @@
+import gzip
+import json
+import os
+
+import open_clip
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from support.tiny import TINY_CLIP, tiny_clip
+from torch import nn
+
+from clmerge.models import Backbone, OpenClip, Timm
+from clmerge.models.backbone import NANO, eval_mode
+
+PROMPTS = ["a photo of a cat.", "a drawing"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture
+def other_weights(tmp_path):
+    """Weights of the tiny architecture that no folder brings, and the file they are in."""
+    name = tiny_clip(tmp_path / "other", seed=7)
+    return open_clip.create_model(name).state_dict(), tmp_path / "other" / "open_clip_model.safetensors"
+
+
+@pytest.fixture
+def builtin_tiny(monkeypatch):
+    """The tiny architecture under a plain model name, like those that come with open_clip."""
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-tiny", TINY_CLIP["model_cfg"])
+    return "ViT-tiny"
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", refuse)
+
+
+def images(size, num=2):
+    return torch.randn(num, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def picture(size=(64, 48)):
+    return Image.effect_noise(size, 80).convert("RGB")
+
+
+class Bomb:
+    """An object whose pickle makes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+# open_clip ---------------------------------------------------------------------------------------------
+
+
+def test_a_local_folder_gives_the_features_of_open_clip(tiny):
+    backbone = OpenClip(tiny).eval()
+    reference = open_clip.create_model(tiny).eval()
+    assert torch.equal(backbone(images(8)), reference.encode_image(images(8)))
+    assert backbone.feature_dim == 8
+
+
+def test_the_embedded_nano_is_the_default_and_gives_the_features_of_open_clip():
+    backbone = OpenClip().eval()
+    reference = open_clip.create_model(f"local-dir:{NANO}").eval()
+    assert torch.equal(backbone(images(28)), reference.encode_image(images(28)))
+    assert backbone(images(28)).shape == (2, backbone.feature_dim)
+    assert backbone.logit_scale() == pytest.approx(float(reference.logit_scale.detach().exp()))
+    weight = open_clip.build_zero_shot_classifier(
+        reference,
+        open_clip.SimpleTokenizer(NANO / "bpe_simple_vocab.txt.gz", context_length=reference.context_length),
+        ["cat"],
+        [str],
+    )
+    text = nn.functional.normalize(backbone.encode_text(["cat"]), dim=-1)
+    torch.testing.assert_close(text, weight.T)
+
+
+def test_saved_weights_load_strictly_into_the_model_of_open_clip(tiny, tmp_path):
+    saved = OpenClip(tiny).model.state_dict()
+    save_file(saved, tmp_path / "saved.safetensors")
+    model = open_clip.CLIP(**TINY_CLIP["model_cfg"])
+    model.load_state_dict(load_file(tmp_path / "saved.safetensors"), strict=True)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in saved.items())
+
+
+def test_the_folders_own_vocabulary_is_used(tiny, tmp_path):
+    backbone = OpenClip(tiny).eval()
+    folder = tiny.removeprefix("local-dir:")
+    tokenize = open_clip.SimpleTokenizer(f"{folder}/bpe_simple_vocab.txt.gz", context_length=32)
+    assert int(tokenize(PROMPTS).max()) == 513  # bytes, whole or at a word's end, and two marks
+    reference = open_clip.create_model(tiny).eval()
+    assert torch.equal(backbone.encode_text(PROMPTS), reference.encode_text(tokenize(PROMPTS)))
+    assert backbone.encode_text(PROMPTS).shape == (2, 8)
+
+
+def test_a_folder_without_a_vocabulary_uses_that_of_open_clip(tmp_path):
+    name = tiny_clip(tmp_path)
+    config = json.loads(json.dumps(TINY_CLIP))
+    config["model_cfg"]["text_cfg"]["vocab_size"] = 49408
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(open_clip.CLIP(**config["model_cfg"]).state_dict(), tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "bpe_simple_vocab.txt.gz").unlink()
+    backbone = OpenClip(name).eval()
+    tokens = open_clip.SimpleTokenizer(context_length=32)(PROMPTS)
+    assert torch.equal(backbone.encode_text(PROMPTS), backbone.model.encode_text(tokens))
+
+
+def test_text_is_encoded_without_a_gradient(tiny):
+    backbone = OpenClip(tiny)
+    assert not backbone.encode_text(PROMPTS).requires_grad
+    assert backbone(images(8)).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [("ViT-B-16", "openai"), ("ViT-B-32", "OpenAI"), ("RN50", "openai"), ("ViT-L-14", "metaclip_fullcc")],
+)
+def test_weights_trained_with_quickgelu_are_refused_elsewhere_before_loading(no_loading, name, tag):
+    with pytest.raises(ValueError, match=f"QuickGELU for pretrained='{tag}'.*use '{name}-quickgelu'"):
+        OpenClip(name, pretrained=tag)
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"), [("ViT-B-16-quickgelu", "openai"), ("ViT-B-16", "laion2b_s34b_b88k")]
+)
+def test_weights_under_the_right_activation_are_not_refused(no_loading, name, tag):
+    with pytest.raises(AssertionError, match="a model was built"):
+        OpenClip(name, pretrained=tag)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("ViT-B16-quickgelu", "ViT-B-16-quickgelu"), ("nanoo", "nano"), ("hub:ViT-B-16", "ViT-B-16")],
+)
+def test_an_unknown_name_names_the_nearest(no_loading, name, nearest):
+    with pytest.raises(ValueError, match=f"got '{name}'; nearest: .*{nearest}"):
+        OpenClip(name)
+
+
+def test_a_folder_without_its_prefix_is_recognised(no_loading, tmp_path):
+    with pytest.raises(ValueError, match=f"write 'local-dir:{tmp_path}'"):
+        OpenClip(str(tmp_path))
+
+
+def test_an_unknown_tag_names_the_known_ones(no_loading):
+    with pytest.raises(ValueError, match=r"tag of ViT-B-32 .*got 'opnai'; tags: openai, .*laion2b_e16"):
+        OpenClip("ViT-B-32", pretrained="opnai")
+
+
+def test_a_tag_beside_a_folder_is_refused_instead_of_ignored(no_loading, tiny):
+    for name in ("nano", tiny):
+        with pytest.raises(ValueError, match=r"brings its own weights, got 'openai'"):
+            OpenClip(name, pretrained="openai")
+
+
+def test_a_checkpoint_file_is_loaded_under_a_plain_name(builtin_tiny, other_weights):
+    state, file = other_weights
+    found = OpenClip(builtin_tiny, pretrained=str(file)).model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+
+
+def test_a_checkpoint_file_replaces_the_weights_of_a_folder(tiny, other_weights):
+    state, file = other_weights
+    assert not torch.equal(OpenClip(tiny).model.state_dict()["visual.proj"], state["visual.proj"])
+    found = OpenClip(tiny, pretrained=str(file)).model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize("name", ["folder", "plain"])
+def test_a_checkpoint_of_another_model_is_named(tiny, builtin_tiny, tmp_path, name):
+    save_file({"visual.proj": torch.zeros(3, 3)}, tmp_path / "bad.safetensors")
+    with pytest.raises(
+        ValueError, match=r"expected the weights of .* in .*bad\.safetensors, got: .*Missing key"
+    ):
+        OpenClip(tiny if name == "folder" else builtin_tiny, pretrained=str(tmp_path / "bad.safetensors"))
+
+
+def test_a_damaged_checkpoint_is_named(tiny, other_weights):
+    _, file = other_weights
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"in .*open_clip_model\.safetensors, got: "):
+        OpenClip(tiny, pretrained=str(file))
+
+
+def test_a_pickle_is_refused_unopened(tiny, tmp_path):
+    torch.save({"a": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.pt")
+    with pytest.raises(ValueError, match=r"bomb\.pt, got: Weights only load failed"):
+        OpenClip(tiny, pretrained=str(tmp_path / "bomb.pt"))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    name = tiny_clip(tmp_path)
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="expected the weights of 'local-dir:"):
+        OpenClip(name)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "nothing")):
+        OpenClip(f"local-dir:{tmp_path / 'nothing'}")
+
+
+def test_an_image_tower_of_timm_says_its_feature_dim(tmp_path):
+    config = json.loads(json.dumps(TINY_CLIP))
+    config["model_cfg"]["vision_cfg"] = {
+        "timm_model_name": "test_vit",
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "image_size": 160,
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with gzip.open(tmp_path / "bpe_simple_vocab.txt.gz", "wt", encoding="utf-8") as file:
+        file.write("#version: 0.2")
+    model = open_clip.create_model("local-dir:" + str(tmp_path))
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    backbone = OpenClip(f"local-dir:{tmp_path}")
+    assert backbone.feature_dim == 8 == backbone(images(160)).shape[1]
+    assert backbone.training
+
+
+# timm ---------------------------------------------------------------------------------------------
+
+
+def test_timm_gives_the_features_of_timm():
+    backbone = Timm("test_vit", image_size=32).eval()
+    reference = timm.create_model("test_vit", img_size=32, num_classes=0).eval()
+    reference.load_state_dict(backbone.model.state_dict())
+    assert torch.equal(backbone(images(32)), reference(images(32)))
+    assert backbone(images(32)).shape == (2, backbone.feature_dim) == (2, 64)
+
+
+def test_the_models_own_image_size_is_the_default():
+    assert Timm("test_vit.r160_in1k").eval_transform(picture()).shape == (3, 160, 160)
+
+
+def test_a_convolutional_model_takes_an_image_size_too():
+    backbone = Timm("test_resnet", image_size=32)
+    assert backbone.eval_transform(picture()).shape == (3, 32, 32)
+    assert backbone(images(32)).shape[1] == backbone.feature_dim
+
+
+def test_feature_dim_is_that_of_the_features_where_a_model_projects_again():
+    backbone = Timm("mobilenetv3_small_050", image_size=32).eval()
+    assert backbone.model.num_features != backbone(images(32)).shape[1] == backbone.feature_dim
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+def test_a_checkpoint_is_loaded_and_its_classifier_left_out(tmp_path, kind):
+    whole = timm.create_model("test_vit", img_size=32).eval()
+    file = tmp_path / f"weights.{kind}"
+    save_file(whole.state_dict(), file) if kind == "safetensors" else torch.save(whole.state_dict(), file)
+    backbone = Timm("test_vit", checkpoint=str(file), image_size=32).eval()
+    expected = whole.forward_head(whole.forward_features(images(32)), pre_logits=True)
+    assert torch.equal(backbone(images(32)), expected)
+
+
+def test_a_checkpoint_that_lacks_weights_is_named(tmp_path):
+    state = timm.create_model("test_vit", img_size=32, num_classes=0).state_dict()
+    del state["norm.weight"]
+    save_file(state, tmp_path / "short.safetensors")
+    with pytest.raises(ValueError, match=r"'test_vit' in .*short\.safetensors, got: .*norm\.weight"):
+        Timm("test_vit", checkpoint=str(tmp_path / "short.safetensors"), image_size=32)
+
+
+def test_a_pickled_timm_checkpoint_is_refused_unopened(tmp_path):
+    torch.save({"a": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.pth")
+    with pytest.raises(ValueError, match=r"bomb\.pth, got: "):
+        Timm("test_vit", checkpoint=str(tmp_path / "bomb.pth"), image_size=32)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "test_vitt"}, "expected a model of timm, got 'test_vitt'; nearest: .*test_vit"),
+        ({"name": "test_vit.r161_in1k"}, r"'test_vit\.r161_in1k' in timm, got: Invalid pretrained tag"),
+        ({"name": "test_vit", "checkpoint": "nowhere.pth"}, "expected a checkpoint file, got 'nowhere.pth'"),
+        ({"name": "test_vit", "checkpoint": "a.pth", "pretrained": True}, "or a checkpoint, got both"),
+    ],
+)
+def test_what_timm_does_not_know_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Timm(**options)
+
+
+def test_timm_has_no_text_tower_and_says_what_to_use():
+    with pytest.raises(TypeError, match="got Timm; use OpenClip, or a LinearHead or CosineHead"):
+        Timm("test_vit", image_size=32).encode_text(PROMPTS)
+
+
+# Both ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "size"), [("open_clip", 8), ("timm", 32)])
+def test_train_transforms_vary_and_eval_transforms_do_not(tiny, kind, size):
+    backbone = OpenClip(tiny) if kind == "open_clip" else Timm("test_vit", image_size=32)
+    image = picture()
+    for transform in (backbone.train_transform, backbone.eval_transform):
+        assert transform(image).shape == (3, size, size)
+        assert transform(image).dtype == torch.float32
+    assert torch.equal(backbone.eval_transform(image), backbone.eval_transform(image))
+    assert len({tuple(backbone.train_transform(image).flatten().tolist()) for _ in range(8)}) > 1
+
+
+def test_timm_training_images_are_not_flipped_or_recoloured():
+    backbone = Timm("test_vit", image_size=32)
+    ramp = Image.linear_gradient("L").rotate(90).resize((64, 64)).convert("RGB")  # dark on one side, grey
+    direction = (
+        (backbone.eval_transform(ramp)[0, :, -1] - backbone.eval_transform(ramp)[0, :, 0]).mean().sign()
+    )
+    for _ in range(10):
+        seen = backbone.train_transform(ramp)
+        assert (seen[0, :, -1] - seen[0, :, 0]).mean().sign() == direction
+        mean = torch.tensor(backbone.model.pretrained_cfg["mean"])[:, None, None]
+        std = torch.tensor(backbone.model.pretrained_cfg["std"])[:, None, None]
+        grey = seen * std + mean
+        torch.testing.assert_close(grey[0], grey[2])
+
+
+def test_eval_mode_gives_every_part_its_mode_back():
+    net = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout()))
+    net[1].eval()
+
+    def fail():
+        with eval_mode(net):
+            assert not any(part.training for part in net.modules())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert [part.training for part in net.modules()] == [True, True, False, False]
+
+
+def test_backbones_are_abstract():
+    with pytest.raises(TypeError, match="abstract"):
+        Backbone()
