@@ -1,7 +1,9 @@
 import copy
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -410,6 +412,7 @@ def test_two_processes_merge_what_one_process_with_the_whole_batch_merges(tmp_pa
         capture_output=True,
         text=True,
         timeout=240,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
     )
     assert out.is_file(), found.stderr[-3000:]
 

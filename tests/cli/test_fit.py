@@ -132,8 +132,13 @@ def test_nothing_temporary_is_left(finished):
 def test_an_existing_folder_is_never_overwritten(config, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("keep me")
     assert main(["fit", "--config", str(config), "--run_dir", str(tmp_path)]) == 1
-    assert "--resume" in capsys.readouterr().err
+    assert "--run_dir" in capsys.readouterr().err
     assert (tmp_path / "mine.txt").read_text() == "keep me"
+
+
+def test_an_existing_run_is_continued_with_resume(config, finished, capsys):
+    assert main(["fit", "--config", str(config), "--run_dir", str(finished)]) == 1
+    assert f"--resume {finished}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
