@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from clmerge.metrics import TaskAccuracy
-from clmerge.modules import ContinualClassifier
+from clmerge.models.backbone import eval_mode
+from clmerge.modules import ContinualClassifier, sum_over_processes
 from clmerge.streams import StreamDataModule
 
 Rows = dict[str, dict[str, list[float]]]
@@ -22,9 +23,13 @@ class Evaluator(LightningModule):
 
     Args:
         module: The classifier; its own weights are used for a model whose weights are ``None``.
-        weights: Model name -> weights by the module's parameter names.
+        weights: Model name -> weights by the module's parameter and buffer names, without the ``_orig_mod.``
+            of ``torch.compile``. What is not named stays the module's own.
         task_classes: Global class ids of every task.
         num_classes: Number of classes ``C`` of the stream.
+
+    Raises:
+        RuntimeError: If weights are named or shaped unlike the module's.
     """
 
     def __init__(
@@ -36,8 +41,14 @@ class Evaluator(LightningModule):
     ) -> None:
         super().__init__()
         self.module = module
-        self.weights = dict(weights)
-        self._accuracies = {name: TaskAccuracy(len(task_classes), num_classes, task_classes) for name in weights}
+        self.weights = {
+            name: None if state is None else _own_names(module, state, name)
+            for name, state in weights.items()
+        }
+        self._rows: Rows = {}
+        self._accuracies = {
+            name: TaskAccuracy(len(task_classes), num_classes, task_classes) for name in weights
+        }
         # A ModuleDict refuses names with dots, and mergers are named after settings such as density0.1.
         self.metrics = nn.ModuleList(self._accuracies.values())
 
@@ -52,16 +63,41 @@ class Evaluator(LightningModule):
     def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         images, labels, tasks = batch
         for name, state in self.weights.items():
-            logits = self.module(images) if state is None else functional_call(self.module, dict(state), (images,))
+            logits = self.module(images) if state is None else functional_call(self.module, state, (images,))
             self._accuracies[name].update(logits.float(), labels, tasks)
 
-    def rows(self) -> Rows:
-        """Return model name -> ``task_agnostic`` and ``task_aware`` accuracies, one per task of the stream."""
-        found: Rows = {}
+    @override
+    def on_test_epoch_end(self) -> None:
+        # Counts of several processes are added up here, while they are on a device that the processes share.
         for name, accuracy in self._accuracies.items():
             result = accuracy.compute()
-            found[name] = {kind: result[kind].tolist() for kind in ("task_agnostic", "task_aware")}
-        return found
+            self._rows[name] = {kind: result[kind].tolist() for kind in ("task_agnostic", "task_aware")}
+
+    def rows(self) -> Rows:
+        """Return model name -> ``task_agnostic`` and ``task_aware``: one accuracy in [0, 1] per task.
+
+        Raises:
+            RuntimeError: Before a ``trainer.test``.
+        """
+        if not self._rows and self.weights:
+            raise RuntimeError("expected an Evaluator that has run, got a new one; call trainer.test first")
+        return self._rows
+
+
+def _own_names(module: nn.Module, state: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
+    """Give ``state`` the names that ``functional_call`` needs; it would ignore any other."""
+    own = {
+        name.replace("_orig_mod.", ""): (name, tensor.shape)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
+    for name, tensor in state.items():
+        if name not in own or own[name][1] != tensor.shape:
+            got = f"shape {tuple(own[name][1])}" if name in own else "none of that name"
+            raise RuntimeError(
+                f"expected {name!r} of shape {tuple(tensor.shape)} in {type(module).__name__}, as model "
+                f"{model!r} has it, got {got}; use the architecture its weights were made with"
+            )
+    return {own[name][0]: tensor for name, tensor in state.items()}
 
 
 def evaluate(
@@ -82,6 +118,13 @@ def evaluate(
         data: Serves the test images of all tasks.
         task_classes: Global class ids of every task.
         num_classes: Number of classes of the stream.
+
+    Returns:
+        Model name -> ``task_agnostic`` and ``task_aware``: one accuracy in [0, 1] per task, NaN for a task
+        without test images.
+
+    Raises:
+        RuntimeError: If weights are named or shaped unlike the module's.
     """
     evaluator = Evaluator(module, weights, task_classes, num_classes)
     trainer.test(evaluator, datamodule=data, verbose=False)
@@ -90,11 +133,24 @@ def evaluate(
 
 @torch.no_grad()
 def accuracy_on(module: ContinualClassifier, loader: DataLoader[Any]) -> float:
-    """Return the plain accuracy of the module as it stands, over all classes its head knows."""
+    """Return the share of images that the module classifies right, among all classes its head knows.
+
+    Args:
+        module: The classifier, scored in evaluation mode; its weights and modes are the same afterwards.
+        loader: Batches of images and global labels. In a distributed run every process brings its share of
+            them and gets the accuracy over all.
+
+    Raises:
+        ValueError: If there are no images.
+    """
     correct = total = 0
     device = next(module.parameters()).device
-    for images, labels, *_ in loader:
-        predicted = module(images.to(device)).argmax(dim=1)
-        correct += int((predicted == labels.to(device)).sum())
-        total += len(labels)
-    return correct / max(1, total)
+    with eval_mode(module):
+        for images, labels, *_ in loader:
+            predicted = module(images.to(device)).argmax(dim=1)
+            correct += int((predicted == labels.to(device)).sum())
+            total += len(labels)
+    counts = sum_over_processes(torch.tensor([correct, total]))
+    if not counts[1]:
+        raise ValueError("expected images to compute an accuracy on, got none")
+    return float(counts[0] / counts[1].double())
