@@ -1,5 +1,6 @@
 """The outer loop over a stream: train a task, merge, evaluate everything, commit, go on; resume where it stopped."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -204,12 +205,13 @@ class Learner:
 
     def _evaluate(self, run: RunFolder, factory: TrainerFactory, results: Results, task: int) -> None:
         started = time.perf_counter()
-        weights: dict[str, dict[str, Tensor] | None] = {name: self.merge.merged_state(name) for name in self.merge.mergers}
+        weights = {name: self.merge.merged_state(name) for name in self.merge.mergers}
         rows = self._rows(run, factory, f"evaluating {len(weights) + 1} models", {**weights, EXPERT: None})
         for name, row in rows.items():
-            if not self.module.head.open_vocabulary:  # it has no logits for classes of tasks to come
-                row = {kind: [*found[: task + 1], *[float("nan")] * (len(found) - task - 1)] for kind, found in row.items()}
-            results.add_row(name, row["task_agnostic"], row["task_aware"])
+            # A head that grows has no logits for the classes of tasks to come.
+            known = len(self.tasks) if self.module.head.open_vocabulary else task + 1
+            unknown = [math.nan] * (len(self.tasks) - known)
+            results.add_row(name, row["task_agnostic"][:known] + unknown, row["task_aware"][:known] + unknown)
         results.add_seconds("evaluate", time.perf_counter() - started)
         run.manifest.evaluated = task + 1
         run.manifest.results = results.to_dict()
@@ -230,8 +232,7 @@ class Learner:
         if run.writes:
             for name, merger in self.merge.mergers.items():
                 merged = {key.removeprefix(prefix): value for key, value in self.merge.merged_state(name).items()}
-                about = {"merger": type(merger).__name__, "settings": repr(merger.settings()), "tasks": str(len(results.tasks))}
-                save_tensors(run.model(name), {**whole, **merged}, metadata=about)
+                save_tensors(run.model(name), {**whole, **merged}, metadata={"merger": repr(merger)})
             if not self.module.head.open_vocabulary:
                 save_tensors(run.model("head"), self.module.head.state_dict())
             save_plots(results, run.plots)

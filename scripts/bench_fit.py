@@ -3,9 +3,9 @@
 python scripts/bench_fit.py [--batch 128] [--rounds 5] [--epochs 3] [--threads 2]
 
 Rounds of both take turns, so that a busy machine disturbs them alike; the table gives the median over the rounds, and
-the median of the rounds' ratios. A training step is everything in an epoch: fetching, augmenting, forward, backward, optimizer,
-schedule, logging; the first epoch of every round is left out as warm-up. What a task costs once (building the Trainer,
-checkpoints, merging, committing) stands in its own row.
+the median of the rounds' ratios. A training step is everything in an epoch: fetching, augmenting, forward, backward,
+optimizer, schedule, logging; the first epoch of every round is left out as warm-up. What a task costs once (building
+the Trainer, checkpoints, merging, committing) stands in its own row.
 """
 
 import argparse
@@ -75,7 +75,10 @@ def harness(batch: int, epochs: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         learner = build(batch)
         results = learner.fit(
-            RunFolder.create(Path(folder, "run")), trainer=trainer, loggers=[CSVLogger(folder, name="csv")], progress=False
+            RunFolder.create(Path(folder, "run")),
+            trainer=trainer,
+            loggers=[CSVLogger(folder, name="csv")],
+            progress=False,
         )
         per_step = clock.seconds / clock.steps
         steps = clock.steps * epochs / (epochs - 1)

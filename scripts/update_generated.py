@@ -27,7 +27,7 @@ def merger_table() -> str:
 
     lines = ["| merger | what it does | source | exact online | order-free |", "|---|---|---|---|---|"]
     for name, merger in sorted(registered_mergers().items(), key=lambda item: item[0].lower()):
-        source = f"[{merger.source}](https://arxiv.org/abs/{merger.source})" if merger.source[:1].isdigit() else merger.source
+        source = f"[{merger.source}](https://arxiv.org/abs/{merger.source})" if merger.source else ""
         exact, free = ("yes" if flag else "no" for flag in (merger.exact_online, merger.order_free))
         lines.append(f"| `{name}` | {merger.summary} | {source} | {exact} | {free} |")
     return "\n".join(lines)
@@ -49,11 +49,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare")
     check = parser.parse_args().check
-    stale = [path for path, text in generated().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    wanted = generated()
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         print(f"{'out of date' if check else 'wrote'}: {path.relative_to(ROOT)}")
         if not check:
-            path.write_text(generated()[path], encoding="utf-8")
+            path.write_text(wanted[path], encoding="utf-8")
     return int(check and bool(stale))
 
 

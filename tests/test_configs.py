@@ -11,7 +11,10 @@ from support.tiny import tiny_clip
 from clmerge.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RENDITIONS = "art cartoon deviantart embroidery graffiti graphic misc origami painting sculpture sketch sticker tattoo toy videogame"
+RENDITIONS = (
+    "art cartoon deviantart embroidery graffiti graphic misc origami painting sculpture sketch sticker tattoo toy "
+    "videogame"
+)
 DOMAINS = ["clipart", "sketch", "real", "infograph", "quickdraw", "painting"]
 
 
@@ -67,7 +70,8 @@ def test_config_runs_on_stand_in_data(name, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("CLMERGE_RUN_DIR", raising=False)
     write(tmp_path / "data")
     arguments = ["fit", "--config", str(CONFIGS / f"{name}.yaml"), "--run_dir", "run"]
-    arguments += [f"--model.backbone.name={tiny_clip(tmp_path / 'clip')}", "--data.num_workers=0", "--logging.wandb=false"]
+    arguments += [f"--model.backbone.name={tiny_clip(tmp_path / 'clip')}"]
+    arguments += ["--data.num_workers=0", "--logging.wandb=false"]
     arguments += ["--trainer.accelerator=cpu", "--trainer.limit_train_batches=1", "--trainer.log_every_n_steps=1"]
     if name != "quickstart":
         arguments += ["--model.backbone.pretrained=null", "--model.warmup_steps=0"]

@@ -130,7 +130,7 @@ def test_mergers_that_need_a_score_get_one_from_validation_images(clip, tmp_path
     learner = make_learner(clip, [PAINT(), GreedySoup()], start_policy="merged", num_tasks=2)
     results = run(learner, tmp_path / "run")
     assert set(results.mergers) == {"paint", "greedy_soup"}
-    with pytest.raises(ValueError, match="set stream.val_fraction above 0"):
+    with pytest.raises(ValueError, match=r"set stream\.val_fraction above 0"):
         make_learner(clip, GreedySoup(), val_fraction=0.0)
 
 
@@ -172,7 +172,9 @@ def test_a_fit_without_training_is_an_error_that_says_so(clip, tmp_path):
         pytest.warns(RuntimeWarning, match="trained nothing"),
         pytest.raises(RuntimeError, match=r"trainer.max_epochs to 1 or more"),
     ):
-        learner.fit(RunFolder.create(tmp_path / "run"), trainer=lambda **given: build_trainer(**given | {"max_epochs": 0}))
+        learner.fit(
+            RunFolder.create(tmp_path / "run"), trainer=lambda **given: build_trainer(**given | {"max_epochs": 0})
+        )
 
 
 def test_a_run_resumes_only_on_its_own_stream(clip, tmp_path):

@@ -19,8 +19,8 @@ def loaded_by(statement):
     ("statement", "allowed"),
     [
         ("import clmerge", []),
-        ("import clmerge.cli, io, contextlib\nwith contextlib.redirect_stdout(io.StringIO()): clmerge.cli.main(['--help'])\npass", []),
-        ("import clmerge.cli, io, contextlib\nwith contextlib.redirect_stdout(io.StringIO()): clmerge.cli.main(['fit', '--help'])\npass", []),
+        ("import clmerge.cli; clmerge.cli.main(['--help'])", []),
+        ("import clmerge.cli; clmerge.cli.main(['fit', '--help'])", []),
         ("import clmerge.merging", ["torch", "numpy"]),
         ("import clmerge.weights", ["torch", "numpy"]),
     ],

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import Logger
 
     from clmerge.cli.parser import CommandParser
@@ -85,8 +84,8 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
     from clmerge.learner import Learner
     from clmerge.merging import Merger
-    from clmerge.modules import ContinualClassifier
     from clmerge.models import Backbone, Head
+    from clmerge.modules import ContinualClassifier
     from clmerge.streams import DataSource, Stream, StreamDataModule
 
     for name in clmerge.streams.__all__:
@@ -106,7 +105,8 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     )
     parser.add_argument("--config", action="config", help="A YAML file with any of the options below; may be repeated.")
     parser.add_argument("--run_dir", type=str | None, default=None, help="Run folder (default: runs/NAME-TIMESTAMP).")
-    parser.add_argument("--resume", type=str | None, default=None, help="Continue the run in this folder; takes no other option.")
+    resume_help = "Continue the run in this folder; takes no other option."
+    parser.add_argument("--resume", type=str | None, default=None, help=resume_help)
     parser.add_argument("--name", type=str, default="run", help="What the run is called in folders and in W&B.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of everything that is random.")
     parser.add_subclass_arguments(Stream, "stream", help="The tasks.")

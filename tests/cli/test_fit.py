@@ -69,8 +69,9 @@ def test_results_keep_the_contract(finished):
             figures = settings[setting]
             assert [len(row) for row in figures["R"]] == [2, 2]
             assert len(figures["average_accuracy"]) == 2
-            keys = ("average_incremental_accuracy", "forgetting", "backward_transfer", "forward_transfer", "learning_accuracy")
-            assert all(isinstance(figures[key], float) for key in keys)
+            for key in ("average_incremental_accuracy", "forgetting", "backward_transfer", "forward_transfer"):
+                assert isinstance(figures[key], float)
+            assert isinstance(figures["learning_accuracy"], float)
     assert {"train", "evaluate", "merge"} <= set(results["seconds"])
 
 
@@ -88,7 +89,8 @@ def test_models_load_strictly_into_open_clip(finished, config):
 
 def test_the_saved_config_runs_again(finished, config, tmp_path):
     again = tmp_path / "again"
-    assert main(["fit", "--config", str(finished / "config.yaml"), "--run_dir", str(again), "--logging.wandb=false"]) == 0
+    arguments = ["--config", str(finished / "config.yaml"), "--run_dir", str(again), "--logging.wandb=false"]
+    assert main(["fit", *arguments]) == 0
     first, second = (json.loads((run / "results.json").read_text())["models"] for run in (finished, again))
     assert first == second
 
@@ -169,7 +171,10 @@ def test_a_typo_names_the_nearest_option_and_writes_nothing(config, tmp_path, ca
         (["--learner.epochs=[1,2,3]"], "expected epochs for each of the 2 tasks, got 3"),
         (["--mergers", "[MagMax, MagMax]"], "twice"),
         (
-            ["--stream.source", "TorchvisionSource", "--stream.source.dataset=CIFAR100", "--stream.source.root=nowhere"],
+            [
+                *("--stream.source", "TorchvisionSource"),
+                *("--stream.source.dataset=CIFAR100", "--stream.source.root=nowhere"),
+            ],
             "CIFAR100",
         ),
     ],
@@ -218,8 +223,10 @@ def test_resume_wants_a_run_and_nothing_else(arguments, capsys):
 def test_two_processes_write_one_run(config, tmp_path):
     run = tmp_path / "run"
     found = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "clmerge", "fit", "--config", str(config), "--run_dir", str(run)]
-        + ["--trainer.devices=2", "--trainer.strategy=ddp", "--logging.wandb=false", "--stream.num_tasks=2"],
+        [
+            *(sys.executable, "-W", "ignore", "-m", "clmerge", "fit", "--config", str(config), "--run_dir", str(run)),
+            *("--trainer.devices=2", "--trainer.strategy=ddp", "--logging.wandb=false"),
+        ],
         capture_output=True,
         text=True,
         timeout=400,
