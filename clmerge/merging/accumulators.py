@@ -27,9 +27,7 @@ def allocate(vector: State, dtypes: SlotDtypes, device: torch.device | None) -> 
     for name in vector:
         tensor = vector[name]
         slots[name] = {
-            slot: torch.zeros(
-                tensor.shape, dtype=dtype or accumulator_dtype(tensor), device=device or tensor.device
-            )
+            slot: torch.zeros(tensor.shape, dtype=dtype or accumulator_dtype(tensor), device=device or tensor.device)
             for slot, dtype in dtypes.items()
         }
     return slots
@@ -43,10 +41,7 @@ def copied(slots: dict[str, Slots], device: torch.device | None = None) -> dict[
         device: Where the copies go; None is where the originals are.
     """
     return {
-        name: {
-            slot: tensor.detach().to(device or tensor.device, copy=True)
-            for slot, tensor in accumulators.items()
-        }
+        name: {slot: tensor.detach().to(device or tensor.device, copy=True) for slot, tensor in accumulators.items()}
         for name, accumulators in slots.items()
     }
 

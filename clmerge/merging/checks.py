@@ -24,16 +24,13 @@ def read_shapes(vector: State) -> Shapes:
     if not isinstance(vector, Mapping):
         raise TypeError(f"expected a task vector (parameter name -> tensor), got {type(vector).__name__}")
     if not vector:
-        raise ValueError(
-            "expected a task vector with at least one parameter, got an empty one; check what is selected"
-        )
+        raise ValueError("expected a task vector with at least one parameter, got an empty one; check what is selected")
     shapes = {}
     for name in vector:
         tensor = vector[name]
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise TypeError(
-                "expected a task vector (parameter name -> tensor), "
-                f"got {type(tensor).__name__} under {name!r}"
+                f"expected a task vector (parameter name -> tensor), got {type(tensor).__name__} under {name!r}"
             )
         if not tensor.is_floating_point():
             raise ValueError(

@@ -29,9 +29,7 @@ class Configured:
         for name, parameter in inspect.signature(type(self)).parameters.items():
             value = getattr(self, name)
             if _plain(value) != _plain(parameter.default):
-                parts.append(
-                    f"{name}-{value.label}" if isinstance(value, Configured) else f"{name}{_plain(value)}"
-                )
+                parts.append(f"{name}-{value.label}" if isinstance(value, Configured) else f"{name}{_plain(value)}")
         return re.sub(r"[^A-Za-z0-9._+-]+", "-", "_".join(parts)).strip("-")
 
     def __repr__(self) -> str:

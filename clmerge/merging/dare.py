@@ -47,9 +47,7 @@ class DARE(Pipeline):
         reducer: Merger | None = None,
     ) -> None:
         if scale is not None and reducer is not None:
-            raise ValueError(
-                f"expected scale or reducer, got scale={scale} and {reducer!r}; set the reducer's scale"
-            )
+            raise ValueError(f"expected scale or reducer, got scale={scale} and {reducer!r}; set the reducer's scale")
         inner = reducer or (TaskArithmetic() if scale is None else TaskArithmetic(scale))
         super().__init__(inner, sparsifier=RandomDrop(drop_rate, rescale=rescale, seed=seed))
         self.drop_rate = drop_rate

@@ -177,9 +177,7 @@ class Merger(Configured, ABC):
             RuntimeError: If nothing was merged yet, or the merged vector overflows.
         """
         if not self.num_tasks:
-            raise RuntimeError(
-                f"expected at least one update() before compute() of {type(self).__name__}, got none"
-            )
+            raise RuntimeError(f"expected at least one update() before compute() of {type(self).__name__}, got none")
         with torch.inference_mode(False), torch.no_grad():
             overview = self._overview()
             merged = {name: self._read(name, slots, overview) for name, slots in self._slots.items()}

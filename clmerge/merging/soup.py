@@ -85,10 +85,7 @@ class GreedySoup(Merger):
 
     def _average_with(self, vector: State) -> TaskVector:
         count = self.num_kept + 1
-        return {
-            name: (slots["sum"] + vector[name].to(slots["sum"])) / count
-            for name, slots in self._slots.items()
-        }
+        return {name: (slots["sum"] + vector[name].to(slots["sum"])) / count for name, slots in self._slots.items()}
 
     @override
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: _Decision) -> None:

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.blocks import blocks
 from clmerge.merging.configured import Configured
 from clmerge.merging.randomness import seeded_uniform
-from clmerge.merging.threshold import kth_largest_magnitude
+from clmerge.merging.threshold import Threshold, kth_largest_magnitude
 from clmerge.weights.task_vector import State, TaskVector
 
 Rescale = Literal["probability", "l1", "none"]
@@ -38,29 +37,27 @@ def keep_from(tau: Tensor, threshold: float) -> Tensor:
     return torch.hardshrink(tau, float(below))
 
 
-def keep_largest(tau: Tensor, count: int) -> Tensor:
-    """Keep exactly ``count`` entries: those of largest magnitude.
+def keep_largest(tau: Tensor, threshold: Threshold) -> Tensor:
+    """Keep exactly as many entries as the threshold was made for: those of largest magnitude.
 
     Between entries of equal magnitude the first in memory order are kept.
 
     Args:
         tau: Any shape, float32 or float64.
-        count: How many entries are kept, from 1 to ``tau.numel()``.
+        threshold: What ``kth_largest_magnitude`` returned for ``tau``.
 
     Returns:
         A fresh tensor with zeros in place of the other entries.
 
     Example:
-        >>> keep_largest(torch.tensor([2.0, 1.0, -2.0, 3.0]), 2)
+        >>> tau = torch.tensor([2.0, 1.0, -2.0, 3.0])
+        >>> keep_largest(tau, kth_largest_magnitude([tau], k=2))
         tensor([2., 0., 0., 3.])
     """
-    threshold = kth_largest_magnitude([tau], count)
-    kept = keep_from(tau.reshape(-1), threshold)
-    # Quicker than count_nonzero, and exact: a block has no more entries than float32 counts.
-    surplus = sum(int(piece.sign().abs_().sum()) for (piece,) in blocks(kept)) - count
-    if threshold > 0 and surplus:
-        equal = (kept.abs() == threshold).nonzero().squeeze(1)
-        kept[equal[len(equal) - surplus :]] = 0
+    kept = keep_from(tau.reshape(-1), threshold.value)
+    if threshold.surplus and threshold.value > 0:
+        equal = (kept.abs() == threshold.value).nonzero().squeeze(1)
+        kept[equal[len(equal) - threshold.surplus :]] = 0
     return kept.view(tau.shape)
 
 
@@ -150,7 +147,7 @@ class TrimModel(Sparsifier):
     def plan(self, vector: State, task: int) -> float:
         total = sum(vector[name].numel() for name in vector)
         count = int(self.density * total) + 1
-        return kth_largest_magnitude([vector[name] for name in vector], count) if count <= total else 0.0
+        return kth_largest_magnitude([vector[name] for name in vector], count).value if count <= total else 0.0
 
     @override
     def sparsify(self, name: str, tau: Tensor, task: int, plan: float) -> Tensor:
@@ -172,9 +169,19 @@ class TrimTensor(Sparsifier):
         self.density = checked_density(density)
 
     @override
-    def sparsify(self, name: str, tau: Tensor, task: int, plan: None) -> Tensor:
-        count = max(1, int(self.density * tau.numel()))
-        return keep_largest(tau, count) if count < tau.numel() else tau
+    def plan(self, vector: State, task: int) -> dict[str, Threshold]:
+        thresholds = {}
+        for name in vector:
+            tau = vector[name]
+            count = max(1, int(self.density * tau.numel()))
+            thresholds[name] = (
+                kth_largest_magnitude([tau], count) if count < tau.numel() else Threshold(value=0.0, surplus=0)
+            )
+        return thresholds
+
+    @override
+    def sparsify(self, name: str, tau: Tensor, task: int, plan: dict[str, Threshold]) -> Tensor:
+        return keep_largest(tau, plan[name])
 
 
 class RandomDrop(Sparsifier):

@@ -1,6 +1,8 @@
 """Select the k-th largest magnitude of one or many tensors, exactly and without a sort."""
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,20 +10,32 @@ from torch import Tensor
 from clmerge.merging.blocks import blocks
 from clmerge.weights.task_vector import accumulator_dtype
 
+_SMALL = 1 << 14  # up to here a direct selection is quickest
+_BLOCK = 1 << 18  # every block has counts of its own to fill and to add
 _DIGIT_BITS = 16
-_BLOCK = 1 << 18  # every block has its own counts to fill and to add
-_SMALL = 1 << 14  # up to here a direct selection is quicker than histograms
 
 
-def kth_largest_magnitude(tensors: Sequence[Tensor], k: int) -> float:
-    """Return the k-th largest absolute value over all tensors together.
+class Threshold(NamedTuple):
+    """The magnitude from which on entries are kept.
 
-    The bits of a non-negative float, read as an integer, have the order of the float. So the value is found
-    sixteen bits at a time, from the top, by counting how often each digit occurs: two passes for float32,
-    whatever the values are, and no copy of the tensors.
+    Attributes:
+        value: The k-th largest magnitude.
+        surplus: How many entries more than k have at least this magnitude, because some equal it.
+    """
+
+    value: float
+    surplus: int
+
+
+def kth_largest_magnitude(tensors: Sequence[Tensor], k: int) -> Threshold:
+    """Find the k-th largest absolute value over all tensors together.
+
+    A sample brackets the value; one pass counts what is larger and collects the few entries inside the
+    bracket, among which the value is selected. Where that fails, as it does if many entries are equal, the
+    value is found by digits. Either way the result is exact.
 
     Args:
-        tensors: Tensors of any shape, floating-point and finite.
+        tensors: Tensors of any shape, floating-point and finite, on one device.
         k: Rank from the top, from 1 to the number of entries.
 
     Raises:
@@ -29,7 +43,7 @@ def kth_largest_magnitude(tensors: Sequence[Tensor], k: int) -> float:
 
     Example:
         >>> kth_largest_magnitude([torch.tensor([1.0, -5.0]), torch.tensor([[3.0]])], k=2)
-        3.0
+        Threshold(value=3.0, surplus=0)
     """
     total = sum(tensor.numel() for tensor in tensors)
     if not 1 <= k <= total:
@@ -37,24 +51,70 @@ def kth_largest_magnitude(tensors: Sequence[Tensor], k: int) -> float:
     flat = [tensor.detach().reshape(-1) for tensor in tensors]
     dtype = accumulator_dtype(*flat)
     if total <= _SMALL:
-        magnitudes = torch.cat([tensor.to(dtype) for tensor in flat]).abs_()
-        return float(magnitudes.kthvalue(total - k + 1).values)
+        return _selected([tensor.to(dtype).abs() for tensor in flat], k)
+    return _by_sample(flat, dtype, total, k) or _by_digits(flat, dtype, k)
 
+
+def _selected(magnitudes: list[Tensor], k: int) -> Threshold:
+    """Select directly: a copy of everything, and time proportional to it."""
+    everything = torch.cat(magnitudes)
+    value = everything.kthvalue(everything.numel() - k + 1).values
+    return Threshold(float(value), int((everything >= value).sum()) - k)
+
+
+def _by_sample(flat: list[Tensor], dtype: torch.dtype, total: int, k: int) -> Threshold | None:
+    """Select from a bracket that a sample suggests; None if the bracket is wide or misses the value."""
+    # An odd step does not walk down one column of a matrix whose rows have an even length.
+    step = int(total ** (1 / 3)) | 1
+    sample = torch.cat([tensor[::step] for tensor in flat]).to(dtype).abs_()
+    share = k / total
+    margin = 3 * math.sqrt(share * (1 - share) / sample.numel()) + 2 / sample.numel()
+    low = _quantile(sample, 1 - share - margin)
+    high = _quantile(sample, 1 - share + margin)
+    inside = int(((sample >= low) & (sample <= high)).sum())
+    if inside > 4 * margin * sample.numel():  # many equal entries: the candidates would fill the memory
+        return None
+
+    num_above = 0
+    candidates = []
+    for tensor in flat:
+        for (piece,) in blocks(tensor):
+            magnitudes = piece.to(dtype).abs()
+            flags = torch.empty_like(magnitudes)
+            num_above += int(torch.gt(magnitudes, high, out=flags).sum())
+            torch.eq(magnitudes.clamp(low, high), magnitudes, out=flags)
+            candidates.append(_flagged(magnitudes, flags))
+    rank = k - num_above
+    if not 1 <= rank <= sum(found.numel() for found in candidates):
+        return None
+    return _selected(candidates, rank)
+
+
+def _quantile(sample: Tensor, share: float) -> float:
+    rank = min(max(int(share * sample.numel()) + 1, 1), sample.numel())
+    return float(sample.kthvalue(rank).values)
+
+
+def _by_digits(flat: list[Tensor], dtype: torch.dtype, k: int) -> Threshold:
+    """Select sixteen bits at a time, from the top, by counting how often each digit occurs.
+
+    The bits of a non-negative float, read as an integer, have the order of the float. Two passes for float32,
+    four for float64, whatever the values are.
+    """
     integer = torch.int32 if dtype == torch.float32 else torch.int64
-    found, low = 0, 8 * dtype.itemsize
+    found, low, surplus = 0, 8 * dtype.itemsize, 0
     while low:
         low -= _DIGIT_BITS
         counts = _digit_counts(flat, dtype, integer, found, low).to("cpu")
         at_least = counts.flip(0).cumsum(0).flip(0)  # how many candidates have this digit or a larger one
         digit = int((at_least >= k).sum()) - 1
+        surplus = int(at_least[digit]) - k
         k -= int(at_least[digit] - counts[digit])
         found = found << _DIGIT_BITS | digit
-    return float(torch.tensor(found, dtype=integer).view(dtype))
+    return Threshold(float(torch.tensor(found, dtype=integer).view(dtype)), surplus)
 
 
-def _digit_counts(
-    flat: list[Tensor], dtype: torch.dtype, integer: torch.dtype, found: int, low: int
-) -> Tensor:
+def _digit_counts(flat: list[Tensor], dtype: torch.dtype, integer: torch.dtype, found: int, low: int) -> Tensor:
     """Count the digits that start at bit ``low`` among the magnitudes whose higher bits are ``found``."""
     counts = torch.zeros(1 << _DIGIT_BITS, dtype=torch.int64, device=flat[0].device)
     top = low + _DIGIT_BITS == 8 * dtype.itemsize
@@ -62,19 +122,20 @@ def _digit_counts(
         for (piece,) in blocks(tensor, cpu_block=_BLOCK):
             bits = piece.to(dtype).view(integer) & torch.iinfo(integer).max  # without the sign
             if not top:
-                bits = _with_prefix(bits, found, low + _DIGIT_BITS)
+                bits = bits.masked_select(bits >> (low + _DIGIT_BITS) == found)
             digits = bits.bitwise_right_shift_(low).bitwise_and_((1 << _DIGIT_BITS) - 1)
             count = torch.bincount(digits)  # as long as the largest digit asks for
             counts[: len(count)] += count
     return counts
 
 
-def _with_prefix(bits: Tensor, prefix: int, shift: int) -> Tensor:
-    """Select the integers whose bits from ``shift`` on are ``prefix``; few are expected."""
-    if bits.numel() % 8 == 0:
-        # Eight flags are tested at once as one 64-bit integer: most groups of eight hold no match, and a
-        # selection entry by entry costs as much as everything else together.
-        high = bits >> shift
-        flags = torch.eq(high, prefix, out=high).to(torch.uint8)
-        bits = bits.view(-1, 8).index_select(0, flags.view(torch.int64).nonzero().squeeze(1)).view(-1)
-    return bits.masked_select(bits >> shift == prefix)
+def _flagged(entries: Tensor, flags: Tensor) -> Tensor:
+    """Return the entries whose flag is 1; few are expected."""
+    flags = flags.to(torch.uint8)
+    if entries.numel() % 8 == 0:
+        # Eight flags are tested at once as one 64-bit integer: most groups of eight have none, and a
+        # selection entry by entry would cost as much as everything else together.
+        groups = flags.view(torch.int64).nonzero().squeeze(1)
+        entries = entries.view(-1, 8).index_select(0, groups).view(-1)
+        flags = flags.view(-1, 8).index_select(0, groups).view(-1)
+    return entries.masked_select(flags.view(torch.bool))

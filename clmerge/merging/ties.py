@@ -95,14 +95,15 @@ class TIES(Merger):
 
     @override
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
-        if self.trim == "tensor":
+        threshold = plan if self.trim == "model" else plan[name].value
+        if self.trim == "tensor" and plan[name].surplus:
+            # More entries equal the threshold than may be kept, so it takes the whole tensor to choose.
             tau = self._sparsifier.sparsify(name, tau.to(float_dtype(slots)), step.task, plan)
-        super()._fold(name, slots, tau, step, plan)
+        super()._fold(name, slots, tau, step, threshold)
 
     @override
-    def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
-        if self.trim == "model":
-            tau = keep_from(tau, plan)
+    def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: float) -> None:
+        tau = keep_from(tau, plan)
         if self.merge == "max":
             torch.maximum(slots["pos_max"], tau, out=slots["pos_max"])
             torch.minimum(slots["neg_max"], tau, out=slots["neg_max"])
@@ -129,9 +130,7 @@ class TIES(Merger):
         """Return the sign of entries whose sum is zero."""
         if self.trim == "tensor":
             return 1
-        return majority_sign(
-            self._total(block) for slots in self._slots.values() for block, _ in slot_blocks(slots)
-        )
+        return majority_sign(self._total(block) for slots in self._slots.values() for block, _ in slot_blocks(slots))
 
     @override
     def _read_block(self, slots: Slots, overview: int) -> Tensor:

@@ -215,9 +215,7 @@ CASES = {
     "TIES": Case(merging.TIES, ties(0.2, "model", "mean", 1.0)),
     **{
         f"TIES {trim} {merge} {density}": Case(
-            lambda trim=trim, merge=merge, density=density: merging.TIES(
-                density, trim=trim, merge=merge, scale=0.5
-            ),
+            lambda trim=trim, merge=merge, density=density: merging.TIES(density, trim=trim, merge=merge, scale=0.5),
             ties(density, trim, merge, 0.5),
         )
         for trim in ("model", "tensor")
@@ -225,27 +223,21 @@ CASES = {
         for density in (0.3, 1.0)
     },
     "DARE": Case(merging.DARE, dropped(0.9, "probability", 0, total(0.3))),
-    "DARE l1": Case(
-        lambda: merging.DARE(0.5, rescale="l1", seed=7, scale=1.0), dropped(0.5, "l1", 7, total(1.0))
-    ),
+    "DARE l1": Case(lambda: merging.DARE(0.5, rescale="l1", seed=7, scale=1.0), dropped(0.5, "l1", 7, total(1.0))),
     "DARE TIES": Case(
         lambda: merging.DARE(0.5, rescale="none", reducer=merging.TIES(0.5, trim="tensor")),
         dropped(0.5, "none", 0, ties(0.5, "tensor", "mean", 1.0)),
     ),
     "ModelStock": Case(merging.ModelStock, model_stock(1.0)),
     "GreedySoup": Case(merging.GreedySoup, greedy_soup(strict=False), homogeneous=False),
-    "GreedySoup strict": Case(
-        lambda: merging.GreedySoup(strict=True), greedy_soup(strict=True), homogeneous=False
-    ),
+    "GreedySoup strict": Case(lambda: merging.GreedySoup(strict=True), greedy_soup(strict=True), homogeneous=False),
     "WiSEFT": Case(merging.WiSEFT, interpolated(lambda vectors: [0.5] * len(vectors))),
     "PAINT": Case(merging.PAINT, interpolated(best_shares(TENTHS)), homogeneous=False),
     "RandomMix": Case(merging.RandomMix, random_mix(0, 1.0)),
     "RandomMix seed": Case(lambda: merging.RandomMix(scale=0.5, seed=3), random_mix(3, 0.5)),
     "Pipeline": Case(merging.Pipeline, total(0.3)),
     "Pipeline trim, MagMax, scale": Case(
-        lambda: merging.Pipeline(
-            merging.MagMax(), sparsifier=merging.TrimTensor(0.4), finisher=merging.Scale(3.0)
-        ),
+        lambda: merging.Pipeline(merging.MagMax(), sparsifier=merging.TrimTensor(0.4), finisher=merging.Scale(3.0)),
         trim_tensor_first(0.4, max_magnitude(1.5)),
     ),
     "Pipeline drop, Model Stock": Case(

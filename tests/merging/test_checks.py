@@ -14,9 +14,7 @@ def test_shapes_are_read_without_touching_the_values():
 def test_names_that_differ_are_counted_and_explained():
     known = {name: (1,) for name in ("head.weight", "head.bias", "tail.weight", "tail.bias", "x")}
     check_shapes(dict(reversed(known.items())), known, "a vector")
-    with pytest.raises(
-        ValueError, match=r"5 missing: .*; 1 unknown: 'head.wieght' \(nearest: 'head.weight'\)"
-    ):
+    with pytest.raises(ValueError, match=r"5 missing: .*; 1 unknown: 'head.wieght' \(nearest: 'head.weight'\)"):
         check_shapes({"head.wieght": (1,)}, known, "a vector")
 
 

@@ -17,9 +17,7 @@ def test_the_reducer_that_was_handed_over_is_left_alone():
 def test_the_metric_sees_the_finished_vector():
     seen = []
     pipeline = Pipeline(PAINT((0.0, 1.0)), sparsifier=TrimTensor(0.5), finisher=Scale(10.0))
-    pipeline.update(
-        {"w": torch.tensor([1.0, 2.0])}, score=lambda vector: seen.append(vector["w"].tolist()) or 0.0
-    )
+    pipeline.update({"w": torch.tensor([1.0, 2.0])}, score=lambda vector: seen.append(vector["w"].tolist()) or 0.0)
     assert seen == [[0.0, 0.0], [0.0, 20.0]]
 
 
@@ -36,6 +34,4 @@ def test_state_of_the_reducer_travels_with_the_pipeline():
 
 def test_label_names_the_parts():
     pipeline = Pipeline(MagMax(), sparsifier=TrimTensor(0.5), finisher=Scale(2.0))
-    assert pipeline.label == (
-        "pipeline_reducer-magmax_sparsifier-trim_tensor_density0.5_finisher-scale_scale2.0"
-    )
+    assert pipeline.label == ("pipeline_reducer-magmax_sparsifier-trim_tensor_density0.5_finisher-scale_scale2.0")

@@ -39,10 +39,7 @@ def streams(draw, max_tasks=5):
 def normal_streams(num_tasks=4, seed=0):
     """Task vectors without ties."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-        for _ in range(num_tasks)
-    ]
+    return [{name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()} for _ in range(num_tasks)]
 
 
 def fold(merger, vectors, tasks=None):
@@ -85,11 +82,7 @@ def assert_same_bits(left, right):
 def tensors_in(state):
     if isinstance(state, torch.Tensor):
         return [state]
-    return (
-        [tensor for value in state.values() for tensor in tensors_in(value)]
-        if isinstance(state, dict)
-        else []
-    )
+    return [tensor for value in state.values() for tensor in tensors_in(value)] if isinstance(state, dict) else []
 
 
 def test_every_registered_rule_has_a_reference():
@@ -138,9 +131,7 @@ def test_non_contiguous_tensors_are_read_right(label):
     plain = [{"w": torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))} for seed in range(3)]
     strided = [{"w": vector["w"].t().contiguous().t()} for vector in plain]
     assert not strided[0]["w"].is_contiguous()
-    assert_same_bits(
-        fold(CASES[label].build(), strided).compute(), fold(CASES[label].build(), plain).compute()
-    )
+    assert_same_bits(fold(CASES[label].build(), strided).compute(), fold(CASES[label].build(), plain).compute())
 
 
 @each_case

@@ -3,6 +3,7 @@ import torch
 
 from clmerge.merging import RandomDrop, TrimModel, TrimTensor
 from clmerge.merging.sparsify import drop_entries, keep_from, keep_largest
+from clmerge.merging.threshold import Threshold, kth_largest_magnitude
 
 GENERATOR = torch.Generator().manual_seed(0)
 NORMAL = torch.randn(200, 500, generator=GENERATOR)
@@ -22,20 +23,19 @@ def test_entries_at_the_threshold_are_kept(dtype):
 def test_nothing_is_aliased():
     tau = torch.ones(3)
     keep_from(tau, 0.0).zero_()
-    keep_largest(tau, 1).zero_()
+    keep_largest(tau, Threshold(1.0, 2)).zero_()
     assert tau.sum() == 3
 
 
-@pytest.mark.parametrize(
-    "tau", [NORMAL, TIED, TIED.t(), NORMAL.double()], ids=["normal", "tied", "strided", "f64"]
-)
+@pytest.mark.parametrize("tau", [NORMAL, TIED, TIED.t(), NORMAL.double()], ids=["normal", "tied", "strided", "f64"])
 @pytest.mark.parametrize("count", [1, 7, 20_000, 99_999, 100_000])
 def test_keep_largest_keeps_the_first_of_equals(tau, count):
     flat = tau.reshape(-1)
     order = (-flat.abs()).argsort(stable=True)[:count]
     expected = torch.zeros_like(flat)
     expected[order] = flat[order]
-    assert torch.equal(keep_largest(tau, count), expected.view(tau.shape))
+    threshold = kth_largest_magnitude([tau], count)
+    assert torch.equal(keep_largest(tau, threshold), expected.view(tau.shape))
 
 
 def test_trim_model_sees_the_whole_model():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from clmerge.merging.threshold import kth_largest_magnitude
+from clmerge.merging.threshold import _by_sample, kth_largest_magnitude
 
 SHAPES = [(17,), (0,), (3, 5), (300_001,)]
 
@@ -23,18 +23,30 @@ def tensors(kind, dtype):
 @pytest.mark.parametrize("kind", ["normal", "few values", "mostly zero", "one value", "denormal", "huge"])
 def test_equals_a_sort(kind, dtype):
     candidates = tensors(kind, dtype)
-    ordered = (
-        torch.cat([tensor.reshape(-1) for tensor in candidates]).abs().double().sort(descending=True).values
-    )
+    ordered = torch.cat([tensor.reshape(-1) for tensor in candidates]).abs().double().sort(descending=True).values
     for k in (1, 2, 1000, len(ordered) // 5, len(ordered) // 2, len(ordered) - 1, len(ordered)):
-        assert kth_largest_magnitude(candidates, k) == ordered[k - 1].item()
+        value = ordered[k - 1].item()
+        surplus = int((ordered >= value).sum()) - k
+        assert kth_largest_magnitude(candidates, k) == (value, surplus)
 
 
 def test_small_and_strided_tensors():
-    assert kth_largest_magnitude([torch.tensor(-2.0), torch.tensor([[1.0, 3.0]]).t()], 2) == 2.0
+    assert kth_largest_magnitude([torch.tensor(-2.0), torch.tensor([[1.0, 3.0]]).t()], 2) == (2.0, 0)
 
 
 @pytest.mark.parametrize("k", [0, 4])
 def test_rank_must_exist(k):
     with pytest.raises(ValueError, match="between 1 and the 3 entries"):
         kth_largest_magnitude([torch.zeros(3)], k)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_a_sample_that_misleads_costs_only_time(factor):
+    tau = torch.randn(64**3, generator=torch.Generator().manual_seed(0))
+    step = 65  # what is sampled of 64 ** 3 entries, or 63 in another rounding
+    for index in (step - 2, step):
+        tau[::index] *= factor
+    ordered = tau.abs().sort(descending=True).values
+    for k in (tau.numel() // 5, tau.numel() // 2):
+        assert kth_largest_magnitude([tau], k) == (ordered[k - 1].item(), 0)
+    assert _by_sample([tau], torch.float32, tau.numel(), tau.numel() // 5) is None
