@@ -12,13 +12,15 @@ from clmerge.merging.merger import Merger, Step
 class _Sum(Merger):
     """Keep the sum of the task vectors, in one accumulator per parameter."""
 
+    removable = True
+
     @override
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
         return {"sum": None}
 
     @override
     def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
-        slots["sum"].add_(tau)
+        slots["sum"].add_(tau, alpha=step.sign)
 
 
 class WeightAverage(_Sum):

@@ -1,8 +1,8 @@
 """The contract of every merge rule: an accumulator that folds task vectors in, one task at a time."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -25,6 +25,9 @@ from clmerge.weights.task_vector import State, TaskVector
 Score = Callable[[TaskVector], float]
 """Held-out accuracy of theta0 + vector; higher is better."""
 
+Statistics = Mapping[str, State | float]
+"""What was measured on a task beside its vector, by name: tensors by parameter name, or one number."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -34,11 +37,15 @@ class Step:
         task: Index of the task; it seeds random rules.
         position: How many task vectors were merged before this one.
         score: The held-out metric, for rules that require it.
+        statistics: What else was measured on the task, for rules that require it.
+        sign: 1 to fold the vector in, -1 to take it out again.
     """
 
     task: int
     position: int
     score: Score | None = None
+    statistics: Statistics = field(default_factory=dict)
+    sign: int = 1
 
 
 class Merger(Configured, ABC):
@@ -56,7 +63,9 @@ class Merger(Configured, ABC):
         source: arXiv id of the paper.
         exact_online: Whether ``compute()`` equals the batch rule at every t with a state that does not grow.
         order_free: Whether the order of the tasks does not matter; only then can accumulators be joined.
-        requires: What ``update`` needs beside the vector, e.g. ``{"score"}``.
+        removable: Whether a task can be taken out again: the rule is a group, ``downdate`` inverts ``update``. Such
+            a rule multiplies what it adds to its accumulators by ``step.sign``.
+        requires: What ``update`` needs beside the vector: ``"score"``, or names of statistics.
         num_tasks: How many task vectors were merged.
         base: Fingerprint of the base model, once known.
     """
@@ -65,6 +74,7 @@ class Merger(Configured, ABC):
     source: str = ""
     exact_online: bool = True
     order_free: bool = True
+    removable: bool = False
     requires: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
@@ -137,6 +147,7 @@ class Merger(Configured, ABC):
         task: int | None = None,
         base: str | None = None,
         score: Score | None = None,
+        statistics: Statistics | None = None,
     ) -> None:
         """Fold one task vector in. It is neither written to nor kept.
 
@@ -145,27 +156,60 @@ class Merger(Configured, ABC):
             task: Index of the task, which seeds random rules. Default: the number of vectors merged so far.
             base: Fingerprint of the base model (``clmerge.weights.fingerprint``). Default: not checked.
             score: Held-out accuracy of theta0 + vector, for rules whose ``requires`` names it.
+            statistics: What else ``requires`` names, for example ``{"fisher": {name: tensor}}``.
 
         Raises:
             TypeError: If ``task_vector`` is not a mapping of names to tensors.
             ValueError: If it holds NaN or Inf, names, shapes or the base differ from before, or something the
                 rule requires is missing. The state is then as it was.
         """
-        shapes = read_shapes(task_vector)
-        source = f"the task vector of task {self.num_tasks if task is None else task}"
-        if self.num_tasks:
-            check_shapes(shapes, self._shapes, source)
-        check_base(base, self.base, source)
-        if "score" in self.requires and score is None:
-            raise ValueError(
-                f"expected a held-out metric for {type(self).__name__}, got none; pass score=... to update()"
-            )
-        # Accumulators made in inference mode could never be changed outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            self._check_dtypes({name: task_vector[name].dtype for name in task_vector}, source)
-            check_finite(task_vector)
-            step = Step(task=self.num_tasks if task is None else task, position=self.num_tasks, score=score)
-            self._take(task_vector, shapes, base, step)
+        given = Step(
+            task=self.num_tasks if task is None else task,
+            position=self.num_tasks,
+            score=score,
+            statistics=statistics or {},
+        )
+        self._change(task_vector, base, given)
+
+    def downdate(
+        self,
+        task_vector: State,
+        *,
+        task: int | None = None,
+        base: str | None = None,
+        statistics: Statistics | None = None,
+    ) -> None:
+        """Take a task vector out again: the inverse of the ``update`` that folded it in, to rounding.
+
+        Args:
+            task_vector: The vector as it was given to ``update``.
+            task: Its task index then, for random rules. Default: that of the last update.
+            base: Fingerprint of the base model. Default: not checked.
+            statistics: What was given beside it then.
+
+        Raises:
+            TypeError: If the rule cannot forget single tasks.
+            RuntimeError: If no task is merged.
+            ValueError: As for ``update``; the state is then as it was.
+        """
+        if not self.removable:
+            raise TypeError(f"expected a rule that can take tasks out again, got {self!r}; merge the others anew")
+        if not self.num_tasks:
+            raise RuntimeError(f"expected a merged task to take out of {self!r}, got none")
+        position = self.num_tasks - 1
+        given = Step(task=position if task is None else task, position=position, statistics=statistics or {}, sign=-1)
+        self._change(task_vector, base, given)
+
+    def task_view(self, task: int) -> TaskVector:
+        """Return what is added to theta0 for one task, for rules that keep a mask per task.
+
+        Args:
+            task: Index of the task, as it was given to ``update``.
+
+        Raises:
+            TypeError: If the rule has one merged model for all tasks.
+        """
+        raise TypeError(f"expected a rule with a mask per task, got {self!r}; use compute()")
 
     def compute(self) -> TaskVector:
         """Return what is added to theta0 for the tasks merged so far, scale included.
@@ -286,8 +330,30 @@ class Merger(Configured, ABC):
 
     # How it works inside
 
+    def _change(self, vector: State, base: str | None, step: Step) -> None:
+        """Check a task vector and what comes with it, then fold it in or take it out."""
+        shapes = read_shapes(vector)
+        source = f"the task vector of task {step.task}"
+        if self.num_tasks:
+            check_shapes(shapes, self._shapes, source)
+        check_base(base, self.base, source)
+        if "score" in self.requires and step.score is None:
+            raise ValueError(
+                f"expected a held-out metric for {type(self).__name__}, got none; pass score=... to update()"
+            )
+        if missing := sorted(self.requires - {"score"} - step.statistics.keys()):
+            raise ValueError(
+                f"expected statistics {missing} for {type(self).__name__} beside {source}, got "
+                f"{sorted(step.statistics)}; pass statistics={{{missing[0]!r}: ...}}"
+            )
+        # Accumulators made in inference mode could never be changed outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._check_dtypes({name: vector[name].dtype for name in vector}, source)
+            check_finite(vector)
+            self._take(vector, shapes, base, step)
+
     def _take(self, vector: State, shapes: Shapes, base: str | None, step: Step) -> None:
-        """Fold a checked task vector in."""
+        """Fold a checked task vector in, or take it out."""
         plan = self._plan(vector, step)
         dtypes = self._slot_dtypes(step.position + 1)
         slots = self._slots or allocate(vector, dtypes, self._device)
@@ -296,7 +362,7 @@ class Merger(Configured, ABC):
             self._fold(name, accumulators, vector[name].detach().to(device_of(accumulators)), step, plan)
         self._slots, self._shapes = slots, shapes
         self.base = self.base or base
-        self.num_tasks = step.position + 1
+        self.num_tasks += step.sign
         self._after_update(step, plan)
 
     def _float_dtypes(self) -> dict[str, torch.dtype]:

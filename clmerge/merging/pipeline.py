@@ -77,6 +77,7 @@ class Pipeline(Merger):
         self.finisher = finisher
         self.exact_online = self._inner.exact_online
         self.order_free = self._inner.order_free
+        self.removable = self._inner.removable
         self.requires = self._inner.requires
 
     @override
@@ -103,7 +104,7 @@ class Pipeline(Merger):
         if self.sparsifier is not None:
             vector = _Sparsified(vector, self.sparsifier, step.task)
         self._inner._take(vector, shapes, base, step)
-        self._shapes, self.base, self.num_tasks = shapes, self.base or base, step.position + 1
+        self._shapes, self.base, self.num_tasks = shapes, self.base or base, self.num_tasks + step.sign
 
     @override
     def _float_dtypes(self) -> dict[str, torch.dtype]:

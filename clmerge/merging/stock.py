@@ -64,6 +64,7 @@ class ModelStock(Merger):
     name = "model_stock"
     summary = "the average, shortened by the angle between the task vectors"
     source = "2403.19522"
+    removable = True
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
@@ -78,11 +79,11 @@ class ModelStock(Merger):
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
         norm = math.sqrt(_squared_norm(tau))
         has_direction = norm > _NO_DIRECTION
-        self._directions[name] = self._directions.get(name, 0) + has_direction
+        self._directions[name] = self._directions.get(name, 0) + step.sign * has_direction
         if has_direction:
             for block, (piece,) in slot_blocks(slots, tau):
-                block["sum"].add_(piece)
-                block["unit_sum"].add_(piece, alpha=1 / norm)
+                block["sum"].add_(piece, alpha=step.sign)
+                block["unit_sum"].add_(piece, alpha=step.sign / norm)
 
     @override
     def _read(self, name: str, slots: Slots, overview: Any) -> Tensor:

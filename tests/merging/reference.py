@@ -32,6 +32,26 @@ def score(vector):
     return -round(float(np.mean(np.abs(np.concatenate(entries) - 0.25))), 3)
 
 
+def statistics_of(task: int, shapes: dict[str, tuple[int, ...]]) -> dict:
+    """What a run would measure on a task beside its vector: made up, but a function of the task alone.
+
+    Every statistic that any rule requires is here; a reference asks for the same ones. ``fisher`` is positive and of
+    the parameters' shapes, ``gram`` is positive definite of the matrices' input size.
+    """
+    generator = np.random.default_rng(1000 + task)
+    fisher = {name: torch.from_numpy(np.asarray(generator.uniform(0.1, 2.0, shape))) for name, shape in shapes.items()}
+    inputs = {
+        name: generator.normal(size=(3 * shape[1] + 1, shape[1])) for name, shape in shapes.items() if len(shape) == 2
+    }
+    return {
+        "fisher": fisher,
+        "gram": {name: torch.from_numpy(x.T @ x) for name, x in inputs.items()},
+        "samples": float(generator.integers(10, 1000)),
+        "steps": float(generator.integers(10, 100)),
+        "loss": float(generator.uniform(0.1, 2.0)),
+    }
+
+
 def stacked(vectors: list[Vector], name: str) -> np.ndarray:
     return np.stack([vector[name] for vector in vectors])
 

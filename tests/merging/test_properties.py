@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from merging.reference import CASES, score
+from merging.reference import CASES, score, statistics_of
 
 from clmerge.merging import GreedySoup, registered_mergers
 
@@ -44,8 +44,13 @@ def normal_streams(num_tasks=4, seed=0):
 
 def fold(merger, vectors, tasks=None):
     for index, vector in enumerate(vectors):
-        merger.update(vector, task=None if tasks is None else tasks[index], score=score)
+        task = merger.num_tasks if tasks is None else tasks[index]
+        merger.update(vector, task=task, score=score, statistics=statistics_for(vector, task))
     return merger
+
+
+def statistics_for(vector, task):
+    return statistics_of(task, {name: tuple(tensor.shape) for name, tensor in vector.items()})
 
 
 def expected(label, vectors, tasks=None):
@@ -209,6 +214,41 @@ def test_joining_refuses_what_does_not_match(label):
     with pytest.raises(TypeError, match="expected another"):
         left.merge_state(GreedySoup())
     assert_same_bits(left.state_dict(), before)
+
+
+@pytest.mark.parametrize("label", [label for label, case in CASES.items() if case.build().removable])
+def test_taking_a_task_out_restores_the_state(label):
+    vectors = normal_streams(4)
+    merger = fold(CASES[label].build(), vectors[:3])
+    before = merger.compute()
+    merger.update(vectors[3], task=3, statistics=statistics_for(vectors[3], 3))
+    assert merger.num_tasks == 4
+    merger.downdate(vectors[3], task=3, statistics=statistics_for(vectors[3], 3))
+    assert merger.num_tasks == 3
+    assert_close(merger.compute(), {name: tensor.numpy() for name, tensor in before.items()}, 1e-5)
+    merger.downdate(vectors[1], task=1, statistics=statistics_for(vectors[1], 1))
+    assert_close(merger.compute(), expected(label, [vectors[0], vectors[2]], [0, 2]), 1e-5)
+
+
+@each_case
+def test_rules_that_cannot_take_a_task_out_say_so(label):
+    merger = CASES[label].build()
+    if merger.removable:
+        with pytest.raises(RuntimeError, match="expected a merged task"):
+            merger.downdate(normal_streams(1)[0])
+    else:
+        with pytest.raises(TypeError, match="take tasks out"):
+            fold(merger, normal_streams(1)).downdate(normal_streams(1)[0])
+
+
+@each_case
+def test_missing_statistics_are_named(label):
+    merger = CASES[label].build()
+    if names := sorted(merger.requires - {"score"}):
+        with pytest.raises(ValueError, match=names[0]):
+            merger.update(normal_streams(1)[0], score=score)
+    else:
+        merger.update(normal_streams(1)[0], score=score)
 
 
 @each_case
