@@ -17,7 +17,7 @@ from clmerge.callbacks.progress import EpochLines, EpochSeed
 from clmerge.evaluation import Rows, accuracy_on, evaluate
 from clmerge.lightning_compat import TaskProgressBar, logger_step, quiet_lightning, set_step_offset
 from clmerge.loggers import finish_loggers, log_summary, log_task
-from clmerge.merging import Merger
+from clmerge.merging import Merger, Statistics
 from clmerge.modules import ContinualClassifier
 from clmerge.plots import save_plots
 from clmerge.results import EXPERT, ZERO_SHOT, Results
@@ -88,6 +88,7 @@ class Learner:
             buffers=buffers,
             device=accumulators,
             score=self._validation_score,
+            statistics=self._statistics,
             save_state=False,  # the run folder keeps accumulators; in every epoch's checkpoint they would be a burden
         )
         for taken in (EXPERT, ZERO_SHOT):
@@ -128,25 +129,26 @@ class Learner:
         if self.keep_task_vectors:
             self.merge.use_bank(run.bank)
         results = self._restore(run)
+        told = loggers if run.writes else ()  # the Trainer's part of logging needs the same loggers on every rank
         success = False
         try:
             if not run.manifest.results:
                 self._evaluate_zero_shot(run, trainer, results)
             for task in range(results.num_finished):
-                log_task(loggers, results, task)  # a killed run's loggers may lack what the manifest has
+                log_task(told, results, task)  # a killed run's loggers may lack what the manifest has
             for task in range(run.manifest.evaluated, len(self.tasks)):
                 if run.manifest.trained == task:
                     self._train(run, trainer, loggers, results, task)
                 self._evaluate(run, trainer, results, task)
-                log_task(loggers, results, task)
+                log_task(told, results, task)
                 if report is not None:
                     report(results)
             if not run.manifest.finished:
                 self._finish(run, results)
-            log_summary(loggers, results)
+            log_summary(told, results)
             success = True
         finally:
-            finish_loggers(loggers, success=success)
+            finish_loggers(told, success=success)
         return results
 
     # One task ----------------------------------------------------------------------------------------------------
@@ -291,6 +293,11 @@ class Learner:
             num_sanity_val_steps=0,
             **options,
         )
+
+    def _statistics(self, module: LightningModule) -> Statistics:
+        """Measure what mergers may require of the task that was just trained."""
+        images = self.stream.dataset(self.data.task, "train")
+        return {"samples": float(len(images)), "steps": float(module.trainer.global_step)}
 
     @torch.no_grad()
     def _validation_score(self, module: LightningModule) -> float:

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from clmerge.callbacks.swap import assign, full_copy, named_tensors, swapped
 from clmerge.lightning_compat import refuse_unsupported_strategy
-from clmerge.merging import Merger
+from clmerge.merging import Merger, Statistics
 from clmerge.weights import (
     TaskVectorBank,
     apply_task_vector,
@@ -61,6 +61,9 @@ class MergeCallback(Callback):
         bank: Folder that keeps every task vector, for mergers that need them all and for merging again later.
         score: Held-out accuracy of the model as it stands, higher is better; called with merged candidates swapped in.
             Only mergers that require ``"score"`` (GreedySoup, PAINT) need it.
+        statistics: What was measured on the task, called with the trained model while the task's data is still there;
+            for mergers that require it (Fisher: ``"fisher"``, RegMean: ``"gram"``). Returns name -> number, or name ->
+            tensors by parameter name.
         save_state: Whether accumulators travel in Lightning's checkpoints (default).
 
     Attributes:
@@ -94,6 +97,7 @@ class MergeCallback(Callback):
         device: Literal["cpu", "model"] = "cpu",
         bank: str | Path | None = None,
         score: Callable[[LightningModule], float] | None = None,
+        statistics: Callable[[LightningModule], Statistics] | None = None,
         save_state: bool = True,
     ) -> None:
         self.mergers = name_mergers(mergers)
@@ -112,6 +116,11 @@ class MergeCallback(Callback):
                     f"expected score= for merger {name!r}, got none: pass a function that evaluates the model "
                     "on held-out data"
                 )
+            if (needed := sorted(merger.requires - {"score"})) and statistics is None:
+                raise ValueError(
+                    f"expected statistics= for merger {name!r}, which requires {needed}, got none: pass a function "
+                    "that measures them on the task's data"
+                )
         self.start_policy = start_policy
         self.deploy = deploy or next(iter(self.mergers))
         self.include = None if include is None else list(include)
@@ -122,6 +131,7 @@ class MergeCallback(Callback):
         if bank is not None:
             self.use_bank(bank)
         self.score = score
+        self.statistics = statistics
         self.save_state = save_state
         self.num_tasks = 0
         self.seconds = 0.0
@@ -251,9 +261,12 @@ class MergeCallback(Callback):
                     f"expected finite weights to merge, got NaN or Inf in {name!r} of {origin}; "
                     "the merged models are unchanged: lower the learning rate, or clip gradients"
                 )
+        measured: Statistics = {}
+        if self.statistics is not None and any(merger.requires - {"score"} for merger in self.mergers.values()):
+            measured = self.statistics(pl_module)
         for merger in self.mergers.values():
             score = self._scorer(pl_module) if "score" in merger.requires else None
-            merger.update(tau, task=self.num_tasks, base=self.base_fingerprint, score=score)
+            merger.update(tau, task=self.num_tasks, base=self.base_fingerprint, score=score, statistics=measured)
         self._merge_buffers(pl_module)
         if self.bank is not None and trainer.is_global_zero:
             name = self._task_name or f"task_{self.num_tasks:03d}"

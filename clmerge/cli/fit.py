@@ -214,7 +214,7 @@ def _run(arguments: Sequence[str], *, resume: str | None) -> int:
     os.environ[RUN_DIR_VARIABLE] = str(run.path)
     if is_main and resume is None:
         _save_config(parser, config, run)
-    loggers = _build_loggers(objects.logging, config, run) if is_main else []
+    loggers = _build_loggers(objects.logging, config, run)
     results = learner.fit(
         run,
         trainer=_trainer_factory(parser, config),
@@ -279,8 +279,9 @@ def _build_loggers(options: Logging, config: Any, run: "RunFolder") -> "list[Log
             config=config.as_dict(),
             online=options.online,
         )
-        run.manifest.wandb_id = logger.experiment.id
-        run.commit()
+        if run.writes:
+            run.manifest.wandb_id = logger.experiment.id
+            run.commit()
         loggers.append(logger)
     return [*loggers, *options.extra]
 

@@ -5,7 +5,7 @@ from clmerge.merging.finish import Finisher, Scale
 from clmerge.merging.interpolation import PAINT, WiSEFT
 from clmerge.merging.linear import TaskArithmetic, WeightAverage
 from clmerge.merging.magmax import MagMax
-from clmerge.merging.merger import Merger, Score
+from clmerge.merging.merger import Merger, Score, Statistics
 from clmerge.merging.pipeline import Pipeline
 from clmerge.merging.random_mix import RandomMix
 from clmerge.merging.registry import registered_mergers
@@ -29,6 +29,7 @@ __all__ = [
     "Scale",
     "Score",
     "Sparsifier",
+    "Statistics",
     "TaskArithmetic",
     "TrimModel",
     "TrimTensor",

@@ -225,7 +225,7 @@ def test_two_processes_write_one_run(config, tmp_path):
     found = subprocess.run(
         [
             *(sys.executable, "-W", "ignore", "-m", "clmerge", "fit", "--config", str(config), "--run_dir", str(run)),
-            *("--trainer.devices=2", "--trainer.strategy=ddp", "--logging.wandb=false"),
+            *("--trainer.devices=2", "--trainer.strategy=ddp"),
         ],
         capture_output=True,
         text=True,
