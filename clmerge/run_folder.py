@@ -1,10 +1,10 @@
-"""The run folder: one atomic manifest is the truth, everything else can be made again from it or is a view of it."""
+"""The run folder: one atomic manifest is the truth, everything else can be made from it or is a view of it."""
 
 import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import clmerge
 from clmerge.weights import atomic_path, load_tensors, save_tensors, write_json_atomic
 
 SCHEMA = 1
+MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -49,16 +50,12 @@ class Manifest:
 class RunFolder:
     """Paths of a run and its commits.
 
-    A commit writes new files beside the old ones and then replaces the manifest in one step, so that a run killed at
-    any instant finds either the state before or the state after, never a mixture.
+    A commit writes new files beside the old ones and then replaces the manifest in one step, so that a run
+    killed at any instant finds either the state before or the state after, never a mixture.
 
     Args:
         path: The folder.
         writes: Whether this process writes (rank zero) or only reads.
-
-    Raises:
-        FileNotFoundError: From ``open`` where there is no run.
-        FileExistsError: From ``create`` where there is one.
     """
 
     def __init__(self, path: str | Path, *, writes: bool = True) -> None:
@@ -68,13 +65,22 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, *, writes: bool = True) -> "RunFolder":
-        """Start a run in a new or empty folder."""
+        """Start a run in a new or empty folder.
+
+        Args:
+            path: The folder; missing parents are made.
+            writes: Whether this process writes; if not, nothing is checked or made.
+
+        Raises:
+            FileExistsError: If there is something at ``path`` already.
+        """
         run = cls(path, writes=writes)
         if writes:
             if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+                resume = f", or continue that run with --resume {run.path}"
                 raise FileExistsError(
-                    f"expected a new run folder, got {run.path}, which exists: name another with --run_dir, "
-                    f"or continue that run with --resume {run.path}"
+                    f"expected a new or empty run folder, got {run.path}, which exists: name another with "
+                    f"--run_dir{resume if (run.path / MANIFEST).is_file() else ''}"
                 )
             run.path.mkdir(parents=True, exist_ok=True)
             run.commit()
@@ -82,17 +88,24 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path, *, writes: bool = True) -> "RunFolder":
-        """Open a run that exists."""
+        """Open a run that exists, and tidy up after it if it was killed.
+
+        Args:
+            path: The folder.
+            writes: Whether this process writes; if not, nothing is changed.
+
+        Raises:
+            FileNotFoundError: If there is no run at ``path``.
+            ValueError: If the manifest is damaged or was written by another version.
+        """
         run = cls(path, writes=writes)
-        file = run.path / "manifest.json"
+        file = run.path / MANIFEST
         if not file.is_file():
-            raise FileNotFoundError(f"expected a run folder with a manifest.json, got {run.path}")
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found.get("schema") != SCHEMA:
-            raise ValueError(f"expected manifest schema {SCHEMA} in {file}, got {found.get('schema')!r}")
-        run.manifest = Manifest(**found)
+            raise FileNotFoundError(f"expected a run folder with a {MANIFEST}, got {run.path}")
+        run.manifest = _read_manifest(file)
         if writes:
             run._remove_leftovers()
+            run._write_results()
         return run
 
     @property
@@ -131,12 +144,17 @@ class RunFolder:
     def commit(self) -> None:
         """Make the manifest as it is in memory the truth."""
         if self.writes:
-            write_json_atomic(self.path / "manifest.json", asdict(self.manifest))
-            if self.manifest.results:
-                write_json_atomic(self.results, self.manifest.results)
+            write_json_atomic(self.path / MANIFEST, asdict(self.manifest))
+            self._write_results()
 
     def commit_state(self, task: int, module: Mapping[str, Tensor], accumulators: Mapping[str, Any]) -> None:
-        """Commit a task that was trained and merged: the model's training weights and the mergers' accumulators."""
+        """Commit a task that was trained and merged.
+
+        Args:
+            task: Index of the task.
+            module: The model's training weights by name, buffers included.
+            accumulators: State of the mergers; tensors and primitives that ``weights_only`` loading accepts.
+        """
         folder = Path("state") / f"task_{task:03d}"
         if self.writes:
             target = self.path / folder
@@ -151,38 +169,71 @@ class RunFolder:
             self._remove_leftovers()
 
     def load_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return what the last ``commit_state`` took: the module's weights and the accumulators."""
+        """Return what the last ``commit_state`` took: the module's weights and the accumulators, on the CPU.
+
+        Raises:
+            RuntimeError: Before the first ``commit_state``.
+        """
         if self.manifest.state is None:
             raise RuntimeError(f"expected a committed task in {self.path}, got none")
         folder = self.path / self.manifest.state
         accumulators = torch.load(folder / "accumulators.pt", map_location="cpu", weights_only=True)
         return load_tensors(folder / "module.safetensors"), accumulators
 
+    def _write_results(self) -> None:
+        if self.manifest.results:
+            write_json_atomic(self.results, self.manifest.results)
+
     def _remove_leftovers(self) -> None:
-        """Remove states and checkpoints that the manifest has left behind."""
-        keep = None if self.manifest.state is None else self.path / self.manifest.state
-        for folder in sorted((self.path / "state").glob("task_*")):
-            if folder != keep:
-                shutil.rmtree(folder)
-        for file in sorted((self.path / "checkpoints").glob("*")):
-            if self.manifest.finished or file != self.checkpoint(self.manifest.trained):
-                file.unlink()
+        """Remove states and checkpoints that the manifest has left behind, and half-written files."""
+        keep = {self.path / self.manifest.state} if self.manifest.state is not None else set()
+        if not self.manifest.finished:
+            keep.add(self.checkpoint(self.manifest.trained))
+        for folder in ("state", "checkpoints"):
+            for pattern in ("task_*", ".task_*.tmp"):  # a checkpoint callback of the user may write here, too
+                for found in sorted((self.path / folder).glob(pattern)):
+                    if found not in keep:
+                        shutil.rmtree(found) if found.is_dir() else found.unlink()
+        for found in sorted(self.path.glob(".*.tmp")):
+            found.unlink()
+
+
+def _read_manifest(file: Path) -> Manifest:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected a manifest in JSON, got {file}, which is damaged: {error}") from error
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        schema = found.get("schema") if isinstance(found, dict) else None
+        raise ValueError(
+            f"expected manifest schema {SCHEMA} in {file}, got {schema!r}; "
+            "resume with the version of clmerge that wrote it"
+        )
+    if unknown := sorted(set(found) - {f.name for f in fields(Manifest)}):
+        raise ValueError(
+            f"expected a manifest of clmerge {clmerge.__version__}, got unknown entries {unknown} in {file}; "
+            f"resume with the version that wrote it ({found.get('clmerge', 'not recorded')})"
+        )
+    return Manifest(**found)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write Lightning's checkpoints to a temporary file in the same folder, flush it, and rename it.
 
-    Lightning's own atomic save goes through the system's temporary folder, where the final move can be a copy that a
-    kill leaves half done, and it does not flush.
+    Lightning's own atomic save goes through the system's temporary folder, where the final move can be a copy
+    that a kill leaves half done, and it does not flush.
     """
 
     @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Save ``checkpoint`` to ``path``, or leave what was there."""
+        """Save ``checkpoint`` to ``path``, or leave what was there.
+
+        Raises:
+            TypeError: For ``storage_options``, which a local file does not have.
+        """
         if storage_options is not None:
             raise TypeError(f"expected no storage_options for {type(self).__name__}, got {storage_options!r}")
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
             torch.save(checkpoint, temporary)

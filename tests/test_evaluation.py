@@ -126,9 +126,14 @@ def test_the_module_is_the_same_afterwards(module, weights):
     assert all(not p.is_inference() for p in module.parameters())
 
 
-def test_compiled_modules_are_evaluated_with_the_given_weights(module, weights):
+@pytest.mark.parametrize("part", ["whole", "layer"])
+def test_compiled_modules_are_evaluated_with_the_given_weights(module, weights, part):
     rows = run(module, weights)
-    module.backbone.model = torch.compile(module.backbone.model, backend="eager")
+    model = module.backbone.model
+    if part == "whole":
+        module.backbone.model = torch.compile(model, backend="eager")
+    else:
+        model[1] = torch.compile(model[1], backend="eager")
     assert any("_orig_mod" in name for name, _ in module.named_parameters())
     torch.compiler.set_stance("force_eager")
     try:

@@ -1,4 +1,4 @@
-"""Small callbacks of the learner: fixed random state per epoch, and plain progress lines where there is no terminal."""
+"""Small callbacks of the learner: a fixed random state per epoch, and progress lines without a terminal."""
 
 import sys
 import time
@@ -10,9 +10,10 @@ from typing_extensions import override
 
 
 class EpochSeed(Callback):
-    """Seed dropout and the like at the start of every epoch, so that a resumed run draws the same numbers.
+    """Seed torch at the start of every epoch, so that dropout in a resumed run draws the same numbers.
 
-    Done at the first batch because Lightning skips ``on_train_epoch_start`` in the first epoch after a resume.
+    Done at the first batch because Lightning skips ``on_train_epoch_start`` in the first epoch after a
+    resume. Seeds the generators of the CPU and of the GPUs.
 
     Args:
         seed: Seed of the task; the epoch is added to it.
@@ -22,7 +23,9 @@ class EpochSeed(Callback):
         self.seed = seed
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx == 0:
             torch.manual_seed((self.seed + trainer.current_epoch) % 2**63)
 
@@ -39,15 +42,22 @@ class EpochLines(Callback):
         self._started = 0.0
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx == 0:
             self._started = time.perf_counter()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.progress_bar_callback is None and trainer.is_global_zero:
-            figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k in ("train/loss", "val/accuracy")}
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+            figures = {
+                k: float(v)
+                for k, v in trainer.callback_metrics.items()
+                if k in ("train/loss", "val/accuracy")
+            }
+            shown = "".join(f"  {name} {value:.3f}" for name, value in figures.items())
             seconds = time.perf_counter() - self._started
-            line = f"{self.label}: epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {shown}  {seconds:.1f} s"
+            total = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+            line = f"{self.label}: epoch {trainer.current_epoch + 1}{total}{shown}  {seconds:.1f} s"
             print(line, file=sys.stderr, flush=True)

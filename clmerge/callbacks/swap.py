@@ -20,6 +20,7 @@ def named_tensors(module: nn.Module, names: Iterable[str], *, origin: str) -> di
     Raises:
         RuntimeError: If a name is missing from the module.
     """
+    names = list(names)
     # After a forward without gradients the root of an FSDP2 model stays gathered and hands out plain tensors.
     for part in module.modules():
         if isinstance(part, FSDPModule):
@@ -29,21 +30,31 @@ def named_tensors(module: nn.Module, names: Iterable[str], *, origin: str) -> di
     missing = [name for name in names if name not in own]
     if missing:
         raise RuntimeError(
-            f"expected {type(module).__name__} to have {missing[0]!r} and {len(missing) - 1} more, as {origin} does, "
-            "got a model without them; use the same architecture, or leave them out with exclude="
+            f"expected {type(module).__name__} to have the {len(names)} tensors of {origin}, got a model "
+            f"without {len(missing)} of them, the first {missing[0]!r}; use the same architecture, or leave "
+            "them out with exclude="
         )
     return {name: own[name] for name in names}
 
 
 def full_copy(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """Return a detached copy of the whole tensor; a DTensor is gathered (a collective: every rank must call)."""
+    """Return a detached copy of the whole tensor.
+
+    Args:
+        tensor: A tensor; a DTensor is gathered, which is a collective: every rank must call.
+        device: Where the copy shall be; default where the tensor is.
+    """
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.detach().to(device or whole.device, copy=True)
 
 
 @torch.no_grad()
 def assign(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy ``values`` into ``targets`` in place, so that optimizers and parallel wrappers keep their references.
+    """Copy in place, so that optimizers and parallel wrappers keep their references.
+
+    Args:
+        targets: Tensors of a model by name; they keep their dtype, device and layout.
+        values: What to copy into those of the same names; whole tensors.
 
     Raises:
         RuntimeError: If a shape differs; nothing has been copied then.
@@ -51,8 +62,8 @@ def assign(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         if targets[name].shape != value.shape:
             raise RuntimeError(
-                f"expected {name!r} of shape {tuple(value.shape)}, got {tuple(targets[name].shape)} in the model; "
-                "the architecture changed since the base was taken"
+                f"expected {name!r} of shape {tuple(value.shape)}, got {tuple(targets[name].shape)} in the "
+                "model; the architecture changed since the base was taken"
             )
     for name, value in values.items():
         target = targets[name]
@@ -64,8 +75,19 @@ def assign(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def swapped(module: nn.Module, values: Mapping[str, Tensor], *, origin: str = "the merged model") -> Iterator[None]:
-    """Run a block with ``values`` in place of the module's tensors of the same names; always restores."""
+def swapped(
+    module: nn.Module, values: Mapping[str, Tensor], *, origin: str = "the merged model"
+) -> Iterator[None]:
+    """Run a block with ``values`` in place of the module's tensors of the same names; always restores.
+
+    Args:
+        module: The model.
+        values: Parameters and buffers by name, without ``torch.compile``'s ``_orig_mod.``.
+        origin: Where the values come from, for the error message.
+
+    Raises:
+        RuntimeError: If a name is missing from the module, or a shape differs; the module is unchanged then.
+    """
     targets = named_tensors(module, values, origin=origin)
     originals = {name: target.detach().clone() for name, target in targets.items()}
     try:

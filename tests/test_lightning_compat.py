@@ -1,0 +1,211 @@
+import csv
+import logging
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from support.tiny import ForeignModule, toy_loader
+
+from clmerge.lightning_compat import (
+    TaskProgressBar,
+    logger_step,
+    quiet_lightning,
+    refuse_unsupported_strategy,
+    set_step_offset,
+)
+
+
+class Logging(ForeignModule):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/loss", loss.detach())
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/zero", 0.0)
+
+
+class StopAt(Callback):
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            raise KeyError("killed")
+
+
+def fit(folder, version, *callbacks, offset=0, ckpt_path=None):
+    """Fit two epochs of three steps; return the Trainer and the steps that its logger was told."""
+    logger = CSVLogger(folder, name="csv", version=version)
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        logger=logger,
+        log_every_n_steps=1,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    set_step_offset(trainer, offset)
+    try:
+        trainer.fit(Logging(), toy_loader(0), toy_loader(1), ckpt_path=ckpt_path)
+    except KeyError:
+        logger.save()
+    return trainer
+
+
+def logged(folder, version, column):
+    with (folder / "csv" / f"version_{version}" / "metrics.csv").open() as file:
+        return [int(row["step"]) for row in csv.DictReader(file) if row[column]]
+
+
+# Steps --------------------------------------------------------------------------------------------------------
+
+
+def test_loggers_count_on_over_two_trainers(tmp_path):
+    first = fit(tmp_path, 0)
+    assert logged(tmp_path, 0, "train/loss") == [0, 1, 2, 3, 4, 5]
+    assert logger_step(first) == 6
+    second = fit(tmp_path, 1, offset=logger_step(first))
+    assert logged(tmp_path, 1, "train/loss") == [6, 7, 8, 9, 10, 11]
+    assert logged(tmp_path, 1, "val/zero") == [8, 11]
+    assert logger_step(second) == 12
+    assert second.global_step == 6, "Lightning's own count of this fit stays as it is"
+
+
+def test_the_offset_survives_a_resume_from_a_checkpoint(tmp_path):
+    checkpoint = {"dirpath": tmp_path, "filename": "last", "enable_version_counter": False}
+    fit(tmp_path, 0, ModelCheckpoint(**checkpoint), StopAt(1), offset=6)
+    assert logged(tmp_path, 0, "train/loss") == [6, 7, 8]
+    resumed = fit(tmp_path, 1, ModelCheckpoint(**checkpoint), offset=0, ckpt_path=tmp_path / "last.ckpt")
+    assert logged(tmp_path, 1, "train/loss") == [9, 10, 11]
+    assert logger_step(resumed) == 12
+
+
+# Strategies ---------------------------------------------------------------------------------------------------
+
+
+def stand_in(strategy):
+    """A Trainer with this strategy; the real ones of some cannot be built on a CPU."""
+    trainer = Trainer.__new__(Trainer)
+    trainer._accelerator_connector = type("Connector", (), {"strategy": strategy})()
+    return trainer
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_launchers_whose_children_train_are_refused(strategy):
+    trainer = Trainer(accelerator="cpu", strategy=strategy, devices=2, logger=False)
+    with pytest.raises(RuntimeError, match=r"got DDPStrategy with a spawn or fork launcher.*'ddp'"):
+        refuse_unsupported_strategy(trainer)
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
+def test_strategies_that_shard_out_of_reach_are_refused(kind):
+    strategy = object.__new__(kind)  # both ask for a GPU when they are built
+    strategy._launcher = None
+    with pytest.raises(RuntimeError, match=f"got {kind.__name__}.*ModelParallelStrategy with fully_shard"):
+        refuse_unsupported_strategy(stand_in(strategy))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", DDPStrategy(), ModelParallelStrategy()])
+def test_strategies_that_train_in_this_process_pass(strategy):
+    devices = 1 if strategy == "auto" else 2
+    refuse_unsupported_strategy(Trainer(accelerator="cpu", strategy=strategy, devices=devices, logger=False))
+
+
+# Output -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def restored():
+    """Put logging and warnings back as they were."""
+    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        yield loggers
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def test_quiet_lightning_silences_start_up_lines_and_not_warnings(restored, tmp_path, caplog):
+    for logger in restored:
+        logger.setLevel(logging.INFO)
+    fit(tmp_path, 0)
+    assert "GPU available" in caplog.text
+    caplog.clear()
+    quiet_lightning()
+    fit(tmp_path, 1)
+    assert not caplog.text
+    logging.getLogger("lightning.pytorch").warning("the roof is on fire")
+    assert "the roof is on fire" in caplog.text
+
+
+def test_quiet_lightning_leaves_quieter_loggers_alone(restored):
+    restored[0].setLevel(logging.ERROR)
+    quiet_lightning()
+    assert restored[0].level == logging.ERROR
+    assert restored[1].level == logging.WARNING
+
+
+def test_quiet_lightning_silences_lightnings_advice_and_no_other_warning(restored, tmp_path):
+    def advice(version):
+        trainer = Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=CSVLogger(tmp_path, version=version),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+        )
+        with warnings.catch_warnings(record=True) as seen:
+            trainer.fit(Logging(), toy_loader(0), toy_loader(1))
+        return " ".join(str(warning.message) for warning in seen)
+
+    warnings.resetwarnings()
+    assert "The number of training batches (3) is smaller than the logging interval" in advice(0)
+    quiet_lightning()
+    assert not advice(1)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.warn("mine", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in seen] == ["mine"]
+
+
+def test_progress_bars_say_what_is_trained_and_stay_off_stdout(capsys, tmp_path):
+    class Slow(LightningModule):
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch[0]).sum()
+
+        def test_step(self, batch, batch_idx):
+            self.layer(batch[0])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 1)
+
+    bar = TaskProgressBar("task 2/5 cats")
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        callbacks=[bar],
+        logger=CSVLogger(tmp_path, version=7),
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    model = Slow()
+    trainer.fit(model, toy_loader(0))
+    assert bar._get_train_description(0) == "task 2/5 cats: epoch 1/2"
+    assert "v_num" not in bar.get_metrics(trainer, model)
+    trainer.test(model, toy_loader(0), verbose=False)
+    assert bar.test_description == "task 2/5 cats"
+    found = capsys.readouterr()
+    assert "task 2/5 cats: epoch 2/2" in found.err
+    assert "task 2/5 cats" not in found.out
