@@ -101,7 +101,7 @@ def test_every_registered_rule_has_a_reference():
 def test_stream_equals_batch_at_every_task(label, vectors):
     merger = CASES[label].build()
     for count, vector in enumerate(vectors, start=1):
-        merger.update(vector, score=score)
+        fold(merger, [vector])
         assert merger.num_tasks == count
         assert_close(merger.compute(), expected(label, vectors[:count]))
 
@@ -177,7 +177,7 @@ def test_joining_parts_in_any_tree_equals_one_stream(label, vectors, data):
         parts[left].merge_state(parts.pop(left + 1))
     assert parts[0].num_tasks == len(vectors)
     assert_close(parts[0].compute(), expected(label, vectors))
-    parts[0].update(vectors[0], task=len(vectors))  # and it goes on
+    fold(parts[0], [vectors[0]], tasks=[len(vectors)])  # and it goes on
     assert_close(parts[0].compute(), expected(label, [*vectors, vectors[0]]))
 
 
@@ -198,12 +198,12 @@ def test_joining_changes_one_side_or_is_refused(label):
 def test_joining_refuses_what_does_not_match(label):
     left = CASES[label].build()
     vectors = normal_streams(num_tasks=2)
-    left.update(vectors[0], base="a" * 64)
+    left.update(vectors[0], base="a" * 64, statistics=statistics_for(vectors[0], 0))
     before = left.state_dict()
 
     def other(vector, base=None):
         merger = CASES[label].build()
-        merger.update(vector, base=base)
+        merger.update(vector, base=base, statistics=statistics_for(vector, 1))
         return merger
 
     with pytest.raises(ValueError, match="base model"):
@@ -317,10 +317,16 @@ def spoiled(vector, case):
 def test_what_is_refused_leaves_the_state_as_it_was(label, case, message):
     merger = CASES[label].build()
     vectors = normal_streams(num_tasks=3)
-    merger.update(vectors[0], base="a" * 64, score=score)
+    statistics = statistics_for(vectors[0], 0)
+    merger.update(vectors[0], base="a" * 64, score=score, statistics=statistics)
     before = merger.state_dict()
     with pytest.raises(ValueError, match=message):
-        merger.update(spoiled(vectors[1], case), base="b" * 64 if case == "base" else None, score=score)
+        merger.update(
+            spoiled(vectors[1], case),
+            base="b" * 64 if case == "base" else None,
+            score=score,
+            statistics=statistics,
+        )
     assert_same_bits(merger.state_dict(), before)
     assert merger.base == "a" * 64
 
@@ -383,7 +389,7 @@ def test_every_rule_describes_itself(rule):
     assert merger.name == merger.label
     assert rule.summary
     assert rule.__doc__
-    assert set(rule.requires) <= {"score"}
+    assert set(rule.requires) <= {"score", *statistics_of(0, {})}
     assert rule.__name__ in repr(merger)
     if rule.__name__ != "Pipeline":
         assert rule.source.count(".") == 1
