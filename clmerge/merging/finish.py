@@ -5,11 +5,15 @@ from abc import ABC, abstractmethod
 from typing_extensions import override
 
 from clmerge.merging.configured import Configured
+from clmerge.merging.scope import Scope, Scoped
 from clmerge.weights.task_vector import TaskVector
 
 
-class Finisher(Configured, ABC):
+class Finisher(Configured, Scoped, ABC):
     """Change a merged vector after a reducer computed it."""
+
+    scope: Scope = "parameter"
+    _sees_model = frozenset({"finish"})
 
     @abstractmethod
     def finish(self, vector: TaskVector) -> TaskVector:
@@ -36,6 +40,7 @@ class Scale(Finisher):
     """
 
     name = "scale"
+    scope = "parameter"
 
     def __init__(self, scale: float = 1.0) -> None:
         self.scale = scale

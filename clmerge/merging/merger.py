@@ -20,6 +20,7 @@ from clmerge.merging.accumulators import (
 )
 from clmerge.merging.checks import Shapes, check_base, check_finite, check_shapes, is_finite, read_shapes
 from clmerge.merging.configured import Configured
+from clmerge.merging.scope import Scope, Scoped
 from clmerge.weights.task_vector import State, TaskVector
 
 Score = Callable[[TaskVector], float]
@@ -48,7 +49,7 @@ class Step:
     sign: int = 1
 
 
-class Merger(Configured, ABC):
+class Merger(Configured, Scoped, ABC):
     """Merge task vectors as a streaming reduction with constant memory.
 
     ``compute()`` after t updates is the rule applied to tasks 1..t, for every t. A subclass keeps its
@@ -66,6 +67,7 @@ class Merger(Configured, ABC):
         removable: Whether a task can be taken out again: the rule is a group, ``downdate`` inverts ``update``. Such
             a rule multiplies what it adds to its accumulators by ``step.sign``.
         requires: What ``update`` needs beside the vector: ``"score"``, or names of statistics.
+        scope: Whether parameters can be merged one at a time; see ``Scoped``.
         num_tasks: How many task vectors were merged.
         base: Fingerprint of the base model, once known.
     """
@@ -76,6 +78,8 @@ class Merger(Configured, ABC):
     order_free: bool = True
     removable: bool = False
     requires: frozenset[str] = frozenset()
+    scope: Scope = "parameter"
+    _sees_model = frozenset({"_plan", "_overview", "_after_update", "_take", "compute"})
 
     def __init__(self) -> None:
         self._device: torch.device | None = None

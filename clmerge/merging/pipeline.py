@@ -14,6 +14,7 @@ from clmerge.merging.checks import Shapes
 from clmerge.merging.finish import Finisher
 from clmerge.merging.linear import TaskArithmetic
 from clmerge.merging.merger import Merger, Score, Step
+from clmerge.merging.scope import widest
 from clmerge.merging.sparsify import Sparsifier
 from clmerge.weights.task_vector import State, TaskVector, accumulator_dtype
 
@@ -79,6 +80,7 @@ class Pipeline(Merger):
         self.order_free = self._inner.order_free
         self.removable = self._inner.removable
         self.requires = self._inner.requires
+        self.scope = widest(self._inner, sparsifier, finisher)
 
     @override
     def compute(self) -> TaskVector:

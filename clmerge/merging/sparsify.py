@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from clmerge.merging.configured import Configured
 from clmerge.merging.randomness import seeded_uniform
+from clmerge.merging.scope import Scope, Scoped
 from clmerge.merging.threshold import Threshold, kth_largest_magnitude
 from clmerge.weights.task_vector import State, TaskVector
 
@@ -87,11 +88,14 @@ def drop_entries(tau: Tensor, uniform: Tensor, drop_rate: float, rescale: Rescal
     return kept
 
 
-class Sparsifier(Configured, ABC):
+class Sparsifier(Configured, Scoped, ABC):
     """Set part of a task vector's entries to zero, before any reducer.
 
     It sees one task vector at a time and nothing of the others, so it never stands in the way of streaming.
     """
+
+    scope: Scope = "parameter"
+    _sees_model = frozenset({"plan", "__call__"})
 
     def plan(self, vector: State, task: int) -> Any:
         """Compute what is needed of the whole vector, such as a threshold; by default nothing.
@@ -164,6 +168,7 @@ class TrimTensor(Sparsifier):
     """
 
     name = "trim_tensor"
+    scope = "parameter"
 
     def __init__(self, density: float = 0.2) -> None:
         self.density = checked_density(density)

@@ -1,7 +1,7 @@
 """Select the k-th largest magnitude of one or many tensors, exactly and without a sort."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,7 +52,35 @@ def kth_largest_magnitude(tensors: Sequence[Tensor], k: int) -> Threshold:
     dtype = accumulator_dtype(*flat)
     if total <= _SMALL:
         return _selected([tensor.to(dtype).abs() for tensor in flat], k)
-    return _by_sample(flat, dtype, total, k) or _by_digits(flat, dtype, k)
+    step = sample_step(total)
+    return kth_of_pieces(flat, [tensor[::step] for tensor in flat], dtype, total, k)
+
+
+def sample_step(total: int) -> int:
+    """Return how many entries apart those of a good sample of ``total`` entries are."""
+    # An odd step does not walk down one column of a matrix whose rows have an even length.
+    return int(total ** (1 / 3)) | 1
+
+
+def kth_of_pieces(
+    flat: Iterable[Tensor], sample: Sequence[Tensor], dtype: torch.dtype, total: int, k: int
+) -> Threshold:
+    """Find the k-th largest absolute value of pieces that need not be in memory together.
+
+    Args:
+        flat: Pieces of shape ``(numel,)`` on one device; walked over once, or up to four times more if the sample
+            misleads, so an iterator will not do.
+        sample: Every ``sample_step(total)``-th entry of every piece.
+        dtype: float32 or float64, in which magnitudes are compared.
+        total: Entries of all pieces together.
+        k: Rank from the top, from 1 to ``total``.
+
+    Example:
+        >>> piece = torch.arange(10.0)
+        >>> kth_of_pieces([piece], [piece[::3]], torch.float32, 10, k=2)
+        Threshold(value=8.0, surplus=0)
+    """
+    return _by_sample(flat, sample, dtype, total, k) or _by_digits(flat, dtype, k)
 
 
 def _selected(magnitudes: list[Tensor], k: int) -> Threshold:
@@ -62,11 +90,11 @@ def _selected(magnitudes: list[Tensor], k: int) -> Threshold:
     return Threshold(float(value), int((everything >= value).sum()) - k)
 
 
-def _by_sample(flat: list[Tensor], dtype: torch.dtype, total: int, k: int) -> Threshold | None:
+def _by_sample(
+    flat: Iterable[Tensor], pieces: Sequence[Tensor], dtype: torch.dtype, total: int, k: int
+) -> Threshold | None:
     """Select from a bracket that a sample suggests; None if the bracket is wide or misses the value."""
-    # An odd step does not walk down one column of a matrix whose rows have an even length.
-    step = int(total ** (1 / 3)) | 1
-    sample = torch.cat([tensor[::step] for tensor in flat]).to(dtype).abs_()
+    sample = torch.cat(list(pieces)).to(dtype).abs_()
     share = k / total
     margin = 3 * math.sqrt(share * (1 - share) / sample.numel()) + 2 / sample.numel()
     low = _quantile(sample, 1 - share - margin)
@@ -95,7 +123,7 @@ def _quantile(sample: Tensor, share: float) -> float:
     return float(sample.kthvalue(rank).values)
 
 
-def _by_digits(flat: list[Tensor], dtype: torch.dtype, k: int) -> Threshold:
+def _by_digits(flat: Iterable[Tensor], dtype: torch.dtype, k: int) -> Threshold:
     """Select sixteen bits at a time, from the top, by counting how often each digit occurs.
 
     The bits of a non-negative float, read as an integer, have the order of the float. Two passes for float32,
@@ -114,9 +142,9 @@ def _by_digits(flat: list[Tensor], dtype: torch.dtype, k: int) -> Threshold:
     return Threshold(float(torch.tensor(found, dtype=integer).view(dtype)), surplus)
 
 
-def _digit_counts(flat: list[Tensor], dtype: torch.dtype, integer: torch.dtype, found: int, low: int) -> Tensor:
+def _digit_counts(flat: Iterable[Tensor], dtype: torch.dtype, integer: torch.dtype, found: int, low: int) -> Tensor:
     """Count the digits that start at bit ``low`` among the magnitudes whose higher bits are ``found``."""
-    counts = torch.zeros(1 << _DIGIT_BITS, dtype=torch.int64, device=flat[0].device)
+    counts = torch.zeros(1 << _DIGIT_BITS, dtype=torch.int64)
     top = low + _DIGIT_BITS == 8 * dtype.itemsize
     for tensor in flat:
         for (piece,) in blocks(tensor, cpu_block=_BLOCK):
@@ -125,6 +153,7 @@ def _digit_counts(flat: list[Tensor], dtype: torch.dtype, integer: torch.dtype, 
                 bits = bits.masked_select(bits >> (low + _DIGIT_BITS) == found)
             digits = bits.bitwise_right_shift_(low).bitwise_and_((1 << _DIGIT_BITS) - 1)
             count = torch.bincount(digits)  # as long as the largest digit asks for
+            counts = counts.to(count.device)
             counts[: len(count)] += count
     return counts
 

@@ -78,6 +78,9 @@ class TIES(Merger):
         self.trim: Trim = trim
         self.merge: MergeKind = merge
         self.scale = scale
+        self.scope = (
+            "model" if trim == "model" else "parameter"
+        )  # the threshold, and the sign of entries whose sum is zero
 
     @override
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
