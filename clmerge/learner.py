@@ -164,10 +164,6 @@ class Learner:
         self.data.task = task
         self.module.epoch_offset = run.manifest.epochs
         self.merge.apply_start_policy(self.module)
-        wants_means = self.module.head.wants_prototypes
-        self.module.begin_task(info.classes, self.data.eval_dataloader("train", [task]) if wants_means else None)
-        self.merge.next_task(info.name)
-        self.module.train()
         label = f"task {task + 1}/{len(self.tasks)} {info.name}"
         trainer = self._build(
             factory,
@@ -190,6 +186,12 @@ class Learner:
             **({} if self.epochs is None else {"max_epochs": self.epochs[task]}),
             **({} if len(self.stream.dataset(task, "val")) else {"limit_val_batches": 0}),
         )
+        wants_means = self.module.head.wants_prototypes
+        if wants_means:  # the Trainer has not moved the model yet
+            self.module.to(trainer.strategy.root_device)
+        self.module.begin_task(info.classes, self.data.eval_dataloader("train", [task]) if wants_means else None)
+        self.merge.next_task(info.name)
+        self.module.train()
         set_step_offset(trainer, run.manifest.step)
         trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint if checkpoint.is_file() else None)
         if self.merge.num_tasks != task + 1:

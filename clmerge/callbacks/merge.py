@@ -19,6 +19,7 @@ from typing_extensions import override
 from clmerge.callbacks.swap import assign, full_copy, named_tensors, swapped
 from clmerge.lightning_compat import refuse_unsupported_strategy
 from clmerge.merging import Merger, Statistics
+from clmerge.models.backbone import eval_mode
 from clmerge.weights import (
     TaskVectorBank,
     apply_task_vector,
@@ -284,13 +285,9 @@ class MergeCallback(Callback):
         assert function is not None
 
         def score(vector: Mapping[str, Tensor]) -> float:
-            with swapped(pl_module, apply_task_vector(self.base, vector)), torch.no_grad():
-                was_training = pl_module.training
-                pl_module.eval()
-                try:
-                    return float(function(pl_module))
-                finally:
-                    pl_module.train(was_training)
+            merged = apply_task_vector(self.base, vector)
+            with swapped(pl_module, merged), eval_mode(pl_module), torch.no_grad():
+                return float(function(pl_module))
 
         return score
 
@@ -420,12 +417,12 @@ class MergeCallback(Callback):
 
     def _check_ranks(self, trainer: Trainer) -> None:
         if trainer.world_size > 1:
-            mine = fingerprint(self.mergers[self.deploy].compute())
-            prints: list[str | None] = [None] * trainer.world_size
+            mine = [fingerprint(merger.compute()) for merger in self.mergers.values()]
+            prints: list[list[str] | None] = [None] * trainer.world_size
             torch.distributed.all_gather_object(prints, mine)
-            if len(set(prints)) > 1:
+            if any(other != mine for other in prints):
                 raise RuntimeError(
-                    f"expected the same merged weights on every rank, got {len(set(prints))} different ones: "
+                    f"expected the same merged weights on all {trainer.world_size} ranks, got different ones: "
                     "the ranks trained different models"
                 )
 

@@ -23,11 +23,10 @@ class EpochSeed(Callback):
         self.seed = seed
 
     @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
-            torch.manual_seed((self.seed + trainer.current_epoch) % 2**63)
+            # Ranks draw different masks for their different images.
+            torch.manual_seed((self.seed + trainer.current_epoch + (trainer.global_rank << 32)) % 2**63)
 
 
 class EpochLines(Callback):
@@ -42,20 +41,14 @@ class EpochLines(Callback):
         self._started = 0.0
 
     @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
             self._started = time.perf_counter()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.progress_bar_callback is None and trainer.is_global_zero:
-            figures = {
-                k: float(v)
-                for k, v in trainer.callback_metrics.items()
-                if k in ("train/loss", "val/accuracy")
-            }
+            figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k in ("train/loss", "val/accuracy")}
             shown = "".join(f"  {name} {value:.3f}" for name, value in figures.items())
             seconds = time.perf_counter() - self._started
             total = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""

@@ -75,9 +75,7 @@ def assign(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def swapped(
-    module: nn.Module, values: Mapping[str, Tensor], *, origin: str = "the merged model"
-) -> Iterator[None]:
+def swapped(module: nn.Module, values: Mapping[str, Tensor], *, origin: str = "the merged model") -> Iterator[None]:
     """Run a block with ``values`` in place of the module's tensors of the same names; always restores.
 
     Args:
