@@ -1,7 +1,9 @@
 """Mergers: streaming rules that fold one task vector at a time into the running model. Pure tensor code."""
 
+from clmerge.merging.cofima import CoFiMA
 from clmerge.merging.dare import DARE
 from clmerge.merging.finish import Finisher, Scale
+from clmerge.merging.fisher import UGM, Fisher
 from clmerge.merging.interpolation import PAINT, WiSEFT
 from clmerge.merging.linear import TaskArithmetic, WeightAverage
 from clmerge.merging.magmax import MagMax
@@ -18,7 +20,10 @@ __all__ = [
     "DARE",
     "PAINT",
     "TIES",
+    "UGM",
+    "CoFiMA",
     "Finisher",
+    "Fisher",
     "GreedySoup",
     "MagMax",
     "Merger",

@@ -265,3 +265,76 @@ CASES = {
         dropped(0.5, "probability", 0, model_stock(1.0)),
     ),
 }
+
+
+def fishers(vectors: list[Vector], tasks: list[int]) -> list[Vector]:
+    shapes = {name: entries.shape for name, entries in vectors[0].items()}
+    return [{name: tensor.numpy() for name, tensor in statistics_of(task, shapes)["fisher"].items()} for task in tasks]
+
+
+def fisher_average(scale: float, granularity: str = "entry", normalize: bool = False) -> Batch:
+    def batch(vectors, tasks):
+        weights = fishers(vectors, tasks)
+        if granularity == "row":
+            weights = [
+                {name: np.ones(f.shape) * f.mean(axis=1, keepdims=True) if f.ndim > 1 else f for name, f in w.items()}
+                for w in weights
+            ]
+        if normalize:
+            norms = [np.linalg.norm(np.concatenate([f.ravel() for f in w.values()])) for w in weights]
+            weights = [{name: f / norm for name, f in w.items()} for w, norm in zip(weights, norms, strict=True)]
+        return {
+            name: scale
+            * np.sum([w[name] * v[name] for w, v in zip(weights, vectors, strict=True)], axis=0)
+            / np.sum([w[name] for w in weights], axis=0)
+            for name in vectors[0]
+        }
+
+    return batch
+
+
+def ugm(scale: float, prior: float) -> Batch:
+    def batch(vectors, tasks):
+        weights = fishers(vectors, tasks)
+        merged = {}
+        for name in vectors[0]:
+            hessian = prior + scale * np.sum([w[name] for w in weights], axis=0)
+            merged[name] = sum(
+                scale * (prior + w[name]) / hessian * v[name] for w, v in zip(weights, vectors, strict=True)
+            )
+        return merged
+
+    return batch
+
+
+def cofima(alpha: float, use_fisher: bool = True, clip: float = np.inf) -> Batch:
+    def batch(vectors, tasks):
+        weights = fishers(vectors, tasks)
+        if not use_fisher:
+            weights = [{name: np.ones(f.shape) for name, f in w.items()} for w in weights]
+        merged = vectors[0]
+        for position in range(1, len(vectors)):
+            old, new = ({name: np.minimum(f, clip) for name, f in weights[position - d].items()} for d in (1, 0))
+            merged = {
+                name: ((1 - alpha) * old[name] * merged[name] + alpha * new[name] * vectors[position][name])
+                / ((1 - alpha) * old[name] + alpha * new[name])
+                for name in merged
+            }
+        return merged
+
+    return batch
+
+
+CASES.update(
+    {
+        "Fisher": Case(merging.Fisher, fisher_average(1.0)),
+        "Fisher row, normalized": Case(
+            lambda: merging.Fisher(granularity="row", normalize=True, scale=0.5), fisher_average(0.5, "row", True)
+        ),
+        "UGM": Case(merging.UGM, ugm(1.0, 1e-6)),
+        "UGM prior": Case(lambda: merging.UGM(scale=0.5, prior=1.0), ugm(0.5, 1.0)),
+        "CoFiMA": Case(merging.CoFiMA, cofima(0.5)),
+        "CoFiMA clip": Case(lambda: merging.CoFiMA(0.3, clip=1.0), cofima(0.3, clip=1.0)),
+        "CoFiMA without Fisher": Case(lambda: merging.CoFiMA(0.4, use_fisher=False), cofima(0.4, use_fisher=False)),
+    }
+)

@@ -1,0 +1,183 @@
+"""Precision rules: every entry of every task counts as much as the task's data say about it."""
+
+from abc import abstractmethod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from clmerge.merging.accumulators import SlotDtypes, Slots, device_of, float_dtype, slot_blocks
+from clmerge.merging.merger import Merger, Step
+from clmerge.merging.statistics import diagonal_of
+from clmerge.weights.task_vector import State
+
+# Less than this share of a sum is rounding of what was taken out of it.
+_ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-13}
+
+
+class _Precision(Merger):
+    """Keep the sum of weighted task vectors and the sum of the Fisher information."""
+
+    removable = True
+    requires = frozenset({"fisher"})
+    prior: float = 0.0  # Fisher information that is there before any task
+
+    @override
+    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
+        return {"weighted": None, "fisher": None}
+
+    @override
+    def _plan(self, vector: State, step: Step) -> dict[str, Tensor]:
+        return diagonal_of(step, vector)
+
+    @override
+    def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: dict[str, Tensor]) -> None:
+        dtype = float_dtype(slots)
+        fisher = plan[name].detach().to(device_of(slots))
+        for block, (piece, information) in slot_blocks(slots, tau, fisher):
+            weight, kept = self._weights(information.to(dtype))
+            before = block["fisher"].clone() if step.sign < 0 else None
+            block["weighted"].addcmul_(weight, piece.to(dtype), value=step.sign)
+            block["fisher"].add_(kept, alpha=step.sign)
+            if before is not None:
+                # Next to nothing is left of a sum that one task dominated: rounding, which must not be divided
+                # by itself.
+                lost = block["fisher"] + self.prior <= _ROUNDING[dtype] * (before + self.prior)
+                block["weighted"].masked_fill_(lost, 0)
+                block["fisher"].masked_fill_(lost, 0)
+
+    @abstractmethod
+    def _weights(self, fisher: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the task vector is multiplied by, and what is added to the sum of the Fisher."""
+
+
+class Fisher(_Precision):
+    """Average the task vectors by their Fisher information (Matena & Raffel, arXiv 2111.09832).
+
+    ``scale * sum(F_t * tau_t) / sum(F_t)``, entry by entry, with the diagonal Fisher ``F_t`` of task t at its own
+    fine-tuned weights. Theta0 cancels, so task vectors give the paper's average of weights. ``F_t`` is at least
+    ``floor``: an entry about which no task knows anything gets the mean. State: 8 bytes per parameter.
+
+    The paper's Fisher is exact, a mean over examples of squared gradients with labels drawn from the model;
+    ``clmerge.merging.collectors.diagonal_fisher`` collects that. MergeLM and FusionBench square the gradient of a
+    sum over examples and classes, which is another quantity.
+
+    Taking a task out is exact to rounding. An entry that was left nearly all to the removed task goes back to
+    theta0 if what remains (less than 1e-5 of its sum in float32) cannot be told from rounding.
+
+    Args:
+        floor: Least Fisher information of an entry, above 0. The released code has 1e-6, for some models only.
+        granularity: ``"entry"`` is the paper's rule; ``"row"`` gives every row of a matrix, an output of its
+            layer, the mean information of its entries, which is less noisy.
+        normalize: Divide each task's Fisher by its norm over all parameters, as the released code does, so that
+            every task weighs the same in total. The floor comes after that.
+        scale: Scaling coefficient; 1 is the paper's rule.
+
+    Raises:
+        ValueError: If ``floor`` is not positive or ``granularity`` is unknown.
+
+    Example:
+        >>> import torch
+        >>> merger = Fisher()
+        >>> merger.update({"w": torch.tensor([1.0, 2.0])}, statistics={"fisher": {"w": torch.tensor([3.0, 0.0])}})
+        >>> merger.update({"w": torch.tensor([5.0, 4.0])}, statistics={"fisher": {"w": torch.tensor([1.0, 0.0])}})
+        >>> merger.compute()
+        {'w': tensor([2., 3.])}
+    """
+
+    name = "fisher"
+    summary = "mean weighted by the diagonal Fisher information"
+    source = "2111.09832"
+
+    def __init__(
+        self,
+        floor: float = 1e-12,
+        *,
+        granularity: Literal["entry", "row"] = "entry",
+        normalize: bool = False,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not floor > 0:
+            raise ValueError(f"expected floor above 0, got {floor}; without it an entry nobody knows is 0/0")
+        if granularity not in ("entry", "row"):
+            raise ValueError(f"expected granularity 'entry' or 'row', got {granularity!r}")
+        self.floor = floor
+        self.granularity = granularity
+        self.normalize = normalize
+        self.scale = scale
+
+    @override
+    def _plan(self, vector: State, step: Step) -> dict[str, Tensor]:
+        fisher = diagonal_of(step, vector)
+        if self.granularity == "row":
+            fisher = {name: _by_row(tensor) for name, tensor in fisher.items()}
+        if self.normalize:
+            norm = sum(float(tensor.double().square().sum()) for tensor in fisher.values()) ** 0.5
+            fisher = {name: tensor / norm for name, tensor in fisher.items()} if norm else fisher
+        return fisher
+
+    @override
+    def _weights(self, fisher: Tensor) -> tuple[Tensor, Tensor]:
+        weight = fisher.clamp(min=self.floor)
+        return weight, weight
+
+    @override
+    def _read_block(self, slots: Slots, overview: Any) -> Tensor:
+        # The sum is never below that but by rounding, after a task was taken out.
+        return slots["weighted"] / slots["fisher"].clamp(min=self.floor * self.num_tasks) * self.scale
+
+
+class UGM(_Precision):
+    """Add the task vectors, uncertainty corrected for gradient mismatch (Daheim et al., arXiv 2310.12808).
+
+    ``sum(a (H0 + H_t) tau_t) / (H0 + sum(a H_t))`` with the diagonal Fisher ``H_t`` of task t and ``a = scale``. The
+    prior ``H0``, how sure the base model is of its weights, is one number here: an isotropic Gaussian around
+    theta0. The paper also uses the Fisher of the base model on its training data, which is rarely at hand. With
+    ``prior`` 0 this is the Fisher average, with a large one task arithmetic. State: 8 bytes per parameter.
+
+    Args:
+        scale: The paper's coefficient of every task; 1 is its default.
+        prior: ``H0`` in units of the Fisher information per example, above 0. The paper has no one value: look
+            at the size of the Fisher, and compare several.
+
+    Raises:
+        ValueError: If ``scale`` or ``prior`` is not positive.
+
+    Example:
+        >>> import torch
+        >>> merger = UGM(prior=1.0)
+        >>> merger.update({"w": torch.tensor([1.0])}, statistics={"fisher": {"w": torch.tensor([3.0])}})
+        >>> merger.update({"w": torch.tensor([4.0])}, statistics={"fisher": {"w": torch.tensor([0.0])}})
+        >>> merger.compute()
+        {'w': tensor([2.])}
+    """
+
+    name = "ugm"
+    summary = "sum of the task vectors with the Fisher's correction for gradient mismatch"
+    source = "2310.12808"
+
+    def __init__(self, scale: float = 1.0, *, prior: float = 1e-6) -> None:
+        super().__init__()
+        if not (scale > 0 and prior > 0):
+            raise ValueError(
+                f"expected scale and prior above 0, got {scale} and {prior}; Fisher() is the rule without a prior"
+            )
+        self.scale = scale
+        self.prior = prior
+
+    @override
+    def _weights(self, fisher: Tensor) -> tuple[Tensor, Tensor]:
+        return fisher + self.prior, fisher
+
+    @override
+    def _read_block(self, slots: Slots, overview: Any) -> Tensor:
+        information = slots["fisher"].clamp(min=0)
+        return slots["weighted"] * self.scale / (information * self.scale + self.prior)
+
+
+def _by_row(fisher: Tensor) -> Tensor:
+    if fisher.ndim < 2:
+        return fisher
+    return fisher.flatten(1).mean(1).reshape(-1, *[1] * (fisher.ndim - 1)).expand(fisher.shape)

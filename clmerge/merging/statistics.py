@@ -1,0 +1,67 @@
+"""What a rule checks of the statistics that come beside a task vector, before it changes anything."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from clmerge.merging.checks import is_finite
+from clmerge.merging.merger import Step
+from clmerge.weights.task_vector import State
+
+
+def diagonal_of(step: Step, vector: State, statistic: str = "fisher") -> dict[str, Tensor]:
+    """Return a statistic with one number, not below zero, for every entry of the task vector.
+
+    Args:
+        step: What came with the task vector.
+        vector: The task vector.
+        statistic: Name of the statistic.
+
+    Returns:
+        The statistic of every parameter of ``vector``, as it was given.
+
+    Raises:
+        ValueError: If a parameter is missing or of another shape, or an entry is negative, NaN or Inf.
+        TypeError: If the statistic is not a mapping of names to tensors.
+    """
+    given = tensors_of(step, statistic)
+    for name in vector:
+        if name not in given:
+            raise ValueError(
+                f"expected {statistic!r} for every parameter of task {step.task}, got none for {name!r}; "
+                "collect it for the parameters that are merged"
+            )
+        if given[name].shape != vector[name].shape:
+            raise ValueError(
+                f"expected {statistic!r} of shape {tuple(vector[name].shape)} for {name!r} of task {step.task}, "
+                f"got {tuple(given[name].shape)}"
+            )
+        if bool((given[name] < 0).any()):
+            raise ValueError(
+                f"expected {statistic!r} without negative entries, got {float(given[name].min())} for {name!r} of "
+                f"task {step.task}; it is a mean of squares"
+            )
+    return {name: given[name] for name in vector}
+
+
+def tensors_of(step: Step, statistic: str) -> State:
+    """Return a statistic that holds finite floating-point tensors by parameter name.
+
+    Args:
+        step: What came with the task vector.
+        statistic: Name of the statistic; the rule requires it.
+
+    Raises:
+        TypeError: If the statistic is not a mapping of names to tensors.
+        ValueError: If a tensor is not floating-point, or holds NaN or Inf.
+    """
+    given = step.statistics[statistic]
+    if not isinstance(given, Mapping):
+        raise TypeError(f"expected {statistic!r} as parameter name -> tensor, got {type(given).__name__}")
+    for name, tensor in given.items():
+        if not tensor.is_floating_point() or not is_finite(tensor.detach()):
+            raise ValueError(
+                f"expected finite floating-point numbers in {statistic!r} of task {step.task}, got NaN, Inf or "
+                f"{tensor.dtype} for {name!r}; the state is unchanged"
+            )
+    return given

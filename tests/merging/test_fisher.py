@@ -1,0 +1,93 @@
+import pytest
+import torch
+
+from clmerge.merging import UGM, Fisher
+
+
+def update(merger, tau, fisher):
+    merger.update({"w": torch.tensor(tau)}, statistics={"fisher": {"w": torch.tensor(fisher)}})
+    return merger
+
+
+def merged(merger, *pairs):
+    for tau, fisher in pairs:
+        update(merger, tau, fisher)
+    return merger.compute()["w"]
+
+
+def test_minimises_the_weighted_distances_to_the_tasks():
+    taus, fishers = torch.randn(3, 7), torch.rand(3, 7)
+    tau = merged(Fisher(), *zip(taus.tolist(), fishers.tolist(), strict=True)).requires_grad_()
+    (fishers * (tau - taus).square()).sum().backward()
+    torch.testing.assert_close(tau.grad, torch.zeros(7), atol=1e-5, rtol=0)
+
+
+def test_where_nobody_knows_anything_the_mean_is_taken():
+    tau = merged(Fisher(), ([1.0, 1.0], [0.0, 1e-3]), ([5.0, 5.0], [0.0, 0.0]))
+    torch.testing.assert_close(tau, torch.tensor([3.0, 1.0]))
+
+
+def test_rows_share_their_information():
+    tau = merged(
+        Fisher(granularity="row"),
+        ([[1.0, 2.0], [1.0, 2.0]], [[4.0, 2.0], [1.0, 1.0]]),
+        ([[5.0, 6.0], [5.0, 6.0]], [[0.0, 2.0], [3.0, 3.0]]),
+    )
+    torch.testing.assert_close(tau, torch.tensor([[2.0, 3.0], [4.0, 5.0]]))
+
+
+def test_normalised_tasks_weigh_the_same_whatever_the_size_of_their_fisher():
+    tau = merged(Fisher(normalize=True), ([1.0], [1e-6]), ([3.0], [1e3]))
+    torch.testing.assert_close(tau, torch.tensor([2.0]))
+
+
+def test_ugm_goes_from_the_fisher_average_to_task_arithmetic_with_its_prior():
+    pairs = ([1.0], [1.0]), ([5.0], [3.0])
+    torch.testing.assert_close(merged(UGM(prior=1e-12), *pairs), merged(Fisher(), *pairs))
+    torch.testing.assert_close(merged(UGM(0.5, prior=1e6), *pairs), torch.tensor([3.0]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("merger", [Fisher(), UGM(prior=1e-10)])
+def test_taking_out_a_task_that_dominated_leaves_no_rounding_divided_by_rounding(merger):
+    # In float32, 1000 + 1e-9 - 1000 is nothing but rounding; theta0 is the honest answer.
+    update(merger, [0.3, 0.3], [1e-9, 1.0])
+    dominant = {"w": torch.tensor([0.7, 0.7])}, {"fisher": {"w": torch.tensor([1e3, 1.0])}}
+    merger.update(dominant[0], statistics=dominant[1])
+    merger.downdate(dominant[0], statistics=dominant[1])
+    torch.testing.assert_close(merger.compute()["w"], torch.tensor([0.0, 0.3]))
+
+
+@pytest.mark.parametrize(
+    ("fisher", "message"),
+    [
+        ({}, "none for 'w'"),
+        ({"w": torch.ones(3)}, r"shape \(2,\) for 'w'"),
+        ({"w": torch.tensor([1.0, -1.0])}, "without negative entries"),
+        ({"w": torch.tensor([1.0, float("nan")])}, "NaN"),
+        ({"w": torch.tensor([1, 2])}, "int64"),
+    ],
+)
+@pytest.mark.parametrize("rule", [Fisher, UGM])
+def test_refused_information_leaves_the_state_as_it_was(rule, fisher, message):
+    merger = update(rule(), [1.0, 2.0], [1.0, 1.0])
+    before = merger.compute()["w"]
+    with pytest.raises(ValueError, match=message):
+        merger.update({"w": torch.ones(2)}, statistics={"fisher": fisher})
+    assert merger.num_tasks == 1
+    assert torch.equal(merger.compute()["w"], before)
+    with pytest.raises(TypeError, match="parameter name -> tensor"):
+        merger.update({"w": torch.ones(2)}, statistics={"fisher": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Fisher(0.0), "floor above 0"),
+        (lambda: Fisher(granularity="layer"), "'entry' or 'row'"),
+        (lambda: UGM(prior=0.0), "prior above 0"),
+        (lambda: UGM(scale=-1.0), "scale and prior above 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
