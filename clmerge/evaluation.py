@@ -71,7 +71,7 @@ class Evaluator(LightningModule):
         # Counts of several processes are added up here, while they are on a device that the processes share.
         for name, accuracy in self._accuracies.items():
             result = accuracy.compute()
-            self._rows[name] = {kind: result[kind].tolist() for kind in ("task_agnostic", "task_aware")}
+            self._rows[name] = {kind: result[kind].reshape(-1).tolist() for kind in ("task_agnostic", "task_aware")}
 
     def rows(self) -> Rows:
         """Return model name -> ``task_agnostic`` and ``task_aware``: one accuracy in [0, 1] per task.

@@ -190,3 +190,9 @@ def test_the_report_sees_every_task(clip, tmp_path):
     assert seen == [1, 2]
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert (manifest["trained"], manifest["evaluated"], manifest["finished"]) == (2, 2, True)
+
+
+def test_a_stream_of_one_task_has_matrices_of_one_number(clip, tmp_path):
+    results = run(make_learner(clip, MagMax(), num_tasks=1), tmp_path / "run")
+    assert results.matrix("magmax").shape == (1, 1)
+    assert results.to_dict()["models"]["magmax"]["task_agnostic"]["forgetting"] is None
