@@ -5,8 +5,10 @@ from clmerge.merging.dare import DARE
 from clmerge.merging.finish import Finisher, Scale
 from clmerge.merging.fisher import UGM, Fisher
 from clmerge.merging.interpolation import PAINT, WiSEFT
+from clmerge.merging.iso import IsoC
 from clmerge.merging.linear import TaskArithmetic, WeightAverage
 from clmerge.merging.magmax import MagMax
+from clmerge.merging.matrices import Matrices
 from clmerge.merging.merger import Merger, Score, Statistics
 from clmerge.merging.pipeline import Pipeline
 from clmerge.merging.random_mix import RandomMix
@@ -25,7 +27,9 @@ __all__ = [
     "Finisher",
     "Fisher",
     "GreedySoup",
+    "IsoC",
     "MagMax",
+    "Matrices",
     "Merger",
     "ModelStock",
     "Pipeline",

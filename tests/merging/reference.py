@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from merging import spectral_reference as spectral
 
 from clmerge import merging
 
@@ -24,6 +25,8 @@ class Case:
     build: Callable[[], merging.Merger]
     batch: Batch
     homogeneous: bool = True  # scaling all vectors scales the result
+    generic: bool = False  # defined by single singular vectors, which matrices of a few small integers do not have
+    condition: float = 1.0  # by how much the rule amplifies rounding; tolerances grow with it
 
 
 def score(vector):
@@ -338,3 +341,12 @@ CASES.update(
         "CoFiMA without Fisher": Case(lambda: merging.CoFiMA(0.4, use_fisher=False), cofima(0.4, use_fisher=False)),
     }
 )
+
+# The spectral rules
+CASES.update(
+    {
+        "IsoC": Case(merging.IsoC, spectral.iso_c(1.0), condition=100),
+        "IsoC scale": Case(lambda: merging.IsoC(scale=1.5), spectral.iso_c(1.5), condition=100),
+    }
+)
+# End of the spectral rules

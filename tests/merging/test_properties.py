@@ -42,6 +42,17 @@ def normal_streams(num_tasks=4, seed=0):
     return [{name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()} for _ in range(num_tasks)]
 
 
+def suited(label, vectors):
+    """Add exact multiples of 1/1024 without ties where the rule asks for generic data; sums still do not round."""
+    if not CASES[label].generic:
+        return vectors
+    seed = int(sum(tensor.sum() for vector in vectors for tensor in vector.values()) * 8) % 2**32
+    return [
+        {name: tensor + (1024 * other[name]).round() / 1024 for name, tensor in vector.items()}
+        for vector, other in zip(vectors, normal_streams(len(vectors), seed), strict=True)
+    ]
+
+
 def fold(merger, vectors, tasks=None):
     for index, vector in enumerate(vectors):
         task = merger.num_tasks if tasks is None else tasks[index]
@@ -56,6 +67,10 @@ def statistics_for(vector, task):
 def expected(label, vectors, tasks=None):
     arrays = [{name: tensor.double().numpy() for name, tensor in vector.items()} for vector in vectors]
     return CASES[label].batch(arrays, list(range(len(vectors))) if tasks is None else tasks)
+
+
+def close(label, tolerance=2e-6):
+    return tolerance * CASES[label].condition
 
 
 def assert_close(vector, reference, tolerance=2e-6):
@@ -100,17 +115,18 @@ def test_every_registered_rule_has_a_reference():
 @given(vectors=streams())
 def test_stream_equals_batch_at_every_task(label, vectors):
     merger = CASES[label].build()
+    vectors = suited(label, vectors)
     for count, vector in enumerate(vectors, start=1):
         fold(merger, [vector])
         assert merger.num_tasks == count
-        assert_close(merger.compute(), expected(label, vectors[:count]))
+        assert_close(merger.compute(), expected(label, vectors[:count]), close(label))
 
 
 @each_case
 def test_stream_equals_batch_on_tensors_of_many_blocks(label):
     generator = torch.Generator().manual_seed(1)
     vectors = [{"w": torch.randn(300, 1000, generator=generator)} for _ in range(3)]
-    assert_close(fold(CASES[label].build(), vectors).compute(), expected(label, vectors))
+    assert_close(fold(CASES[label].build(), vectors).compute(), expected(label, vectors), close(label))
 
 
 @each_case
@@ -118,7 +134,7 @@ def test_float64_stays_float64(label):
     vectors = [{name: tensor.double() for name, tensor in vector.items()} for vector in normal_streams()]
     merged = fold(CASES[label].build(), vectors).compute()
     assert {tensor.dtype for tensor in merged.values()} == {torch.float64}
-    assert_close(merged, expected(label, vectors), tolerance=1e-12)
+    assert_close(merged, expected(label, vectors), close(label, 1e-12))
 
 
 @each_case
@@ -149,11 +165,13 @@ def test_zero_vectors_merge_to_zero(label):
 @quick
 @given(vectors=streams(), factor=st.sampled_from([0.25, 2.0, 1024.0]))
 def test_scaling_all_vectors_scales_the_result(label, vectors, factor):
+    vectors = suited(label, vectors)
     scaled = [{name: factor * tensor for name, tensor in vector.items()} for vector in vectors]
     merged = fold(CASES[label].build(), vectors).compute()
     assert_close(
         {name: tensor / factor for name, tensor in fold(CASES[label].build(), scaled).compute().items()},
         {name: tensor.numpy() for name, tensor in merged.items()},
+        close(label),
     )
 
 
@@ -163,22 +181,23 @@ def test_scaling_all_vectors_scales_the_result(label, vectors, factor):
 def test_order_of_tasks_does_not_matter_without_ties(label, order, seed):
     vectors = normal_streams(num_tasks=5, seed=seed)
     shuffled = fold(CASES[label].build(), [vectors[task] for task in order], tasks=order)
-    assert_close(shuffled.compute(), expected(label, vectors))
+    assert_close(shuffled.compute(), expected(label, vectors), close(label))
 
 
 @each_order_free_case
 @quick
 @given(vectors=streams(max_tasks=6), data=st.data())
 def test_joining_parts_in_any_tree_equals_one_stream(label, vectors, data):
+    vectors = suited(label, vectors)
     parts = [fold(CASES[label].build(), [vector], tasks=[task]) for task, vector in enumerate(vectors)]
     parts.append(CASES[label].build())  # one that has seen nothing
     while len(parts) > 1:
         left = data.draw(st.integers(0, len(parts) - 2))
         parts[left].merge_state(parts.pop(left + 1))
     assert parts[0].num_tasks == len(vectors)
-    assert_close(parts[0].compute(), expected(label, vectors))
+    assert_close(parts[0].compute(), expected(label, vectors), close(label))
     fold(parts[0], [vectors[0]], tasks=[len(vectors)])  # and it goes on
-    assert_close(parts[0].compute(), expected(label, [*vectors, vectors[0]]))
+    assert_close(parts[0].compute(), expected(label, [*vectors, vectors[0]]), close(label))
 
 
 @each_case
@@ -225,9 +244,9 @@ def test_taking_a_task_out_restores_the_state(label):
     assert merger.num_tasks == 4
     merger.downdate(vectors[3], task=3, statistics=statistics_for(vectors[3], 3))
     assert merger.num_tasks == 3
-    assert_close(merger.compute(), {name: tensor.numpy() for name, tensor in before.items()}, 1e-5)
+    assert_close(merger.compute(), {name: tensor.numpy() for name, tensor in before.items()}, close(label, 1e-5))
     merger.downdate(vectors[1], task=1, statistics=statistics_for(vectors[1], 1))
-    assert_close(merger.compute(), expected(label, [vectors[0], vectors[2]], [0, 2]), 1e-5)
+    assert_close(merger.compute(), expected(label, [vectors[0], vectors[2]], [0, 2]), close(label, 1e-5))
 
 
 @each_case
@@ -345,7 +364,7 @@ def test_state_size_is_what_the_tensors_take(label, num_tasks):
 def test_task_index_not_arrival_seeds_random_numbers(label):
     vectors = normal_streams(num_tasks=3)
     tasks = [5, 3, 9]
-    assert_close(fold(CASES[label].build(), vectors, tasks).compute(), expected(label, vectors, tasks))
+    assert_close(fold(CASES[label].build(), vectors, tasks).compute(), expected(label, vectors, tasks), close(label))
 
 
 @each_case
@@ -366,7 +385,7 @@ def test_inference_mode_leaves_ordinary_tensors(label):
         fold(merger, vectors[:2])
         inside = merger.compute()
     assert not any(tensor.is_inference() for tensor in inside.values())
-    assert_close(fold(merger, vectors[2:], tasks=[2, 3]).compute(), expected(label, vectors))
+    assert_close(fold(merger, vectors[2:], tasks=[2, 3]).compute(), expected(label, vectors), close(label))
 
 
 @pytest.mark.parametrize("rule", registered_mergers().values(), ids=lambda rule: rule.__name__)
