@@ -2,6 +2,7 @@
 
 from clmerge.merging.cofima import CoFiMA
 from clmerge.merging.dare import DARE
+from clmerge.merging.fednova import FedNova
 from clmerge.merging.finish import Finisher, Scale
 from clmerge.merging.fisher import UGM, Fisher
 from clmerge.merging.interpolation import PAINT, WiSEFT
@@ -17,6 +18,7 @@ from clmerge.merging.soup import GreedySoup
 from clmerge.merging.sparsify import RandomDrop, Sparsifier, TrimModel, TrimTensor
 from clmerge.merging.stock import ModelStock
 from clmerge.merging.ties import TIES
+from clmerge.merging.weighted import WeightedAverage
 
 __all__ = [
     "DARE",
@@ -24,6 +26,7 @@ __all__ = [
     "TIES",
     "UGM",
     "CoFiMA",
+    "FedNova",
     "Finisher",
     "Fisher",
     "GreedySoup",
@@ -43,6 +46,7 @@ __all__ = [
     "TrimModel",
     "TrimTensor",
     "WeightAverage",
+    "WeightedAverage",
     "WiSEFT",
     "registered_mergers",
 ]

@@ -1,5 +1,6 @@
 """What a rule checks of the statistics that come beside a task vector, before it changes anything."""
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -65,3 +66,39 @@ def tensors_of(step: Step, statistic: str) -> State:
                 f"{tensor.dtype} for {name!r}; the state is unchanged"
             )
     return given
+
+
+def number_of(step: Step, statistic: str) -> float:
+    """Return a statistic that is one finite number.
+
+    Args:
+        step: What came with the task vector.
+        statistic: Name of the statistic, such as ``"loss"``.
+
+    Raises:
+        TypeError: If the statistic holds tensors by name.
+        ValueError: If it is NaN or Inf.
+    """
+    given = step.statistics[statistic]
+    if isinstance(given, Mapping):
+        raise TypeError(f"expected one number as {statistic!r} of task {step.task}, got tensors by name")
+    if not math.isfinite(given):
+        raise ValueError(f"expected a finite number as {statistic!r} of task {step.task}, got {given}")
+    return float(given)
+
+
+def positive_number_of(step: Step, statistic: str) -> float:
+    """Return a statistic that is one positive number.
+
+    Args:
+        step: What came with the task vector.
+        statistic: Name of the statistic, such as ``"samples"``.
+
+    Raises:
+        TypeError: If the statistic holds tensors by name.
+        ValueError: If it is NaN, Inf, zero or negative.
+    """
+    number = number_of(step, statistic)
+    if number <= 0:
+        raise ValueError(f"expected a positive number as {statistic!r} of task {step.task}, got {number}")
+    return number

@@ -7,8 +7,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, slot_blocks
-from clmerge.merging.blocks import blocks
 from clmerge.merging.merger import Merger, Step
+from clmerge.merging.norms import squared_norm
 
 _NO_DIRECTION = 1e-30  # norms below it are zero: their reciprocal is not a float32
 
@@ -77,7 +77,7 @@ class ModelStock(Merger):
 
     @override
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
-        norm = math.sqrt(_squared_norm(tau))
+        norm = math.sqrt(squared_norm(tau))
         has_direction = norm > _NO_DIRECTION
         self._directions[name] = self._directions.get(name, 0) + step.sign * has_direction
         if has_direction:
@@ -88,7 +88,7 @@ class ModelStock(Merger):
     @override
     def _read(self, name: str, slots: Slots, overview: Any) -> Tensor:
         count = self._directions[name]
-        ratio = stock_ratio(_squared_norm(slots["unit_sum"]), count)
+        ratio = stock_ratio(squared_norm(slots["unit_sum"]), count)
         return slots["sum"] * (self.scale * ratio / max(count, 1))
 
     @override
@@ -102,8 +102,3 @@ class ModelStock(Merger):
     @override
     def _join_extras(self, other: Self) -> None:
         self._directions = {name: count + other._directions[name] for name, count in self._directions.items()}
-
-
-def _squared_norm(tensor: Tensor) -> float:
-    # Squares are taken in float64: those of float32 values may not be float32 values.
-    return sum(float(piece.double().square().sum()) for (piece,) in blocks(tensor.reshape(-1)))

@@ -41,7 +41,7 @@ def statistics_of(task: int, shapes: dict[str, tuple[int, ...]]) -> dict:
     Every statistic that any rule requires is here; a reference asks for the same ones. ``fisher`` is positive and of
     the parameters' shapes, ``gram`` is positive definite of the matrices' input size.
     """
-    generator = np.random.default_rng(1000 + task)
+    generator, numbers = np.random.default_rng(1000 + task), np.random.default_rng(2000 + task)
     fisher = {name: torch.from_numpy(np.asarray(generator.uniform(0.1, 2.0, shape))) for name, shape in shapes.items()}
     inputs = {
         name: generator.normal(size=(3 * shape[1] + 1, shape[1])) for name, shape in shapes.items() if len(shape) == 2
@@ -49,9 +49,9 @@ def statistics_of(task: int, shapes: dict[str, tuple[int, ...]]) -> dict:
     return {
         "fisher": fisher,
         "gram": {name: torch.from_numpy(x.T @ x) for name, x in inputs.items()},
-        "samples": float(generator.integers(10, 1000)),
-        "steps": float(generator.integers(10, 100)),
-        "loss": float(generator.uniform(0.1, 2.0)),
+        "samples": float(numbers.integers(10, 1000)),
+        "steps": float(numbers.integers(10, 100)),
+        "loss": float(numbers.uniform(0.1, 2.0)),
     }
 
 
@@ -268,6 +268,69 @@ CASES = {
         dropped(0.5, "probability", 0, model_stock(1.0)),
     ),
 }
+
+
+def norm(vector: Vector) -> float:
+    return float(np.linalg.norm(np.concatenate([entries.ravel() for entries in vector.values()])))
+
+
+def statistic(name: str, task: int) -> float:
+    return statistics_of(task, {})[name]
+
+
+def weighted(weigh: Callable[[list[Vector], list[int]], np.ndarray], scale: float = 1.0) -> Batch:
+    """A mean with one weight per task."""
+
+    def batch(vectors, tasks):
+        weights = np.asarray(weigh(vectors, tasks), dtype=np.float64)
+        weights = scale * weights / weights.sum() if weights.any() else weights
+        return {name: np.tensordot(weights, stacked(vectors, name), axes=1) for name in vectors[0]}
+
+    return batch
+
+
+def by_inverse_norm(vectors, tasks):
+    return [1 / norm(vector) if norm(vector) else 0 for vector in vectors]
+
+
+def by_loss(temperature: float):
+    return lambda vectors, tasks: np.exp([-statistic("loss", task) / temperature for task in tasks])
+
+
+def fednova(scale: float) -> Batch:
+    def batch(vectors, tasks):
+        samples = np.array([statistic("samples", task) for task in tasks])
+        steps = np.array([statistic("steps", task) for task in tasks])
+        shares = samples / samples.sum()
+        weights = scale * (shares * steps).sum() * shares / steps
+        return {name: np.tensordot(weights, stacked(vectors, name), axes=1) for name in vectors[0]}
+
+    return batch
+
+
+PREFERENCES = [0.3, 0.1, 0.05, 0.05, 0.1, 0.02, 0.08, 0.1, 0.1, 0.1]
+
+CASES.update(
+    {
+        "WeightedAverage": Case(
+            merging.WeightedAverage,
+            weighted(lambda vectors, tasks: [statistic("samples", task) for task in tasks]),
+        ),
+        "WeightedAverage loss": Case(lambda: merging.WeightedAverage("loss"), weighted(by_loss(1.0))),
+        "WeightedAverage loss, cold": Case(
+            lambda: merging.WeightedAverage("loss", temperature=0.5, scale=0.5), weighted(by_loss(0.5), 0.5)
+        ),
+        "WeightedAverage inverse norm": Case(
+            lambda: merging.WeightedAverage("inverse_norm"), weighted(by_inverse_norm)
+        ),
+        "WeightedAverage given": Case(
+            lambda: merging.WeightedAverage("given", weights=PREFERENCES),
+            weighted(lambda vectors, tasks: [PREFERENCES[task] for task in tasks]),
+        ),
+        "FedNova": Case(merging.FedNova, fednova(1.0)),
+        "FedNova scale": Case(lambda: merging.FedNova(scale=0.5), fednova(0.5)),
+    }
+)
 
 
 def fishers(vectors: list[Vector], tasks: list[int]) -> list[Vector]:
