@@ -21,6 +21,14 @@ def fit_help() -> str:
     return build_parser(trainer=False).format_help()
 
 
+def merge_help() -> str:
+    """Return the help of ``clmerge merge`` at a width of 100 columns."""
+    os.environ["COLUMNS"] = "100"
+    from clmerge.cli.merge import build_parser
+
+    return build_parser().format_help()
+
+
 def merger_table() -> str:
     """Return the mergers as a Markdown table."""
     from clmerge.merging import registered_mergers
@@ -40,6 +48,7 @@ def generated() -> dict[Path, str]:
     _, _, after = rest.partition(END)
     return {
         ROOT / "clmerge" / "cli" / "help" / "fit.txt": fit_help(),
+        ROOT / "clmerge" / "cli" / "help" / "merge.txt": merge_help(),
         readme: f"{before}{BEGIN}\n{merger_table()}\n{END}{after}",
     }
 

@@ -7,7 +7,10 @@ from importlib import import_module
 
 import clmerge
 
-COMMANDS = {"fit": "train a stream of tasks, merge after every task, evaluate all tasks after every task"}
+COMMANDS = {
+    "fit": "train a stream of tasks, merge after every task, evaluate all tasks after every task",
+    "merge": "merge checkpoints of any size into one safetensors file",
+}
 
 HELP = f"""\
 usage: clmerge COMMAND [options]

@@ -26,9 +26,22 @@ def majority_sign(totals: Iterable[Tensor]) -> int:
         >>> majority_sign([torch.tensor([0.5, -9.0]), torch.tensor([0.1, 0.0])])
         1
     """
-    # float32 counts up to 2^24 exactly.
-    signs = sum(int(total.sign().sum()) for total in totals)
+    signs = sum_of_signs(totals)
     return (signs > 0) - (signs < 0)
+
+
+def sum_of_signs(totals: Iterable[Tensor]) -> int:
+    """Return how many more entries are positive than negative.
+
+    Args:
+        totals: Sums over the tasks, in pieces of at most 2^24 entries.
+
+    Example:
+        >>> sum_of_signs([torch.tensor([0.5, 9.0]), torch.tensor([-0.1, 0.0])])
+        1
+    """
+    # float32 counts up to 2^24 exactly.
+    return sum(int(total.sign().sum()) for total in totals)
 
 
 class TIES(Merger):

@@ -1,0 +1,196 @@
+"""From a path to an open checkpoint: which format it is, and which tensors are meant."""
+
+import difflib
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clmerge.checkpoints.reader import Checkpoint, SafetensorsCheckpoint, TorchCheckpoint
+
+_TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".tar"}
+# Where training scripts keep the weights inside of what they save.
+_WEIGHTS_UNDER = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema", "weights")
+_WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
+_IN_FOLDERS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_BANK_FILE = re.compile(r"task_\d{3,}\.safetensors")
+
+
+def open_models(paths: Iterable[str | os.PathLike[str]]) -> list[Checkpoint]:
+    """Open the models to merge; a run folder or a task-vector bank stands for all of its tasks.
+
+    Args:
+        paths: Files and folders.
+
+    Raises:
+        FileNotFoundError: If a path does not exist.
+        ValueError: If a path is in no format that can be read.
+    """
+    found: list[Checkpoint] = []
+    for path in map(Path, paths):
+        bank = path / "bank" if (path / "manifest.json").is_file() else path
+        files = sorted(file for file in _listed(bank) if _BANK_FILE.fullmatch(file.name))
+        if files:
+            found += [open_checkpoint(file) for file in sorted(files, key=lambda file: int(file.stem[5:]))]
+        elif bank != path:
+            raise ValueError(
+                f"expected a run folder with a task-vector bank, got {path} without one; name its merged models "
+                f"({path / 'model'}/NAME.safetensors) instead"
+            )
+        else:
+            found.append(open_checkpoint(path))
+    return found
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open one checkpoint: a file, or a folder in Hugging Face's layout.
+
+    Wrappers' prefixes (``module.``, ``_orig_mod.``) are taken off the names. Nothing is unpickled but tensors and
+    primitives.
+
+    Args:
+        path: A ``.safetensors`` file, what ``torch.save`` wrote (``.pt``, ``.pth``, ``.bin``, Lightning's ``.ckpt``),
+            an index of sharded files, or a folder with one of these.
+
+    Raises:
+        FileNotFoundError: If there is nothing at ``path``.
+        ValueError: If it is in no format that can be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"expected a checkpoint, got {path}, which does not exist{_nearest_file(path)}")
+    checkpoint = _from_folder(path) if path.is_dir() else _from_file(path)
+    if not checkpoint.entries:
+        raise ValueError(f"expected a checkpoint with tensors, got none in {path}")
+    for wrapper in _WRAPPERS * 2:
+        if all(name.startswith(wrapper) for name in checkpoint.entries):
+            checkpoint.without_prefix(wrapper)
+    return checkpoint
+
+
+def align_names(checkpoint: Checkpoint, base: Checkpoint) -> None:
+    """Take a prefix off a model's names if that makes them the base's, as with Lightning's ``model.``.
+
+    Args:
+        checkpoint: The model; changed in place.
+        base: The checkpoint that has the wanted names.
+    """
+    if any(name in base.entries for name in checkpoint.entries):
+        return
+    by_last: dict[str, list[str]] = {}
+    for name in base.entries:
+        by_last.setdefault(name.rpartition(".")[2], []).append(name)
+    votes: Counter[str] = Counter()
+    for name in checkpoint.entries:
+        ends = (wanted for wanted in by_last.get(name.rpartition(".")[2], []) if name.endswith(f".{wanted}"))
+        votes.update(name.removesuffix(wanted) for wanted in ends)
+    if votes:
+        prefix, count = max(votes.items(), key=lambda item: (item[1], -len(item[0])))
+        if 2 * count > min(len(base), len(checkpoint)):
+            checkpoint.without_prefix(prefix)
+
+
+def _from_folder(folder: Path) -> Checkpoint:
+    if (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"expected whole models, got the PEFT adapter {folder}; merge it into its base model and save that"
+        )
+    for index in _INDEXES:
+        if (folder / index).is_file():
+            return _from_index(folder / index, folder)
+    for name in _IN_FOLDERS:
+        if (folder / name).is_file():
+            opened = _from_file(folder / name)
+            opened.source, opened.kind = str(folder), f"folder with {name}"
+            return opened
+    found = [file for file in _listed(folder) if file.suffix in {".safetensors", *_TORCH_SUFFIXES}]
+    if len(found) == 1:
+        return _from_file(found[0])
+    names = ", ".join(sorted(file.name for file in found)[:5]) or "no checkpoint at all"
+    raise ValueError(
+        f"expected a folder with one checkpoint ({', '.join(_IN_FOLDERS)} or an index), got {names} in {folder}; "
+        "name the file"
+    )
+
+
+def _from_file(path: Path) -> Checkpoint:
+    if path.suffix == ".safetensors":
+        return SafetensorsCheckpoint(path, [path])
+    if path.name.endswith(".index.json"):
+        return _from_index(path, path)
+    if path.suffix in _TORCH_SUFFIXES:
+        state, kind = _torch_state(path)
+        return TorchCheckpoint(path, [path], [state], kind)
+    suffixes = ", ".join((".safetensors", ".index.json", *sorted(_TORCH_SUFFIXES)))
+    raise ValueError(f"expected a checkpoint ({suffixes}) or a folder with one, got {path}")
+
+
+def _from_index(index: Path, source: Path) -> Checkpoint:
+    try:
+        weights: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"expected an index with a weight_map, got {index}: {error!r}; copy it again") from error
+    files = [index.parent / name for name in sorted(set(weights.values()))]
+    for file in files:
+        if file.parent != index.parent or not file.is_file():
+            raise ValueError(f"expected the shards that {index} lists beside it, got no {file}; copy all shards")
+    checkpoint: Checkpoint
+    if files and files[0].suffix == ".safetensors":
+        checkpoint = SafetensorsCheckpoint(source, files, f"safetensors in {len(files)} shards")
+    else:
+        checkpoint = TorchCheckpoint(
+            source, files, [_torch_state(file)[0] for file in files], f"torch.save in {len(files)} shards"
+        )
+    if missing := [name for name in weights if name not in checkpoint.entries]:
+        raise ValueError(f"expected {missing[0]!r} in {weights[missing[0]]} as {index} says, got a file without it")
+    checkpoint.files.append(index)
+    return checkpoint
+
+
+def _torch_state(path: Path) -> tuple[Mapping[str, Tensor], str]:
+    try:
+        # Files of before PyTorch 1.6 cannot be mapped.
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"expected tensors and primitives in {path}, got other objects, which are never unpickled; save "
+            f"its state dict alone. torch says: {str(error).splitlines()[0]}"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"expected a file that torch.save wrote, got {path}: {error}") from error
+    if isinstance(loaded, Mapping):
+        if "pytorch-lightning_version" in loaded and isinstance(loaded.get("state_dict"), Mapping):
+            return _only_tensors(loaded["state_dict"]), "Lightning checkpoint"
+        if not _only_tensors(loaded):
+            for key in _WEIGHTS_UNDER:
+                if isinstance(loaded.get(key), Mapping) and (state := _only_tensors(loaded[key])):
+                    return state, f"torch.save, under {key!r}"
+        if state := _only_tensors(loaded):
+            return state, "torch.save"
+    raise ValueError(
+        f"expected a state dict in {path}, alone or under one of {', '.join(_WEIGHTS_UNDER)}, got "
+        f"{type(loaded).__name__}{f' with {sorted(map(str, loaded))[:5]}' if isinstance(loaded, Mapping) else ''}"
+    )
+
+
+def _only_tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
+
+
+def _listed(folder: Path) -> list[Path]:
+    return [entry for entry in folder.iterdir() if entry.is_file()] if folder.is_dir() else []
+
+
+def _nearest_file(path: Path) -> str:
+    parent = path.parent
+    near = difflib.get_close_matches(path.name, [p.name for p in parent.iterdir()], n=1) if parent.is_dir() else []
+    return f"; the nearest there is {parent / near[0]}" if near else ""

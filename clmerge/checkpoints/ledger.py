@@ -1,0 +1,149 @@
+"""The ledger: what a merged file was made of and how, kept in its own header, so that anyone can make it again."""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import clmerge
+from clmerge.checkpoints.reader import Checkpoint
+from clmerge.merging import Finisher, Merger, Sparsifier
+from clmerge.merging.configured import Configured
+from clmerge.weights.io import load_metadata
+
+SCHEMA = 1
+KEY = "clmerge"
+UNKNOWN = "0" * 64  # as long as the SHA-256 that takes its place
+
+
+@dataclass
+class InputFile:
+    """A file that was read: where it was, and the SHA-256 of its bytes (None with ``--no-hash``)."""
+
+    path: str
+    bytes: int
+    sha256: str | None
+
+
+@dataclass
+class Ledger:
+    """How a merged file was made.
+
+    Attributes:
+        merger: Class and settings, seeds included.
+        base: Path of the base model, as an absolute path.
+        models: Paths of the models, in the order of their tasks.
+        files: Every file that was read.
+        include: Patterns of what is merged.
+        exclude: Patterns of what is not.
+        strict: Whether mismatches were refused.
+        threads: Threads of PyTorch; sums over whole tensors may depend on them.
+        versions: Versions of what computed.
+        result_sha256: SHA-256 of all bytes after the header (None with ``--no-hash``).
+    """
+
+    merger: dict[str, Any]
+    base: str
+    models: list[str]
+    files: list[InputFile]
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    strict: bool = False
+    threads: int = 1
+    versions: dict[str, str] = field(default_factory=dict)
+    result_sha256: str | None = None
+    schema: int = SCHEMA
+
+    def metadata(self) -> dict[str, str]:
+        """Return the header's strings."""
+        return {"format": "pt", KEY: json.dumps(asdict(self), sort_keys=True)}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes a merge."""
+    return {
+        "clmerge": clmerge.__version__,
+        "python": platform.python_version(),
+        "safetensors": version("safetensors"),
+        "torch": version("torch"),
+    }
+
+
+def input_files(checkpoints: Sequence[Checkpoint]) -> list[InputFile]:
+    """List the files of checkpoints, each once, with a SHA-256 that is still unknown."""
+    files = dict.fromkeys(file.resolve() for checkpoint in checkpoints for file in checkpoint.files)
+    return [InputFile(str(file), file.stat().st_size, UNKNOWN) for file in files]
+
+
+def read_ledger(path: str | os.PathLike[str]) -> Ledger:
+    """Read the ledger of a merged file.
+
+    Args:
+        path: A file that ``clmerge merge`` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no file.
+        ValueError: If it has no ledger, or one of another version.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"expected a merged file, got {path}, which does not exist")
+    text = load_metadata(path).get(KEY)
+    if text is None:
+        raise ValueError(f"expected a file that clmerge merge wrote, got {path}, which has no ledger in its header")
+    try:
+        found = json.loads(text)
+        if found.get("schema") != SCHEMA:
+            raise ValueError(f"schema {found.get('schema')!r} instead of {SCHEMA}")
+        found["files"] = [InputFile(**file) for file in found["files"]]
+        return Ledger(**found)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"expected a ledger of this version of clmerge in {path}, got {error}") from error
+
+
+def configured_from(plain: dict[str, Any]) -> Merger:
+    """Build a merger from what ``settings()`` said of it.
+
+    Args:
+        plain: ``{"class_path": name, "init_args": settings}``; a name must be that of a class of ``clmerge.merging``
+            or of an imported subclass.
+
+    Raises:
+        ValueError: If there is no such class.
+
+    Example:
+        >>> configured_from({"class_path": "MagMax", "init_args": {"scale": 1.0}})
+        MagMax(scale=1.0)
+    """
+    built = _built(plain)
+    if not isinstance(built, Merger):
+        raise ValueError(f"expected a merger, got {built!r}")
+    return built
+
+
+def as_plain(merger: Merger) -> dict[str, Any]:
+    """Return class and settings of a merger as plain values."""
+    return {"class_path": type(merger).__name__, "init_args": merger.settings()}
+
+
+def _built(value: Any) -> Any:
+    if not (isinstance(value, dict) and value.keys() == {"class_path", "init_args"}):
+        return value
+    classes = _subclasses(Merger) | _subclasses(Sparsifier) | _subclasses(Finisher)
+    name = value["class_path"]
+    if name not in classes:
+        raise ValueError(
+            f"expected a class of clmerge.merging, got {name!r}; import the module that defines it, or use the "
+            "version of clmerge that has it"
+        )
+    return classes[name](**{key: _built(argument) for key, argument in value["init_args"].items()})
+
+
+def _subclasses(parent: type[Configured]) -> dict[str, type[Configured]]:
+    found: dict[str, type[Configured]] = {}
+    for child in parent.__subclasses__():
+        found |= {child.__name__: child} | _subclasses(child)
+    return found

@@ -1,0 +1,161 @@
+"""The policy: which tensors of the base are merged, which are copied, and what in the models is ignored."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from clmerge.checkpoints.reader import Checkpoint
+
+# Statistics of batch normalisation: floating-point, but not parameters.
+_STATISTICS = ("*running_mean", "*running_var", "*num_batches_tracked")
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: tensors that are treated alike.
+
+    Attributes:
+        action: ``"merged"``, ``"copied"`` (from the base) or ``"ignored"`` (of a model).
+        reason: Why.
+        names: The tensors.
+        detail: What the first of them looks like, where that helps.
+        is_problem: Whether ``--strict`` refuses it.
+    """
+
+    action: str
+    reason: str
+    names: list[str]
+    detail: str = ""
+    is_problem: bool = False
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What happens to every tensor.
+
+    Attributes:
+        merged: The tensors that are merged, in the base's order.
+        rows: The table.
+    """
+
+    merged: list[str]
+    rows: list[Row]
+
+    @property
+    def problems(self) -> list[Row]:
+        """The rows that ``--strict`` refuses."""
+        return [row for row in self.rows if row.is_problem]
+
+
+def decide(
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    strict: bool = False,
+) -> Policy:
+    """Decide what happens to every tensor, from names, shapes and dtypes alone.
+
+    A tensor is merged if the base and every model have it, floating-point and in one shape. Everything else is copied
+    from the base: integers, bools, running statistics, what no pattern includes, what a model lacks or has in
+    another shape (a head for other classes). Tensors that only a model has are ignored.
+
+    Args:
+        base: The base model.
+        models: Models and task vectors.
+        include: Glob patterns of which one must match, if there are any.
+        exclude: Glob patterns of which none may match.
+        strict: Whether missing, extra and mismatched tensors are errors.
+
+    Raises:
+        ValueError: If a pattern matches nothing, nothing is left to merge, or ``strict`` is violated.
+    """
+    for pattern in (*include, *exclude):
+        if not any(fnmatchcase(name, pattern) for name in base.entries):
+            near = get_close_matches(pattern.strip("*"), base.entries, n=1, cutoff=0.3)
+            hint = f"; the nearest is {near[0]!r}" if near else ""
+            raise ValueError(f"expected a pattern that matches a tensor of {base.source}, got {pattern!r}{hint}")
+    groups: dict[tuple[str, str, bool], list[str]] = {}
+    details: dict[tuple[str, str, bool], str] = {}
+    for name in base.entries:
+        action, reason, detail, is_problem = _treatment(name, base, models, include, exclude)
+        key = (action, reason, is_problem)
+        groups.setdefault(key, []).append(name)
+        details.setdefault(key, detail)
+    rows = [
+        Row(action, reason, names, details[action, reason, bad], bad) for (action, reason, bad), names in groups.items()
+    ]
+    rows.sort(key=lambda row: (row.action != "merged", row.is_problem))
+    extras = {model.source: [name for name in model.entries if name not in base.entries] for model in models}
+    rows += [
+        Row("ignored", f"not in the base, of {model}", names, is_problem=True)
+        for model, names in extras.items()
+        if names
+    ]
+    policy = Policy([name for row in rows if row.action == "merged" for name in row.names], rows)
+    if not policy.merged:
+        raise ValueError(_nothing_left(base, models))
+    if strict and policy.problems:
+        text = "\n".join(f"  {line}" for line in describe_rows(policy.problems))
+        raise ValueError(
+            f"expected the same tensors in the base and in every model (--strict), got\n{text}\n"
+            "leave them out with --exclude, or merge without --strict to take the base's"
+        )
+    return policy
+
+
+def describe_rows(rows: Sequence[Row]) -> list[str]:
+    """Return the table as aligned lines.
+
+    Example:
+        >>> describe_rows([Row("copied", "not floating-point", ["position_ids"])])
+        ['copied       1  not floating-point: position_ids']
+    """
+    lines = []
+    for row in rows:
+        shown = "" if row.action == "merged" else f": {', '.join(row.names[:_SHOWN])}"
+        more = f" and {len(row.names) - _SHOWN} more" if shown and len(row.names) > _SHOWN else ""
+        detail = f" ({row.detail})" if row.detail else ""
+        lines.append(f"{row.action:<8}{len(row.names):>6}  {row.reason}{shown}{more}{detail}")
+    return lines
+
+
+def _treatment(
+    name: str, base: Checkpoint, models: Sequence[Checkpoint], include: Sequence[str], exclude: Sequence[str]
+) -> tuple[str, str, str, bool]:
+    """Return action, reason, detail, and whether it is a problem."""
+    entry = base.entries[name]
+    if not entry.dtype.is_floating_point:
+        return "copied", "integer, bool or complex", "", False
+    if any(fnmatchcase(name, pattern) for pattern in _STATISTICS):
+        return "copied", "running statistics", "", False
+    if (include and not any(fnmatchcase(name, p) for p in include)) or any(fnmatchcase(name, p) for p in exclude):
+        return "copied", "left out by --include or --exclude", "", False
+    if models and all(model.is_task_vector and name not in model.entries for model in models):
+        return "copied", "in no task vector", "", False
+    for model in models:
+        found = model.entries.get(name)
+        if found is None:
+            return "copied", "missing in a model", f"not in {model.source}", True
+        if found.shape != entry.shape:
+            detail = f"{entry.shape} in the base, {found.shape} in {model.source}"
+            return "copied", "another shape in a model", detail, True
+        if not found.dtype.is_floating_point:
+            return "copied", "another kind of number in a model", f"{found.dtype} in {model.source}", True
+    return "merged", "in the base and in every model", "", False
+
+
+def _nothing_left(base: Checkpoint, models: Sequence[Checkpoint]) -> str:
+    for model in models:
+        if not any(name in base.entries for name in model.entries):
+            return (
+                f"expected a model with the base's tensors, got {model.source} with {next(iter(model.entries))!r} and "
+                f"so on, where {base.source} has {next(iter(base.entries))!r}; use models of one architecture"
+            )
+    return (
+        f"expected at least one floating-point tensor in {base.source} and in every model, got none; widen "
+        "--include or use models of one architecture"
+    )

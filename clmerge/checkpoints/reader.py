@@ -1,0 +1,188 @@
+"""A checkpoint that is open: names, shapes and dtypes at once, tensors one at a time from a memory map."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from typing_extensions import override
+
+# Names of dtypes in the headers of safetensors files.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return self.numel * self.dtype.itemsize
+
+
+class Checkpoint(ABC, Mapping[str, Tensor]):
+    """A checkpoint as a mapping of names to tensors that are read when they are asked for.
+
+    Tensors are views of a memory map where the format allows: they must not be written to.
+
+    Attributes:
+        source: What it is called in messages: the path.
+        kind: The format, in words.
+        files: The files it consists of.
+        entries: Shape and dtype by name, in the order of the file.
+        is_task_vector: Whether the tensors are differences to a base model, not weights.
+        task: Name of the task, if the file says so.
+        base: Fingerprint of the base model of a task vector, if the file says so.
+        prefix: What was taken off the front of all names.
+    """
+
+    def __init__(self, source: Path, kind: str, files: Sequence[Path], entries: dict[str, Entry]) -> None:
+        self.source = str(source)
+        self.kind = kind
+        self.files = list(files)
+        self.entries = entries
+        self.is_task_vector = False
+        self.task = ""
+        self.base: str | None = None
+        self.prefix = ""
+
+    @abstractmethod
+    def _read(self, name: str) -> Tensor:
+        """Return a stored tensor by its name in the file."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor, on the CPU; it must not be written to.
+
+        Args:
+            name: Its name, without ``prefix``.
+        """
+        return self._read(self.prefix + name)
+
+    def without_prefix(self, prefix: str) -> None:
+        """Take ``prefix`` off the front of the names; tensors whose names do not have it keep theirs no longer.
+
+        Args:
+            prefix: For example ``"module."``.
+        """
+        self.entries = {
+            name.removeprefix(prefix): entry for name, entry in self.entries.items() if name.startswith(prefix)
+        }
+        self.prefix += prefix
+
+    @override
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensor(name)
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    @override
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """One or several safetensors files.
+
+    Args:
+        source: The file or folder that was named.
+        files: The safetensors files; no two hold a tensor of one name.
+        kind: The format, in words.
+
+    Raises:
+        ValueError: If a file is damaged, or two files hold one name.
+    """
+
+    def __init__(self, source: Path, files: Sequence[Path], kind: str = "safetensors") -> None:
+        entries: dict[str, Entry] = {}
+        self._holders: dict[str, Any] = {}
+        self.metadata: dict[str, str] = {}
+        for file in files:
+            try:
+                holder: Any = safe_open(str(file), framework="pt", device="cpu")
+            except SafetensorError as error:
+                raise ValueError(
+                    f"expected a whole safetensors file, got {file}: {error}; copy or download it again"
+                ) from error
+            self.metadata |= holder.metadata() or {}
+            for name in holder.offset_keys():
+                if name in entries:
+                    raise ValueError(
+                        f"expected every tensor in one file of {source}, got {name!r} twice, also in {file}"
+                    )
+                view = holder.get_slice(name)
+                entries[name] = Entry(tuple(view.get_shape()), _dtype(view.get_dtype(), name, file))
+                self._holders[name] = holder
+        super().__init__(source, kind, files, entries)
+        if {"task", "name", "base"} <= self.metadata.keys():  # what TaskVectorBank writes
+            self.is_task_vector = True
+            self.kind = "task vector"
+            self.task = self.metadata["name"]
+            self.base = self.metadata["base"] or None
+
+    @override
+    def _read(self, name: str) -> Tensor:
+        tensor: Tensor = self._holders[name].get_tensor(name)
+        return tensor
+
+
+class TorchCheckpoint(Checkpoint):
+    """The state dict of a file that ``torch.save`` wrote, opened with ``weights_only=True``.
+
+    Args:
+        source: The file or folder that was named.
+        files: The files.
+        states: The state dict of every file.
+        kind: The format, in words.
+    """
+
+    def __init__(self, source: Path, files: Sequence[Path], states: Sequence[Mapping[str, Tensor]], kind: str) -> None:
+        self._tensors = {name: tensor.detach() for state in states for name, tensor in state.items()}
+        entries = {name: Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()}
+        super().__init__(source, kind, files, entries)
+
+    @override
+    def _read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def _dtype(name: str, tensor: str, file: Path) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(
+            f"expected a dtype of {', '.join(DTYPES)}, got {name} for {tensor!r} in {file}; convert the file first"
+        )
+    return DTYPES[name]

@@ -1,0 +1,73 @@
+"""Task vectors taken from open checkpoints, one parameter at a time."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from clmerge.checkpoints.reader import Checkpoint
+from clmerge.weights.task_vector import accumulator_dtype
+
+
+class CheckpointVectors:
+    """``theta_t - theta0`` of models on disk, in float32 (float64 where either side is float64).
+
+    Args:
+        base: The base model.
+        models: Fine-tuned models, or task vectors, which are taken as they are.
+        names: The parameters that are merged.
+        on_bytes: Told how many bytes of a model were read, after every parameter.
+    """
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        models: Sequence[Checkpoint],
+        names: Sequence[str],
+        *,
+        on_bytes: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self.base = base
+        self.models = models
+        self.names: Sequence[str] = list(names)
+        self.num_tasks = len(models)
+        self._on_bytes = on_bytes
+        # One buffer for all: fresh memory would cost as much as the subtraction.
+        self._buffers: dict[torch.dtype, Tensor] = {}
+
+    def numel(self, name: str) -> int:
+        """Return how many entries a parameter has."""
+        return self.base.entries[name].numel
+
+    def dtype(self, task: int, name: str) -> torch.dtype:
+        """Return the dtype that ``read`` gives."""
+        model = self.models[task]
+        sides = [model.entries[name].dtype] + ([] if model.is_task_vector else [self.base.entries[name].dtype])
+        return torch.float64 if torch.float64 in sides else torch.float32
+
+    def read(self, task: int, name: str) -> Tensor:
+        """Return one parameter of one task vector; the next call overwrites it."""
+        model = self.models[task]
+        theta = model.tensor(name)
+        self._on_bytes(theta.nbytes)
+        if model.is_task_vector:
+            return theta.to(accumulator_dtype(theta))
+        start = self.base.tensor(name)
+        dtype = accumulator_dtype(theta, start)
+        tau = self._buffer(dtype, theta.numel()).view(theta.shape)
+        if theta.dtype == start.dtype == dtype:
+            return torch.sub(theta, start, out=tau)
+        return tau.copy_(theta).sub_(start.to(dtype))
+
+    def sample(self, task: int, name: str, step: int) -> Tensor:
+        """Return every ``step``-th entry of a parameter of one task vector, flat."""
+        model = self.models[task]
+        dtype = self.dtype(task, name)
+        theta = model.tensor(name).reshape(-1)[::step].to(dtype)
+        return theta if model.is_task_vector else theta - self.base.tensor(name).reshape(-1)[::step].to(dtype)
+
+    def _buffer(self, dtype: torch.dtype, numel: int) -> Tensor:
+        if dtype not in self._buffers or self._buffers[dtype].numel() < numel:
+            largest = max(self.numel(name) for name in self.names)
+            self._buffers[dtype] = torch.empty(max(largest, numel), dtype=dtype)
+        return self._buffers[dtype][:numel]

@@ -1,0 +1,152 @@
+"""Write a safetensors file one tensor at a time: the header first, then the data where it belongs."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clmerge.checkpoints.reader import DTYPES, Entry
+from clmerge.weights.io import atomic_path
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ALIGNMENT = 8  # of the data, as in files that the safetensors package writes
+
+
+class SafetensorsWriter:
+    """A safetensors file in the making; ``put`` writes a tensor to its place, again if need be.
+
+    Args:
+        path: The file, which does not exist yet.
+        entries: Shape and dtype of every tensor. Wide dtypes come first, else the order is kept.
+        metadata: Strings of the header. They may be replaced until the file is closed by others of the same length.
+    """
+
+    def __init__(self, path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+        self._entries = dict(sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize))
+        self._offsets: dict[str, int] = {}
+        for name, entry in entries.items():
+            if entry.dtype not in _NAMES:
+                raise ValueError(
+                    f"expected a dtype that safetensors has, got {entry.dtype} for {name!r}; convert it first"
+                )
+        position = 0
+        for name, entry in self._entries.items():
+            self._offsets[name] = position
+            position += entry.nbytes
+        self.nbytes = position
+        header = self._header(metadata)
+        self._data_start = len(header)
+        self._path = path
+        self._missing = set(entries)
+        self._file = path.open("w+b")
+        self._file.write(header)
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor.
+
+        Args:
+            name: One of the entries.
+            tensor: Of the entry's shape and dtype.
+
+        Raises:
+            ValueError: If shape or dtype differ from the entry's.
+        """
+        entry = self._entries[name]
+        if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+            raise ValueError(f"expected {entry} for {name!r}, got {tensor.dtype} of shape {tuple(tensor.shape)}")
+        self._missing.discard(name)
+        self._file.seek(self._data_start + self._offsets[name])
+        self._file.write(raw_bytes(tensor))
+
+    def data_sha256(self) -> str:
+        """Return the SHA-256 of everything after the header."""
+        self._file.flush()
+        return sha256_of(self._path, skip=self._data_start)
+
+    def close(self, metadata: Mapping[str, str]) -> None:
+        """Write the final header and close the file.
+
+        Args:
+            metadata: Strings of the header, in all as long as those given at the start.
+
+        Raises:
+            RuntimeError: If a tensor is missing, or the header has another length.
+        """
+        header = self._header(metadata)
+        if self._missing or len(header) != self._data_start:
+            raise RuntimeError(
+                f"expected all tensors and a header of the same length, got {sorted(self._missing)[:3]} missing"
+            )
+        self._file.seek(0)
+        self._file.write(header)
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Close the file as it is."""
+        self._file.close()
+
+    def _header(self, metadata: Mapping[str, str]) -> bytes:
+        header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+        for name, entry in self._entries.items():
+            start = self._offsets[name]
+            header[name] = {
+                "dtype": _NAMES[entry.dtype],
+                "shape": list(entry.shape),
+                "data_offsets": [start, start + entry.nbytes],
+            }
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text = text.ljust(-(-len(text) // _ALIGNMENT) * _ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text
+
+
+@contextmanager
+def new_safetensors(
+    path: str | os.PathLike[str], entries: Mapping[str, Entry], metadata: Mapping[str, str]
+) -> Iterator[SafetensorsWriter]:
+    """Write ``path`` tensor by tensor; it appears when the block ends well and the writer was closed, or not at all.
+
+    Args:
+        path: The finished file.
+        entries: Shape and dtype of every tensor.
+        metadata: Strings of the header.
+    """
+    with atomic_path(path) as temporary:
+        writer = SafetensorsWriter(temporary, entries, metadata)
+        try:
+            yield writer
+        finally:
+            writer.abandon()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor on the CPU, without a copy if it is contiguous."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    data: memoryview = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    return data
+
+
+def sha256_of(path: str | os.PathLike[str], *, skip: int = 0) -> str:
+    """Return the SHA-256 of a file in hexadecimal.
+
+    Args:
+        path: The file.
+        skip: How many bytes at its beginning are left out.
+    """
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    with Path(path).open("rb", buffering=0) as file:
+        file.seek(skip)
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def data_start(path: str | os.PathLike[str]) -> int:
+    """Return where the data of a safetensors file begins."""
+    with Path(path).open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")

@@ -1,0 +1,202 @@
+"""``clmerge merge``: merge checkpoints of any size into one safetensors file."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from clmerge.cli.parser import CommandParser
+
+HELP = Path(__file__).parent / "help" / "merge.txt"
+USAGE = """\
+clmerge merge --base B --models A1 A2 ... --merger RULE --out FILE [options]
+       clmerge merge --recipe FILE [options]
+       clmerge merge --verify FILE"""
+EPILOG = """\
+examples:
+  clmerge merge --base base.safetensors --models a.pt b.pt --merger TIES --merger.density=0.2 --out merged.safetensors
+  clmerge merge --base base.safetensors --models runs/digits --merger MagMax --out merged.safetensors
+  clmerge merge --base base.safetensors --models a.pt b.pt --merger TIES --dry-run
+  clmerge merge --merger.help TIES
+  clmerge merge --verify merged.safetensors
+"""
+
+
+def build_parser() -> "CommandParser":
+    """Return the parser of ``clmerge merge``; imports torch."""
+    from jsonargparse import set_parsing_settings
+
+    from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
+    from clmerge.merging import Finisher, Merger, Sparsifier
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=False)
+    CommandParser.class_names = known_subclasses((Merger, Sparsifier, Finisher))
+    parser = CommandParser(
+        prog="clmerge merge",
+        usage=USAGE,
+        description="Merge checkpoints of any size into one safetensors file, one parameter at a time.",
+        epilog=EPILOG,
+        formatter_class=CommandFormatter,
+        allow_abbrev=False,
+    )
+    models_help = (
+        "Fine-tuned models in the order of their tasks: .safetensors, .pt, .pth, .bin, Lightning .ckpt, Hugging Face "
+        "folders, clmerge run folders and task-vector banks (all their tasks)."
+    )
+    include_help = "Glob patterns of tensors to merge (default: all floating-point ones)."
+    exclude_help = "Glob patterns of tensors to copy from the base instead, for example 'head.*'."
+    strict_help = "Refuse missing, extra and mismatched tensors, which are otherwise copied from the base."
+    no_hash_help = "Leave the SHA-256 of inputs and result out of the ledger, which then says so."
+    threads_help = "Threads that merge; another one computes the SHA-256 meanwhile."
+    parser.add_argument("--recipe", action="config", help="A YAML file with any of the options below.")
+    parser.add_argument("--base", type=str | None, default=None, help="The base model, in any format of --models.")
+    parser.add_argument("--models", type=str, nargs="+", default=[], help=models_help)
+    parser.add_subclass_arguments(Merger, "merger", help="The rule, by class name.", required=False)
+    parser.add_argument("--out", type=str | None, default=None, help="The safetensors file to write.")
+    parser.add_argument("--include", type=str, nargs="+", default=[], help=include_help)
+    parser.add_argument("--exclude", type=str, nargs="+", default=[], help=exclude_help)
+    parser.add_argument("--strict", action="store_true", help=strict_help)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="Print what would be done and what it takes; write nothing."
+    )
+    parser.add_argument("--overwrite", action="store_true", help="Replace the output if it exists.")
+    parser.add_argument("--no-hash", action="store_true", help=no_hash_help)
+    parser.add_argument("--threads", type=int, default=1, help=threads_help)
+    parser.add_argument(
+        "--verify", type=str | None, default=None, help="Replay this file's ledger, compare bit for bit."
+    )
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``clmerge merge``; return the exit code."""
+    if any(argument in ("-h", "--help") for argument in argv):
+        print(HELP.read_text(encoding="utf-8"), end="")
+        return 0
+    parser = build_parser()
+    config = parser.parse_args(list(argv))
+    if config.verify is None:
+        needed = {"--base": config.base, "--models": config.models, "--merger": config.merger}
+        if not config.dry_run:
+            needed["--out"] = config.out
+        if missing := [option for option, value in needed.items() if not value]:
+            parser.error(f"expected --base, --models, --merger and --out (or --dry-run), got no {', '.join(missing)}")
+    elif config.base or config.models or config.merger or config.out:
+        parser.error("expected --verify alone, since the file says how it was made, got other options beside it")
+    if config.threads < 1:
+        parser.error(f"expected --threads of 1 or more, got {config.threads}")
+    try:
+        with _terminated_like_interrupted():
+            return _verify(config.verify) if config.verify is not None else _merge(parser, config)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"clmerge merge: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("clmerge merge: interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _merge(parser: "CommandParser", config: Any) -> int:
+    import torch
+
+    from clmerge.checkpoints.merge import CheckpointMerge
+
+    torch.set_num_threads(config.threads)
+    if config.out is not None and Path(config.out).exists() and not config.overwrite and not config.dry_run:
+        raise FileExistsError(f"expected a new file, got {config.out}, which exists; name another or pass --overwrite")
+    job = CheckpointMerge(
+        config.base,
+        models=config.models,
+        merger=parser.instantiate(config).merger,
+        include=config.include,
+        exclude=config.exclude,
+        strict=config.strict,
+    )
+    print(job.describe(), flush=True)
+    for row in job.policy.problems:
+        print(f"clmerge merge: warning: {len(row.names)} {row.action}, {row.reason}: {row.names[0]}", file=sys.stderr)
+    if config.dry_run:
+        return 0
+    with progress("merging", job.work) as on_bytes:
+        job.run(config.out, hashes=not config.no_hash, on_bytes=on_bytes)
+    print(f"wrote   {config.out}")
+    return 0
+
+
+def _verify(path: str) -> int:
+    from clmerge.checkpoints.merge import verify
+
+    with progress("verifying", None) as on_bytes:
+        differences, ledger = verify(path, on_bytes=on_bytes)
+    for line in differences:
+        print(f"clmerge merge: {line}", file=sys.stderr)
+    if differences:
+        print(f"{path} is NOT what its ledger says")
+        return 1
+    hashed = "" if ledger.result_sha256 else " (its ledger has no SHA-256 of the inputs)"
+    print(f"{path} is what its ledger says, bit for bit{hashed}")
+    return 0
+
+
+@contextlib.contextmanager
+def progress(action: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Show a bar with bytes per second on a terminal, and nothing but the end elsewhere; on stderr.
+
+    Args:
+        action: What is being done.
+        total: Bytes to read; None if unknown.
+    """
+    import time
+
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    started = time.perf_counter()
+    count = 0
+
+    if console.is_terminal:
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(TextColumn("{task.description}"), *columns, console=console, transient=True) as bar:
+            task = bar.add_task(action, total=total)
+
+            def advance(piece: int) -> None:
+                nonlocal count
+                count += piece
+                bar.advance(task, piece)
+
+            yield advance
+    else:
+
+        def add(piece: int) -> None:
+            nonlocal count
+            quarter = 4 * count // (total or sys.maxsize)
+            count += piece
+            if total and quarter < 4 * count // total < 4:
+                print(f"{action}: {100 * count // total} %", file=sys.stderr, flush=True)
+
+        yield add
+    seconds = time.perf_counter() - started
+    speed = f"{count / 1e6:,.1f} MB in {seconds:.1f} s, {count / 1e6 / max(seconds, 1e-9):,.0f} MB/s"
+    print(f"{action}: {speed}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that the half-written file is removed."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread: whoever runs there decides
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,217 @@
+"""Merge task vectors that are on disk, one parameter at a time: memory does not grow with the number of tasks."""
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from clmerge.merging.accumulators import Slots, slot_blocks
+from clmerge.merging.checks import is_finite
+from clmerge.merging.merger import Merger
+from clmerge.merging.pipeline import Pipeline
+from clmerge.merging.scope import widest
+from clmerge.merging.sparsify import TrimModel
+from clmerge.merging.threshold import kth_of_pieces, sample_step
+from clmerge.merging.ties import TIES, sum_of_signs
+from clmerge.weights.task_vector import State
+
+Passes = Literal["parameter", "thresholds", "model"]
+"""How a rule is streamed: parameter by parameter, the same after a pass for thresholds, or the model as a whole."""
+
+
+class Vectors(Protocol):
+    """Task vectors that are read one parameter at a time.
+
+    Attributes:
+        names: The parameters, in the order in which they are best read.
+        num_tasks: How many task vectors there are.
+    """
+
+    names: Sequence[str]
+    num_tasks: int
+
+    def numel(self, name: str) -> int:
+        """Return how many entries a parameter has."""
+
+    def dtype(self, task: int, name: str) -> torch.dtype:
+        """Return the dtype that ``read`` gives: float32 or float64."""
+
+    def read(self, task: int, name: str) -> Tensor:
+        """Return one parameter of one task vector; it may be overwritten by the next call."""
+
+    def sample(self, task: int, name: str, step: int) -> Tensor:
+        """Return every ``step``-th entry of what ``read`` gives, flat."""
+
+
+def passes_of(merger: Merger) -> Passes:
+    """Return how a rule can be streamed.
+
+    Example:
+        >>> from clmerge.merging import GreedySoup, MagMax
+        >>> passes_of(MagMax()), passes_of(TIES()), passes_of(GreedySoup())
+        ('parameter', 'thresholds', 'model')
+    """
+    if merger.scope == "parameter":
+        return "parameter"
+    if type(merger) is TIES:
+        return "thresholds"
+    if not isinstance(merger, Pipeline) or type(merger.sparsifier) is not TrimModel:
+        return "model"
+    return "thresholds" if widest(merger._inner, merger.finisher) == "parameter" else "model"
+
+
+def working_memory(merger: Merger, sizes: Sequence[int], num_tasks: int) -> int:
+    """Estimate the bytes that merging takes at its peak, for float32.
+
+    Args:
+        merger: The rule.
+        sizes: Entries of every parameter.
+        num_tasks: How many task vectors are merged.
+    """
+    numel = sum(sizes) if passes_of(merger) == "model" else max(sizes, default=0)
+    # One parameter of a task vector, of the merged vector (twice while a sign is undecided) and of the merged model.
+    buffers = 8 * numel + 8 * max(sizes, default=0)
+    return merger.state_size(numel, num_tasks) + buffers
+
+
+def merge_out_of_core(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:
+    """Merge task vectors parameter by parameter, with the bits that merging them in memory gives.
+
+    Rules with one threshold for the whole model (TIES by default, a pipeline with ``TrimModel``) read everything
+    twice. Any other rule whose ``scope`` is ``"model"`` holds its state, one task vector and the result in memory.
+
+    Args:
+        merger: The rule and its settings; its own state is neither used nor changed.
+        vectors: The task vectors; the number of each is its task index.
+
+    Yields:
+        Names and merged parameters, scale included. A name may come a second time; then the later one counts.
+
+    Raises:
+        ValueError: If the rule needs more than task vectors, or a vector is refused; see ``Merger.update``.
+        RuntimeError: If the merged vector overflows.
+    """
+    if merger.requires:
+        raise ValueError(
+            f"expected a rule that needs task vectors alone, got {merger!r}, which also needs "
+            f"{', '.join(sorted(merger.requires))}; use it during training"
+        )
+    merger = deepcopy(merger)
+    merger.reset()
+    match passes_of(merger):
+        case "model":
+            yield from _whole(merger, vectors)
+        case "parameter":
+            yield from _by_parameter(merger, vectors)
+        case "thresholds":
+            thresholds = [_threshold(_trim_density(merger), vectors, task) for task in range(vectors.num_tasks)]
+            if isinstance(merger, TIES):
+                merger._sparsifier = _KnownThresholds(merger.density, thresholds)
+                with torch.inference_mode(False), torch.no_grad():
+                    yield from _ties(merger, vectors)
+            elif isinstance(merger, Pipeline):
+                merger.sparsifier = _KnownThresholds(_trim_density(merger), thresholds)
+                yield from _by_parameter(merger, vectors)
+
+
+class _KnownThresholds(TrimModel):
+    """Trim with thresholds that were found before, by task."""
+
+    def __init__(self, density: float, thresholds: list[float]) -> None:
+        super().__init__(density)
+        self.thresholds = thresholds
+
+    @override
+    def plan(self, vector: State, task: int) -> float:
+        return self.thresholds[task]
+
+
+class _Flat:
+    """The parameters of one task vector, flat, read anew at every walk."""
+
+    def __init__(self, vectors: Vectors, task: int) -> None:
+        self.vectors = vectors
+        self.task = task
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.vectors.read(self.task, name).reshape(-1) for name in self.vectors.names)
+
+
+def _trim_density(merger: Merger) -> float:
+    trim = merger.sparsifier if isinstance(merger, Pipeline) else merger
+    if not isinstance(trim, TrimModel | TIES):
+        raise TypeError(f"expected a rule that trims, got {merger!r}")
+    return trim.density
+
+
+def _threshold(density: float, vectors: Vectors, task: int) -> float:
+    """Find what ``TrimModel.plan`` finds, without holding the task vector."""
+    total = sum(vectors.numel(name) for name in vectors.names)
+    count = int(density * total) + 1
+    if count > total:
+        return 0.0
+    wide = any(vectors.dtype(task, name) == torch.float64 for name in vectors.names)
+    step = sample_step(total)
+    sample = [vectors.sample(task, name, step) for name in vectors.names]
+    return kth_of_pieces(_Flat(vectors, task), sample, torch.float64 if wide else torch.float32, total, count).value
+
+
+def _fold(merger: Merger, vectors: Vectors, name: str) -> None:
+    merger.reset()
+    for task in range(vectors.num_tasks):
+        merger.update({name: vectors.read(task, name)}, task=task)
+
+
+def _by_parameter(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:
+    for name in vectors.names:
+        _fold(merger, vectors, name)
+        yield name, merger.compute()[name]
+    merger.reset()
+
+
+def _whole(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:
+    for task in range(vectors.num_tasks):
+        merger.update({name: vectors.read(task, name).clone() for name in vectors.names}, task=task)
+    yield from merger.compute().items()
+
+
+def _ties(merger: TIES, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:
+    """Merge by TIES with one trim for the model.
+
+    Entries whose sum is zero take the sign that most entries of the model have, which is known only at the end. Where
+    it would make a difference a guess is written first, and the parameter is merged again if it was wrong.
+    """
+    surplus = 0
+    guesses: dict[str, bool] = {}
+    for name in vectors.names:
+        _fold(merger, vectors, name)
+        slots = merger._slots[name]
+        surplus += sum_of_signs(merger._total(block) for block, _ in slot_blocks(slots))
+        if _undecided(merger, slots):
+            guesses[name] = surplus > 0
+        yield name, _read(merger, name, surplus > 0)
+    for name in [name for name, guess in guesses.items() if guess != (surplus > 0)]:
+        _fold(merger, vectors, name)
+        yield name, _read(merger, name, surplus > 0)
+    merger.reset()
+
+
+def _undecided(merger: TIES, slots: Slots) -> bool:
+    """Return whether any entry depends on the sign that zero sums take."""
+    for block, _ in slot_blocks(slots):
+        first, second = (merger._read_block(block, sign) for sign in (1, 0))
+        # Bits, for a zero has a sign, too.
+        bits = torch.int32 if first.dtype == torch.float32 else torch.int64
+        if not torch.equal(first.view(bits), second.view(bits)):
+            return True
+    return False
+
+
+def _read(merger: TIES, name: str, positive: bool) -> Tensor:
+    merged = merger._read(name, merger._slots[name], int(positive))
+    if not is_finite(merged):
+        raise RuntimeError(f"expected finite sums, got an overflow in {name!r} of {merger!r}; scale it down")
+    return merged
