@@ -18,12 +18,14 @@ from clmerge.merging.soup import GreedySoup
 from clmerge.merging.sparsify import RandomDrop, Sparsifier, TrimModel, TrimTensor
 from clmerge.merging.stock import ModelStock
 from clmerge.merging.ties import TIES
+from clmerge.merging.tsvm import TSVM
 from clmerge.merging.weighted import WeightedAverage
 
 __all__ = [
     "DARE",
     "PAINT",
     "TIES",
+    "TSVM",
     "UGM",
     "CoFiMA",
     "FedNova",

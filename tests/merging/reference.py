@@ -410,6 +410,8 @@ CASES.update(
     {
         "IsoC": Case(merging.IsoC, spectral.iso_c(1.0), condition=100),
         "IsoC scale": Case(lambda: merging.IsoC(scale=1.5), spectral.iso_c(1.5), condition=100),
+        "TSVM": Case(merging.TSVM, spectral.tsvm(1.0), generic=True, condition=100),
+        "TSVM scale": Case(lambda: merging.TSVM(scale=0.5), spectral.tsvm(0.5), generic=True, condition=100),
     }
 )
 # End of the spectral rules

@@ -35,3 +35,22 @@ def iso_c(scale):
         return scale * s.sum() / min(total.shape) * u @ vh
 
     return by_kind(rule, mean(scale))
+
+
+def polar(matrix):
+    if not matrix.size:
+        return matrix
+    u, _, vh = svd(matrix)
+    return u @ vh
+
+
+def tsvm(scale):
+    def rule(taus):
+        share = min(taus.shape[1:]) // len(taus)
+        triplets = [svd(tau) for tau in taus]
+        u = np.hstack([u[:, :share] for u, _, _ in triplets])
+        s = np.concatenate([s[:share] for _, s, _ in triplets])
+        vh = np.vstack([vh[:share] for _, _, vh in triplets])
+        return scale * polar(u) @ np.diag(s) @ polar(vh)
+
+    return by_kind(rule, mean(scale))
