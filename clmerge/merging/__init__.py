@@ -13,6 +13,7 @@ from clmerge.merging.matrices import Matrices
 from clmerge.merging.merger import Merger, Score, Statistics
 from clmerge.merging.pipeline import Pipeline
 from clmerge.merging.random_mix import RandomMix
+from clmerge.merging.regmean import RegMean
 from clmerge.merging.registry import registered_mergers
 from clmerge.merging.soup import GreedySoup
 from clmerge.merging.sparsify import RandomDrop, Sparsifier, TrimModel, TrimTensor
@@ -20,6 +21,7 @@ from clmerge.merging.stock import ModelStock
 from clmerge.merging.ties import TIES
 from clmerge.merging.tsvm import TSVM
 from clmerge.merging.weighted import WeightedAverage
+from clmerge.merging.wudi import WUDI, ACTMat
 
 __all__ = [
     "DARE",
@@ -27,6 +29,8 @@ __all__ = [
     "TIES",
     "TSVM",
     "UGM",
+    "WUDI",
+    "ACTMat",
     "CoFiMA",
     "FedNova",
     "Finisher",
@@ -40,6 +44,7 @@ __all__ = [
     "Pipeline",
     "RandomDrop",
     "RandomMix",
+    "RegMean",
     "Scale",
     "Score",
     "Sparsifier",

@@ -45,6 +45,7 @@ class CoFiMA(Merger):
     source = "2312.08977"
     order_free = False
     requires = frozenset({"fisher"})
+    scope = "parameter"  # _plan only looks whether the statistics fit
 
     def __init__(
         self, alpha: float = 0.5, *, use_fisher: bool = True, clip: float | None = None, floor: float = 1e-12

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, device_of, float_dtype, slot_blocks
 from clmerge.merging.merger import Merger, Step
+from clmerge.merging.scope import Scope
 from clmerge.merging.statistics import diagonal_of
 from clmerge.weights.task_vector import State
 
@@ -21,6 +22,7 @@ class _Precision(Merger):
 
     removable = True
     requires = frozenset({"fisher"})
+    scope = "parameter"  # _plan only looks whether the statistics fit
     prior: float = 0.0  # Fisher information that is there before any task
 
     @override
@@ -89,6 +91,7 @@ class Fisher(_Precision):
     name = "fisher"
     summary = "mean weighted by the diagonal Fisher information"
     source = "2111.09832"
+    scope: Scope = "parameter"
 
     def __init__(
         self,
@@ -106,6 +109,8 @@ class Fisher(_Precision):
         self.floor = floor
         self.granularity = granularity
         self.normalize = normalize
+        if normalize:
+            self.scope = "model"
         self.scale = scale
 
     @override

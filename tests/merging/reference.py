@@ -415,3 +415,84 @@ CASES.update(
     }
 )
 # End of the spectral rules
+
+
+def matrices_or_mean(solve: Callable[[str, list[np.ndarray], list[int]], np.ndarray], scale: float = 1.0) -> Batch:
+    def batch(vectors, tasks):
+        return {
+            name: scale
+            * (
+                solve(name, [vector[name] for vector in vectors], tasks)
+                if entries.ndim == 2 and entries.size
+                else stacked(vectors, name).mean(axis=0)
+            )
+            for name, entries in vectors[0].items()
+        }
+
+    return batch
+
+
+def regmean(reduce: float, ridge: float, scale: float) -> Batch:
+    def batch(vectors, tasks):
+        def solve(name, taus, tasks):
+            grams = [statistics_of(task, shapes_of(vectors))["gram"][name].numpy() for task in tasks]
+            grams = [np.where(np.eye(len(gram)) > 0, gram, reduce * gram) for gram in grams]
+            pull = ridge * np.trace(sum(grams)) / len(grams[0]) * np.eye(len(grams[0]))
+            moment = sum(tau @ gram for tau, gram in zip(taus, grams, strict=True)) + np.mean(taus, axis=0) @ pull
+            return np.linalg.solve(sum(grams) + pull, moment.T).T
+
+        return matrices_or_mean(solve, scale)(vectors, tasks)
+
+    return batch
+
+
+def shapes_of(vectors: list[Vector]) -> dict[str, tuple[int, ...]]:
+    return {name: entries.shape for name, entries in vectors[0].items()}
+
+
+def interference(ridge: float, normalize: bool, towards: Callable) -> Callable:
+    """The minimiser of the interference as one least-squares problem, without any Gram matrix."""
+
+    def solve(name, taus, tasks):
+        norms = [np.linalg.norm(tau) if normalize else 1.0 for tau in taus]
+        if not np.any(taus):
+            return np.zeros(taus[0].shape)
+        rows = np.vstack([tau / (norm or 1) for tau, norm in zip(taus, norms, strict=True)])
+        wanted = np.vstack([tau @ tau.T / (norm or 1) for tau, norm in zip(taus, norms, strict=True)])
+        pull = np.sqrt(ridge * np.sum(rows**2) / rows.shape[1])
+        rows = np.vstack([rows, pull * np.eye(rows.shape[1])])
+        wanted = np.vstack([wanted, pull * towards(taus, axis=0).T])
+        return np.linalg.lstsq(rows, wanted, rcond=None)[0].T
+
+    return solve
+
+
+def wudi_adam(steps: int, lr: float) -> Callable:
+    def solve(name, taus, tasks):
+        merged, first, second = np.sum(taus, axis=0), 0.0, 0.0
+        grams = [tau.T @ tau / (np.linalg.norm(tau) ** 2 or 1) for tau in taus]
+        for step in range(1, steps + 1):
+            gradient = sum(2 * (merged - tau) @ gram for tau, gram in zip(taus, grams, strict=True))
+            first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+            rms = np.sqrt(second / (1 - 0.999**step))
+            merged = merged - lr * first / (1 - 0.9**step) / (rms + 1e-8)
+        return merged
+
+    return solve
+
+
+CASES.update(
+    {
+        "RegMean": Case(merging.RegMean, regmean(0.9, 1e-8, 1.0)),
+        "RegMean ridge": Case(lambda: merging.RegMean(1.0, ridge=0.1, scale=0.5), regmean(1.0, 0.1, 0.5)),
+        "WUDI ridge": Case(
+            lambda: merging.WUDI("ridge"), matrices_or_mean(interference(1e-8, normalize=True, towards=np.sum))
+        ),
+        "WUDI": Case(
+            lambda: merging.WUDI(steps=4, lr=1e-3, scale=0.5),
+            matrices_or_mean(wudi_adam(4, 1e-3), 0.5),
+            homogeneous=False,
+        ),
+        "ACTMat": Case(merging.ACTMat, matrices_or_mean(interference(1e-8, normalize=False, towards=np.mean))),
+    }
+)

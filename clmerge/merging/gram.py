@@ -1,0 +1,132 @@
+"""What the Gram rules share: a matrix equation per weight matrix, from sums over the tasks."""
+
+from abc import abstractmethod
+from fnmatch import fnmatchcase
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from clmerge.merging.accumulators import SlotDtypes, Slots, copied, device_of, float_dtype, slot_blocks
+from clmerge.merging.merger import Merger, Step
+
+IN_OUT = ("proj", "*.proj", "text_projection", "*.text_projection")
+"""CLIP's projections, which are used as ``x @ proj``: their shape is (in, out), not (out, in)."""
+
+
+class _Gram(Merger):
+    """Keep ``sum(G_t)`` and ``sum(tau_t G_t)`` of every matrix in float64, and the sum of everything.
+
+    Rules differ in what the Gram matrix ``G_t``, shape (in, in), is. Shapes are (out, in) but for parameters
+    that match ``transposed``.
+    """
+
+    removable = True
+    transposed: tuple[str, ...] = IN_OUT
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._grams: dict[str, Slots] = {}
+
+    @abstractmethod
+    def _gram(self, name: str, tau: Tensor, plan: Any) -> Tensor | None:
+        """Return the float64 Gram matrix of a parameter, shape (in, in), or None to merge it without."""
+
+    @abstractmethod
+    def _solve(self, total: Tensor, gram: Tensor, moment: Tensor) -> Tensor:
+        """Return the merged matrix, (out, in), from ``sum(tau_t)``, ``sum(G_t)`` and ``sum(tau_t G_t)``."""
+
+    @abstractmethod
+    def _read_other(self, total: Tensor) -> Tensor:
+        """Return what becomes of a parameter without Gram matrix, from ``sum(tau_t)``."""
+
+    def _oriented(self, name: str, tensor: Tensor) -> Tensor:
+        """Turn an (in, out) parameter to (out, in), or back."""
+        return tensor.t() if any(fnmatchcase(name, pattern) for pattern in self.transposed) else tensor
+
+    @override
+    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
+        return {"sum": None}
+
+    @override
+    def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
+        for block, (piece,) in slot_blocks(slots, tau):
+            block["sum"].add_(piece.to(block["sum"].dtype), alpha=step.sign)
+        matrix = self._oriented(name, tau).double() if tau.ndim == 2 else tau
+        gram = self._gram(name, matrix, plan)
+        if gram is None:
+            return
+        gram = gram.to(device_of(slots))
+        if name not in self._grams:
+            self._grams[name] = {"gram": torch.zeros_like(gram), "moment": torch.zeros_like(matrix)}
+        held = self._grams[name]
+        held["gram"].add_(gram, alpha=step.sign)
+        held["moment"].addmm_(matrix, gram, alpha=step.sign)
+
+    @override
+    def _read(self, name: str, slots: Slots, overview: Any) -> Tensor:
+        if name not in self._grams or not slots["sum"].numel():
+            return self._read_other(slots["sum"])
+        total = self._oriented(name, slots["sum"]).double()
+        merged = self._solve(total, self._grams[name]["gram"], self._grams[name]["moment"])
+        return self._oriented(name, merged).to(float_dtype(slots)).contiguous()
+
+    @override
+    def to(self, device: torch.device | str) -> Self:
+        super().to(device)
+        self._grams = copied(self._grams, self._device)
+        return self
+
+    @override
+    def state_size(self, num_params: int, num_tasks: int) -> int:
+        """Return the bytes the accumulators take; the Gram part follows the shapes and is 0 before an update.
+
+        Args:
+            num_params: Entries of one task vector.
+            num_tasks: Task vectors merged.
+        """
+        matrices = sum(tensor.nbytes for held in self._grams.values() for tensor in held.values())
+        return super().state_size(num_params, num_tasks) + matrices
+
+    @override
+    def _extras(self) -> dict[str, Any]:
+        return {"grams": copied(self._grams)}
+
+    @override
+    def _load_extras(self, extras: dict[str, Any]) -> None:
+        self._grams = copied(extras.get("grams", {}), self._device)
+
+    @override
+    def _join_extras(self, other: Self) -> None:
+        for name, held in self._grams.items():
+            for slot, tensor in held.items():
+                tensor.add_(other._grams[name][slot].to(tensor.device))
+
+
+def ridge_solution(start: Tensor, gram: Tensor, moment: Tensor, ridge: float) -> Tensor:
+    """Solve ``W gram = moment`` for W, as near to ``start`` as the equation leaves free.
+
+    The minimiser of ``tr(W gram W^T) / 2 - tr(W moment^T) + r / 2 |W - start|^2`` is ``start + (moment - start gram)
+    (gram + r I)^-1``: directions that the Gram matrix does not see keep ``start``.
+
+    Args:
+        start: Shape (out, in), float64.
+        gram: Symmetric positive semi-definite, shape (in, in), float64.
+        moment: Shape (out, in), float64.
+        ridge: ``r`` as a share of the mean of the Gram matrix's diagonal, above 0.
+
+    Returns:
+        Shape (out, in).
+
+    Example:
+        >>> start, gram = torch.tensor([[1.0, 1.0]]).double(), torch.tensor([[2.0, 0.0], [0.0, 0.0]]).double()
+        >>> ridge_solution(start, gram, torch.tensor([[6.0, 0.0]]).double(), ridge=1e-9).round(decimals=3)
+        tensor([[3., 1.]], dtype=torch.float64)
+    """
+    mean = float(gram.diagonal().mean())
+    if mean <= torch.finfo(torch.float64).tiny:
+        return start
+    penalised = gram + ridge * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    correction: Tensor = torch.linalg.solve(penalised, moment - start @ gram, left=False)
+    return start + correction
