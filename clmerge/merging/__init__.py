@@ -2,6 +2,7 @@
 
 from clmerge.merging.cofima import CoFiMA
 from clmerge.merging.dare import DARE
+from clmerge.merging.fedatt import FedAtt
 from clmerge.merging.fednova import FedNova
 from clmerge.merging.finish import Finisher, Scale
 from clmerge.merging.fisher import UGM, Fisher
@@ -11,10 +12,12 @@ from clmerge.merging.linear import TaskArithmetic, WeightAverage
 from clmerge.merging.magmax import MagMax
 from clmerge.merging.matrices import Matrices
 from clmerge.merging.merger import Merger, Score, Statistics
+from clmerge.merging.metagpt import MetaGPT
 from clmerge.merging.pipeline import Pipeline
 from clmerge.merging.random_mix import RandomMix
 from clmerge.merging.regmean import RegMean
 from clmerge.merging.registry import registered_mergers
+from clmerge.merging.slerp import SLERP
 from clmerge.merging.soup import GreedySoup
 from clmerge.merging.sparsify import RandomDrop, Sparsifier, TrimModel, TrimTensor
 from clmerge.merging.stock import ModelStock
@@ -26,12 +29,14 @@ from clmerge.merging.wudi import WUDI, ACTMat
 __all__ = [
     "DARE",
     "PAINT",
+    "SLERP",
     "TIES",
     "TSVM",
     "UGM",
     "WUDI",
     "ACTMat",
     "CoFiMA",
+    "FedAtt",
     "FedNova",
     "Finisher",
     "Fisher",
@@ -40,6 +45,7 @@ __all__ = [
     "MagMax",
     "Matrices",
     "Merger",
+    "MetaGPT",
     "ModelStock",
     "Pipeline",
     "RandomDrop",

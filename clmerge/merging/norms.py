@@ -22,7 +22,7 @@ def inner_product(left: Tensor, right: Tensor) -> float:
     """
     # Products are taken in float64: those of float32 values may not be float32 values.
     pieces = blocks(left.detach().reshape(-1), right.detach().reshape(-1))
-    return sum(float(a.double().mul_(b).sum()) for a, b in pieces)
+    return sum(float((a.double() * b).sum()) for a, b in pieces)
 
 
 def squared_norm(tensor: Tensor) -> float:

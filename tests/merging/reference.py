@@ -308,6 +308,32 @@ def fednova(scale: float) -> Batch:
     return batch
 
 
+def fedatt(temperature: float, scale: float) -> Batch:
+    def rule(taus):
+        logits = np.linalg.norm(taus.reshape(len(taus), -1), axis=1) / temperature
+        attention = np.exp(logits - logits.max())
+        return scale * np.tensordot(attention / attention.sum(), taus, axes=1)
+
+    return each(rule)
+
+
+def slerp(t: float | None, scale: float) -> Batch:
+    def rule(taus):
+        merged = taus[0]
+        for count, tau in enumerate(taus[1:], start=2):
+            share = 1 / count if t is None else t
+            norms = np.linalg.norm(merged) * np.linalg.norm(tau)
+            cosine = (merged * tau).sum() / norms if norms else 1.0
+            if abs(cosine) > 0.9995:
+                merged = (1 - share) * merged + share * tau
+            else:
+                angle = np.arccos(cosine)
+                merged = (np.sin((1 - share) * angle) * merged + np.sin(share * angle) * tau) / np.sin(angle)
+        return scale * merged
+
+    return each(rule)
+
+
 PREFERENCES = [0.3, 0.1, 0.05, 0.05, 0.1, 0.02, 0.08, 0.1, 0.1, 0.1]
 
 CASES.update(
@@ -329,6 +355,17 @@ CASES.update(
         ),
         "FedNova": Case(merging.FedNova, fednova(1.0)),
         "FedNova scale": Case(lambda: merging.FedNova(scale=0.5), fednova(0.5)),
+        "MetaGPT": Case(merging.MetaGPT, weighted(lambda vectors, tasks: [norm(vector) ** 2 for vector in vectors])),
+        "MetaGPT scale": Case(
+            lambda: merging.MetaGPT(scale=-0.5),
+            weighted(lambda vectors, tasks: [norm(vector) ** 2 for vector in vectors], -0.5),
+        ),
+        "FedAtt": Case(merging.FedAtt, fedatt(1.0, 1.0), homogeneous=False),
+        "FedAtt nearest": Case(
+            lambda: merging.FedAtt(temperature=-2.0, scale=0.7), fedatt(-2.0, 0.7), homogeneous=False
+        ),
+        "SLERP": Case(merging.SLERP, slerp(None, 1.0)),
+        "SLERP t": Case(lambda: merging.SLERP(0.3, scale=2.0), slerp(0.3, 2.0)),
     }
 )
 

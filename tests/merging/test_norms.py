@@ -17,3 +17,9 @@ def test_all_blocks_of_large_and_strided_tensors_count():
 
 def test_empty_and_scalar_parameters():
     assert vector_norm({"none": torch.zeros(0, 3), "one": torch.tensor(-2.0)}) == 2.0
+
+
+def test_float64_is_read_not_written():
+    entries = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    assert (inner_product(entries, 2 * entries), squared_norm(entries)) == (26.0, 13.0)
+    assert entries.tolist() == [2.0, 3.0]
