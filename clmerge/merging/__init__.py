@@ -13,10 +13,11 @@ from clmerge.merging.magmax import MagMax
 from clmerge.merging.matrices import Matrices
 from clmerge.merging.merger import Merger, Score, Statistics
 from clmerge.merging.metagpt import MetaGPT
+from clmerge.merging.opcm import OPCM
 from clmerge.merging.pipeline import Pipeline
 from clmerge.merging.random_mix import RandomMix
-from clmerge.merging.regmean import RegMean
 from clmerge.merging.registry import registered_mergers
+from clmerge.merging.regmean import RegMean
 from clmerge.merging.slerp import SLERP
 from clmerge.merging.soup import GreedySoup
 from clmerge.merging.sparsify import RandomDrop, Sparsifier, TrimModel, TrimTensor
@@ -28,6 +29,7 @@ from clmerge.merging.wudi import WUDI, ACTMat
 
 __all__ = [
     "DARE",
+    "OPCM",
     "PAINT",
     "SLERP",
     "TIES",

@@ -449,6 +449,14 @@ CASES.update(
         "IsoC scale": Case(lambda: merging.IsoC(scale=1.5), spectral.iso_c(1.5), condition=100),
         "TSVM": Case(merging.TSVM, spectral.tsvm(1.0), generic=True, condition=100),
         "TSVM scale": Case(lambda: merging.TSVM(scale=0.5), spectral.tsvm(0.5), generic=True, condition=100),
+        "OPCM": Case(merging.OPCM, spectral.opcm(0.5, True, 1.0), generic=True, condition=100),
+        "OPCM released": Case(
+            lambda: merging.OPCM(0.8, zero_diagonal="released", scale=2.0),
+            spectral.opcm(0.8, False, 2.0),
+            generic=True,
+            condition=100,
+        ),
+        "OPCM all": Case(lambda: merging.OPCM(1.0), spectral.opcm(1.0, True, 1.0), generic=True, condition=100),
     }
 )
 # End of the spectral rules

@@ -54,3 +54,35 @@ def tsvm(scale):
         return scale * polar(u) @ np.diag(s) @ polar(vh)
 
     return by_kind(rule, mean(scale))
+
+
+def length(vector):
+    return np.sqrt(sum((entries**2).sum() for entries in vector.values()))
+
+
+def projected(merged, tau, alpha, zero_diagonal):
+    u, s, vh = np.linalg.svd(merged, full_matrices=True)
+    coordinates = u.T @ tau @ vh.T
+    rank = int(np.argmax(np.cumsum(s) / s.sum() > alpha)) if alpha < 1 else 0
+    coordinates[:rank, :rank] = 0
+    if zero_diagonal:
+        np.fill_diagonal(coordinates[: len(s), : len(s)], 0)
+    return u @ coordinates @ vh
+
+
+def opcm(alpha, zero_diagonal, scale):
+    def batch(vectors, tasks):
+        merged, shrinkage, lengths = vectors[0], 1.0, [length(vectors[0])]
+        for vector in vectors[1:]:
+            lengths.append(length(vector))
+            grown = {}
+            for name, tau in vector.items():
+                added = tau
+                if tau.ndim == 2 and tau.size:
+                    added = projected(merged[name], tau, alpha, zero_diagonal)
+                grown[name] = shrinkage * merged[name] + added
+            shrinkage = length(grown) / np.mean(lengths)
+            merged = {name: entries / shrinkage for name, entries in grown.items()}
+        return {name: scale * entries for name, entries in merged.items()}
+
+    return batch
