@@ -1,7 +1,9 @@
 """Mergers: streaming rules that fold one task vector at a time into the running model. Pure tensor code."""
 
+from clmerge.merging.breadcrumbs import Breadcrumbs, BreadcrumbsMask
 from clmerge.merging.cofima import CoFiMA
 from clmerge.merging.dare import DARE
+from clmerge.merging.della import DELLA, MagnitudeDrop
 from clmerge.merging.fedatt import FedAtt
 from clmerge.merging.fednova import FedNova
 from clmerge.merging.finish import Finisher, Scale
@@ -29,6 +31,7 @@ from clmerge.merging.wudi import WUDI, ACTMat
 
 __all__ = [
     "DARE",
+    "DELLA",
     "OPCM",
     "PAINT",
     "SLERP",
@@ -37,6 +40,8 @@ __all__ = [
     "UGM",
     "WUDI",
     "ACTMat",
+    "Breadcrumbs",
+    "BreadcrumbsMask",
     "CoFiMA",
     "FedAtt",
     "FedNova",
@@ -45,6 +50,7 @@ __all__ = [
     "GreedySoup",
     "IsoC",
     "MagMax",
+    "MagnitudeDrop",
     "Matrices",
     "Merger",
     "MetaGPT",

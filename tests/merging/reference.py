@@ -541,3 +541,51 @@ CASES.update(
         "ACTMat": Case(merging.ACTMat, matrices_or_mean(interference(1e-8, normalize=False, towards=np.mean))),
     }
 )
+
+
+def middle_kept(beta: float, gamma: float, reduce: Batch) -> Batch:
+    def sparse(entries):
+        kept = np.zeros(entries.size)
+        order = np.argsort(-np.abs(entries.ravel()), kind="stable")
+        middle = order[int(gamma * entries.size) : entries.size - int(beta * entries.size)]
+        kept[middle] = entries.ravel()[middle]
+        return kept.reshape(entries.shape)
+
+    return lambda vectors, tasks: reduce([{name: sparse(v[name]) for name in v} for v in vectors], tasks)
+
+
+def dropped_by_rank(drop_rate: float, window: float, rescale: str, seed: int, reduce: Batch) -> Batch:
+    def sparse(name, entries, task):
+        rows = entries.reshape(-1, entries.shape[-1] if entries.ndim else 1)
+        ranks = np.abs(rows).argsort(axis=1, kind="stable").argsort(axis=1)
+        columns = rows.shape[1]
+        position = ranks / (columns - 1) - 0.5 if columns > 1 else np.zeros(rows.shape)
+        share = (1 - drop_rate + window * position).reshape(entries.shape)
+        kept = np.where(uniform("della", seed, task, name, entries.shape) < share, entries, 0)
+        if rescale == "probability":
+            return kept / share
+        rest = np.abs(kept).sum()
+        return kept * (np.abs(entries).sum() / rest if rescale == "l1" and rest else 1)
+
+    return lambda vectors, tasks: reduce(
+        [{name: sparse(name, v[name], task) for name in v} for v, task in zip(vectors, tasks, strict=True)], tasks
+    )
+
+
+CASES.update(
+    {
+        "Breadcrumbs": Case(merging.Breadcrumbs, middle_kept(0.85, 0.007, total(0.3))),
+        "Breadcrumbs tails": Case(
+            lambda: merging.Breadcrumbs(0.3, 0.25, scale=-0.5), middle_kept(0.3, 0.25, total(-0.5))
+        ),
+        "DELLA": Case(merging.DELLA, dropped_by_rank(0.3, 0.14, "probability", 0, ties(1.0, "tensor", "mean", 1.1))),
+        "DELLA l1, task arithmetic": Case(
+            lambda: merging.DELLA(0.6, window=0.5, rescale="l1", seed=5, reducer=merging.TaskArithmetic(0.5)),
+            dropped_by_rank(0.6, 0.5, "l1", 5, total(0.5)),
+        ),
+        "DELLA none, max": Case(
+            lambda: merging.DELLA(0.5, rescale="none", reducer=merging.MagMax()),
+            dropped_by_rank(0.5, 0.14, "none", 0, max_magnitude(0.5)),
+        ),
+    }
+)
