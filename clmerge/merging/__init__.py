@@ -10,6 +10,7 @@ from clmerge.merging.finish import Finisher, Scale
 from clmerge.merging.fisher import UGM, Fisher
 from clmerge.merging.interpolation import PAINT, WiSEFT
 from clmerge.merging.iso import IsoC
+from clmerge.merging.iso_cts import IsoCTS
 from clmerge.merging.linear import TaskArithmetic, WeightAverage
 from clmerge.merging.magmax import MagMax
 from clmerge.merging.matrices import Matrices
@@ -49,6 +50,7 @@ __all__ = [
     "Fisher",
     "GreedySoup",
     "IsoC",
+    "IsoCTS",
     "MagMax",
     "MagnitudeDrop",
     "Matrices",

@@ -457,6 +457,10 @@ CASES.update(
             condition=100,
         ),
         "OPCM all": Case(lambda: merging.OPCM(1.0), spectral.opcm(1.0, True, 1.0), generic=True, condition=100),
+        "IsoCTS": Case(merging.IsoCTS, spectral.iso_cts(0.8, 1.0), generic=True, condition=100),
+        "IsoCTS half": Case(
+            lambda: merging.IsoCTS(0.5, scale=1.5), spectral.iso_cts(0.5, 1.5), generic=True, condition=100
+        ),
     }
 )
 # End of the spectral rules

@@ -86,3 +86,22 @@ def opcm(alpha, zero_diagonal, scale):
         return {name: scale * entries for name, entries in merged.items()}
 
     return batch
+
+
+def iso_cts(common, scale):
+    def rule(taus):
+        total = taus.sum(axis=0)
+        size, num_tasks = min(total.shape), len(taus)
+        share = min(round((size - int(size * common)) / num_tasks), size // num_tasks)
+        num_common = size - share * num_tasks
+        u, s, vh = svd(total)
+        basis = u[:, :num_common]
+        lefts, values, rights = [basis], [s[:num_common]], [vh[:num_common]]
+        for tau in taus:
+            u_t, s_t, vh_t = svd(tau - basis @ basis.T @ tau, largest=np.linalg.norm(tau))
+            lefts.append(u_t[:, :share])
+            values.append(s_t[:share])
+            rights.append(vh_t[:share])
+        return scale * np.concatenate(values).sum() / size * polar(np.hstack(lefts)) @ polar(np.vstack(rights))
+
+    return by_kind(rule, mean(scale))
