@@ -11,6 +11,7 @@ from clmerge.merging.fisher import UGM, Fisher
 from clmerge.merging.interpolation import PAINT, WiSEFT
 from clmerge.merging.iso import IsoC
 from clmerge.merging.iso_cts import IsoCTS
+from clmerge.merging.knots import KnOTS
 from clmerge.merging.linear import TaskArithmetic, WeightAverage
 from clmerge.merging.magmax import MagMax
 from clmerge.merging.matrices import Matrices
@@ -51,6 +52,7 @@ __all__ = [
     "GreedySoup",
     "IsoC",
     "IsoCTS",
+    "KnOTS",
     "MagMax",
     "MagnitudeDrop",
     "Matrices",

@@ -461,6 +461,13 @@ CASES.update(
         "IsoCTS half": Case(
             lambda: merging.IsoCTS(0.5, scale=1.5), spectral.iso_cts(0.5, 1.5), generic=True, condition=100
         ),
+        "KnOTS": Case(merging.KnOTS, spectral.knots(ties(0.2, "model", "mean", 1.0), 1.0), generic=True, condition=100),
+        "KnOTS tensor": Case(
+            lambda: merging.KnOTS(0.5, trim="tensor", merge="sum", scale=0.6),
+            spectral.knots(ties(0.5, "tensor", "sum", 1.0), 0.6),
+            generic=True,
+            condition=100,
+        ),
     }
 )
 # End of the spectral rules

@@ -105,3 +105,19 @@ def iso_cts(common, scale):
         return scale * np.concatenate(values).sum() / size * polar(np.hstack(lefts)) @ polar(np.vstack(rights))
 
     return by_kind(rule, mean(scale))
+
+
+def knots(reduce, scale):
+    """``reduce`` is TIES in batch form; it sees the coordinates of all matrices."""
+
+    def batch(vectors, tasks):
+        bases, coordinates = {}, [{} for _ in vectors]
+        merged = by_kind(lambda taus: None, mean(scale))(vectors, tasks)
+        for name in [name for name, entries in merged.items() if entries is None]:
+            bases[name], s, vh = svd(np.hstack([vector[name] for vector in vectors]))
+            for own, part in zip(coordinates, np.hsplit(s[:, None] * vh, len(vectors)), strict=True):
+                own[name] = part
+        reduced = reduce(coordinates, tasks) if bases else {}
+        return merged | {name: scale * bases[name] @ part for name, part in reduced.items()}
+
+    return batch

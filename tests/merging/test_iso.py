@@ -42,3 +42,11 @@ def test_what_is_no_matrix_is_averaged():
     tau = merged(IsoC(scale=2.0), taus)
     assert torch.equal(tau["b"], torch.tensor([5.0]))
     assert torch.equal(tau["conv"], torch.full((2, 2, 1, 1), 5.0))
+
+
+def test_a_fused_weight_can_be_merged_as_three():
+    taus = [{"attn.in_proj_weight": tau["w"]} for tau in vectors(12, 4)]
+    split = merged(IsoC(split_qkv=True), taus)["attn.in_proj_weight"]
+    parts = [{f"{i}": tau["attn.in_proj_weight"][4 * i : 4 * i + 4] for i in range(3)} for tau in taus]
+    torch.testing.assert_close(split, torch.cat(list(merged(IsoC(), parts).values())))
+    assert not torch.allclose(split, merged(IsoC(), taus)["attn.in_proj_weight"], atol=0.1)
