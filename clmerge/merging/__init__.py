@@ -7,11 +7,14 @@ from clmerge.merging.della import DELLA, MagnitudeDrop
 from clmerge.merging.fedatt import FedAtt
 from clmerge.merging.fednova import FedNova
 from clmerge.merging.finish import Finisher, Scale
+from clmerge.merging.finish import ClipNorm, Finisher, Scale
 from clmerge.merging.fisher import UGM, Fisher
+from clmerge.merging.grouped import GroupScale
 from clmerge.merging.interpolation import PAINT, WiSEFT
 from clmerge.merging.iso import IsoC
 from clmerge.merging.iso_cts import IsoCTS
 from clmerge.merging.knots import KnOTS
+from clmerge.merging.layers import LayerScale, LiNeS
 from clmerge.merging.linear import TaskArithmetic, WeightAverage
 from clmerge.merging.magmax import MagMax
 from clmerge.merging.matrices import Matrices
@@ -44,15 +47,19 @@ __all__ = [
     "ACTMat",
     "Breadcrumbs",
     "BreadcrumbsMask",
+    "ClipNorm",
     "CoFiMA",
     "FedAtt",
     "FedNova",
     "Finisher",
     "Fisher",
     "GreedySoup",
+    "GroupScale",
     "IsoC",
     "IsoCTS",
     "KnOTS",
+    "LayerScale",
+    "LiNeS",
     "MagMax",
     "MagnitudeDrop",
     "Matrices",

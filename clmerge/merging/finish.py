@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from typing_extensions import override
 
 from clmerge.merging.configured import Configured
+from clmerge.merging.norms import vector_norm
 from clmerge.merging.scope import Scope, Scoped
 from clmerge.weights.task_vector import TaskVector
 
@@ -50,3 +51,31 @@ class Scale(Finisher):
         for tensor in vector.values():
             tensor.mul_(self.scale)
         return vector
+
+
+class ClipNorm(Finisher):
+    """Shorten the merged vector to a largest L2 norm, that of the whole vector; shorter ones stay as they are.
+
+    Args:
+        max_norm: The largest norm, above 0.
+
+    Raises:
+        ValueError: If ``max_norm`` is not positive.
+
+    Example:
+        >>> import torch
+        >>> ClipNorm(1.0).finish({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+        {'a': tensor([0.6000]), 'b': tensor([0.8000])}
+    """
+
+    name = "clip_norm"
+
+    def __init__(self, max_norm: float) -> None:
+        if not max_norm > 0:
+            raise ValueError(f"expected a positive max_norm, got {max_norm}")
+        self.max_norm = max_norm
+
+    @override
+    def finish(self, vector: TaskVector) -> TaskVector:
+        norm = vector_norm(vector)
+        return Scale(self.max_norm / norm).finish(vector) if norm > self.max_norm else vector

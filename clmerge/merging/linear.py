@@ -1,5 +1,6 @@
 """Linear rules: the average of task vectors (uniform soup) and task arithmetic."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -7,20 +8,30 @@ from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots
 from clmerge.merging.merger import Merger, Step
+from clmerge.merging.scope import Scope
+from clmerge.weights.task_vector import State
 
 
 class _Sum(Merger):
-    """Keep the sum of the task vectors, in one accumulator per parameter."""
+    """Keep the sum of the task vectors, each times a fixed weight, in one accumulator per parameter."""
 
     removable = True
+    scope: Scope = "parameter"
+
+    def _weight(self, step: Step) -> float:
+        return 1.0
 
     @override
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
         return {"sum": None}
 
     @override
-    def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
-        slots["sum"].add_(tau, alpha=step.sign)
+    def _plan(self, vector: State, step: Step) -> float:
+        return step.sign * self._weight(step)
+
+    @override
+    def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: float) -> None:
+        slots["sum"].add_(tau, alpha=plan)
 
 
 class WeightAverage(_Sum):
@@ -57,11 +68,20 @@ class WeightAverage(_Sum):
 class TaskArithmetic(_Sum):
     """Add the task vectors: ``scale * sum(tau_t)`` (Ilharco et al., arXiv 2212.04089).
 
-    A negative scale subtracts what was learned (negation). State: 4 bytes per parameter.
+    With a weight per task it is ``scale * sum(weights[t] * tau_t)``, and does all arithmetic there is:
+
+    - negation subtracts what was learned: a negative ``scale``, or a weight of -1 for one task;
+    - an analogy makes up a task vector from three others, D is to C as B is to A: ``tau_C + tau_B - tau_A`` with
+      ``weights=[1, 1, -1]`` for tasks C, B and A;
+    - extrapolation goes beyond the fine-tuned model: one task and a ``scale`` above 1, which is 1 + alpha of ExPO
+      (arXiv 2404.16792).
+
+    State: 4 bytes per parameter.
 
     Args:
         scale: Scaling coefficient. The default 0.3 is what the paper's authors and their followers use for
             eight tasks; the best value falls as tasks are added, and two tasks want about 0.8.
+        weights: One weight per task index, of any sign, on top of ``scale``. Default: 1 for every task.
 
     Example:
         >>> import torch
@@ -73,13 +93,36 @@ class TaskArithmetic(_Sum):
     """
 
     name = "task_arithmetic"
-    summary = "scaled sum of the task vectors; a negative scale is negation"
+    summary = "scaled sum of the task vectors; weights make negation, analogies and extrapolation"
     source = "2212.04089"
 
-    def __init__(self, scale: float = 0.3) -> None:
+    def __init__(self, scale: float = 0.3, *, weights: Sequence[float] | None = None) -> None:
         super().__init__()
         self.scale = scale
+        self.weights = None if weights is None else list(weights)
+
+    @override
+    def _weight(self, step: Step) -> float:
+        return 1.0 if self.weights is None else task_weight(self.weights, step)
 
     @override
     def _read_block(self, slots: Slots, overview: Any) -> Tensor:
         return slots["sum"] * self.scale
+
+
+def task_weight(weights: Sequence[float], step: Step) -> float:
+    """Return the weight of a task.
+
+    Args:
+        weights: Weights by task index.
+        step: The update of the task.
+
+    Raises:
+        ValueError: If there is no weight for the task.
+    """
+    if not 0 <= step.task < len(weights):
+        raise ValueError(
+            f"expected a weight for every task, got {len(weights)} weights and task {step.task}; "
+            "give as many weights as there are tasks"
+        )
+    return weights[step.task]

@@ -6,6 +6,7 @@ from typing import Literal
 
 from typing_extensions import override
 
+from clmerge.merging.linear import task_weight
 from clmerge.merging.merger import Step
 from clmerge.merging.norms import vector_norm
 from clmerge.merging.statistics import number_of, positive_number_of
@@ -88,18 +89,3 @@ class WeightedAverage(WeightedSum):
             return -number_of(step, "loss") / self.temperature
         weight = 1 / (vector_norm(vector) or math.inf) if self.weights is None else task_weight(self.weights, step)
         return math.log(weight) if weight else -math.inf
-
-
-def task_weight(weights: Sequence[float], step: Step) -> float:
-    """Return the weight of the step's task, or raise a ValueError if there is none.
-
-    Args:
-        weights: Weights by task index.
-        step: What the update knows.
-    """
-    if not 0 <= step.task < len(weights):
-        raise ValueError(
-            f"expected a weight for every task, got {len(weights)} weights and task {step.task}; "
-            "give as many weights as there are tasks"
-        )
-    return weights[step.task]

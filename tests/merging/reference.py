@@ -334,6 +334,26 @@ def slerp(t: float | None, scale: float) -> Batch:
     return each(rule)
 
 
+def signed_sum(weights: list[float], scale: float) -> Batch:
+    def batch(vectors, tasks):
+        chosen = [scale * weights[task] for task in tasks]
+        return {name: np.tensordot(chosen, stacked(vectors, name), axes=1) for name in vectors[0]}
+
+    return batch
+
+
+SIGNED_WEIGHTS = [1.0, 1.0, -1.0, 0.5, 0.0, 2.0, -0.25, 1.0, 1.0, -3.0]
+
+
+def clipped(max_norm: float, reduce: Batch) -> Batch:
+    def batch(vectors, tasks):
+        merged = reduce(vectors, tasks)
+        factor = min(1.0, max_norm / norm(merged)) if norm(merged) else 1.0
+        return {name: factor * entries for name, entries in merged.items()}
+
+    return batch
+
+
 PREFERENCES = [0.3, 0.1, 0.05, 0.05, 0.1, 0.02, 0.08, 0.1, 0.1, 0.1]
 
 CASES.update(
@@ -355,6 +375,14 @@ CASES.update(
         ),
         "FedNova": Case(merging.FedNova, fednova(1.0)),
         "FedNova scale": Case(lambda: merging.FedNova(scale=0.5), fednova(0.5)),
+        "Pipeline MagMax, clip": Case(
+            lambda: merging.Pipeline(merging.MagMax(), finisher=merging.ClipNorm(0.8)),
+            clipped(0.8, max_magnitude(0.5)),
+            homogeneous=False,
+        ),
+        "TaskArithmetic weights": Case(
+            lambda: merging.TaskArithmetic(scale=0.5, weights=SIGNED_WEIGHTS), signed_sum(SIGNED_WEIGHTS, 0.5)
+        ),
         "MetaGPT": Case(merging.MetaGPT, weighted(lambda vectors, tasks: [norm(vector) ** 2 for vector in vectors])),
         "MetaGPT scale": Case(
             lambda: merging.MetaGPT(scale=-0.5),

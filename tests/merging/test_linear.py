@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from clmerge.merging import TaskArithmetic, WeightAverage
@@ -26,3 +27,26 @@ def test_scale_is_applied_when_read_so_it_can_be_changed_afterwards():
     assert merged(merger, 1.0, 2.0) == 3.0
     merger.scale = 2.0
     assert merger.compute()["w"].item() == 6.0
+
+
+def test_analogy_is_c_plus_b_minus_a():
+    assert merged(TaskArithmetic(scale=1.0, weights=[1, 1, -1]), 5.0, 4.0, 3.0) == 6.0
+
+
+def test_extrapolation_goes_beyond_the_model():
+    assert merged(TaskArithmetic(scale=1.5), 4.0) == 6.0
+
+
+def test_weights_belong_to_task_indices():
+    merger = TaskArithmetic(scale=1.0, weights=[1.0, 10.0])
+    merger.update({"w": torch.tensor([3.0])}, task=1)
+    merger.update({"w": torch.tensor([2.0])}, task=0)
+    assert merger.compute()["w"].item() == 32.0
+
+
+def test_a_task_without_a_weight_is_refused():
+    merger = TaskArithmetic(scale=1.0, weights=[1.0, -1.0])
+    merged(merger, 3.0, 2.0)
+    with pytest.raises(ValueError, match="2 weights and task 2"):
+        merger.update({"w": torch.tensor([4.0])})
+    assert merger.compute()["w"].item() == 1.0
