@@ -6,7 +6,6 @@ from clmerge.merging.dare import DARE
 from clmerge.merging.della import DELLA, MagnitudeDrop
 from clmerge.merging.fedatt import FedAtt
 from clmerge.merging.fednova import FedNova
-from clmerge.merging.finish import Finisher, Scale
 from clmerge.merging.finish import ClipNorm, Finisher, Scale
 from clmerge.merging.fisher import UGM, Fisher
 from clmerge.merging.grouped import GroupScale
