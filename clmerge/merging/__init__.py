@@ -4,6 +4,7 @@ from clmerge.merging.breadcrumbs import Breadcrumbs, BreadcrumbsMask
 from clmerge.merging.cofima import CoFiMA
 from clmerge.merging.dare import DARE
 from clmerge.merging.della import DELLA, MagnitudeDrop
+from clmerge.merging.emr import EMR
 from clmerge.merging.fedatt import FedAtt
 from clmerge.merging.fednova import FedNova
 from clmerge.merging.finish import ClipNorm, Finisher, Scale
@@ -36,6 +37,7 @@ from clmerge.merging.wudi import WUDI, ACTMat
 __all__ = [
     "DARE",
     "DELLA",
+    "EMR",
     "OPCM",
     "PAINT",
     "SLERP",

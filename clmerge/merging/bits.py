@@ -1,0 +1,77 @@
+"""One bit per entry of a model: yes-or-no masks, eight to a byte."""
+
+import torch
+from torch import Tensor
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack a mask, eight entries to a byte, the first in the lowest bit.
+
+    Args:
+        mask: bool, any shape.
+
+    Returns:
+        uint8 of shape ``(ceil(numel / 8),)``; unused bits of the last byte are 0.
+
+    Example:
+        >>> pack_bits(torch.tensor([True, False, True] + 6 * [False]))
+        tensor([5, 0], dtype=torch.uint8)
+    """
+    flat = torch.nn.functional.pad(mask.reshape(-1).to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    packed = flat[:, 0].clone()
+    for place in range(1, 8):
+        packed.bitwise_or_(flat[:, place] << place)
+    return packed
+
+
+def unpack_bits(packed: Tensor, start: int, count: int) -> Tensor:
+    """Read a stretch of packed bits.
+
+    Args:
+        packed: uint8, what ``pack_bits`` or ``BitWriter`` returned.
+        start: First bit.
+        count: How many.
+
+    Returns:
+        bool of shape ``(count,)``.
+
+    Example:
+        >>> unpack_bits(torch.tensor([5, 1], dtype=torch.uint8), start=7, count=2)
+        tensor([False,  True])
+    """
+    pieces = packed[start // 8 : -(-(start + count) // 8)]
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (pieces.unsqueeze(1) >> places).bitwise_and_(1).view(-1)
+    return bits[start % 8 : start % 8 + count].to(torch.bool)
+
+
+class BitWriter:
+    """Pack masks one after the other without gaps, in pieces of any length.
+
+    Example:
+        >>> writer = BitWriter()
+        >>> writer.write(torch.tensor([True, False]))
+        >>> writer.write(torch.tensor([True] * 7))
+        >>> writer.packed()
+        tensor([253,   1], dtype=torch.uint8)
+    """
+
+    def __init__(self) -> None:
+        self._bytes: list[Tensor] = []
+        self._rest = torch.empty(0, dtype=torch.bool)
+
+    def write(self, mask: Tensor) -> None:
+        """Append a mask.
+
+        Args:
+            mask: bool, any shape; all masks end up on the device of the first.
+        """
+        device = self._bytes[0].device if self._bytes else mask.device
+        waiting = torch.cat([self._rest.to(device), mask.reshape(-1).to(device)])
+        whole = waiting.numel() // 8 * 8
+        self._bytes.append(pack_bits(waiting[:whole]))
+        self._rest = waiting[whole:]
+
+    def packed(self) -> Tensor:
+        """Return everything written: uint8, the last byte filled up with zeros."""
+        return torch.cat([*self._bytes, pack_bits(self._rest)])
