@@ -22,7 +22,7 @@ class _Precision(Merger):
 
     removable = True
     requires = frozenset({"fisher"})
-    scope = "parameter"  # _plan only looks whether the statistics fit
+    scope: Scope = "parameter"  # _plan only looks whether the statistics fit
     prior: float = 0.0  # Fisher information that is there before any task
 
     @override
