@@ -29,6 +29,7 @@ from clmerge.merging.slerp import SLERP
 from clmerge.merging.soup import GreedySoup
 from clmerge.merging.sparsify import RandomDrop, Sparsifier, TrimModel, TrimTensor
 from clmerge.merging.stock import ModelStock
+from clmerge.merging.subtraction import ExtSub
 from clmerge.merging.ties import TIES
 from clmerge.merging.tsvm import TSVM
 from clmerge.merging.weighted import WeightedAverage
@@ -50,6 +51,7 @@ __all__ = [
     "BreadcrumbsMask",
     "ClipNorm",
     "CoFiMA",
+    "ExtSub",
     "FedAtt",
     "FedNova",
     "Finisher",

@@ -496,6 +496,8 @@ CASES.update(
             generic=True,
             condition=100,
         ),
+        "ExtSub": Case(merging.ExtSub, spectral.ext_sub(1.0, "both")),
+        "ExtSub expert": Case(lambda: merging.ExtSub(0.5, shared="expert"), spectral.ext_sub(0.5, "expert")),
     }
 )
 # End of the spectral rules

@@ -1,0 +1,89 @@
+"""Subtract from an expert what only the others do: extraction before subtraction."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from clmerge.merging.accumulators import SlotDtypes, Slots, float_dtype
+from clmerge.merging.merger import Merger, Step
+
+Shared = Literal["both", "expert"]
+
+_OPPOSITE = 1e-6  # sums of two unit vectors below it are zero
+
+
+class ExtSub(Merger):
+    """Take the deficiency of further models out of an expert (Ext-Sub, arXiv 2308.08090), as an exact stream.
+
+    The first task vector is the expert, the later ones are anti-experts, trained on what is to be unlearned. For every
+    row of a matrix the direction they share is the sum of their unit vectors; what an anti-expert has beside it is its
+    deficiency, and the result is ``expert - strength * sum(deficiencies)``. One task is the expert itself. A parameter
+    of one dimension or none is one row; of three or more, a row is what belongs to one index of the first.
+
+    The released code divides by zero where a row of either is zero; here such rows share nothing, and neither do
+    opposite ones. State: 8 bytes per parameter. The order matters, because the first is the expert.
+
+    Args:
+        strength: How much of the deficiencies is subtracted.
+        shared: ``"both"``: the shared direction is the sum of the two unit vectors (the paper and its code).
+            ``"expert"``: it is the expert's own, so that nothing along the expert is subtracted.
+
+    Raises:
+        ValueError: If ``shared`` is neither.
+
+    Example:
+        >>> merger = ExtSub(shared="expert")
+        >>> merger.update({"w": torch.tensor([2.0, 0.0])})
+        >>> merger.update({"w": torch.tensor([1.0, 3.0])})
+        >>> merger.compute()
+        {'w': tensor([ 2., -3.])}
+    """
+
+    name = "ext_sub"
+    summary = "subtract from the first task what the others do not share with it"
+    source = "2308.08090"
+    order_free = False
+
+    def __init__(self, strength: float = 1.0, *, shared: Shared = "both") -> None:
+        super().__init__()
+        if shared not in ("both", "expert"):
+            raise ValueError(f"expected shared 'both' or 'expert', got {shared!r}")
+        self.strength = strength
+        self.shared: Shared = shared
+
+    @override
+    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
+        return {"expert": None, "deficiency": None}
+
+    @override
+    def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
+        if not step.position:
+            slots["expert"].copy_(tau)
+            return
+        # In float64: the squares of float32 values may not be float32 values.
+        rows, expert = (_rows(tensor.to(torch.float64)) for tensor in (tau, slots["expert"]))
+        direction, own = _unit(expert), _unit(rows)
+        if self.shared == "both":
+            shares = direction.any(dim=1, keepdim=True) & own.any(dim=1, keepdim=True)
+            direction = _unit((direction + own) * shares, _OPPOSITE)
+        along = (rows * direction).sum(dim=1, keepdim=True)
+        deficiency = (rows - along * direction).reshape(tau.shape)
+        slots["deficiency"].add_(deficiency.to(float_dtype(slots)))
+
+    @override
+    def _read_block(self, slots: Slots, overview: Any) -> Tensor:
+        return slots["expert"] - self.strength * slots["deficiency"]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Return a parameter as a contiguous matrix, one row per output."""
+    shape = (len(tensor), -1) if tensor.ndim > 1 and tensor.numel() else (1, tensor.numel())
+    return tensor.contiguous().view(shape)
+
+
+def _unit(rows: Tensor, zero: float = 0.0) -> Tensor:
+    """Return rows of length 1; those no longer than ``zero`` become zero."""
+    norms = rows.norm(dim=1, keepdim=True)
+    return torch.where(norms > zero, rows / norms, 0.0)
