@@ -30,6 +30,7 @@ from clmerge.merging.soup import GreedySoup
 from clmerge.merging.sparsify import RandomDrop, Sparsifier, TrimModel, TrimTensor
 from clmerge.merging.stock import ModelStock
 from clmerge.merging.subtraction import ExtSub
+from clmerge.merging.tall import TALL, Consensus
 from clmerge.merging.ties import TIES
 from clmerge.merging.tsvm import TSVM
 from clmerge.merging.weighted import WeightedAverage
@@ -42,6 +43,7 @@ __all__ = [
     "OPCM",
     "PAINT",
     "SLERP",
+    "TALL",
     "TIES",
     "TSVM",
     "UGM",
@@ -51,6 +53,7 @@ __all__ = [
     "BreadcrumbsMask",
     "ClipNorm",
     "CoFiMA",
+    "Consensus",
     "ExtSub",
     "FedAtt",
     "FedNova",

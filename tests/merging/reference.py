@@ -664,3 +664,37 @@ CASES.update(
         ),
     }
 )
+
+
+def tall_masks(vectors: list[Vector], thresholds: list[float]) -> list[dict[str, np.ndarray]]:
+    sums = {name: stacked(vectors, name).sum(axis=0) for name in vectors[0]}
+    return [
+        {name: np.abs(vector[name]) >= threshold * np.abs(sums[name] - vector[name]) for name in vector}
+        for vector, threshold in zip(vectors, thresholds, strict=True)
+    ]
+
+
+def consensus(k: int, threshold: float | list[float], scale: float) -> Batch:
+    def batch(vectors, tasks):
+        thresholds = [threshold[task] if isinstance(threshold, list) else threshold for task in tasks]
+        masks = tall_masks(vectors, thresholds)
+        return {
+            name: scale
+            * stacked(vectors, name).sum(axis=0)
+            * (sum(mask[name].astype(int) for mask in masks) >= min(k, len(vectors)))
+            for name in vectors[0]
+        }
+
+    return batch
+
+
+CASES.update(
+    {
+        "TALL": Case(merging.TALL, total(0.3)),
+        "TALL scale": Case(lambda: merging.TALL(PREFERENCES, scale=-1.0), total(-1.0)),
+        "Consensus": Case(merging.Consensus, consensus(2, 0.4, 0.3)),
+        "Consensus of three": Case(
+            lambda: merging.Consensus(3, threshold=PREFERENCES, scale=1.0), consensus(3, PREFERENCES, 1.0)
+        ),
+    }
+)
