@@ -1,5 +1,6 @@
 """Mergers: streaming rules that fold one task vector at a time into the running model. Pure tensor code."""
 
+from clmerge.merging.became import BECAME
 from clmerge.merging.breadcrumbs import Breadcrumbs, BreadcrumbsMask
 from clmerge.merging.cofima import CoFiMA
 from clmerge.merging.dare import DARE
@@ -37,6 +38,7 @@ from clmerge.merging.weighted import WeightedAverage
 from clmerge.merging.wudi import WUDI, ACTMat
 
 __all__ = [
+    "BECAME",
     "DARE",
     "DELLA",
     "EMR",
