@@ -6,6 +6,7 @@ from clmerge.merging.cofima import CoFiMA
 from clmerge.merging.dare import DARE
 from clmerge.merging.della import DELLA, MagnitudeDrop
 from clmerge.merging.emr import EMR
+from clmerge.merging.ethos import Ethos
 from clmerge.merging.fedatt import FedAtt
 from clmerge.merging.fednova import FedNova
 from clmerge.merging.finish import ClipNorm, Finisher, Scale
@@ -56,6 +57,7 @@ __all__ = [
     "ClipNorm",
     "CoFiMA",
     "Consensus",
+    "Ethos",
     "ExtSub",
     "FedAtt",
     "FedNova",

@@ -49,6 +49,7 @@ def statistics_of(task: int, shapes: dict[str, tuple[int, ...]]) -> dict:
     return {
         "fisher": fisher,
         "gram": {name: torch.from_numpy(x.T @ x) for name, x in inputs.items()},
+        "weights": {name: torch.from_numpy(entries) for name, entries in spectral.weights_of(shapes).items()},
         "samples": float(numbers.integers(10, 1000)),
         "steps": float(numbers.integers(10, 100)),
         "loss": float(numbers.uniform(0.1, 2.0)),
@@ -498,6 +499,8 @@ CASES.update(
         ),
         "ExtSub": Case(merging.ExtSub, spectral.ext_sub(1.0, "both")),
         "ExtSub expert": Case(lambda: merging.ExtSub(0.5, shared="expert"), spectral.ext_sub(0.5, "expert")),
+        "Ethos": Case(merging.Ethos, spectral.ethos(0.03, 1.0)),
+        "Ethos strict": Case(lambda: merging.Ethos(0.5, strength=0.5), spectral.ethos(0.5, 0.5)),
     }
 )
 # End of the spectral rules
