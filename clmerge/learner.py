@@ -24,6 +24,7 @@ from clmerge.results import EXPERT, ZERO_SHOT, Results
 from clmerge.run_folder import AtomicCheckpointIO, RunFolder
 from clmerge.streams import Stream, StreamDataModule
 from clmerge.streams.splits import derived_seed
+from clmerge.task_statistics import measure
 from clmerge.weights import save_tensors
 
 TrainerFactory = Callable[..., Trainer]
@@ -48,6 +49,8 @@ class Learner:
         accumulators: Where base and accumulators live: ``cpu``, or ``model`` for the parameters' device.
         keep_task_vectors: Whether every task vector is kept in the run folder, for merging again later. Costs four
             bytes per trained parameter and task.
+        statistics_images: Training images per task that Fisher information, Gram matrices and losses are measured on,
+            for mergers that require them.
         seed: Seed of initialisation, order of samples, augmentation and dropout, each fixed per task.
 
     Raises:
@@ -68,6 +71,7 @@ class Learner:
         buffers: Literal["latest", "base", "mean"] = "latest",
         accumulators: Literal["cpu", "model"] = "cpu",
         keep_task_vectors: bool = True,
+        statistics_images: int = 256,
         seed: int = 0,
     ) -> None:
         self.stream = stream
@@ -80,6 +84,7 @@ class Learner:
         self.epochs = epochs
         self._progress = False
         self.keep_task_vectors = keep_task_vectors
+        self.statistics_images = statistics_images
         self.merge = MergeCallback(
             mergers,
             start_policy=start_policy,
@@ -298,8 +303,17 @@ class Learner:
 
     def _statistics(self, module: LightningModule) -> Statistics:
         """Measure what mergers may require of the task that was just trained."""
-        images = self.stream.dataset(self.data.task, "train")
-        return {"samples": float(len(images)), "steps": float(module.trainer.global_step)}
+        assert isinstance(module, ContinualClassifier)
+        return measure(
+            frozenset[str]().union(*(merger.requires for merger in self.merge.mergers.values())) - {"score"},
+            module,
+            self.data,
+            self.data.task,
+            base=self.merge.base,
+            num_steps=module.trainer.global_step,
+            num_images=self.statistics_images,
+            seed=self.seed,
+        )
 
     @torch.no_grad()
     def _validation_score(self, module: LightningModule) -> float:

@@ -6,7 +6,18 @@ from lightning.pytorch import Callback, Trainer
 from support.tiny import tiny_clip
 
 from clmerge import ContinualClassifier, Learner
-from clmerge.merging import PAINT, TIES, GreedySoup, MagMax, TaskArithmetic, WeightAverage
+from clmerge.merging import (
+    PAINT,
+    TIES,
+    FedNova,
+    Fisher,
+    GreedySoup,
+    MagMax,
+    RegMean,
+    TaskArithmetic,
+    WeightAverage,
+    WeightedAverage,
+)
 from clmerge.models import CosineHead, LinearHead, OpenClip, Timm, ZeroShotHead
 from clmerge.run_folder import RunFolder
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
@@ -196,3 +207,18 @@ def test_a_stream_of_one_task_has_matrices_of_one_number(clip, tmp_path):
     results = run(make_learner(clip, MagMax(), num_tasks=1), tmp_path / "run")
     assert results.matrix("magmax").shape == (1, 1)
     assert results.to_dict()["models"]["magmax"]["task_agnostic"]["forgetting"] is None
+
+
+@pytest.mark.parametrize("head", [ZeroShotHead, LinearHead])
+def test_mergers_that_need_statistics_get_them_from_the_task(clip, tmp_path, head):
+    mergers = [Fisher(), RegMean(), FedNova(), WeightedAverage(by="loss")]
+    learner = make_learner(clip, mergers, head=head(), num_tasks=2, statistics_images=8)
+    results = run(learner, tmp_path / "run")
+    assert set(results.mergers) == {"fisher", "regmean", "fednova", "weighted_average"}
+    merged = {name: learner.merge.merged_state(name) for name in results.mergers}
+    mean = WeightAverage()
+    for tau in TaskVectorBank(tmp_path / "run" / "bank"):
+        mean.update(tau)
+    key = "backbone.model.visual.transformer.resblocks.0.mlp.c_fc.weight"
+    plain = learner.merge.base[key] + mean.compute()[key]
+    assert all(not torch.equal(state[key], plain) for state in merged.values())

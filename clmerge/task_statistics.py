@@ -1,0 +1,92 @@
+"""Measure, at the end of a task, what mergers require beside its vector; the task's data is still there then."""
+
+from collections.abc import Mapping, Set
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from typing_extensions import override
+
+from clmerge.merging import Statistics
+from clmerge.merging.collectors import diagonal_fisher, gram_matrices
+from clmerge.models.backbone import eval_mode
+from clmerge.modules import ContinualClassifier
+from clmerge.streams import StreamDataModule
+from clmerge.streams.splits import derived_seed
+
+
+class _KnownLogits(nn.Module):
+    """The classifier with the logits of classes that its head does not know (-inf) left out."""
+
+    def __init__(self, module: ContinualClassifier, classes: Tensor) -> None:
+        super().__init__()
+        self.module = module
+        self.classes = classes
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.module(images)
+        return logits[:, self.classes]
+
+
+def measure(
+    needed: Set[str],
+    module: ContinualClassifier,
+    data: StreamDataModule,
+    task: int,
+    *,
+    base: Mapping[str, Tensor],
+    num_steps: int,
+    num_images: int,
+    seed: int,
+) -> Statistics:
+    """Return the statistics of one task that are ``needed``.
+
+    ``samples`` and ``steps`` are counts, ``weights`` is theta_0. ``fisher`` (labels drawn from the model) and
+    ``gram`` come from ``num_images`` training images of the task, drawn by seed; ``loss`` is the mean loss on the
+    same images. Every process measures on the same images, so that all ranks merge alike.
+
+    Args:
+        needed: Names of statistics.
+        module: The classifier as it was trained on the task.
+        data: Serves the task's training images under the evaluation transform.
+        task: Index of the task.
+        base: theta_0 by parameter name.
+        num_steps: Optimizer steps of the task.
+        num_images: Images to measure on.
+        seed: Seed of the choice of images.
+    """
+    whole: Any = data.eval_dataloader("train", [task]).dataset
+    statistics: dict[str, Any] = {"samples": float(len(whole)), "steps": float(num_steps), "weights": base}
+    if needed <= statistics.keys():
+        return statistics
+    generator = torch.Generator().manual_seed(derived_seed(seed, "statistics", task))
+    chosen = torch.randperm(len(whole), generator=generator)[:num_images].tolist()
+    batches = DataLoader(Subset(whole, chosen), batch_size=data.eval_batch_size)
+    device = next(module.parameters()).device
+    with eval_mode(module):
+        with torch.no_grad():
+            known = torch.isfinite(module(next(iter(batches))[0].to(device))[0]).nonzero()[:, 0]
+        wrapped = _KnownLogits(module, known)
+        names = [f"module.{name}" for name in base]
+        images = [batch[0].to(device) for batch in batches]
+        if "fisher" in needed:
+            fisher = diagonal_fisher(wrapped, images, names, labels="sampled", seed=derived_seed(seed, "fisher", task))
+            statistics["fisher"] = _plain(fisher, base)
+        if "gram" in needed:
+            statistics["gram"] = _plain(gram_matrices(wrapped, images, names), base)
+        if "loss" in needed:
+            with torch.no_grad():
+                losses = [
+                    float(module.loss(module(batch[0].to(device)), batch[1].to(device))) * len(batch[1])
+                    for batch in batches
+                ]
+            statistics["loss"] = sum(losses) / len(chosen)
+    return statistics
+
+
+def _plain(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take the wrapper out of the names, and put the tensors where the base is."""
+    named = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return {name: tensor.to(base[name].device) for name, tensor in named.items()}
