@@ -23,6 +23,7 @@ from clmerge.merging.matrices import Matrices
 from clmerge.merging.merger import Merger, Score, Statistics
 from clmerge.merging.metagpt import MetaGPT
 from clmerge.merging.opcm import OPCM
+from clmerge.merging.pcb import PCB
 from clmerge.merging.pipeline import Pipeline
 from clmerge.merging.random_mix import RandomMix
 from clmerge.merging.registry import registered_mergers
@@ -45,6 +46,7 @@ __all__ = [
     "EMR",
     "OPCM",
     "PAINT",
+    "PCB",
     "SLERP",
     "TALL",
     "TIES",
