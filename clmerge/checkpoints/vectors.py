@@ -8,6 +8,8 @@ from torch import Tensor
 from clmerge.checkpoints.reader import Checkpoint
 from clmerge.weights.task_vector import accumulator_dtype
 
+_RUN = 16  # float32 entries of a cache line
+
 
 class CheckpointVectors:
     """``theta_t - theta0`` of models on disk, in float32 (float64 where either side is float64).
@@ -60,14 +62,23 @@ class CheckpointVectors:
         return tau.copy_(theta).sub_(start.to(dtype))
 
     def sample(self, task: int, name: str, step: int) -> Tensor:
-        """Return every ``step``-th entry of a parameter of one task vector, flat."""
+        """Return one of ``step`` entries of a parameter of one task vector, flat, in short runs."""
         model = self.models[task]
         dtype = self.dtype(task, name)
-        theta = model.tensor(name).reshape(-1)[::step].to(dtype)
-        return theta if model.is_task_vector else theta - self.base.tensor(name).reshape(-1)[::step].to(dtype)
+        theta = _sampled(model.tensor(name), step).to(dtype)
+        return theta if model.is_task_vector else theta - _sampled(self.base.tensor(name), step).to(dtype)
 
     def _buffer(self, dtype: torch.dtype, numel: int) -> Tensor:
         if dtype not in self._buffers or self._buffers[dtype].numel() < numel:
             largest = max(self.numel(name) for name in self.names)
             self._buffers[dtype] = torch.empty(max(largest, numel), dtype=dtype)
         return self._buffers[dtype][:numel]
+
+
+def _sampled(tensor: Tensor, step: int) -> Tensor:
+    """Return one of ``step`` entries, in runs of 16: what costs is the number of cache lines that are touched."""
+    flat = tensor.reshape(-1)
+    period = _RUN * step
+    whole = flat.numel() // period * period
+    runs = flat[:whole].view(-1, period)[:, :_RUN].reshape(-1)
+    return torch.cat([runs, flat[whole::step]])

@@ -43,7 +43,7 @@ class Vectors(Protocol):
         """Return one parameter of one task vector; it may be overwritten by the next call."""
 
     def sample(self, task: int, name: str, step: int) -> Tensor:
-        """Return every ``step``-th entry of what ``read`` gives, flat."""
+        """Return one of ``step`` entries of what ``read`` gives, flat and spread evenly."""
 
 
 def passes_of(merger: Merger) -> Passes:

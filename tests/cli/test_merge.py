@@ -1,0 +1,158 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from clmerge.cli import main
+from clmerge.merging import TIES
+from clmerge.weights import apply_task_vector, task_vector
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A base and three models."""
+    generator = torch.Generator().manual_seed(0)
+    states = [{n: torch.randn(s, generator=generator) for n, s in {"w": (9, 7), "b": (7,)}.items()} for _ in range(4)]
+    paths = [tmp_path / name for name in ("base.safetensors", "a.safetensors", "b.safetensors", "c.safetensors")]
+    for path, state in zip(paths, states, strict=True):
+        save_file(state, path)
+    return [str(path) for path in paths]
+
+
+def arguments(files, *more):
+    return ["merge", "--base", files[0], "--models", *files[1:], *more]
+
+
+def test_merge_and_verify(files, tmp_path, capsys):
+    out = str(tmp_path / "out.safetensors")
+    assert main(arguments(files, "--merger", "TIES", "--merger.density=0.4", "--out", out)) == 0
+    printed = capsys.readouterr()
+    assert "merged       2  in the base and in every model" in printed.out
+    assert "MB/s" in printed.err
+    base, *models = (load_file(path) for path in files)
+    merger = TIES(0.4)
+    for model in models:
+        merger.update(task_vector(model, base))
+    expected = apply_task_vector(base, merger.compute())
+    merged = load_file(out)
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+
+    assert main(["merge", "--verify", out]) == 0
+    assert "bit for bit" in capsys.readouterr().out
+    content = bytearray((tmp_path / "out.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "out.safetensors").write_bytes(content)
+    assert main(["merge", "--verify", out]) == 1
+    assert "is NOT what its ledger says" in capsys.readouterr().out
+
+
+def test_dry_run_writes_nothing(files, tmp_path, capsys):
+    before = sorted(tmp_path.iterdir())
+    assert main(arguments(files, "--merger", "TIES", "--dry-run", "--out", str(tmp_path / "out.safetensors"))) == 0
+    assert sorted(tmp_path.iterdir()) == before
+    printed = capsys.readouterr().out
+    assert "memory" in printed
+    assert "a pass for the thresholds" in printed
+
+
+def test_a_recipe_is_the_same(files, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    merger = {"class_path": "TIES", "init_args": {"density": 0.4}}
+    content = {"base": files[0], "models": files[1:], "merger": merger, "out": str(tmp_path / "by_recipe.safetensors")}
+    recipe.write_text(json.dumps(content))
+    assert main(["merge", "--recipe", str(recipe)]) == 0
+    out = tmp_path / "out.safetensors"
+    assert main(arguments(files, "--merger", "TIES", "--merger.density=0.4", "--out", str(out))) == 0
+    assert (tmp_path / "by_recipe.safetensors").read_bytes() == out.read_bytes()
+    capsys.readouterr()
+
+
+def test_an_existing_file_is_kept_unless_told_otherwise(files, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    out.write_text("precious")
+    assert main(arguments(files, "--merger", "MagMax", "--out", str(out))) == 1
+    assert out.read_text() == "precious"
+    assert "pass --overwrite" in capsys.readouterr().err
+    assert main(arguments(files, "--merger", "MagMax", "--out", str(out), "--overwrite")) == 0
+    assert set(load_file(out)) == {"w", "b"}
+
+
+@pytest.mark.parametrize(
+    ("more", "hint"),
+    [
+        (["--merger", "TEIS"], "Did you mean TIES?"),
+        (["--merger", "TIES", "--merger.densty=0.2"], "Did you mean density?"),
+        (["--merger", "TIES", "--ot", "x"], "Did you mean --out?"),
+        (["--merger", "TIES"], "got no --out"),
+        (["--merger", "TIES", "--verify", "x"], "expected --verify alone"),
+    ],
+)
+def test_wrong_arguments_name_the_nearest(files, more, hint, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments(files, *more))
+    assert exit_info.value.code == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_strict_fails_and_writes_nothing(files, tmp_path, capsys):
+    save_file({"w": torch.zeros(9, 7), "b": torch.zeros(8)}, files[2])
+    out = tmp_path / "out.safetensors"
+    assert main(arguments(files, "--merger", "MagMax", "--strict", "--out", str(out))) == 1
+    assert "(7,) in the base, (8,) in" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(arguments(files, "--merger", "MagMax", "--out", str(out))) == 0
+    assert "warning: 1 copied, another shape in a model: b" in capsys.readouterr().err
+
+
+def test_it_imports_no_training_code(files, tmp_path):
+    out = str(tmp_path / "out.safetensors")
+    code = (
+        "import sys; from clmerge.cli import main; "
+        f"assert main({arguments(files, '--merger', 'MagMax', '--out', out)!r}) == 0; "
+        "print(*[m for m in ('lightning', 'avalanche', 'open_clip', 'timm', 'wandb') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == ""
+
+
+def test_help_is_quick(capsys):
+    code = "import sys; from clmerge.cli import main; main(['merge', '--help']); print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("usage: clmerge merge")
+    assert found.stdout.splitlines()[-1] == "False"
+
+
+SLOW = """
+import sys, time
+from clmerge.checkpoints import vectors
+read = vectors.CheckpointVectors.read
+def slowly(self, task, name):
+    print("reading", flush=True)
+    time.sleep(60)
+vectors.CheckpointVectors.read = slowly
+from clmerge.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("number", "leftovers"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, 1)])
+def test_a_killed_merge_leaves_no_output(files, tmp_path, number, leftovers):
+    folder = tmp_path / "results"
+    command = [*arguments(files, "--merger", "MagMax", "--out", str(folder / "out.safetensors"))]
+    process = subprocess.Popen([sys.executable, "-c", SLOW, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    while b"reading" not in process.stdout.readline():
+        assert process.poll() is None
+    assert len(list(folder.iterdir())) == 1
+    time.sleep(0.1)
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == (-number if number == signal.SIGKILL else 130)
+    left = [path.name for path in folder.iterdir()]
+    assert len(left) == leftovers
+    assert all(name.startswith(".") and name.endswith(".tmp") for name in left)

@@ -1,0 +1,118 @@
+import pytest
+import torch
+from merging.reference import CASES
+
+from clmerge.merging import DARE, PAINT, TIES, MagMax, Pipeline, Scale, TaskArithmetic, TrimModel
+from clmerge.merging.finish import Finisher
+from clmerge.merging.out_of_core import merge_out_of_core, passes_of, working_memory
+
+SHAPES = {"b.weight": (40, 50), "a.weight": (7, 3), "bias": (5,), "scalar": (), "large": (160, 160)}
+
+
+class Held:
+    """Task vectors in memory that are read through one buffer, as those on disk are."""
+
+    def __init__(self, vectors):
+        self.vectors = vectors
+        self.names = list(vectors[0])
+        self.num_tasks = len(vectors)
+        self.buffers = {}
+
+    def numel(self, name):
+        return self.vectors[0][name].numel()
+
+    def dtype(self, task, name):
+        return self.vectors[task][name].dtype
+
+    def read(self, task, name):
+        tau = self.vectors[task][name]
+        if tau.dtype not in self.buffers:
+            self.buffers[tau.dtype] = torch.empty(160 * 160, dtype=tau.dtype)
+        return self.buffers[tau.dtype][: tau.numel()].view(tau.shape).copy_(tau)
+
+    def sample(self, task, name, step):
+        return self.vectors[task][name].reshape(-1)[::step].clone()
+
+
+def normal(num_tasks, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [{n: torch.randn(s, generator=generator).to(dtype) for n, s in SHAPES.items()} for _ in range(num_tasks)]
+
+
+def eighths(num_tasks, seed):
+    """Few different values: many ties, and sums that are exactly zero."""
+    generator = torch.Generator().manual_seed(seed)
+    return [{n: torch.randint(-3, 4, s, generator=generator) / 8 for n, s in SHAPES.items()} for _ in range(num_tasks)]
+
+
+def assert_same_bits(merger, vectors):
+    whole = type(merger)(**{key: getattr(merger, key) for key in merger.settings()})
+    for task, vector in enumerate(vectors):
+        whole.update(vector, task=task)
+    found = dict(merge_out_of_core(merger, Held(vectors)))
+    expected = whole.compute()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)), name
+    assert merger.num_tasks == 0  # the rule itself was not used
+
+
+@pytest.mark.parametrize("label", [label for label, case in CASES.items() if not case.build().requires])
+def test_every_rule_gives_the_bits_of_memory(label):
+    assert_same_bits(CASES[label].build(), normal(4))
+
+
+@pytest.mark.parametrize("merge", ["mean", "sum", "max"])
+@pytest.mark.parametrize("trim", ["model", "tensor"])
+@pytest.mark.parametrize("seed", range(4))
+def test_ties_with_equal_entries_and_zero_sums(trim, merge, seed):
+    vectors = eighths(2 + seed, seed)
+    assert_same_bits(TIES(0.3, trim=trim, merge=merge), vectors)
+    assert_same_bits(TIES(0.3, trim=trim, merge=merge), [{n: -t for n, t in vector.items()} for vector in vectors])
+
+
+@pytest.mark.parametrize("last", [1.0, -1.0])
+def test_a_wrong_guess_of_the_prevailing_sign_is_put_right(last):
+    """Only the last parameter has a prevailing sign, when the first one's zero sums are decided already."""
+    vectors = [{"first": sign * torch.tensor([2.0, -3.0]), "last": torch.full((9,), last)} for sign in (1, -1)]
+    assert_same_bits(TIES(1.0, scale=1.0), vectors)
+    merged = dict(merge_out_of_core(TIES(1.0), Held(vectors)))
+    assert merged["first"].sign().tolist() == [last, last]
+
+
+def test_float64_and_density_one():
+    assert_same_bits(TIES(0.2), normal(3, torch.float64))
+    assert_same_bits(TIES(1.0), normal(2))
+
+
+def test_a_model_wide_trim_before_another_rule():
+    assert_same_bits(Pipeline(MagMax(), sparsifier=TrimModel(0.2), finisher=Scale(2.0)), normal(3))
+    assert_same_bits(DARE(0.5, reducer=TIES(0.2)), normal(3))
+
+
+def test_how_rules_are_streamed():
+    class _ByDepth(Finisher):
+        def finish(self, vector):
+            return vector
+
+    assert passes_of(TIES(trim="tensor")) == "parameter"
+    assert passes_of(Pipeline(TaskArithmetic(), sparsifier=TrimModel())) == "thresholds"
+    assert passes_of(Pipeline(TaskArithmetic(), sparsifier=TrimModel(), finisher=_ByDepth())) == "model"
+    assert passes_of(DARE(reducer=TIES())) == "model"
+
+
+def test_memory_does_not_grow_with_the_tasks_but_with_the_scope():
+    sizes = [100] * 50
+    assert working_memory(TIES(), sizes, 2) == working_memory(TIES(), sizes, 200)
+    assert working_memory(DARE(reducer=TIES()), sizes, 2) > 25 * working_memory(TIES(), sizes, 2)
+
+
+def test_a_rule_that_needs_more_than_vectors_is_refused():
+    with pytest.raises(ValueError, match="also needs score"):
+        next(merge_out_of_core(PAINT(), Held(normal(2))))
+
+
+def test_an_overflow_is_refused():
+    vectors = [{"w": torch.full((3,), 3e38)}] * 2
+    with pytest.raises(RuntimeError, match="overflow in 'w'"):
+        dict(merge_out_of_core(TIES(1.0, merge="sum"), Held(vectors)))
