@@ -20,6 +20,7 @@ from clmerge.merging.layers import LayerScale, LiNeS
 from clmerge.merging.linear import TaskArithmetic, WeightAverage
 from clmerge.merging.magmax import MagMax
 from clmerge.merging.matrices import Matrices
+from clmerge.merging.mats import MaTS
 from clmerge.merging.merger import Merger, Score, Statistics
 from clmerge.merging.metagpt import MetaGPT
 from clmerge.merging.opcm import OPCM
@@ -72,6 +73,7 @@ __all__ = [
     "KnOTS",
     "LayerScale",
     "LiNeS",
+    "MaTS",
     "MagMax",
     "MagnitudeDrop",
     "Matrices",

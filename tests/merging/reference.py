@@ -756,3 +756,6 @@ CASES.update(
         "PCB half": Case(lambda: merging.PCB(0.5, clip=0.1, scale=-1.0), pcb(0.5, 0.1, -1.0)),
     }
 )
+
+
+CASES.update({"MaTS": Case(merging.MaTS, regmean(1.0, 0.0, 1.0))})
