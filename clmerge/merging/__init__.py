@@ -5,6 +5,7 @@ from clmerge.merging.breadcrumbs import Breadcrumbs, BreadcrumbsMask
 from clmerge.merging.cofima import CoFiMA
 from clmerge.merging.dare import DARE
 from clmerge.merging.della import DELLA, MagnitudeDrop
+from clmerge.merging.dop import DOP
 from clmerge.merging.emr import EMR
 from clmerge.merging.ethos import Ethos
 from clmerge.merging.fedatt import FedAtt
@@ -44,6 +45,7 @@ __all__ = [
     "BECAME",
     "DARE",
     "DELLA",
+    "DOP",
     "EMR",
     "OPCM",
     "PAINT",

@@ -501,6 +501,20 @@ CASES.update(
         "ExtSub expert": Case(lambda: merging.ExtSub(0.5, shared="expert"), spectral.ext_sub(0.5, "expert")),
         "Ethos": Case(merging.Ethos, spectral.ethos(0.03, 1.0)),
         "Ethos strict": Case(lambda: merging.Ethos(0.5, strength=0.5), spectral.ethos(0.5, 0.5)),
+        "DOP": Case(
+            lambda: merging.DOP(20),
+            spectral.dop(20, 1e-4, 0.8, 0.999, 0.99999),
+            homogeneous=False,
+            generic=True,
+            condition=100,
+        ),
+        "DOP adaptive": Case(
+            lambda: merging.DOP(10, lr=1e-2, alpha=0.5, beta=0.5, energy=0.9),
+            spectral.dop(10, 1e-2, 0.5, 0.5, 0.9),
+            homogeneous=False,
+            generic=True,
+            condition=1000,
+        ),
     }
 )
 # End of the spectral rules
