@@ -38,6 +38,7 @@ from clmerge.merging.subtraction import ExtSub
 from clmerge.merging.tall import TALL, Consensus
 from clmerge.merging.ties import TIES
 from clmerge.merging.tsvm import TSVM
+from clmerge.merging.tunable_magmax import TunableMagMax
 from clmerge.merging.weighted import WeightedAverage
 from clmerge.merging.wudi import WUDI, ACTMat
 
@@ -93,6 +94,7 @@ __all__ = [
     "TaskArithmetic",
     "TrimModel",
     "TrimTensor",
+    "TunableMagMax",
     "WeightAverage",
     "WeightedAverage",
     "WiSEFT",
