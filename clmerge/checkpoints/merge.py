@@ -22,6 +22,7 @@ from clmerge.weights.task_vector import apply_task_vector, fingerprint
 
 OnBytes = Callable[[int], None]
 _PASSES = {
+    "entry": "one pass, a piece of one parameter at a time",
     "parameter": "one pass, one parameter at a time",
     "thresholds": "a pass for the thresholds of the model, then one parameter at a time",
     "model": "this rule needs the whole model: its state, one task vector and the result are in memory",

@@ -37,9 +37,9 @@ class CheckpointVectors:
         # One buffer for all: fresh memory would cost as much as the subtraction.
         self._buffers: dict[torch.dtype, Tensor] = {}
 
-    def numel(self, name: str) -> int:
-        """Return how many entries a parameter has."""
-        return self.base.entries[name].numel
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter."""
+        return self.base.entries[name].shape
 
     def dtype(self, task: int, name: str) -> torch.dtype:
         """Return the dtype that ``read`` gives."""
@@ -47,14 +47,14 @@ class CheckpointVectors:
         sides = [model.entries[name].dtype] + ([] if model.is_task_vector else [self.base.entries[name].dtype])
         return torch.float64 if torch.float64 in sides else torch.float32
 
-    def read(self, task: int, name: str) -> Tensor:
-        """Return one parameter of one task vector; the next call overwrites it."""
+    def read(self, task: int, name: str, piece: slice | None = None) -> Tensor:
+        """Return one parameter of one task vector, or a flat piece of it; the next call overwrites it."""
         model = self.models[task]
-        theta = model.tensor(name)
+        theta = _piece(model.tensor(name), piece)
         self._on_bytes(theta.nbytes)
         if model.is_task_vector:
             return theta.to(accumulator_dtype(theta))
-        start = self.base.tensor(name)
+        start = _piece(self.base.tensor(name), piece)
         dtype = accumulator_dtype(theta, start)
         tau = self._buffer(dtype, theta.numel()).view(theta.shape)
         if theta.dtype == start.dtype == dtype:
@@ -70,9 +70,12 @@ class CheckpointVectors:
 
     def _buffer(self, dtype: torch.dtype, numel: int) -> Tensor:
         if dtype not in self._buffers or self._buffers[dtype].numel() < numel:
-            largest = max(self.numel(name) for name in self.names)
-            self._buffers[dtype] = torch.empty(max(largest, numel), dtype=dtype)
+            self._buffers[dtype] = torch.empty(numel, dtype=dtype)
         return self._buffers[dtype][:numel]
+
+
+def _piece(tensor: Tensor, piece: slice | None) -> Tensor:
+    return tensor if piece is None else tensor.reshape(-1)[piece]
 
 
 def _sampled(tensor: Tensor, step: int) -> Tensor:

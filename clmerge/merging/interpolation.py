@@ -55,7 +55,7 @@ class WiSEFT(_Interpolation):
     name = "wise_ft"
     summary = "interpolation with the newest model, at a fixed share"
     source = "2109.01903"
-    scope = "parameter"
+    scope = "entry"
 
     def __init__(self, alpha: float = 0.5) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ class _Sum(Merger):
     """Keep the sum of the task vectors, each times a fixed weight, in one accumulator per parameter."""
 
     removable = True
-    scope: Scope = "parameter"
+    scope: Scope = "entry"
 
     def _weight(self, step: Step) -> float:
         return 1.0

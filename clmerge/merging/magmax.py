@@ -54,6 +54,7 @@ class MagMax(Merger):
     name = "magmax"
     summary = "the change of largest magnitude, entry by entry"
     source = "2407.06322"
+    scope = "entry"
 
     def __init__(self, scale: float = 0.5) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from math import prod
 from typing import Literal, Protocol
 
 import torch
@@ -18,8 +19,10 @@ from clmerge.merging.threshold import kth_of_pieces, sample_step
 from clmerge.merging.ties import TIES, sum_of_signs
 from clmerge.weights.task_vector import State
 
-Passes = Literal["parameter", "thresholds", "model"]
-"""How a rule is streamed: parameter by parameter, the same after a pass for thresholds, or the model as a whole."""
+_PIECE = 1 << 18
+
+Passes = Literal["entry", "parameter", "thresholds", "model"]
+"""How a rule is streamed: in pieces, parameter by parameter, in pieces after a pass for thresholds, or as a whole."""
 
 
 class Vectors(Protocol):
@@ -33,14 +36,14 @@ class Vectors(Protocol):
     names: Sequence[str]
     num_tasks: int
 
-    def numel(self, name: str) -> int:
-        """Return how many entries a parameter has."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter."""
 
     def dtype(self, task: int, name: str) -> torch.dtype:
         """Return the dtype that ``read`` gives: float32 or float64."""
 
-    def read(self, task: int, name: str) -> Tensor:
-        """Return one parameter of one task vector; it may be overwritten by the next call."""
+    def read(self, task: int, name: str, piece: slice | None = None) -> Tensor:
+        """Return one parameter of one task vector, or a flat piece of it; the next call may overwrite it."""
 
     def sample(self, task: int, name: str, step: int) -> Tensor:
         """Return one of ``step`` entries of what ``read`` gives, flat and spread evenly."""
@@ -52,10 +55,10 @@ def passes_of(merger: Merger) -> Passes:
     Example:
         >>> from clmerge.merging import GreedySoup, MagMax
         >>> passes_of(MagMax()), passes_of(TIES()), passes_of(GreedySoup())
-        ('parameter', 'thresholds', 'model')
+        ('entry', 'thresholds', 'model')
     """
-    if merger.scope == "parameter":
-        return "parameter"
+    if merger.scope != "model":
+        return merger.scope
     if type(merger) is TIES:
         return "thresholds"
     if not isinstance(merger, Pipeline) or type(merger.sparsifier) is not TrimModel:
@@ -106,6 +109,8 @@ def merge_out_of_core(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, T
             yield from _whole(merger, vectors)
         case "parameter":
             yield from _by_parameter(merger, vectors)
+        case "entry":
+            yield from _by_entry(merger, vectors)
         case "thresholds":
             thresholds = [_threshold(_trim_density(merger), vectors, task) for task in range(vectors.num_tasks)]
             if isinstance(merger, TIES):
@@ -149,7 +154,7 @@ def _trim_density(merger: Merger) -> float:
 
 def _threshold(density: float, vectors: Vectors, task: int) -> float:
     """Find what ``TrimModel.plan`` finds, without holding the task vector."""
-    total = sum(vectors.numel(name) for name in vectors.names)
+    total = sum(prod(vectors.shape(name)) for name in vectors.names)
     count = int(density * total) + 1
     if count > total:
         return 0.0
@@ -159,10 +164,26 @@ def _threshold(density: float, vectors: Vectors, task: int) -> float:
     return kth_of_pieces(_Flat(vectors, task), sample, torch.float64 if wide else torch.float32, total, count).value
 
 
-def _fold(merger: Merger, vectors: Vectors, name: str) -> None:
+def _fold(merger: Merger, vectors: Vectors, name: str, piece: slice | None = None) -> None:
     merger.reset()
     for task in range(vectors.num_tasks):
-        merger.update({name: vectors.read(task, name)}, task=task)
+        merger.update({name: vectors.read(task, name, piece)}, task=task)
+
+
+def _pieces(shape: tuple[int, ...]) -> list[slice]:
+    """Cut a parameter into pieces whose accumulators stay in the processor's cache over all tasks."""
+    numel = prod(shape)
+    return [slice(start, min(start + _PIECE, numel)) for start in range(0, max(numel, 1), _PIECE)]
+
+
+def _by_entry(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:
+    for name in vectors.names:
+        parts = []
+        for piece in _pieces(vectors.shape(name)):
+            _fold(merger, vectors, name, piece)
+            parts.append(merger.compute()[name])
+        yield name, torch.cat(parts).view(vectors.shape(name))
+    merger.reset()
 
 
 def _by_parameter(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:
@@ -187,15 +208,22 @@ def _ties(merger: TIES, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:
     surplus = 0
     guesses: dict[str, bool] = {}
     for name in vectors.names:
-        _fold(merger, vectors, name)
-        slots = merger._slots[name]
-        surplus += sum_of_signs(merger._total(block) for block, _ in slot_blocks(slots))
-        if _undecided(merger, slots):
-            guesses[name] = surplus > 0
-        yield name, _read(merger, name, surplus > 0)
+        guess = surplus > 0
+        parts = []
+        for piece in _pieces(vectors.shape(name)):
+            _fold(merger, vectors, name, piece)
+            slots = merger._slots[name]
+            surplus += sum_of_signs(merger._total(block) for block, _ in slot_blocks(slots))
+            if name not in guesses and _undecided(merger, slots):
+                guesses[name] = guess
+            parts.append(_read(merger, name, guess))
+        yield name, torch.cat(parts).view(vectors.shape(name))
     for name in [name for name, guess in guesses.items() if guess != (surplus > 0)]:
-        _fold(merger, vectors, name)
-        yield name, _read(merger, name, surplus > 0)
+        parts = []
+        for piece in _pieces(vectors.shape(name)):
+            _fold(merger, vectors, name, piece)
+            parts.append(_read(merger, name, surplus > 0))
+        yield name, torch.cat(parts).view(vectors.shape(name))
     merger.reset()
 
 

@@ -2,14 +2,15 @@
 
 from typing import Any, ClassVar, Literal
 
-Scope = Literal["parameter", "model"]
+Scope = Literal["entry", "parameter", "model"]
 
 
 class Scoped:
     """Base of mergers, sparsifiers and finishers: they say whether parameters can be merged one by one.
 
     Attributes:
-        scope: ``"parameter"`` if what happens to a parameter depends on that parameter alone, so that a model can be
+        scope: ``"entry"`` if what happens to an entry depends on that entry (and the parameter's name) alone;
+            ``"parameter"`` if what happens to a parameter depends on that parameter alone, so that a model can be
             merged one parameter at a time; ``"model"`` otherwise. A class that overrides one of the functions that see
             the whole model counts as ``"model"`` until it says otherwise.
     """
@@ -25,7 +26,7 @@ class Scoped:
 
 
 def widest(*parts: Scoped | None) -> Scope:
-    """Return the scope of a rule that is made of parts.
+    """Return the scope of a rule that is made of parts: ``"model"`` if any part's is.
 
     Example:
         >>> from clmerge.merging import MagMax, TrimModel

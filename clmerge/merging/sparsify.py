@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from clmerge.merging.blocks import blocks
 from clmerge.merging.configured import Configured
 from clmerge.merging.randomness import seeded_uniform
 from clmerge.merging.scope import Scope, Scoped
@@ -57,9 +58,20 @@ def keep_largest(tau: Tensor, threshold: Threshold) -> Tensor:
     """
     kept = keep_from(tau.reshape(-1), threshold.value)
     if threshold.surplus and threshold.value > 0:
-        equal = (kept.abs() == threshold.value).nonzero().squeeze(1)
-        kept[equal[len(equal) - threshold.surplus :]] = 0
+        _drop_last(kept, threshold)
     return kept.view(tau.shape)
+
+
+def _drop_last(kept: Tensor, threshold: Threshold) -> None:
+    """Zero the last ``surplus`` entries whose magnitude is the threshold, in place."""
+    left = threshold.surplus
+    for (piece,) in reversed(list(blocks(kept))):
+        equal = (piece.abs() == threshold.value).nonzero().squeeze(1)
+        dropped = equal[max(len(equal) - left, 0) :]
+        piece[dropped] = 0
+        left -= len(dropped)
+        if not left:
+            return
 
 
 def drop_entries(tau: Tensor, uniform: Tensor, drop_rate: float, rescale: Rescale) -> Tensor:

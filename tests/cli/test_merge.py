@@ -131,7 +131,7 @@ SLOW = """
 import sys, time
 from clmerge.checkpoints import vectors
 read = vectors.CheckpointVectors.read
-def slowly(self, task, name):
+def slowly(self, task, name, piece=None):
     print("reading", flush=True)
     time.sleep(60)
 vectors.CheckpointVectors.read = slowly

@@ -2,7 +2,7 @@ import pytest
 import torch
 from merging.reference import CASES
 
-from clmerge.merging import DARE, PAINT, TIES, MagMax, Pipeline, Scale, TaskArithmetic, TrimModel
+from clmerge.merging import DARE, PAINT, TIES, MagMax, Pipeline, Scale, TaskArithmetic, TrimModel, out_of_core
 from clmerge.merging.finish import Finisher
 from clmerge.merging.out_of_core import merge_out_of_core, passes_of, working_memory
 
@@ -18,20 +18,26 @@ class Held:
         self.num_tasks = len(vectors)
         self.buffers = {}
 
-    def numel(self, name):
-        return self.vectors[0][name].numel()
+    def shape(self, name):
+        return tuple(self.vectors[0][name].shape)
 
     def dtype(self, task, name):
         return self.vectors[task][name].dtype
 
-    def read(self, task, name):
+    def read(self, task, name, piece=None):
         tau = self.vectors[task][name]
+        tau = tau if piece is None else tau.view(-1)[piece]
         if tau.dtype not in self.buffers:
             self.buffers[tau.dtype] = torch.empty(160 * 160, dtype=tau.dtype)
         return self.buffers[tau.dtype][: tau.numel()].view(tau.shape).copy_(tau)
 
     def sample(self, task, name, step):
         return self.vectors[task][name].reshape(-1)[::step].clone()
+
+
+@pytest.fixture(autouse=True, params=[1000, 1 << 18])
+def piece_size(request, monkeypatch):
+    monkeypatch.setattr(out_of_core, "_PIECE", request.param)
 
 
 def normal(num_tasks, dtype=torch.float32):

@@ -6,7 +6,8 @@ from clmerge.merging import DARE, TIES, MagMax, Pipeline, Scale, TaskArithmetic,
 from clmerge.merging.finish import Finisher
 
 SHAPES = {"layers.0.matrix": (4, 5), "layers.0.bias": (5,), "layers.1.matrix": (6, 5), "scalar": ()}
-BY_PARAMETER = [label for label, case in CASES.items() if case.build().scope == "parameter"]
+BY_PARAMETER = [label for label, case in CASES.items() if case.build().scope != "model"]
+BY_ENTRY = [label for label, case in CASES.items() if case.build().scope == "entry" and not case.build().requires]
 
 
 @pytest.mark.parametrize("label", BY_PARAMETER)
@@ -31,12 +32,28 @@ def test_one_parameter_at_a_time_gives_the_same_bits(label):
         assert torch.equal(single.compute()[name], expected[name]), name
 
 
+@pytest.mark.parametrize("label", BY_ENTRY)
+def test_one_entry_at_a_time_gives_the_same_bits(label):
+    generator = torch.Generator().manual_seed(0)
+    vectors = [torch.randn(9, generator=generator) for _ in range(4)]
+    whole, single = CASES[label].build(), CASES[label].build()
+    for task, vector in enumerate(vectors):
+        whole.update({"w": vector}, task=task)
+    for entry in range(9):
+        single.reset()
+        for task, vector in enumerate(vectors):
+            single.update({"w": vector[entry : entry + 1]}, task=task)
+        assert torch.equal(single.compute()["w"], whole.compute()["w"][entry : entry + 1])
+
+
 def test_rules_that_look_at_the_whole_model_say_so():
     assert TIES().scope == "model"
     assert TIES(trim="tensor").scope == "parameter"
     for label in ("GreedySoup", "PAINT"):
         assert CASES[label].build().scope == "model"
-    for label in ("WiSEFT", "MagMax", "TaskArithmetic", "ModelStock", "RandomMix", "DARE"):
+    for label in ("WiSEFT", "MagMax", "TaskArithmetic"):
+        assert CASES[label].build().scope == "entry"
+    for label in ("ModelStock", "RandomMix", "DARE"):
         assert CASES[label].build().scope == "parameter"
 
 
