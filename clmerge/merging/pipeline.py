@@ -87,6 +87,10 @@ class Pipeline(Merger):
         return self._finished(self._inner.compute())
 
     @override
+    def task_view(self, task: int) -> TaskVector:
+        return self._finished(self._inner.task_view(task))
+
+    @override
     def to(self, device: torch.device | str) -> Self:
         self._inner.to(device)
         return self

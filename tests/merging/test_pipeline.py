@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from clmerge.merging import PAINT, MagMax, Pipeline, Scale, TrimTensor
+from clmerge.merging import EMR, PAINT, MagMax, Pipeline, Scale, TrimTensor
 
 
 def test_the_reducer_that_was_handed_over_is_left_alone():
@@ -35,3 +35,14 @@ def test_state_of_the_reducer_travels_with_the_pipeline():
 def test_label_names_the_parts():
     pipeline = Pipeline(MagMax(), sparsifier=TrimTensor(0.5), finisher=Scale(2.0))
     assert pipeline.label == ("pipeline_reducer-magmax_sparsifier-trim_tensor_density0.5_finisher-scale_scale2.0")
+
+
+def test_a_task_view_is_finished_like_the_whole():
+    vectors = [{"w": torch.tensor([1.0, -2.0, 3.0])}, {"w": torch.tensor([-1.0, -1.0, 5.0])}]
+    plain, scaled = EMR(), Pipeline(EMR(), finisher=Scale(2.0))
+    for vector in vectors:
+        plain.update(vector)
+        scaled.update(vector)
+    assert torch.equal(scaled.task_view(0)["w"], 2 * plain.task_view(0)["w"])
+    with pytest.raises(TypeError, match="mask per task"):
+        Pipeline().task_view(0)
