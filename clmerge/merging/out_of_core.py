@@ -19,7 +19,7 @@ from clmerge.merging.threshold import kth_of_pieces, sample_step
 from clmerge.merging.ties import TIES, sum_of_signs
 from clmerge.weights.task_vector import State
 
-_PIECE = 1 << 18
+_PIECE = 1 << 19
 
 Passes = Literal["entry", "parameter", "thresholds", "model"]
 """How a rule is streamed: in pieces, parameter by parameter, in pieces after a pass for thresholds, or as a whole."""

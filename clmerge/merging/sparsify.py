@@ -1,6 +1,7 @@
 """Sparsifiers: keep part of a task vector's entries and set the others to zero."""
 
 from abc import ABC, abstractmethod
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -35,8 +36,12 @@ def keep_from(tau: Tensor, threshold: float) -> Tensor:
         return tau.clone()
     # hardshrink keeps what is larger than its bound, so the bound is the next smaller number. It works on
     # blocks much faster than a comparison and torch.where do.
-    below = torch.tensor(threshold, dtype=tau.dtype).nextafter(torch.zeros((), dtype=tau.dtype))
-    return torch.hardshrink(tau, float(below))
+    return torch.hardshrink(tau, _next_smaller(threshold, tau.dtype))
+
+
+@lru_cache(maxsize=64)  # asked for every block
+def _next_smaller(value: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(value, dtype=dtype).nextafter(torch.zeros((), dtype=dtype)))
 
 
 def keep_largest(tau: Tensor, threshold: Threshold) -> Tensor:

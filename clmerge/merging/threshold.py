@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,14 +109,27 @@ def _by_sample(
     for tensor in flat:
         for (piece,) in blocks(tensor):
             magnitudes = piece.to(dtype).abs()
-            flags = torch.empty_like(magnitudes)
-            num_above += int(torch.gt(magnitudes, high, out=flags).sum())
-            torch.eq(magnitudes.clamp(low, high), magnitudes, out=flags)
-            candidates.append(_flagged(magnitudes, flags))
+            above, inside_bracket = _split(magnitudes, low, high)
+            num_above += above
+            candidates.append(inside_bracket)
     rank = k - num_above
     if not 1 <= rank <= sum(found.numel() for found in candidates):
         return None
     return _selected(candidates, rank)
+
+
+def _split(magnitudes: Tensor, low: float, high: float) -> tuple[int, Tensor]:
+    """Count what is above ``high``, and collect what is from ``low`` to ``high``, of which little is expected."""
+    if magnitudes.device.type == "cpu":
+        # NumPy compares, counts and selects flags of one byte three times as fast as PyTorch does.
+        array = magnitudes.numpy()
+        above = array > high
+        inside = np.flatnonzero((array >= low) ^ above)
+        return int(np.count_nonzero(above)), magnitudes.index_select(0, torch.from_numpy(inside))
+    flags = torch.empty_like(magnitudes)
+    num_above = int(torch.gt(magnitudes, high, out=flags).sum())
+    torch.eq(magnitudes.clamp(low, high), magnitudes, out=flags)
+    return num_above, _flagged(magnitudes, flags)
 
 
 def _quantile(sample: Tensor, share: float) -> float:

@@ -35,7 +35,7 @@ class Held:
         return self.vectors[task][name].reshape(-1)[::step].clone()
 
 
-@pytest.fixture(autouse=True, params=[1000, 1 << 18])
+@pytest.fixture(autouse=True, params=[1000, 1 << 19])
 def piece_size(request, monkeypatch):
     monkeypatch.setattr(out_of_core, "_PIECE", request.param)
 
