@@ -51,8 +51,8 @@ class Breadcrumbs(Pipeline):
     bytes per parameter.
 
     Others differ: the released code ranks every row along the last dimension, drops the top share and then *keeps* a
-    share of the row (which is nothing in rows too short for it). mergekit ranks whole tensors too, but takes ``density
-    = 1 - beta - gamma`` and keeps nothing at all of tensors with fewer than ``1 / gamma`` entries.
+    share of the row (which is nothing in rows too short for it). mergekit 0.1.5 ranks whole tensors too, but takes
+    ``density = 1 - beta - gamma`` and rounds down what it keeps, where this rounds down what is dropped.
 
     Args:
         beta: Share of the entries of smallest magnitude that is dropped, in [0, 1).

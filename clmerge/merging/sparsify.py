@@ -176,7 +176,7 @@ class TrimModel(Sparsifier):
 
 
 class TrimTensor(Sparsifier):
-    """Keep exactly ``max(1, int(density * n))`` of every tensor's n entries, as mergekit and PEFT do.
+    """Keep exactly ``max(1, int(density * n))`` of every tensor's n entries, as mergekit does (PEFT may keep none).
 
     Between entries of equal magnitude the first in memory order are kept.
 

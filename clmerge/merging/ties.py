@@ -62,7 +62,7 @@ class TIES(Merger):
     Args:
         density: Share of the entries the trim keeps, in (0, 1].
         trim: ``"model"``: one threshold for the flattened model, ties at it kept (the paper). ``"tensor"``:
-            exactly ``max(1, int(density * n))`` entries of each tensor (mergekit, PEFT).
+            exactly ``max(1, int(density * n))`` entries of each tensor (mergekit; PEFT but for tiny tensors).
         merge: ``"mean"`` (the paper), ``"sum"`` or ``"max"``.
         scale: Scaling coefficient; the paper searches 0.8 to 2.5 and falls back to 1.
 
