@@ -42,13 +42,10 @@ class Evaluator(LightningModule):
         super().__init__()
         self.module = module
         self.weights = {
-            name: None if state is None else _own_names(module, state, name)
-            for name, state in weights.items()
+            name: None if state is None else _own_names(module, state, name) for name, state in weights.items()
         }
         self._rows: Rows = {}
-        self._accuracies = {
-            name: TaskAccuracy(len(task_classes), num_classes, task_classes) for name in weights
-        }
+        self._accuracies = {name: TaskAccuracy(len(task_classes), num_classes, task_classes) for name in weights}
         # A ModuleDict refuses names with dots, and mergers are named after settings such as density0.1.
         self.metrics = nn.ModuleList(self._accuracies.values())
 

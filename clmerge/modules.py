@@ -141,9 +141,7 @@ class ContinualClassifier(LightningModule):
                 counts.index_add_(0, rows, torch.ones(len(rows), 1, device=device))
         sums, counts = sum_over_processes(sums), sum_over_processes(counts)
         if missing := [c for c, count in zip(classes, counts.flatten().tolist(), strict=True) if not count]:
-            raise ValueError(
-                f"expected training images of every class of the task, got none of class {missing[0]}"
-            )
+            raise ValueError(f"expected training images of every class of the task, got none of class {missing[0]}")
         return sums / counts
 
     @override

@@ -54,9 +54,7 @@ class Results:
         if twice:
             raise ValueError(f"expected every task to have its own name, got {sorted(twice)} more than once")
         if len(self.classes) != self.num_tasks:
-            raise ValueError(
-                f"expected class names for {self.num_tasks} tasks, got {len(self.classes)} lists"
-            )
+            raise ValueError(f"expected class names for {self.num_tasks} tasks, got {len(self.classes)} lists")
         self.samples: list[int] | None = None
         self.seconds: dict[str, float] = {}
         self._rows: dict[str, dict[Setting, AccuracyMatrix]] = {}
@@ -124,13 +122,9 @@ class Results:
             ValueError: If the model is ``zero_shot``, a row is malformed, or every task has its row already.
         """
         if model == ZERO_SHOT:
-            raise ValueError(
-                "expected a merger or 'expert', got 'zero_shot'; give its one row to set_zero_shot"
-            )
+            raise ValueError("expected a merger or 'expert', got 'zero_shot'; give its one row to set_zero_shot")
         rows = [check_row(row, self.num_tasks) for row in (task_agnostic, task_aware)]
-        matrices = self._rows.setdefault(
-            model, {setting: AccuracyMatrix(self.num_tasks) for setting in SETTINGS}
-        )
+        matrices = self._rows.setdefault(model, {setting: AccuracyMatrix(self.num_tasks) for setting in SETTINGS})
         for setting, row in zip(SETTINGS, rows, strict=True):
             matrices[setting].add_row(row)
 
@@ -237,8 +231,7 @@ class Results:
                     "add the rows of all models before writing the results of a task"
                 )
         models = {
-            model: {setting: _to_json(self.figures(model, setting)) for setting in SETTINGS}
-            for model in self.models
+            model: {setting: _to_json(self.figures(model, setting)) for setting in SETTINGS} for model in self.models
         }
         return {
             "schema": SCHEMA,

@@ -291,9 +291,7 @@ def test_mode_offline_if_the_server_is_unreachable(wandb_home, monkeypatch, capl
     elif asked == "key":
         log_in(monkeypatch, url)
     elif asked == "netrc":
-        (wandb_home / "netrc").write_text(
-            f"machine {url.removeprefix('http://')} login user password {'0' * 40}\n"
-        )
+        (wandb_home / "netrc").write_text(f"machine {url.removeprefix('http://')} login user password {'0' * 40}\n")
     start = time.monotonic()
     mode, record = choose(caplog, online=asked == "argument")
     assert time.monotonic() - start < 5

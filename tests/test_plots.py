@@ -66,9 +66,7 @@ def test_average_accuracy_labels_its_lines():
     panel = plot_average_accuracy(results).axes[0]
     finals = {model: results.figures(model)["average_accuracy"][-1] for model in results.models}
     assert sorted(texts(panel)) == sorted(f"{model} {100 * value:.1f}" for model, value in finals.items())
-    styles = {
-        line.get_linestyle() for line in panel.lines if line.get_ydata()[-1] == 100 * finals["zero_shot"]
-    }
+    styles = {line.get_linestyle() for line in panel.lines if line.get_ydata()[-1] == 100 * finals["zero_shot"]}
     assert styles == {"--"}
 
 

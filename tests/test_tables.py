@@ -40,9 +40,7 @@ def test_twenty_tasks_are_collapsed(width):
 
 def test_numbers_are_those_of_the_results():
     results = make_results(3, names="t{}")
-    row = next(
-        line for line in render_text(results, setting="task_aware").splitlines() if "ties" in line
-    ).split()
+    row = next(line for line in render_text(results, setting="task_aware").splitlines() if "ties" in line).split()
     figures = results.figures("ties_density0.1", "task_aware")
     expected = [
         *figures["R"][-1],

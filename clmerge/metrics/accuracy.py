@@ -132,9 +132,7 @@ class TaskAccuracy(Metric):
 
     def _check(self, logits: Tensor, labels: Tensor, tasks: Tensor) -> None:
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
-            raise ValueError(
-                f"expected logits of shape (batch, {self.num_classes}), got {tuple(logits.shape)}"
-            )
+            raise ValueError(f"expected logits of shape (batch, {self.num_classes}), got {tuple(logits.shape)}")
         if not logits.is_floating_point():
             raise TypeError(f"expected floating point logits, got {logits.dtype}")
         for name, values in (("labels", labels), ("tasks", tasks)):
@@ -159,9 +157,7 @@ class TaskAccuracy(Metric):
 def _is_right(logits: Tensor, competing: Tensor, labels: Tensor) -> Tensor:
     """Tell which samples have their label on top, ``(batch,)`` bool, given three ``(batch, ...)`` tensors."""
     scores = logits.masked_fill(~competing, float("-inf"))
-    predicted = scores.argmax(
-        dim=1
-    )  # unlike the index max() returns, promised to be the first of equal values
+    predicted = scores.argmax(dim=1)  # unlike the index max() returns, promised to be the first of equal values
     best = scores.amax(dim=1)
     # amax passes NaN on, so one test of the winner covers NaN anywhere among the competing logits.
     return (predicted == labels) & ~best.isnan() & (best != float("-inf"))

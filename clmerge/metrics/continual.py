@@ -50,9 +50,7 @@ def average_accuracy(matrix: Matrix, *, samples: Row | None = None) -> list[floa
     block = _block(matrix)
     weights = np.ones(len(block)) if samples is None else _vector(samples, "samples", len(block))
     return [
-        float(block[t, : t + 1] @ weights[: t + 1] / total)
-        if (total := weights[: t + 1].sum()) > 0
-        else float("nan")
+        float(block[t, : t + 1] @ weights[: t + 1] / total) if (total := weights[: t + 1].sum()) > 0 else float("nan")
         for t in range(len(block))
     ]
 
@@ -309,9 +307,7 @@ def merge_gap(expert: Matrix, merged: Matrix) -> list[float]:
     """
     first, second = _matrix(expert), _matrix(merged)
     if first.shape != second.shape:
-        raise ValueError(
-            f"expected the merged matrix to have the expert's shape {first.shape}, got {second.shape}"
-        )
+        raise ValueError(f"expected the merged matrix to have the expert's shape {first.shape}, got {second.shape}")
     return [float(gap) for gap in first.diagonal() - second.diagonal()]
 
 
@@ -354,9 +350,7 @@ def _block(matrix: Matrix) -> Array:
 def _vector(values: Row, name: str, num_rows: int) -> Array:
     vector = to_array(values)
     if vector.ndim != 1 or len(vector) < num_rows:
-        raise ValueError(
-            f"expected {name} to hold one number per task, at least {num_rows}, got shape {vector.shape}"
-        )
+        raise ValueError(f"expected {name} to hold one number per task, at least {num_rows}, got shape {vector.shape}")
     return vector[:num_rows]
 
 

@@ -97,28 +97,20 @@ class AccuracyMatrix:
             "average_accuracy": continual.average_accuracy(values),
             "average_incremental_accuracy": continual.average_incremental_accuracy(values),
             "average_incremental_accuracy_by_samples": (
-                undefined
-                if samples is None
-                else continual.average_incremental_accuracy(values, samples=samples)
+                undefined if samples is None else continual.average_incremental_accuracy(values, samples=samples)
             ),
             "forgetting": continual.forgetting(values),
             "forgetting_per_task": continual.forgetting_per_task(values),
             "backward_transfer": continual.backward_transfer(values),
-            "forward_transfer": undefined
-            if baseline is None
-            else continual.forward_transfer(values, baseline),
+            "forward_transfer": undefined if baseline is None else continual.forward_transfer(values, baseline),
             "learning_accuracy": continual.learning_accuracy(values),
             "transfer": continual.transfer(values),
             "average": continual.average(values),
             "last": continual.last(values),
             "normalised_accuracy": (
-                undefined
-                if expert is None
-                else continual.normalised_accuracy(values, expert.values.diagonal())
+                undefined if expert is None else continual.normalised_accuracy(values, expert.values.diagonal())
             ),
-            "merge_gap": [undefined] * len(self)
-            if expert is None
-            else continual.merge_gap(expert.values, values),
+            "merge_gap": [undefined] * len(self) if expert is None else continual.merge_gap(expert.values, values),
         }
 
 
@@ -140,7 +132,5 @@ def check_row(accuracies: Row, num_tasks: int) -> Array:
         raise ValueError(f"expected one accuracy per task, shape ({num_tasks},), got shape {row.shape}")
     wrong = [float(value) for value in row if value < 0 or value > 1]
     if wrong:
-        raise ValueError(
-            f"expected accuracies in [0, 1], got {wrong[0]}; percentages are made when they are shown"
-        )
+        raise ValueError(f"expected accuracies in [0, 1], got {wrong[0]}; percentages are made when they are shown")
     return row

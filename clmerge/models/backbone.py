@@ -93,9 +93,7 @@ class OpenClip(Backbone):
 
     default_trainable: ClassVar[tuple[str, ...]] = ("visual.*",)
 
-    def __init__(
-        self, name: str = "nano", *, pretrained: str | None = None, cache_dir: str | None = None
-    ) -> None:
+    def __init__(self, name: str = "nano", *, pretrained: str | None = None, cache_dir: str | None = None) -> None:
         super().__init__()
         import open_clip
 
@@ -235,9 +233,7 @@ def _check_name(name: str, known: list[str], library: str) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f"; for a folder write 'local-dir:{name}'" if Path(name).is_dir() else ""
-        raise ValueError(
-            f"expected a model of {library}, got {name!r}; nearest: {', '.join(near) or 'none'}{hint}"
-        )
+        raise ValueError(f"expected a model of {library}, got {name!r}; nearest: {', '.join(near) or 'none'}{hint}")
 
 
 def _check_tag(name: str, tag: str) -> None:
@@ -245,15 +241,11 @@ def _check_tag(name: str, tag: str) -> None:
     import open_clip
 
     if name == "nano" or name.startswith(_SOURCES):
-        raise ValueError(
-            f"expected a checkpoint file beside {name!r}, which brings its own weights, got {tag!r}"
-        )
+        raise ValueError(f"expected a checkpoint file beside {name!r}, which brings its own weights, got {tag!r}")
     found = open_clip.get_pretrained_cfg(name, tag)
     if not found:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise ValueError(
-            f"expected a pretrained tag of {name} or a checkpoint file, got {tag!r}; tags: {tags}"
-        )
+        raise ValueError(f"expected a pretrained tag of {name} or a checkpoint file, got {tag!r}; tags: {tags}")
     # open_clip only warns, and such a model loses accuracy before anything was trained.
     if found.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu"):
         raise ValueError(

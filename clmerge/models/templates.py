@@ -68,9 +68,7 @@ _TEMPLATES: dict[str, tuple[str, ...]] = {
     "FashionMNIST": ("a photo of a {}.", "a photo of the {}."),
     "Flowers102": ("a photo of a {}, a type of flower.",),
     "Food101": ("a photo of {}, a type of food.",),
-    "GTSRB": tuple(
-        f'a {shot} photo of a "{{}}" traffic sign.' for shot in ("zoomed in", "centered", "close up")
-    ),
+    "GTSRB": tuple(f'a {shot} photo of a "{{}}" traffic sign.' for shot in ("zoomed in", "centered", "close up")),
     "KMNIST": ("a photo of the character {}.",),
     "MNIST": _NUMBER,
     "OxfordIIITPet": ("a photo of a {}, a type of pet.",),

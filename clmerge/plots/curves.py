@@ -153,11 +153,7 @@ def _spread(heights: dict[str, float], *, gap: float) -> dict[str, float]:
         # Groups that touch become one, centred on the mean height of its members.
         while len(groups) > 1 and _bottom(groups[-1], heights, gap) - _top(groups[-2], heights, gap) < gap:
             groups[-2:] = [groups[-2] + groups[-1]]
-    return {
-        model: _bottom(group, heights, gap) + index * gap
-        for group in groups
-        for index, model in enumerate(group)
-    }
+    return {model: _bottom(group, heights, gap) + index * gap for group in groups for index, model in enumerate(group)}
 
 
 def _bottom(group: list[str], heights: dict[str, float], gap: float) -> float:

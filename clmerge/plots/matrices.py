@@ -79,9 +79,7 @@ def _draw_matrix(panel: Axes, results: Results, matrix: Array, *, label_rows: bo
             color = GREY if undefined else ink_on(colors(value / 100))
             panel.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
         for color, linewidth in (("white", 1.6), (DARK, 0.7)):
-            outline = Rectangle(
-                (row - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=color, linewidth=linewidth
-            )
+            outline = Rectangle((row - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=color, linewidth=linewidth)
             outline.set_clip_on(False)
             panel.add_patch(outline)
     label_tasks(panel, results)

@@ -16,9 +16,7 @@ def avalanche_benchmarks() -> Any:
     """Import ``avalanche.benchmarks`` without the two warnings its optional solvers raise at import."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no QP solver found", category=UserWarning)
-        warnings.filterwarnings(
-            "ignore", message="JAXopt is no longer maintained", category=DeprecationWarning
-        )
+        warnings.filterwarnings("ignore", message="JAXopt is no longer maintained", category=DeprecationWarning)
         import avalanche.benchmarks
 
         return avalanche.benchmarks

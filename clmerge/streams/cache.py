@@ -46,11 +46,7 @@ def cached(dataset: ImageDataset, max_bytes: int) -> CachedImages | None:
     if not len(dataset):
         return None
     first, again = dataset[0][0], dataset[0][0]
-    if (
-        not isinstance(first, Tensor)
-        or first.nbytes * len(dataset) > max_bytes
-        or not torch.equal(first, again)
-    ):
+    if not isinstance(first, Tensor) or first.nbytes * len(dataset) > max_bytes or not torch.equal(first, again):
         return None
     images = first.new_empty((len(dataset), *first.shape))
     for index in range(len(dataset)):

@@ -79,9 +79,7 @@ class ClassIncremental(Stream):
                     f"{base_classes}): put the base classes first in classes_per_task"
                 )
             if min(classes_per_task, default=0) < 1:
-                raise ValueError(
-                    f"expected at least one class in every task, got classes_per_task={classes_per_task}"
-                )
+                raise ValueError(f"expected at least one class in every task, got classes_per_task={classes_per_task}")
             if num_tasks not in (_DEFAULT_NUM_TASKS, len(classes_per_task)):
                 raise ValueError(
                     f"expected num_tasks to be len(classes_per_task)={len(classes_per_task)}, got "
@@ -89,8 +87,7 @@ class ClassIncremental(Stream):
                 )
         if base_classes is not None and (base_classes < 1 or num_tasks < 2):
             raise ValueError(
-                f"expected base_classes of 1 or more and num_tasks of 2 or more, got {base_classes} and "
-                f"{num_tasks}"
+                f"expected base_classes of 1 or more and num_tasks of 2 or more, got {base_classes} and {num_tasks}"
             )
         if isinstance(class_order, str) and class_order not in ("natural", "random", *CLASS_ORDERS):
             raise ValueError(
@@ -118,9 +115,7 @@ class ClassIncremental(Stream):
             random.Random(derived_seed(self.seed, "class order")).shuffle(order)
             return order
         named = isinstance(self.class_order, str)
-        order = (
-            list(CLASS_ORDERS[self.class_order]) if isinstance(self.class_order, str) else self.class_order
-        )
+        order = list(CLASS_ORDERS[self.class_order]) if isinstance(self.class_order, str) else self.class_order
         if sorted(order) != list(range(num_classes)):
             given = f"{self.class_order!r}, which has {len(order)}" if named else f"{order}"
             raise ValueError(
@@ -163,14 +158,9 @@ class ClassIncremental(Stream):
             # num_experiences= would drop the classes that are left over by the division.
             num_classes_per_exp=self._sizes(len(names)),
         )
-        classes = [
-            tuple(sorted(int(c) for c in exp.classes_in_this_experience)) for exp in benchmark.train_stream
-        ]
+        classes = [tuple(sorted(int(c) for c in exp.classes_in_this_experience)) for exp in benchmark.train_stream]
         of_task = [tuple(names[c] for c in task_classes) for task_classes in classes]
-        tasks = [
-            Task(index, name, classes[index], of_task[index])
-            for index, name in enumerate(task_names(of_task))
-        ]
+        tasks = [Task(index, name, classes[index], of_task[index]) for index, name in enumerate(task_names(of_task))]
         splits = [
             self.validation.splits(
                 source,
@@ -178,13 +168,9 @@ class ClassIncremental(Stream):
                 test=experience_indices(test_exp),
                 to_global={class_id: class_id for class_id in task.classes},
             )
-            for task, train_exp, test_exp in zip(
-                tasks, benchmark.train_stream, benchmark.test_stream, strict=True
-            )
+            for task, train_exp, test_exp in zip(tasks, benchmark.train_stream, benchmark.test_stream, strict=True)
         ]
-        return StreamPlan(
-            tuple(tasks), tuple(splits), tuple(names), tuple(source.prompt_names), (source,) * len(names)
-        )
+        return StreamPlan(tuple(tasks), tuple(splits), tuple(names), tuple(source.prompt_names), (source,) * len(names))
 
 
 def even_sizes(num_classes: int, num_tasks: int) -> list[int]:

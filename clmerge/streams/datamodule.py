@@ -52,9 +52,7 @@ class StreamDataModule(LightningDataModule):
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
             raise ValueError(f"expected batch sizes of 1 or more, got {batch_size} and {eval_batch_size}")
         if num_workers < 0 or cache_mb < 0:
-            raise ValueError(
-                f"expected num_workers and cache_mb of 0 or more, got {num_workers} and {cache_mb}"
-            )
+            raise ValueError(f"expected num_workers and cache_mb of 0 or more, got {num_workers} and {cache_mb}")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
@@ -67,9 +65,7 @@ class StreamDataModule(LightningDataModule):
         self._task = 0
         self._cache: dict[tuple[Split, int], CachedImages | None] = {}
 
-    def setup_stream(
-        self, stream: Stream, train_transform: Transform | None, eval_transform: Transform | None
-    ) -> None:
+    def setup_stream(self, stream: Stream, train_transform: Transform | None, eval_transform: Transform | None) -> None:
         """Say which stream to serve and how the backbone wants its images; starts at task 0.
 
         Args:
@@ -105,9 +101,7 @@ class StreamDataModule(LightningDataModule):
     def task(self, task: int) -> None:
         num_tasks = len(self.stream.tasks)
         if not 0 <= task < num_tasks:
-            raise ValueError(
-                f"expected a task in 0..{num_tasks - 1} of stream {self.stream.name}, got {task}"
-            )
+            raise ValueError(f"expected a task in 0..{num_tasks - 1} of stream {self.stream.name}, got {task}")
         if task != self._task:
             # A task's validation images are used while it is trained; room is kept for the test images.
             self._cache = {key: images for key, images in self._cache.items() if key[0] == "test"}

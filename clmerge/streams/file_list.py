@@ -80,6 +80,4 @@ class FileListSource(DataSource):
     def _load(self, split: str) -> LabelledImages:
         class_ids = {label: class_id for class_id, label in enumerate(self._classes)}
         entries = self._entries[split]
-        return FileImages(
-            [self.root / path for path, _ in entries], [class_ids[label] for _, label in entries]
-        )
+        return FileImages([self.root / path for path, _ in entries], [class_ids[label] for _, label in entries])

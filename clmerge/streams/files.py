@@ -13,9 +13,7 @@ from clmerge.streams.sources import LabelledImages
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-IMAGE_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
 class FileImages(LabelledImages):
@@ -28,9 +26,7 @@ class FileImages(LabelledImages):
 
     def __init__(self, paths: Sequence[Path], targets: Sequence[int]) -> None:
         if len(paths) != len(targets):
-            raise ValueError(
-                f"expected one label per image, got {len(paths)} images and {len(targets)} labels"
-            )
+            raise ValueError(f"expected one label per image, got {len(paths)} images and {len(targets)} labels")
         self.paths = list(paths)
         self.targets = list(targets)
 

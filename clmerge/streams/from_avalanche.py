@@ -138,9 +138,7 @@ class FromAvalanche(Stream):
         """Per task, the train, validation (or None) and test experience."""
         streams = self.benchmark.streams
         train, test = list(streams["train"]), list(streams["test"])
-        validation = next(
-            (list(streams[name]) for name in ("valid", "val") if name in streams), [None] * len(train)
-        )
+        validation = next((list(streams[name]) for name in ("valid", "val") if name in streams), [None] * len(train))
         if not len(train) == len(test) == len(validation):
             raise ValueError(
                 f"expected streams of equal length, got {len(train)} train, {len(validation)} validation and "
@@ -174,10 +172,7 @@ class FromAvalanche(Stream):
         if len(class_names) <= top:
             raise ValueError(f"expected {top + 1} class names or more, got {len(class_names)}")
         of_task = [tuple(class_names[class_id] for class_id in task) for task in classes]
-        tasks = [
-            Task(index, name, classes[index], of_task[index])
-            for index, name in enumerate(task_names(of_task))
-        ]
+        tasks = [Task(index, name, classes[index], of_task[index]) for index, name in enumerate(task_names(of_task))]
         return StreamPlan(
             tuple(tasks),
             tuple(splits),

@@ -72,9 +72,7 @@ class ImageFolderSource(DataSource):
     @cached_property
     def _classes(self) -> tuple[list[str], list[str]]:
         """Class folders by class id, and their readable names."""
-        tops = (
-            [self.root / self.train_folder, self.root / self.test_folder] if self._is_split else [self.root]
-        )
+        tops = [self.root / self.train_folder, self.root / self.test_folder] if self._is_split else [self.root]
         folders = sorted({folder.name for top in tops for folder in _subfolders(top)})
         if not folders:
             raise RuntimeError(f"expected one folder per class in {tops[0].absolute()}, found none")
@@ -90,9 +88,7 @@ class ImageFolderSource(DataSource):
         named = {pair[0]: pair[1] for pair in pairs if len(pair) == 2 and pair[0] in set(folders)}
         missing = [folder for folder in folders if folder not in named]
         if missing:
-            raise RuntimeError(
-                f"expected a name for every class folder in {path}, got none for {missing[:5]}"
-            )
+            raise RuntimeError(f"expected a name for every class folder in {path}, got none for {missing[:5]}")
         return named
 
     @cached_property

@@ -31,9 +31,7 @@ class ValidationCut:
         if not 0.0 <= self.fraction < 1.0:
             raise ValueError(f"expected val_fraction in [0, 1), got {self.fraction}")
         if self.max_images is not None and self.max_images < 1:
-            raise ValueError(
-                f"expected max_val of 1 or more, got {self.max_images}: for none, set val_fraction to 0"
-            )
+            raise ValueError(f"expected max_val of 1 or more, got {self.max_images}: for none, set val_fraction to 0")
 
     def splits(
         self,

@@ -18,9 +18,7 @@ from clmerge.streams.stream import Stream, StreamPlan, Task, safe_name, unique_n
 class MultiSourceStream(Stream):
     """One task per data source; subclasses say which global class a source's class is."""
 
-    def __init__(
-        self, sources: Sequence[DataSource] | SourceGroup, name: str, validation: ValidationCut
-    ) -> None:
+    def __init__(self, sources: Sequence[DataSource] | SourceGroup, name: str, validation: ValidationCut) -> None:
         if not isinstance(sources, SourceGroup) and not sources:
             raise ValueError("expected at least one data source, got none")
         self._given = sources

@@ -58,18 +58,14 @@ class NpzSource(DataSource):
             return self._names
         found = self._arrays(["classes"])
         if not found:
-            raise ValueError(
-                f"expected class names, but {self.path} has no array 'classes': pass names=[...]"
-            )
+            raise ValueError(f"expected class names, but {self.path} has no array 'classes': pass names=[...]")
         return [readable(str(name)) for name in found["classes"]]
 
     def _arrays(self, keys: list[str]) -> dict[str, np.ndarray]:
         import numpy as np
 
         if not self.path.is_file():
-            raise RuntimeError(
-                f"expected an .npz file in MedMNIST's layout at {self.path.absolute()}, found none"
-            )
+            raise RuntimeError(f"expected an .npz file in MedMNIST's layout at {self.path.absolute()}, found none")
         # Without pickle an archive is plain numbers and cannot run code.
         with np.load(self.path, allow_pickle=False) as archive:
             return {key: archive[key] for key in keys if key in archive}

@@ -90,9 +90,7 @@ def even_steps_batch_size(num_samples: int, batch_size: int, num_replicas: int) 
         3
     """
     if num_samples < num_replicas:
-        raise ValueError(
-            f"expected at least one image per process, got {num_samples} for {num_replicas} processes"
-        )
+        raise ValueError(f"expected at least one image per process, got {num_samples} for {num_replicas} processes")
     largest, smallest = -(-num_samples // num_replicas), num_samples // num_replicas
     for size in range(batch_size, 1, -1):
         if -(-largest // size) == -(-smallest // size):

@@ -37,9 +37,7 @@ def domain_names(domains: Domains) -> list[str]:
     """
     if isinstance(domains, str):
         if domains not in DOMAIN_ORDERS:
-            raise ValueError(
-                f"expected domains to be a list or one of {list(DOMAIN_ORDERS)}, got {domains!r}"
-            )
+            raise ValueError(f"expected domains to be a list or one of {list(DOMAIN_ORDERS)}, got {domains!r}")
         return list(DOMAIN_ORDERS[domains])
     if not domains or len(set(domains)) != len(domains):
         raise ValueError(f"expected domains to be different names, at least one, got {domains}")
@@ -185,7 +183,6 @@ class _PrefixSource(DataSource):
         found = [index for index, path in enumerate(images.paths) if path.name.startswith(prefix)]
         if not found:
             raise RuntimeError(
-                f"expected file names that begin with {prefix!r} in the {split} split of {self.source.root}, "
-                f"found none"
+                f"expected file names that begin with {prefix!r} in the {split} split of {self.source.root}, found none"
             )
         return images.select(found)

@@ -55,9 +55,7 @@ class ArrayImages(LabelledImages):
                 f"got {images.dtype} of shape {images.shape}"
             )
         if len(images) != len(targets):
-            raise ValueError(
-                f"expected one label per image, got {len(images)} images and {len(targets)} labels"
-            )
+            raise ValueError(f"expected one label per image, got {len(images)} images and {len(targets)} labels")
         self.images = images
         self.targets = [int(target) for target in targets]
 

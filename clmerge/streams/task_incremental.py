@@ -54,7 +54,5 @@ class TaskIncremental(MultiSourceStream):
             offset = len(class_names)
             to_global.append({label: offset + label for label in range(len(source.class_names))})
             origins += [(index, label) for label in range(len(source.class_names))]
-            class_names += [
-                name if plain[name] == 1 else f"{source.name}: {name}" for name in source.class_names
-            ]
+            class_names += [name if plain[name] == 1 else f"{source.name}: {name}" for name in source.class_names]
         return class_names, to_global, origins

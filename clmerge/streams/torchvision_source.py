@@ -106,9 +106,7 @@ _RECIPES: dict[str, _Recipe] = {
         _fixed(tuple(synonyms[0] for synonyms in names.FER2013)),
         downloads=False,
     ),
-    "FashionMNIST": _Recipe(
-        _idx("FashionMNIST"), _TARGETS, lambda dataset: list(dataset.classes), **_BY_FLAG
-    ),
+    "FashionMNIST": _Recipe(_idx("FashionMNIST"), _TARGETS, lambda dataset: list(dataset.classes), **_BY_FLAG),
     "Flowers102": _Recipe(
         "flowers-102/jpg/*.jpg, imagelabels.mat, setid.mat",
         _PRIVATE,
@@ -128,12 +126,8 @@ _RECIPES: dict[str, _Recipe] = {
         _PRIVATE,
         train={"split": "trainval"},
     ),
-    "PCAM": _Recipe(
-        "pcam/camelyonpatch_level_2_split_*.h5", _pcam_labels, _fixed(names.PCAM), val={"split": "val"}
-    ),
-    "RenderedSST2": _Recipe(
-        "rendered-sst2/{train,valid,test}/CLASS/*.png", _sample_labels, val={"split": "val"}
-    ),
+    "PCAM": _Recipe("pcam/camelyonpatch_level_2_split_*.h5", _pcam_labels, _fixed(names.PCAM), val={"split": "val"}),
+    "RenderedSST2": _Recipe("rendered-sst2/{train,valid,test}/CLASS/*.png", _sample_labels, val={"split": "val"}),
     "STL10": _Recipe("stl10_binary/train_X.bin, train_y.bin, test_X.bin, ...", _LABELS, _fixed(names.STL10)),
     "SUN397": _Recipe("SUN397/ClassName.txt and SUN397/a/CLASS/sun_*.jpg", _PRIVATE, train={}, test=None),
     "SVHN": _Recipe("train_32x32.mat, test_32x32.mat", _LABELS, _fixed(names.DIGITS)),
@@ -200,9 +194,7 @@ class TorchvisionSource(DataSource):
     ) -> None:
         super().__init__(dataset, templates=templates)
         if dataset not in _RECIPES:
-            raise ValueError(
-                f"expected dataset to be one of {list(get_args(TorchvisionName))}, got {dataset!r}"
-            )
+            raise ValueError(f"expected dataset to be one of {list(get_args(TorchvisionName))}, got {dataset!r}")
         if not 0.0 < test_fraction < 1.0:
             raise ValueError(f"expected test_fraction in (0, 1), got {test_fraction}")
         self.root = Path(root).expanduser()

@@ -71,9 +71,7 @@ def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
     write_text_atomic(path, json.dumps(obj, indent=2, allow_nan=False) + "\n")
 
 
-def save_tensors(
-    path: str | os.PathLike[str], tensors: State, metadata: Mapping[str, str] | None = None
-) -> None:
+def save_tensors(path: str | os.PathLike[str], tensors: State, metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors to a safetensors file, atomically.
 
     Args:

@@ -43,9 +43,7 @@ def select_parameters(
     names = [name for group in aliases.values() for name in group]
     for pattern in (include or []) + exclude:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"expected a pattern that matches a parameter, got {pattern!r}; {_hint(pattern, names)}"
-            )
+            raise ValueError(f"expected a pattern that matches a parameter, got {pattern!r}; {_hint(pattern, names)}")
 
     mergeable = {parameter: group for parameter, group in aliases.items() if _is_mergeable(parameter)}
     for pattern in include or []:
@@ -84,9 +82,7 @@ def _hint(pattern: str, names: list[str]) -> str:
     if any(fnmatchcase(name, f"{prefix}.*") for name in names):
         return f"patterns cover the whole name: did you mean {prefix + '.*'!r}?"
     # A typo sits in one part of the name, so whole names and their leading parts are both candidates.
-    parts = {
-        ".".join(name.split(".")[:depth]) + ".*" for name in names for depth in range(1, name.count(".") + 1)
-    }
+    parts = {".".join(name.split(".")[:depth]) + ".*" for name in names for depth in range(1, name.count(".") + 1)}
     close = get_close_matches(pattern, [*names, *sorted(parts)], n=3, cutoff=0.5)
     nearest = ", ".join(repr(name) for name in close or names[:3])
     return f"the nearest names are {nearest}" if nearest else "the module has no parameters"

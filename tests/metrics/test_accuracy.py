@@ -16,9 +16,7 @@ CLASSES = [[0, 3], [1], [2, 4, 5]]
 def batch(seed, size=64):
     generator = torch.Generator().manual_seed(seed)
     tasks = torch.randint(3, (size,), generator=generator)
-    labels = torch.tensor(
-        [CLASSES[t][int(torch.randint(len(CLASSES[t]), (1,), generator=generator))] for t in tasks]
-    )
+    labels = torch.tensor([CLASSES[t][int(torch.randint(len(CLASSES[t]), (1,), generator=generator))] for t in tasks])
     return torch.randn(size, 6, generator=generator), labels, tasks
 
 

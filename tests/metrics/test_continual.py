@@ -86,15 +86,11 @@ def test_equal_the_formulas_written_as_loops(data):
 
     close = {"abs": 1e-12, "nan_ok": True}
     averages = [mean(matrix[t][j] for j in range(t + 1)) for t in range(n)]
-    weighted = [
-        sum(samples[j] * matrix[t][j] for j in range(t + 1)) / sum(samples[: t + 1]) for t in range(n)
-    ]
+    weighted = [sum(samples[j] * matrix[t][j] for j in range(t + 1)) / sum(samples[: t + 1]) for t in range(n)]
     drops = [max(matrix[k][j] for k in range(j, n - 1)) - matrix[n - 1][j] for j in range(n - 1)]
     assert continual.average_accuracy(matrix) == pytest.approx(averages, **close)
     assert continual.average_accuracy(matrix, samples=samples) == pytest.approx(weighted, **close)
-    assert continual.average_incremental_accuracy(matrix, samples=samples) == pytest.approx(
-        mean(weighted), **close
-    )
+    assert continual.average_incremental_accuracy(matrix, samples=samples) == pytest.approx(mean(weighted), **close)
     assert continual.forgetting(matrix) == pytest.approx(mean(drops), **close)
     gains = [matrix[n - 1][j] - matrix[j][j] for j in range(n - 1)]
     assert continual.backward_transfer(matrix) == pytest.approx(mean(gains), **close)
@@ -102,9 +98,7 @@ def test_equal_the_formulas_written_as_loops(data):
     assert continual.forward_transfer(matrix, baseline) == pytest.approx(mean(forward), **close)
     zero_shot = [mean(matrix[i][j] for i in range(j)) for j in range(1, n)]
     assert continual.transfer(matrix) == pytest.approx(mean(zero_shot), **close)
-    assert continual.average(matrix) == pytest.approx(
-        mean(matrix[i][j] for i in range(n) for j in range(n)), **close
-    )
+    assert continual.average(matrix) == pytest.approx(mean(matrix[i][j] for i in range(n) for j in range(n)), **close)
     # Chaudhry's maximum is at least the accuracy right after learning, which is what GEM starts from.
     if n > 1:
         assert continual.forgetting(matrix) >= -continual.backward_transfer(matrix) - 1e-12

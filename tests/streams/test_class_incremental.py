@@ -98,9 +98,7 @@ def test_labels_are_those_of_the_source_and_match_the_images():
 
 def test_random_order_depends_on_the_seed_alone():
     def classes(seed):
-        return [
-            task.classes for task in ClassIncremental(Numbered(10), class_order="random", seed=seed).tasks
-        ]
+        return [task.classes for task in ClassIncremental(Numbered(10), class_order="random", seed=seed).tasks]
 
     assert classes(1) == classes(1) != classes(2)
 

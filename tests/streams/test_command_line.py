@@ -112,9 +112,7 @@ def write_everything(root):
     layouts.write_cifar100(root)
     layouts.write_cars(root)
     layouts.write_mnist(root)
-    layouts.write_domain_lists(
-        root / "domainnet", ["clipart", "sketch", "real", "infograph", "quickdraw", "painting"]
-    )
+    layouts.write_domain_lists(root / "domainnet", ["clipart", "sketch", "real", "infograph", "quickdraw", "painting"])
     for prefix in ("art", "sketch"):
         layouts.write_tree(root / "imagenet-r", ["n01", "n02"], 5, prefix=prefix)
     (root / "imagenet-r" / "README.txt").write_text("n01 zebra\nn02 ant\n")

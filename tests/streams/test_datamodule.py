@@ -78,8 +78,7 @@ def fit(data, epochs, **options):
 
 def same(first, second):
     return len(first) == len(second) and all(
-        a[0] == b[0] and torch.equal(a[1], b[1]) and torch.equal(a[2], b[2])
-        for a, b in zip(first, second, strict=True)
+        a[0] == b[0] and torch.equal(a[1], b[1]) and torch.equal(a[2], b[2]) for a, b in zip(first, second, strict=True)
     )
 
 
@@ -188,9 +187,7 @@ def test_resumed_run_sees_the_same_batches(tmp_path):
 def test_workers_change_nothing():
     alone = [tuple(batch) for batch in data_module().train_dataloader()]
     helped = [tuple(batch) for batch in data_module(num_workers=2).train_dataloader()]
-    assert all(
-        torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(alone, helped, strict=True)
-    )
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(alone, helped, strict=True))
 
 
 def test_loading_leaves_the_global_random_state_alone():
@@ -219,15 +216,9 @@ def test_processes_share_the_test_images_without_repeating_any(world_size):
         data.trainer = FakeTrainer(world_size, rank)
         batches = list(data.test_dataloader())
         steps.add(len(batches))
-        seen += [
-            (int(t), int(y), x.sum().item())
-            for xs, ys, ts in batches
-            for x, y, t in zip(xs, ys, ts, strict=True)
-        ]
+        seen += [(int(t), int(y), x.sum().item()) for xs, ys, ts in batches for x, y, t in zip(xs, ys, ts, strict=True)]
     alone = data_module(cache_eval=False).test_dataloader()
-    wanted = [
-        (int(t), int(y), x.sum().item()) for xs, ys, ts in alone for x, y, t in zip(xs, ys, ts, strict=True)
-    ]
+    wanted = [(int(t), int(y), x.sum().item()) for xs, ys, ts in alone for x, y, t in zip(xs, ys, ts, strict=True)]
     assert sorted(seen) == sorted(wanted)
     assert len(steps) == 1
 
@@ -241,9 +232,7 @@ def test_processes_share_the_training_images(world_size):
         sampler = data.train_dataloader().sampler
         labels.append([position for _, position in sampler])
     assert len({len(part) for part in labels}) == 1
-    assert {position for part in labels for position in part} == set(
-        range(len(data.stream.dataset(0, "train")))
-    )
+    assert {position for part in labels for position in part} == set(range(len(data.stream.dataset(0, "train"))))
 
 
 def test_lightning_tests_all_images():
@@ -263,9 +252,7 @@ def test_stream_and_task_are_checked():
         data.task = 5
 
 
-@pytest.mark.parametrize(
-    "options", [{"batch_size": 0}, {"eval_batch_size": 0}, {"num_workers": -1}, {"cache_mb": -1}]
-)
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"eval_batch_size": 0}, {"num_workers": -1}, {"cache_mb": -1}])
 def test_numbers_out_of_range(options):
     with pytest.raises(ValueError, match="or more"):
         StreamDataModule(**options)

@@ -46,9 +46,7 @@ def test_classic_benchmark(split_mnist):
 def test_transform_groups_are_honoured(split_mnist):
     stream = FromAvalanche(split_mnist)
     to_tensor = transforms.PILToTensor()
-    shades = {
-        split: int(stream.dataset(3, split, to_tensor)[0][0].max()) for split in ("train", "val", "test")
-    }
+    shades = {split: int(stream.dataset(3, split, to_tensor)[0][0].max()) for split in ("train", "val", "test")}
     assert shades == {"train": 10, "val": 20, "test": 20}
 
 
@@ -58,9 +56,7 @@ def test_new_style_benchmark_does_not_test_with_training_transforms(tmp_path):
     write_mnist(tmp_path)
     benchmarks = avalanche_benchmarks()
     paint = {"train": Shade(10), "eval": Shade(20)}
-    groups = {
-        name: (transforms.Compose([transforms.ToTensor(), shade]), None) for name, shade in paint.items()
-    }
+    groups = {name: (transforms.Compose([transforms.ToTensor(), shade]), None) for name, shade in paint.items()}
     sets = [
         benchmarks.utils.as_classification_dataset(MNIST(tmp_path, train=train), transform_groups=groups)
         for train in (True, False)
@@ -102,9 +98,7 @@ def test_too_few_class_names(split_mnist):
 def test_benchmark_with_its_default_normalisation_is_refused(tmp_path):
     write_mnist(tmp_path)
     stream = FromAvalanche(avalanche_benchmarks().SplitMNIST(5, dataset_root=tmp_path))
-    with pytest.raises(
-        ValueError, match=r"got Tensor torch.float32 \(1, 28, 28\) in \[-0.42, .*eval_transform=None"
-    ):
+    with pytest.raises(ValueError, match=r"got Tensor torch.float32 \(1, 28, 28\) in \[-0.42, .*eval_transform=None"):
         stream.dataset(0, "test")[0]
 
 

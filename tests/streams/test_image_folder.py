@@ -47,9 +47,7 @@ def test_class_name_file_renames_and_sorts(tmp_path):
     source = ImageFolderSource(tmp_path, class_name_file="README.txt")
     assert source.class_names == ["African chameleon", "zebra"]
     assert {
-        path.parent.name
-        for path, t in zip(source.train().paths, source.train().targets, strict=True)
-        if t == 0
+        path.parent.name for path, t in zip(source.train().paths, source.train().targets, strict=True) if t == 0
     } == {"n02"}
     (tmp_path / "README.txt").write_text("n01 zebra\n")
     with pytest.raises(RuntimeError, match=r"a name for every class folder .*'n02'"):

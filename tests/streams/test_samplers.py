@@ -33,18 +33,14 @@ def draws(loader):
 
 @given(st.integers(1, 60), st.integers(1, 3))
 def test_shards_cover_every_sample_once(num_samples, world_size):
-    shards = [
-        ShardSampler(range(num_samples), num_replicas=world_size, rank=rank) for rank in range(world_size)
-    ]
+    shards = [ShardSampler(range(num_samples), num_replicas=world_size, rank=rank) for rank in range(world_size)]
     assert sorted(i for shard in shards for i in shard) == list(range(num_samples))
     assert [len(shard) for shard in shards] == [len(list(shard)) for shard in shards]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_training_order_covers_every_sample_on_any_number_of_processes(world_size):
-    samplers = [
-        EpochSampler(range(10), seed=1, num_replicas=world_size, rank=rank) for rank in range(world_size)
-    ]
+    samplers = [EpochSampler(range(10), seed=1, num_replicas=world_size, rank=rank) for rank in range(world_size)]
     for sampler in samplers:
         sampler.set_epoch(2)
     keys = [key for sampler in samplers for key in sampler]
@@ -107,9 +103,7 @@ def test_augmentation_does_not_depend_on_workers_or_history():
         sampler = EpochSampler(range(10), seed=1)
         sampler.set_epoch(1)
         data = SeededDataset(Noise(), seed=3)
-        return DataLoader(
-            data, batch_size=4, sampler=sampler, num_workers=num_workers, generator=torch.Generator()
-        )
+        return DataLoader(data, batch_size=4, sampler=sampler, num_workers=num_workers, generator=torch.Generator())
 
     alone = draws(loader(0))
     torch.rand(7)

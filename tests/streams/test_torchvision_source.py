@@ -106,9 +106,7 @@ def test_pcam(tmp_path):
 
 def test_missing_files_name_folder_layout_and_download(tmp_path):
     source = TorchvisionSource("CIFAR100", root=tmp_path / "nowhere")
-    with pytest.raises(
-        RuntimeError, match=r"nowhere as cifar-100-python/train, test, meta\. .*download=True"
-    ):
+    with pytest.raises(RuntimeError, match=r"nowhere as cifar-100-python/train, test, meta\. .*download=True"):
         source.train()
 
 

@@ -22,9 +22,7 @@ def save_image(path: Path, shade: int = 0, size: int = 8) -> None:
     PIL.Image.new("RGB", (size, size), (shade % 256, shade % 256, 0)).save(path)
 
 
-def write_tree(
-    top: Path, classes: Sequence[str], per_class: int, prefix: str = "image", suffix: str = ".png"
-) -> None:
+def write_tree(top: Path, classes: Sequence[str], per_class: int, prefix: str = "image", suffix: str = ".png") -> None:
     for index, name in enumerate(classes):
         for number in range(per_class):
             save_image(top / name / f"{prefix}_{number}{suffix}", shade=10 * index + number)
@@ -176,9 +174,7 @@ def write_fer2013(root: Path) -> None:
                 writer.writerow({"emotion": emotion, "pixels": " ".join(["7"] * 48 * 48), "Usage": usage})
 
 
-def write_cars(
-    root: Path, classes: Sequence[str] = ("AM General Hummer SUV 2000", "Acura RL Sedan 2012")
-) -> None:
+def write_cars(root: Path, classes: Sequence[str] = ("AM General Hummer SUV 2000", "Acura RL Sedan 2012")) -> None:
     from scipy.io import savemat
 
     base = root / "stanford_cars"
@@ -207,9 +203,7 @@ def write_sun397(root: Path, per_class: int = 5) -> None:
     (base / "ClassName.txt").write_text("\n".join(names) + "\n")
 
 
-def write_npz(
-    path: Path, *, classes: bool = True, val: bool = False, column: bool = True, channels: int = 0
-) -> None:
+def write_npz(path: Path, *, classes: bool = True, val: bool = False, column: bool = True, channels: int = 0) -> None:
     arrays: dict[str, np.ndarray] = {}
     for part in ("train", "test", *(("val",) if val else ())):
         labels = np.arange(12) % 3
@@ -220,9 +214,7 @@ def write_npz(
     np.savez(path, **arrays)
 
 
-def write_domain_lists(
-    root: Path, domains: Sequence[str], classes: Sequence[str] = ("sea_turtle", "zigzag")
-) -> None:
+def write_domain_lists(root: Path, domains: Sequence[str], classes: Sequence[str] = ("sea_turtle", "zigzag")) -> None:
     for domain in domains:
         for part in ("train", "test"):
             lines = []
@@ -239,6 +231,4 @@ def accept_any_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision import datasets
 
     for module in ("cifar", "svhn", "stl10", "flowers102", "fer2013"):
-        monkeypatch.setattr(
-            getattr(datasets, module), "check_integrity", lambda path, md5=None: Path(path).is_file()
-        )
+        monkeypatch.setattr(getattr(datasets, module), "check_integrity", lambda path, md5=None: Path(path).is_file())
