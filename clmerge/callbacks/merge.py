@@ -16,7 +16,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from clmerge.callbacks.swap import assign, full_copy, named_tensors, swapped
+from clmerge.callbacks.naming import check_requirements, name_mergers
+from clmerge.callbacks.swap import assign, full_copy, named_tensors, running_statistics, swapped
 from clmerge.lightning_compat import refuse_unsupported_strategy
 from clmerge.merging import Merger, Statistics
 from clmerge.models.backbone import eval_mode
@@ -111,17 +112,7 @@ class MergeCallback(Callback):
                 raise ValueError(f"expected {parameter} to be one of {allowed}, got {value!r}")
         if deploy is not None and deploy not in self.mergers:
             raise ValueError(f"expected deploy to be one of {list(self.mergers)}, got {deploy!r}")
-        for name, merger in self.mergers.items():
-            if "score" in merger.requires and score is None:
-                raise ValueError(
-                    f"expected score= for merger {name!r}, got none: pass a function that evaluates the model "
-                    "on held-out data"
-                )
-            if (needed := sorted(merger.requires - {"score"})) and statistics is None:
-                raise ValueError(
-                    f"expected statistics= for merger {name!r}, which requires {needed}, got none: pass a function "
-                    "that measures them on the task's data"
-                )
+        check_requirements(self.mergers, score=score is not None, statistics=statistics is not None)
         self.start_policy = start_policy
         self.deploy = deploy or next(iter(self.mergers))
         self.include = None if include is None else list(include)
@@ -227,7 +218,7 @@ class MergeCallback(Callback):
             )
         self._check_model(pl_module)
         if self.buffers == "base" and not self._buffers:
-            self._buffers = self._float_buffers(pl_module)
+            self._buffers = running_statistics(pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -402,16 +393,9 @@ class MergeCallback(Callback):
 
     # Buffers and ranks -------------------------------------------------------------------------------------------
 
-    def _float_buffers(self, pl_module: nn.Module) -> dict[str, Tensor]:
-        return {
-            name.replace("_orig_mod.", ""): full_copy(buffer, torch.device("cpu"))
-            for name, buffer in pl_module.named_buffers()
-            if buffer.is_floating_point() and name.rsplit(".", 1)[-1].startswith("running_")
-        }
-
     def _merge_buffers(self, pl_module: LightningModule) -> None:
         if self.buffers == "mean":
-            for name, value in self._float_buffers(pl_module).items():
+            for name, value in running_statistics(pl_module).items():
                 mean = self._buffers.get(name, torch.zeros_like(value))
                 self._buffers[name] = mean + (value - mean) / (self.num_tasks + 1)
 
@@ -425,24 +409,3 @@ class MergeCallback(Callback):
                     f"expected the same merged weights on all {trainer.world_size} ranks, got different ones: "
                     "the ranks trained different models"
                 )
-
-
-def name_mergers(mergers: Merger | Sequence[Merger] | Mapping[str, Merger]) -> dict[str, Merger]:
-    """Name mergers: by class, or by class and settings where a class occurs twice.
-
-    Raises:
-        ValueError: If there is none, or if two are the same in class and settings.
-    """
-    if isinstance(mergers, Merger):
-        mergers = [mergers]
-    if isinstance(mergers, Mapping):
-        named = dict(mergers)
-    else:
-        names = [merger.name for merger in mergers]
-        labels = [m.name if names.count(m.name) == 1 else m.label for m in mergers]
-        if twice := [label for label in labels if labels.count(label) > 1]:
-            raise ValueError(f"expected different mergers, got {twice[0]!r} twice; drop one or change a setting")
-        named = dict(zip(labels, mergers, strict=True))
-    if not named:
-        raise ValueError("expected at least one merger, got none; pass for example MagMax(scale=0.5)")
-    return named

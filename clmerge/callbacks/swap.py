@@ -95,3 +95,12 @@ def swapped(module: nn.Module, values: Mapping[str, Tensor], *, origin: str = "t
         with torch.no_grad():
             for name, target in named_tensors(module, originals, origin=origin).items():
                 target.copy_(originals[name])
+
+
+def running_statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Return copies on the CPU of a module's running statistics (BatchNorm's means and variances) by name."""
+    return {
+        name.replace("_orig_mod.", ""): full_copy(buffer, torch.device("cpu"))
+        for name, buffer in module.named_buffers()
+        if buffer.is_floating_point() and name.rsplit(".", 1)[-1].startswith("running_")
+    }

@@ -13,7 +13,6 @@ from lightning.pytorch.cli import LightningCLI
 from support.tiny import ForeignModule, toy_loader
 
 from clmerge.callbacks import MergeCallback
-from clmerge.callbacks.merge import name_mergers
 from clmerge.merging import TIES, MagMax, TaskArithmetic, WeightAverage
 from clmerge.weights import TaskVectorBank, save_tensors
 
@@ -292,18 +291,6 @@ def test_task_vectors_are_kept_in_the_bank(model, tmp_path):
     for task, tau in enumerate(bank):
         for name, value in tau.items():
             assert torch.equal(value, trained[task][name] - base[name])
-
-
-def test_mergers_go_by_name_and_by_settings_where_a_class_comes_twice():
-    assert list(name_mergers([MagMax(), TIES()])) == ["magmax", "ties"]
-    twice = list(name_mergers([TIES(density=0.1), TIES(density=0.3), MagMax()]))
-    assert len(set(twice)) == 3
-    assert all("density" in name for name in twice[:2])
-    assert list(name_mergers({"mine": MagMax()})) == ["mine"]
-    with pytest.raises(ValueError, match="twice"):
-        name_mergers([MagMax(), MagMax()])
-    with pytest.raises(ValueError, match="at least one merger"):
-        name_mergers([])
 
 
 @pytest.mark.parametrize(

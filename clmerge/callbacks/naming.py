@@ -1,0 +1,50 @@
+"""What the mergers of one run are called, and whether they get what they require."""
+
+from collections.abc import Mapping, Sequence
+
+from clmerge.merging import Merger
+
+
+def name_mergers(mergers: Merger | Sequence[Merger] | Mapping[str, Merger]) -> dict[str, Merger]:
+    """Name mergers: by class, or by class and settings where a class occurs twice.
+
+    Raises:
+        ValueError: If there is none, or if two are the same in class and settings.
+    """
+    if isinstance(mergers, Merger):
+        mergers = [mergers]
+    if isinstance(mergers, Mapping):
+        named = dict(mergers)
+    else:
+        names = [merger.name for merger in mergers]
+        labels = [m.name if names.count(m.name) == 1 else m.label for m in mergers]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            raise ValueError(f"expected different mergers, got {twice[0]!r} twice; drop one or change a setting")
+        named = dict(zip(labels, mergers, strict=True))
+    if not named:
+        raise ValueError("expected at least one merger, got none; pass for example MagMax(scale=0.5)")
+    return named
+
+
+def check_requirements(mergers: Mapping[str, Merger], *, score: bool, statistics: bool) -> None:
+    """Refuse mergers that require what a run does not have.
+
+    Args:
+        mergers: Mergers by name.
+        score: Whether there is a held-out metric.
+        statistics: Whether statistics of the task's data are measured.
+
+    Raises:
+        ValueError: If a merger requires what is missing.
+    """
+    for name, merger in mergers.items():
+        if "score" in merger.requires and not score:
+            raise ValueError(
+                f"expected score= for merger {name!r}, got none: pass a function that evaluates the model "
+                "on held-out data"
+            )
+        if (needed := sorted(merger.requires - {"score"})) and not statistics:
+            raise ValueError(
+                f"expected statistics= for merger {name!r}, which requires {needed}, got none: pass a function "
+                "that measures them on the task's data"
+            )

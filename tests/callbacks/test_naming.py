@@ -1,0 +1,25 @@
+import pytest
+
+from clmerge.callbacks.naming import check_requirements, name_mergers
+from clmerge.merging import TIES, Fisher, GreedySoup, MagMax
+
+
+def test_mergers_go_by_name_and_by_settings_where_a_class_comes_twice():
+    assert list(name_mergers([MagMax(), TIES()])) == ["magmax", "ties"]
+    twice = list(name_mergers([TIES(density=0.1), TIES(density=0.3), MagMax()]))
+    assert len(set(twice)) == 3
+    assert all("density" in name for name in twice[:2])
+    assert list(name_mergers({"mine": MagMax()})) == ["mine"]
+    with pytest.raises(ValueError, match="twice"):
+        name_mergers([MagMax(), MagMax()])
+    with pytest.raises(ValueError, match="at least one merger"):
+        name_mergers([])
+
+
+def test_missing_requirements_are_named():
+    check_requirements({"magmax": MagMax()}, score=False, statistics=False)
+    check_requirements({"soup": GreedySoup(), "fisher": Fisher()}, score=True, statistics=True)
+    with pytest.raises(ValueError, match="score= for merger 'soup'"):
+        check_requirements({"soup": GreedySoup()}, score=False, statistics=True)
+    with pytest.raises(ValueError, match=r"statistics= for merger 'fisher', which requires \['fisher'\]"):
+        check_requirements({"fisher": Fisher()}, score=True, statistics=False)
