@@ -6,6 +6,7 @@ python scripts/update_generated.py --check  exit with 1 if something is out of d
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -13,12 +14,17 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- mergers: begin -->", "<!-- mergers: end -->"
 
 
+def plain(text: str) -> str:
+    """Write an option's value once, as argparse does from Python 3.13 on, so that all versions give one text."""
+    return re.sub(r"(--[\w.]+) (\S+), (--[\w.]+\+) \2", r"\1, \3 \2", text)
+
+
 def fit_help() -> str:
     """Return the help of ``clmerge fit`` at a width of 100 columns."""
     os.environ["COLUMNS"] = "100"
     from clmerge.cli.fit import build_parser
 
-    return build_parser(trainer=False).format_help()
+    return plain(build_parser(trainer=False).format_help())
 
 
 def merge_help() -> str:
@@ -26,7 +32,7 @@ def merge_help() -> str:
     os.environ["COLUMNS"] = "100"
     from clmerge.cli.merge import build_parser
 
-    return build_parser().format_help()
+    return plain(build_parser().format_help())
 
 
 def merger_table() -> str:
