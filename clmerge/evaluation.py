@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from clmerge.metrics import TaskAccuracy
-from clmerge.models.backbone import eval_mode
 from clmerge.modules import ContinualClassifier, sum_over_processes
 from clmerge.streams import StreamDataModule
+from clmerge.weights.modes import eval_mode
 
 Rows = dict[str, dict[str, list[float]]]
 

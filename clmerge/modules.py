@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from clmerge.models import Backbone, Head, ZeroShotHead
-from clmerge.models.backbone import eval_mode
 from clmerge.weights import select_parameters
+from clmerge.weights.modes import eval_mode
 
 Batch = tuple[Tensor, Tensor]
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]

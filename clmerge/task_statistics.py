@@ -10,10 +10,10 @@ from typing_extensions import override
 
 from clmerge.merging import Statistics
 from clmerge.merging.collectors import diagonal_fisher, gram_matrices
-from clmerge.models.backbone import eval_mode
 from clmerge.modules import ContinualClassifier
 from clmerge.streams import StreamDataModule
 from clmerge.streams.splits import derived_seed
+from clmerge.weights.modes import eval_mode
 
 
 class _KnownLogits(nn.Module):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from clmerge.callbacks.naming import check_requirements, name_mergers
 from clmerge.callbacks.swap import assign, full_copy, named_tensors, running_statistics, swapped
 from clmerge.lightning_compat import refuse_unsupported_strategy
 from clmerge.merging import Merger, Statistics
-from clmerge.models.backbone import eval_mode
+from clmerge.merging.checks import is_finite
 from clmerge.weights import (
     TaskVectorBank,
     apply_task_vector,
@@ -29,6 +28,7 @@ from clmerge.weights import (
     select_parameters,
     task_vector,
 )
+from clmerge.weights.modes import eval_mode
 
 StartPolicy = Literal["base", "previous", "merged"]
 Buffers = Literal["latest", "base", "mean"]
@@ -133,7 +133,7 @@ class MergeCallback(Callback):
         self._buffers: dict[str, Tensor] = {}
         self._task_name: str | None = None
         self._merged_this_fit = False
-        self._originals: dict[str, Tensor] | None = None
+        self._swap: AbstractContextManager[None] | None = None
         if base is not None:
             if isinstance(base, (str, Path)):
                 self._base_origin = f"base file {base}"
@@ -248,7 +248,7 @@ class MergeCallback(Callback):
         device = None if self.device == "model" else torch.device("cpu")
         tau = task_vector({name: full_copy(tensor, device) for name, tensor in theta.items()}, self.base)
         for name, tensor in tau.items():
-            if not math.isfinite(float(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+            if not is_finite(tensor):
                 raise RuntimeError(
                     f"expected finite weights to merge, got NaN or Inf in {name!r} of {origin}; "
                     "the merged models are unchanged: lower the learning rate, or clip gradients"
@@ -290,7 +290,7 @@ class MergeCallback(Callback):
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap_out(pl_module)
+        self._swap_out()
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -298,7 +298,7 @@ class MergeCallback(Callback):
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap_out(pl_module)
+        self._swap_out()
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -308,29 +308,26 @@ class MergeCallback(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._swap_out(pl_module)
+            self._swap_out()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._swap_out(pl_module)
+        self._swap_out()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._swap_out(pl_module)
+        self._swap_out()
 
     def _swap_in(self, pl_module: LightningModule) -> None:
-        if self.num_tasks and self._originals is None:
-            merged = self.merged_state()
-            targets = named_tensors(pl_module, merged, origin=self._base_origin)
-            self._originals = {name: target.detach().clone() for name, target in targets.items()}
-            assign(targets, merged)
+        if self.num_tasks and self._swap is None:
+            swap = swapped(pl_module, self.merged_state(), origin=self._base_origin)
+            swap.__enter__()
+            self._swap = swap
 
-    @torch.no_grad()
-    def _swap_out(self, pl_module: LightningModule) -> None:
-        if self._originals is not None:
-            for name, target in named_tensors(pl_module, self._originals, origin=self._base_origin).items():
-                target.copy_(self._originals[name])
-            self._originals = None
+    def _swap_out(self) -> None:
+        if self._swap is not None:
+            swap, self._swap = self._swap, None
+            swap.__exit__(None, None, None)
 
     # State -------------------------------------------------------------------------------------------------------
 

@@ -247,17 +247,13 @@ def _trainer_factory(parser: "CommandParser", config: Any) -> Any:
 
     def build(**given: Any) -> Trainer:
         # Instantiated anew every time: callbacks keep state, and every task needs fresh ones.
-        options = vars(_instantiated(builder, builder_config))
+        options = vars(builder.instantiate(builder_config).trainer)
         for key in ("callbacks", "plugins"):
             own = options.pop(key, None)
             given[key] = [*(own if isinstance(own, list) else [own] if own else []), *given[key]]
         return Trainer(**{**options, **given})
 
     return build
-
-
-def _instantiated(builder: Any, config: Any) -> Any:
-    return builder.instantiate(config).trainer
 
 
 def _build_loggers(options: Logging, config: Any, run: "RunFolder") -> "list[Logger]":

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from clmerge.weights.modes import eval_mode
 from clmerge.weights.task_vector import accumulator_dtype
 
 Batch = Tensor | Sequence[Any]
@@ -73,7 +74,7 @@ def diagonal_fisher(
         return functional.log_softmax(logits[0], dim=0, dtype=accumulator_dtype(logits))
 
     # Fused attention kernels have no rule for a batch of weights.
-    with _evaluating(module), _plain_attention(), torch.inference_mode(False), torch.enable_grad():
+    with eval_mode(module), _plain_attention(), torch.inference_mode(False), torch.enable_grad():
         fisher = {name: torch.zeros_like(tensor, dtype=accumulator_dtype(tensor)) for name, tensor in chosen.items()}
         for batch in batches:
             inputs, targets = _split(batch, _device(module))
@@ -128,7 +129,7 @@ def gram_matrices(
     """
     chosen = _chosen(module, parameters, detach=False)
     inputs_of = _LinearInputs({id(parameter): name for name, parameter in chosen.items() if parameter.ndim == 2})
-    with _evaluating(module), torch.inference_mode(False), torch.no_grad():
+    with eval_mode(module), torch.inference_mode(False), torch.no_grad():
         for batch in batches:
             inputs, _ = _split(batch, _device(module))
             with inputs_of:
@@ -245,17 +246,6 @@ def _split(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None]:
 
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 @contextmanager

@@ -13,21 +13,11 @@ from PIL.Image import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from clmerge.weights.modes import eval_mode
+
 Transform = Callable[[Image], Tensor]
 NANO = Path(__file__).parent / "nano_clip"
 _SOURCES = ("local-dir:", "hf-hub:")
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Run a block with ``module`` in evaluation mode; every part gets back the mode it had."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 class Backbone(nn.Module, ABC):

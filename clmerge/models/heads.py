@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clmerge.models.backbone import Backbone, eval_mode
+from clmerge.models.backbone import Backbone
+from clmerge.weights.modes import eval_mode
 
 
 class Head(nn.Module, ABC):

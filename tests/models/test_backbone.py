@@ -12,7 +12,7 @@ from support.tiny import TINY_CLIP, tiny_clip
 from torch import nn
 
 from clmerge.models import Backbone, OpenClip, Timm
-from clmerge.models.backbone import NANO, eval_mode
+from clmerge.models.backbone import NANO
 
 PROMPTS = ["a photo of a cat.", "a drawing"]
 
@@ -322,20 +322,6 @@ def test_timm_training_images_are_not_flipped_or_recoloured():
     for _ in range(10):
         assert backbone.train_transform(ramp)[0].diff(dim=1).sum().sign() == rise
         torch.testing.assert_close(backbone.train_transform(flat), backbone.eval_transform(flat))
-
-
-def test_eval_mode_gives_every_part_its_mode_back():
-    net = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout()))
-    net[1].eval()
-
-    def fail():
-        with eval_mode(net):
-            assert not any(part.training for part in net.modules())
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert [part.training for part in net.modules()] == [True, True, False, False]
 
 
 def test_backbones_are_abstract():
