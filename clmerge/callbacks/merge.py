@@ -172,9 +172,28 @@ class MergeCallback(Callback):
             raise ValueError(f"expected one of {list(self.mergers)}, got merger {name!r}")
         if not self.num_tasks:
             raise RuntimeError("expected at least one merged task, got none: fit first")
-        state = apply_task_vector(self.base, self.mergers[name].compute())
-        state.update(self._buffers)
-        return state
+        return self.state_with(self.mergers[name].compute())
+
+    def state_with(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a merged model has in place of the module's tensors: theta_0 plus ``vector``, running statistics.
+
+        Args:
+            vector: What is added to theta_0; parameters that it leaves out keep their base weights.
+
+        Raises:
+            ValueError: If ``vector`` has a name or a shape that the base does not have.
+        """
+        return {**self.weights_with(vector), **self._buffers}
+
+    def weights_with(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return theta_0 plus ``vector`` as the module's parameters, in the base's dtypes.
+
+        For a task's own vector that is its expert, whose running statistics are the module's own.
+
+        Args:
+            vector: What is added to theta_0; parameters that it leaves out keep their base weights.
+        """
+        return apply_task_vector(self.base, vector)
 
     @contextmanager
     def merged(self, model: nn.Module, name: str | None = None) -> Iterator[None]:
@@ -276,8 +295,7 @@ class MergeCallback(Callback):
         assert function is not None
 
         def score(vector: Mapping[str, Tensor]) -> float:
-            merged = apply_task_vector(self.base, vector)
-            with swapped(pl_module, merged), eval_mode(pl_module), torch.no_grad():
+            with swapped(pl_module, self.state_with(vector)), eval_mode(pl_module), torch.no_grad():
                 return float(function(pl_module))
 
         return score

@@ -280,6 +280,18 @@ def test_running_statistics_follow_the_named_policy(policy):
     assert torch.equal(model.net[1].running_mean, means[-1])
 
 
+def test_any_vector_becomes_a_state_with_the_merged_running_statistics(model):
+    torch.manual_seed(0)
+    model = ForeignModule(batch_norm=True)
+    merge = MergeCallback(MagMax(), buffers="mean")
+    stream(model, merge, 2)
+    state = merge.state_with({"net.0.bias": torch.ones(6)})
+    assert torch.equal(state["net.0.bias"], merge.base["net.0.bias"] + 1)
+    assert torch.equal(state["net.0.weight"], merge.base["net.0.weight"])
+    assert state.keys() - merge.weights_with({}).keys() == {"net.1.running_mean", "net.1.running_var"}
+    assert same(merge.state_with(merge.mergers["magmax"].compute()), merge.merged_state())
+
+
 def test_task_vectors_are_kept_in_the_bank(model, tmp_path):
     base = weights(model)
     merge = MergeCallback(MagMax(), bank=tmp_path)
