@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clmerge.callbacks import MergeCallback
 from clmerge.callbacks.progress import EpochLines, EpochSeed
+from clmerge.callbacks.provided import PROVIDED
 from clmerge.evaluation import Rows, accuracy_on, evaluate
 from clmerge.lightning_compat import TaskProgressBar, logger_step, quiet_lightning, set_step_offset
 from clmerge.loggers import finish_loggers, log_summary, log_task
@@ -305,7 +306,7 @@ class Learner:
         """Measure what mergers may require of the task that was just trained."""
         assert isinstance(module, ContinualClassifier)
         return measure(
-            frozenset[str]().union(*(merger.requires for merger in self.merge.mergers.values())) - {"score"},
+            frozenset[str]().union(*(m.requires for m in self.merge.mergers.values())) - {"score"} - PROVIDED,
             module,
             self.data,
             self.data.task,

@@ -43,22 +43,22 @@ def measure(
 ) -> Statistics:
     """Return the statistics of one task that are ``needed``.
 
-    ``samples`` and ``steps`` are counts, ``weights`` is theta_0. ``fisher`` (labels drawn from the model) and
-    ``gram`` come from ``num_images`` training images of the task, drawn by seed; ``loss`` is the mean loss on the
-    same images. Every process measures on the same images, so that all ranks merge alike.
+    ``samples`` and ``steps`` are counts. ``fisher`` (labels drawn from the model) and ``gram`` come from
+    ``num_images`` training images of the task, drawn by seed; ``loss`` is the mean loss on the same images. Every
+    process measures on the same images, so that all ranks merge alike.
 
     Args:
         needed: Names of statistics.
         module: The classifier as it was trained on the task.
         data: Serves the task's training images under the evaluation transform.
         task: Index of the task.
-        base: theta_0 by parameter name.
+        base: theta_0 by parameter name: what is measured on, and where results go.
         num_steps: Optimizer steps of the task.
         num_images: Images to measure on.
         seed: Seed of the choice of images.
     """
     whole: Any = data.eval_dataloader("train", [task]).dataset
-    statistics: dict[str, Any] = {"samples": float(len(whole)), "steps": float(num_steps), "weights": base}
+    statistics: dict[str, Any] = {"samples": float(len(whole)), "steps": float(num_steps)}
     if needed <= statistics.keys():
         return statistics
     generator = torch.Generator().manual_seed(derived_seed(seed, "statistics", task))

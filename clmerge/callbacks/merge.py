@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from clmerge.callbacks.naming import check_requirements, name_mergers
+from clmerge.callbacks.provided import provided
 from clmerge.callbacks.swap import assign, full_copy, named_tensors, running_statistics, swapped
 from clmerge.lightning_compat import refuse_unsupported_strategy
 from clmerge.merging import Merger, Statistics
 from clmerge.merging.checks import is_finite
 from clmerge.weights import (
+    CheckedVector,
     TaskVectorBank,
     apply_task_vector,
     fingerprint,
@@ -65,7 +67,7 @@ class MergeCallback(Callback):
             Only mergers that require ``"score"`` (GreedySoup, PAINT) need it.
         statistics: What was measured on the task, called with the trained model while the task's data is still there;
             for mergers that require it (Fisher: ``"fisher"``, RegMean: ``"gram"``). Returns name -> number, or name ->
-            tensors by parameter name.
+            tensors by parameter name. What needs no data is there without: ``"adam"`` and ``"weights"`` (theta_0).
         save_state: Whether accumulators travel in Lightning's checkpoints (default).
 
     Attributes:
@@ -272,9 +274,11 @@ class MergeCallback(Callback):
                     f"expected finite weights to merge, got NaN or Inf in {name!r} of {origin}; "
                     "the merged models are unchanged: lower the learning rate, or clip gradients"
                 )
-        measured: Statistics = {}
-        if self.statistics is not None and any(merger.requires - {"score"} for merger in self.mergers.values()):
-            measured = self.statistics(pl_module)
+        tau = CheckedVector(tau)
+        needed = frozenset[str]().union(*(merger.requires for merger in self.mergers.values())) - {"score"}
+        measured = provided(needed, trainer, theta, self.base)
+        if self.statistics is not None and needed - measured.keys():
+            measured |= self.statistics(pl_module)
         for merger in self.mergers.values():
             score = self._scorer(pl_module) if "score" in merger.requires else None
             merger.update(tau, task=self.num_tasks, base=self.base_fingerprint, score=score, statistics=measured)

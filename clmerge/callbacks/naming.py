@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from clmerge.callbacks.provided import PROVIDED
 from clmerge.merging import Merger
 
 
@@ -43,7 +44,7 @@ def check_requirements(mergers: Mapping[str, Merger], *, score: bool, statistics
                 f"expected score= for merger {name!r}, got none: pass a function that evaluates the model "
                 "on held-out data"
             )
-        if (needed := sorted(merger.requires - {"score"})) and not statistics:
+        if (needed := sorted(merger.requires - {"score"} - PROVIDED)) and not statistics:
             raise ValueError(
                 f"expected statistics= for merger {name!r}, which requires {needed}, got none: pass a function "
                 "that measures them on the task's data"

@@ -21,6 +21,10 @@ class BECAME(Merger):
     own, which are no part of the rule. The first task is taken as it is; where the Fisher says nothing along ``d``,
     all tasks count the same. The order counts. State: 8 bytes per parameter.
 
+    Args:
+        statistic: Name of the statistic with the precision: ``"fisher"``, or ``"adam"`` for Adam's second moments
+            (``clmerge.merging.adam``), which take no data.
+
     Example:
         >>> import torch
         >>> merger = BECAME()
@@ -36,13 +40,18 @@ class BECAME(Merger):
     order_free = False
     requires = frozenset({"fisher"})
 
+    def __init__(self, statistic: str = "fisher") -> None:
+        super().__init__()
+        self.statistic = statistic
+        self.requires = frozenset({statistic})
+
     @override
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
         return {"merged": None, "fisher": None}
 
     @override
     def _plan(self, vector: State, step: Step) -> tuple[dict[str, Tensor], float]:
-        fisher = diagonal_of(step, vector)
+        fisher = diagonal_of(step, vector, self.statistic)
         new = old = 0.0
         for name, slots in self._slots.items():
             others = (tensor.detach().to(device_of(slots)) for tensor in (vector[name], fisher[name]))

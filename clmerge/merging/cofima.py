@@ -27,6 +27,8 @@ class CoFiMA(Merger):
         clip: Largest Fisher information that counts. The released code has 1e-4, for Fishers of batch-mean
             gradients; the paper's rule has none.
         floor: Least Fisher information of an entry, above 0.
+        statistic: Name of the statistic with the precision: ``"fisher"``, or ``"adam"`` for Adam's second moments
+            (``clmerge.merging.adam``), which take no data.
 
     Raises:
         ValueError: If ``alpha``, ``clip`` or ``floor`` is out of range.
@@ -48,7 +50,13 @@ class CoFiMA(Merger):
     scope = "parameter"  # _plan only looks whether the statistics fit
 
     def __init__(
-        self, alpha: float = 0.5, *, use_fisher: bool = True, clip: float | None = None, floor: float = 1e-12
+        self,
+        alpha: float = 0.5,
+        *,
+        use_fisher: bool = True,
+        clip: float | None = None,
+        floor: float = 1e-12,
+        statistic: str = "fisher",
     ) -> None:
         super().__init__()
         if not 0 < alpha <= 1:
@@ -59,8 +67,8 @@ class CoFiMA(Merger):
         self.use_fisher = use_fisher
         self.clip = clip
         self.floor = floor
-        if not use_fisher:
-            self.requires = frozenset()
+        self.statistic = statistic
+        self.requires = frozenset({statistic} if use_fisher else ())
 
     @override
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
@@ -68,7 +76,7 @@ class CoFiMA(Merger):
 
     @override
     def _plan(self, vector: State, step: Step) -> dict[str, Tensor]:
-        return diagonal_of(step, vector) if self.use_fisher else {}
+        return diagonal_of(step, vector, self.statistic) if self.use_fisher else {}
 
     @override
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: dict[str, Tensor]) -> None:

@@ -25,13 +25,18 @@ class _Precision(Merger):
     scope: Scope = "parameter"  # _plan only looks whether the statistics fit
     prior: float = 0.0  # Fisher information that is there before any task
 
+    def __init__(self, statistic: str) -> None:
+        super().__init__()
+        self.statistic = statistic
+        self.requires = frozenset({statistic})
+
     @override
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
         return {"weighted": None, "fisher": None}
 
     @override
     def _plan(self, vector: State, step: Step) -> dict[str, Tensor]:
-        return diagonal_of(step, vector)
+        return diagonal_of(step, vector, self.statistic)
 
     @override
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: dict[str, Tensor]) -> None:
@@ -74,6 +79,8 @@ class Fisher(_Precision):
             layer, the mean information of its entries, which is less noisy.
         normalize: Divide each task's Fisher by its norm over all parameters, as the released code does, so that
             every task weighs the same in total. The floor comes after that.
+        statistic: Name of the statistic with the precision: ``"fisher"``, or ``"adam"`` for Adam's second moments
+            (``clmerge.merging.adam``), which take no data.
         scale: Scaling coefficient; 1 is the paper's rule.
 
     Raises:
@@ -99,9 +106,10 @@ class Fisher(_Precision):
         *,
         granularity: Literal["entry", "row"] = "entry",
         normalize: bool = False,
+        statistic: str = "fisher",
         scale: float = 1.0,
     ) -> None:
-        super().__init__()
+        super().__init__(statistic)
         if not floor > 0:
             raise ValueError(f"expected floor above 0, got {floor}; without it an entry nobody knows is 0/0")
         if granularity not in ("entry", "row"):
@@ -115,7 +123,7 @@ class Fisher(_Precision):
 
     @override
     def _plan(self, vector: State, step: Step) -> dict[str, Tensor]:
-        fisher = diagonal_of(step, vector)
+        fisher = diagonal_of(step, vector, self.statistic)
         if self.granularity == "row":
             fisher = {name: _by_row(tensor) for name, tensor in fisher.items()}
         if self.normalize:
@@ -146,6 +154,8 @@ class UGM(_Precision):
         scale: The paper's coefficient of every task; 1 is its default.
         prior: ``H0`` in units of the Fisher information per example, above 0. The paper has no one value: look
             at the size of the Fisher, and compare several.
+        statistic: Name of the statistic with the precision: ``"fisher"``, or ``"adam"`` for Adam's second moments
+            (``clmerge.merging.adam``), which take no data.
 
     Raises:
         ValueError: If ``scale`` or ``prior`` is not positive.
@@ -163,8 +173,8 @@ class UGM(_Precision):
     summary = "sum of the task vectors with the Fisher's correction for gradient mismatch"
     source = "2310.12808"
 
-    def __init__(self, scale: float = 1.0, *, prior: float = 1e-6) -> None:
-        super().__init__()
+    def __init__(self, scale: float = 1.0, *, prior: float = 1e-6, statistic: str = "fisher") -> None:
+        super().__init__(statistic)
         if not (scale > 0 and prior > 0):
             raise ValueError(
                 f"expected scale and prior above 0, got {scale} and {prior}; Fisher() is the rule without a prior"

@@ -10,7 +10,7 @@ from clmerge.merging.merger import Step
 from clmerge.weights.task_vector import State
 
 
-def diagonal_of(step: Step, vector: State, statistic: str = "fisher") -> dict[str, Tensor]:
+def diagonal_of(step: Step, vector: State, statistic: str) -> dict[str, Tensor]:
     """Return a statistic with one number, not below zero, for every entry of the task vector.
 
     Args:

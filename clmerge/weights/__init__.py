@@ -10,9 +10,10 @@ from clmerge.weights.io import (
     write_text_atomic,
 )
 from clmerge.weights.selection import select_parameters
-from clmerge.weights.task_vector import State, TaskVector, apply_task_vector, fingerprint, task_vector
+from clmerge.weights.task_vector import CheckedVector, State, TaskVector, apply_task_vector, fingerprint, task_vector
 
 __all__ = [
+    "CheckedVector",
     "State",
     "TaskVector",
     "TaskVectorBank",

@@ -13,6 +13,10 @@ TaskVector = dict[str, Tensor]
 _NAMES_SHOWN = 3
 
 
+class CheckedVector(dict[str, Tensor]):
+    """A task vector that was found to be finite, which several mergers then need not look through again."""
+
+
 def task_vector(
     theta: State, base: State, *, sources: tuple[str, str] = ("the fine-tuned model", "the base model")
 ) -> TaskVector:

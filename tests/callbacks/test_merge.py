@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 from support.tiny import ForeignModule, toy_loader
 
 from clmerge.callbacks import MergeCallback
-from clmerge.merging import TIES, MagMax, TaskArithmetic, WeightAverage
+from clmerge.merging import TIES, Ethos, Fisher, MagMax, TaskArithmetic, WeightAverage
 from clmerge.weights import TaskVectorBank, save_tensors
 
 
@@ -430,3 +430,32 @@ def test_two_processes_merge_what_one_process_with_the_whole_batch_merges(tmp_pa
     for name in merge.mergers:
         for key, value in merge.merged_state(name).items():
             torch.testing.assert_close(merged[f"{name}/{key}"], value, rtol=1e-4, atol=1e-6)
+
+
+class _AdamModule(ForeignModule):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def test_adams_second_moments_and_the_base_come_without_data():
+    torch.manual_seed(0)
+    model, merge = _AdamModule(), MergeCallback([Fisher(statistic="adam"), Ethos()])
+    taus, moments = [], []
+    for task in range(2):
+        trainer = make_trainer(merge)
+        trainer.fit(model, toy_loader(task))
+        taus.append({name: p.detach() - merge.base[name] for name, p in model.named_parameters()})
+        moments.append({name: trainer.optimizers[0].state[p] for name, p in model.named_parameters()})
+    for name, merged in merge.mergers["fisher"].compute().items():
+        v = [m[name]["exp_avg_sq"].double().clamp(min=0) / (1 - 0.999 ** float(m[name]["step"])) for m in moments]
+        v = [tensor.clamp(min=1e-12) for tensor in v]
+        expected = sum(weight * tau[name] for weight, tau in zip(v, taus, strict=True)) / sum(v)
+        torch.testing.assert_close(merged.double(), expected, rtol=1e-4, atol=1e-7)
+    assert merge.mergers["ethos"].num_tasks == 2
+
+
+def test_adams_moments_of_another_optimizer_are_refused(model):
+    merge = MergeCallback(Fisher(statistic="adam"))
+    with pytest.raises(ValueError, match=r"'net\.0\.weight', got SGD"):
+        make_trainer(merge).fit(model, toy_loader(0))
+    assert merge.num_tasks == 0

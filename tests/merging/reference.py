@@ -48,6 +48,7 @@ def statistics_of(task: int, shapes: dict[str, tuple[int, ...]]) -> dict:
     }
     return {
         "fisher": fisher,
+        "adam": fisher,
         "gram": {name: torch.from_numpy(x.T @ x) for name, x in inputs.items()},
         "weights": {name: torch.from_numpy(entries) for name, entries in spectral.weights_of(shapes).items()},
         "samples": float(numbers.integers(10, 1000)),
