@@ -55,8 +55,8 @@ class Learner:
         seed: Seed of initialisation, order of samples, augmentation and dropout, each fixed per task.
 
     Raises:
-        ValueError: If a merger needs a score and the stream holds no validation images out, or if ``epochs`` does not
-            have one number per task.
+        ValueError: If a merger needs a score and the stream holds no validation images out, if ``epochs`` does not
+            have one number per task, or if images are replayed with a loss that leaves their classes out.
     """
 
     def __init__(
@@ -77,6 +77,11 @@ class Learner:
     ) -> None:
         self.stream = stream
         self.tasks = stream.tasks  # reads the labels: missing data is found before anything is written
+        if data.replay and module.loss_classes == "current":
+            raise ValueError(
+                f"expected loss_classes 'seen' or 'all' with data.replay={data.replay}, got 'current', which leaves "
+                "out the classes of earlier tasks"
+            )
         self.module = module
         self.data = data
         self.seed = seed

@@ -34,7 +34,9 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr("clmerge.learner.save_plots", lambda results, folder: [])
 
 
-def make_learner(clip, mergers, *, head=None, loss="current", backbone=None, num_tasks=3, val_fraction=0.1, **options):
+def make_learner(
+    clip, mergers, *, head=None, loss="current", backbone=None, num_tasks=3, val_fraction=0.1, data=None, **options
+):
     torch.manual_seed(0)
     module = ContinualClassifier(
         backbone or OpenClip(clip),
@@ -43,7 +45,7 @@ def make_learner(clip, mergers, *, head=None, loss="current", backbone=None, num
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
     )
     stream = ClassIncremental(SklearnDigits(), num_tasks=num_tasks, val_fraction=val_fraction)
-    return Learner(stream, module, mergers, StreamDataModule(64), **options)
+    return Learner(stream, module, mergers, data or StreamDataModule(64), **options)
 
 
 def build_trainer(**given):
@@ -222,3 +224,22 @@ def test_mergers_that_need_statistics_get_them_from_the_task(clip, tmp_path, hea
     key = "backbone.model.visual.transformer.resblocks.0.mlp.c_fc.weight"
     plain = learner.merge.base[key] + mean.compute()[key]
     assert all(not torch.equal(state[key], plain) for state in merged.values())
+
+
+def test_replayed_classes_must_be_in_the_loss(clip):
+    with pytest.raises(ValueError, match=r"loss_classes 'seen' or 'all' with data\.replay=10, got 'current'"):
+        make_learner(clip, MagMax(), data=StreamDataModule(64, replay=10))
+
+
+def test_replay_keeps_more_of_earlier_tasks_than_sequential_fine_tuning(clip, tmp_path):
+    def last(name, **data):
+        learner = make_learner(clip, MagMax(), loss="all", num_tasks=2, data=StreamDataModule(32, **data))
+        results = learner.fit(
+            RunFolder.create(tmp_path / name),
+            trainer=lambda **given: build_trainer(**{"max_epochs": 4, "limit_train_batches": 1.0} | given),
+        )
+        return results.matrix("expert")[1]
+
+    sequential, replayed, joint = last("sequential"), last("replay", replay=40), last("joint", replay="all")
+    assert replayed[0] > sequential[0] + 0.2
+    assert joint[0] > sequential[0] + 0.2

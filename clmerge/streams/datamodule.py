@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from clmerge.streams.cache import CachedImages, TaskImages, cached
 from clmerge.streams.images import ImageDataset
+from clmerge.streams.replay import Images, Replay, ReplaySampler, replay_memory
 from clmerge.streams.samplers import EpochSampler, SeededDataset, ShardSampler, even_steps_batch_size
 from clmerge.streams.splits import derived_seed
 from clmerge.streams.stream import Split, Stream, Transform
@@ -33,6 +34,10 @@ class StreamDataModule(LightningDataModule):
         cache_eval: keep transformed evaluation images in memory where they fit into ``cache_mb``, because
             every merger is tested after every task.
         cache_mb: room for them, in MiB and per process.
+        replay: images of earlier tasks that are kept and trained on again, a baseline that merging does without:
+            that many in all, shared evenly by the classes seen, as many from memory in every batch as from the
+            task (experience replay); or ``all`` of them, shuffled with the task's (joint training on all data so
+            far). A loss over the ``current`` classes has no place for them.
 
     Raises:
         ValueError: if a number is out of range.
@@ -47,18 +52,22 @@ class StreamDataModule(LightningDataModule):
         seed: int = 0,
         cache_eval: bool = True,
         cache_mb: int = 64,
+        replay: Replay = 0,
     ) -> None:
         super().__init__()
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
             raise ValueError(f"expected batch sizes of 1 or more, got {batch_size} and {eval_batch_size}")
         if num_workers < 0 or cache_mb < 0:
             raise ValueError(f"expected num_workers and cache_mb of 0 or more, got {num_workers} and {cache_mb}")
+        if isinstance(replay, int) and replay < 0:
+            raise ValueError(f"expected replay of 0 or more images, or 'all', got {replay}")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
         self.seed = seed
         self.cache_eval = cache_eval
         self.cache_mb = cache_mb
+        self.replay: Replay = replay
         self._stream: Stream | None = None
         self._train_transform: Transform | None = None
         self._eval_transform: Transform | None = None
@@ -109,19 +118,36 @@ class StreamDataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the shuffled training batches of the current task."""
-        images = self.stream.dataset(self._task, "train", self._train_transform)
+        """Return the shuffled training batches of the current task, with those from memory under ``replay``."""
+        current = self.stream.dataset(self._task, "train", self._train_transform)
+        memory = self.memory(self._train_transform)
+        images = Images([current, *memory.parts]) if len(memory) else current
+        shuffled = images if self.replay == "all" else current
         seed = derived_seed(self.seed, "order", self._task)
         world_size, rank = self._placement()
+        order = EpochSampler(shuffled, seed=seed, num_replicas=world_size, rank=rank)
+        sampler: EpochSampler | ReplaySampler = order
+        batch_size = self.batch_size
+        if len(images) > len(shuffled):
+            sampler = ReplaySampler(order, len(current), len(memory), batch_size=batch_size, seed=seed)
+            batch_size *= 2
         return DataLoader(
             SeededDataset(images, seed=derived_seed(self.seed, "images", self._task)),
-            batch_size=self.batch_size,
-            sampler=EpochSampler(images, seed=seed, num_replicas=world_size, rank=rank),
+            batch_size=batch_size,
+            sampler=sampler,
             generator=self._generator(),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self._on_cuda(),
         )
+
+    def memory(self, transform: Transform | None = None) -> Images:
+        """Return the images of earlier tasks that are kept while the current task is trained.
+
+        Args:
+            transform: applied to each image (default: none).
+        """
+        return replay_memory(self.stream, self._task, self.replay, transform, seed=self.seed)
 
     @override
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:

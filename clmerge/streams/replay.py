@@ -1,0 +1,146 @@
+"""Images of earlier tasks that are trained on again: the baselines that merging does without."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from torch.utils.data import Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from clmerge.streams.images import ImageDataset
+from clmerge.streams.samplers import EpochSampler
+from clmerge.streams.splits import derived_seed
+from clmerge.streams.stream import SplitPlan, Stream, Transform
+
+Replay: TypeAlias = int | Literal["all"]
+"""How many images of earlier tasks are kept: a number, or all of them (joint training)."""
+
+
+def replay_memory(stream: Stream, task: int, replay: Replay, transform: Transform | None, *, seed: int) -> Images:
+    """Return the training images of earlier tasks that are still kept when a task is trained.
+
+    A number of images is shared evenly by the classes seen before (the first ones get what is left over), as a
+    class-balanced buffer does (experience replay, arXiv 1902.10486). Every class has one random order of its images by
+    ``seed``, and the first of them are kept: what is in memory was in memory one task earlier, so nothing that was
+    dropped ever comes back. A pure function of its arguments, it needs no state when a run resumes.
+
+    Args:
+        stream: the stream.
+        task: index of the task that is trained.
+        replay: how many images in all, or ``"all"``.
+        transform: applied to each image.
+        seed: seed of the choice.
+
+    Returns:
+        Images with global class ids; none before the second task.
+    """
+    earlier = [stream.dataset(index, "train", transform) for index in range(task)]
+    if replay == "all":
+        return Images(earlier)
+    by_class: dict[int, list[tuple[int, int]]] = {}
+    for part, images in enumerate(earlier):
+        for position, target in enumerate(images.targets):
+            by_class.setdefault(target, []).append((part, position))
+    kept: list[list[int]] = [[] for _ in earlier]
+    for rank, (target, places) in enumerate(by_class.items()):
+        # Places of a class grow from task to task where domains change: each has a rank of its own, never a shuffle.
+        order = sorted(places, key=lambda place: random.Random(derived_seed(seed, "replay", target, *place)).random())
+        share = replay // len(by_class) + (rank < replay % len(by_class))
+        for part, position in order[:share]:
+            kept[part].append(position)
+    return Images([_subset(images, sorted(positions)) for images, positions in zip(earlier, kept, strict=True)])
+
+
+class Images(Dataset[tuple[Any, int]]):
+    """Several sets of images as one.
+
+    Args:
+        parts: the sets.
+    """
+
+    def __init__(self, parts: Sequence[ImageDataset]) -> None:
+        self.parts = [part for part in parts if len(part)]
+        self._places = [(part, index) for part in self.parts for index in range(len(part))]
+
+    @property
+    def targets(self) -> list[int]:
+        """Global class id of every image."""
+        return [target for part in self.parts for target in part.targets]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the images as they are decoded: one for each of three channels of a pixel."""
+        return sum(
+            3 * image.width * image.height
+            for part in self.parts
+            for image in (part.plan.images.image(index) for index in part.plan.indices)
+        )
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        part, position = self._places[index]
+        return part[position]
+
+
+class ReplaySampler(DistributedSampler[tuple[int, int]]):
+    """Follow every batch of a task by as many images from memory.
+
+    Yields ``(epoch, position)``; positions count the task's images, then those in memory. The memory is walked through
+    in a random order, again and again, from another place in every epoch and on every process.
+
+    Args:
+        current: order of the task's own images.
+        num_current: how many there are.
+        num_memory: how many are in memory, at least one.
+        batch_size: images of the task in a batch.
+        seed: seed of the memory's order, already specific to the task.
+
+    Example:
+        >>> sampler = ReplaySampler(EpochSampler(range(3), seed=0), 3, 10, batch_size=2, seed=0)
+        >>> [position >= 3 for _, position in sampler]
+        [False, False, True, True, False, True, True]
+    """
+
+    def __init__(self, current: EpochSampler, num_current: int, num_memory: int, *, batch_size: int, seed: int) -> None:
+        super().__init__(
+            cast("Dataset[Any]", range(num_current)), num_replicas=current.num_replicas, rank=current.rank, seed=seed
+        )
+        self.current = current
+        self.num_current = num_current
+        self.num_memory = num_memory
+        self.batch_size = batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take note of the epoch, as Lightning does before each."""
+        super().set_epoch(epoch)
+        self.current.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        memory = self._memory()
+        keys = list(self.current)
+        for start in range(0, len(keys), self.batch_size):
+            yield from keys[start : start + self.batch_size]
+            yield from ((self.epoch, next(memory)) for _ in range(self.batch_size))
+
+    def __len__(self) -> int:
+        num_batches = -(-len(self.current) // self.batch_size)
+        return len(self.current) + num_batches * self.batch_size
+
+    def _memory(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "memory", self.epoch, self.rank))
+        while True:
+            for position in torch.randperm(self.num_memory, generator=generator).tolist():
+                yield self.num_current + position
+
+
+def _subset(images: ImageDataset, positions: Sequence[int]) -> ImageDataset:
+    plan = images.plan
+    chosen = SplitPlan(
+        plan.images, tuple(plan.indices[p] for p in positions), tuple(plan.targets[p] for p in positions)
+    )
+    return ImageDataset(chosen, images.transform)
