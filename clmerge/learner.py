@@ -15,6 +15,7 @@ from torch import Tensor
 from clmerge.callbacks import MergeCallback
 from clmerge.callbacks.progress import EpochLines, EpochSeed
 from clmerge.callbacks.provided import PROVIDED
+from clmerge.callbacks.swap import running_statistics
 from clmerge.evaluation import Rows, accuracy_on, evaluate
 from clmerge.lightning_compat import TaskProgressBar, logger_step, quiet_lightning, set_step_offset
 from clmerge.loggers import finish_loggers, log_summary, log_task
@@ -201,7 +202,7 @@ class Learner:
         if wants_means:  # the Trainer has not moved the model yet
             self.module.to(trainer.strategy.root_device)
         self.module.begin_task(info.classes, self.data.eval_dataloader("train", [task]) if wants_means else None)
-        self.merge.next_task(info.name)
+        self.merge.next_task(info.name, samples=len(self.stream.dataset(task, "train")))
         self.module.train()
         set_step_offset(trainer, run.manifest.step)
         trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint if checkpoint.is_file() else None)
@@ -216,12 +217,16 @@ class Learner:
         results.add_seconds("merge", self.merge.seconds)
         run.manifest.results = results.to_dict()
         trainer.strategy.barrier("trained")
+        if self.keep_task_vectors:
+            run.keep_unmerged(task, self._unmerged())
         run.commit_state(task, self.module.state_dict(), self.merge.accumulators())
 
     def _evaluate(self, run: RunFolder, factory: TrainerFactory, results: Results, task: int) -> None:
         started = time.perf_counter()
         weights = {name: self.merge.merged_state(name) for name in self.merge.mergers}
-        rows = self._rows(run, factory, f"evaluating {len(weights) + 1} models", {**weights, EXPERT: None})
+        # theta_0 + tau is what the bank can give back: compare finds the same bits.
+        expert = self.merge.weights_with(self.merge.task_vector(self.module))
+        rows = self._rows(run, factory, f"evaluating {len(weights) + 1} models", {**weights, EXPERT: expert})
         for name, row in rows.items():
             # A head that grows has no logits for the classes of tasks to come.
             known = len(self.tasks) if self.module.head.open_vocabulary else task + 1
@@ -306,6 +311,12 @@ class Learner:
             num_sanity_val_steps=0,
             **options,
         )
+
+    def _unmerged(self) -> dict[str, Tensor]:
+        """Return what is trained but never merged: a head that learns its classes, and running statistics."""
+        learned = not self.module.head.open_vocabulary
+        head = {f"head.{name}": tensor for name, tensor in self.module.head.state_dict().items()} if learned else {}
+        return {**head, **running_statistics(self.module)}
 
     def _statistics(self, module: LightningModule) -> Statistics:
         """Measure what mergers may require of the task that was just trained."""

@@ -123,6 +123,10 @@ class RunFolder:
         """The task vectors of the run."""
         return self.path / "bank"
 
+    def unmerged(self, task: int) -> Path:
+        """What belongs to a task's vector and is not merged; not there where a task has nothing of the kind."""
+        return self.path / "unmerged" / f"task_{task:03d}.safetensors"
+
     @property
     def plots(self) -> Path:
         """Pictures of the results."""
@@ -140,6 +144,12 @@ class RunFolder:
     def model(self, name: str) -> Path:
         """Final weights of one merger."""
         return self.path / "model" / f"{name}.safetensors"
+
+    def keep_unmerged(self, task: int, state: Mapping[str, Tensor]) -> None:
+        """Keep what goes with a task's vector in the bank: its head and running statistics, where there are any."""
+        if self.writes and state:
+            self.unmerged(task).parent.mkdir(exist_ok=True)
+            save_tensors(self.unmerged(task), state)
 
     def commit(self) -> None:
         """Make the manifest as it is in memory the truth."""

@@ -74,6 +74,7 @@ class MergeCallback(Callback):
         mergers: The mergers by name.
         num_tasks: Tasks merged so far.
         seconds: Time that the last merge took.
+        update_seconds: Time that the last update of every merger took, by name.
 
     Raises:
         ValueError: For an unknown ``deploy`` or policy, mergers of equal names, or a merger that needs a missing
@@ -129,11 +130,13 @@ class MergeCallback(Callback):
         self.save_state = save_state
         self.num_tasks = 0
         self.seconds = 0.0
+        self.update_seconds: dict[str, float] = {}
         self.base: dict[str, Tensor] = {}
         self.base_fingerprint: str | None = None
         self._base_origin = "the weights at the start of the first fit"
         self._buffers: dict[str, Tensor] = {}
         self._task_name: str | None = None
+        self._task_samples: int | None = None
         self._merged_this_fit = False
         self._swap: AbstractContextManager[None] | None = None
         if base is not None:
@@ -149,9 +152,15 @@ class MergeCallback(Callback):
         """The key of this callback's state in Lightning's checkpoints: several merge callbacks can coexist."""
         return self._generate_state_key(mergers=",".join(self.mergers), start_policy=self.start_policy)
 
-    def next_task(self, name: str) -> None:
-        """Name the task that the next ``fit`` trains; it is stored beside the vector in the bank."""
+    def next_task(self, name: str, *, samples: int | None = None) -> None:
+        """Say what the next ``fit`` trains; it is stored beside the vector in the bank.
+
+        Args:
+            name: What the task is called.
+            samples: How many training images it has.
+        """
         self._task_name = name
+        self._task_samples = samples
 
     def use_bank(self, folder: str | Path) -> None:
         """Keep every task vector from now on in ``folder``."""
@@ -264,35 +273,72 @@ class MergeCallback(Callback):
     def _merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fold the trained weights into every merger; weights that cannot be merged reach none of them."""
         started = time.perf_counter()
-        origin = f"the weights of task {self.num_tasks}"
+        tau = self.task_vector(pl_module)
         theta = named_tensors(pl_module, self.base, origin=self._base_origin)
-        device = None if self.device == "model" else torch.device("cpu")
-        tau = task_vector({name: full_copy(tensor, device) for name, tensor in theta.items()}, self.base)
-        for name, tensor in tau.items():
-            if not is_finite(tensor):
-                raise RuntimeError(
-                    f"expected finite weights to merge, got NaN or Inf in {name!r} of {origin}; "
-                    "the merged models are unchanged: lower the learning rate, or clip gradients"
-                )
-        tau = CheckedVector(tau)
-        needed = frozenset[str]().union(*(merger.requires for merger in self.mergers.values())) - {"score"}
-        measured = provided(needed, trainer, theta, self.base)
-        if self.statistics is not None and needed - measured.keys():
-            measured |= self.statistics(pl_module)
-        for merger in self.mergers.values():
-            score = self._scorer(pl_module) if "score" in merger.requires else None
-            merger.update(tau, task=self.num_tasks, base=self.base_fingerprint, score=score, statistics=measured)
-        self._merge_buffers(pl_module)
+        self.fold(tau, pl_module, given=provided(self.required_statistics, trainer, theta, self.base))
         if self.bank is not None and trainer.is_global_zero:
-            name = self._task_name or f"task_{self.num_tasks:03d}"
+            task = self.num_tasks - 1
+            counts = {"steps": trainer.global_step, "samples": self._task_samples}
             # A run killed after its merge has written this vector already.
             again = trainer.ckpt_path is not None
-            self.bank.append(self.num_tasks, tau, name=name, base=self.base_fingerprint, overwrite=again)
-        self.num_tasks += 1
-        self._task_name = None
+            name = self._task_name or f"task_{task:03d}"
+            self.bank.append(task, tau, name=name, base=self.base_fingerprint, counts=counts, overwrite=again)
+        self._task_name = self._task_samples = None
         self._merged_this_fit = True
         self._check_ranks(trainer)
         self.seconds = time.perf_counter() - started
+
+    def task_vector(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return what training has added to theta_0 in a model that holds its training weights."""
+        theta = named_tensors(model, self.base, origin=self._base_origin)
+        device = None if self.device == "model" else torch.device("cpu")
+        return task_vector({name: full_copy(tensor, device) for name, tensor in theta.items()}, self.base)
+
+    @property
+    def required_statistics(self) -> frozenset[str]:
+        """What the mergers require of every task beside its vector and a score."""
+        return frozenset[str]().union(*(merger.requires for merger in self.mergers.values())) - {"score"}
+
+    def fold(
+        self,
+        tau: Mapping[str, Tensor],
+        model: LightningModule,
+        *,
+        task: int | None = None,
+        given: Statistics | None = None,
+    ) -> None:
+        """Fold one task vector into every merger, with what they require; every ``fit`` does this by itself.
+
+        Statistics are measured on theta_0 + tau, so that they can be measured again from a kept task vector.
+
+        Args:
+            tau: The task vector; one that cannot be merged reaches no merger.
+            model: The model with the running statistics, and a head if it has one, that belong to the task.
+            task: Index of the task, which seeds random rules; default the number of tasks merged so far.
+            given: Statistics that are known already; ``statistics=`` measures what is missing.
+
+        Raises:
+            RuntimeError: If the vector holds NaN or Inf.
+        """
+        task = self.num_tasks if task is None else task
+        for name, tensor in tau.items():
+            if not is_finite(tensor):
+                raise RuntimeError(
+                    f"expected finite weights to merge, got NaN or Inf in {name!r} of the weights of task {task}; "
+                    "the merged models are unchanged: lower the learning rate, or clip gradients"
+                )
+        tau = CheckedVector(tau)
+        measured = dict(given or {})
+        if self.statistics is not None and self.required_statistics - measured.keys():
+            with swapped(model, self.weights_with(tau)):
+                measured |= self.statistics(model)
+        self._merge_buffers(model)
+        for name, merger in self.mergers.items():
+            started = time.perf_counter()
+            score = self._scorer(model) if "score" in merger.requires else None
+            merger.update(tau, task=task, base=self.base_fingerprint, score=score, statistics=measured)
+            self.update_seconds[name] = time.perf_counter() - started
+        self.num_tasks += 1
 
     def _scorer(self, pl_module: LightningModule) -> Callable[[Mapping[str, Tensor]], float]:
         function = self.score

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import safe_open
@@ -55,7 +55,14 @@ class TaskVectorBank:
         return self.folder / f"task_{task:03d}.safetensors"
 
     def append(
-        self, task: int, tau: State, *, name: str = "", base: str | None = None, overwrite: bool = False
+        self,
+        task: int,
+        tau: State,
+        *,
+        name: str = "",
+        base: str | None = None,
+        counts: Mapping[str, int | None] | None = None,
+        overwrite: bool = False,
     ) -> None:
         """Write the task vector of one task.
 
@@ -64,6 +71,8 @@ class TaskVectorBank:
             tau: The task vector.
             name: What the task is called.
             base: Fingerprint of the base model, if known.
+            counts: What was counted while the task was trained (``steps``, ``samples``), for rules that weigh tasks
+                by it; None for what is not known.
             overwrite: Replace a vector that is already there, as a resumed run does. Default: refuse.
 
         Raises:
@@ -88,10 +97,11 @@ class TaskVectorBank:
                 )
         if others:
             self._check_layout(tau, task, others[0])
-        save_tensors(self.path(task), tau, {"task": str(task), "name": name, "base": base or ""})
+        known_counts = {key: str(count) for key, count in (counts or {}).items() if count is not None}
+        save_tensors(self.path(task), tau, {"task": str(task), "name": name, "base": base or "", **known_counts})
 
     def metadata(self, task: int) -> dict[str, str]:
-        """Header of a stored task vector: task, name, and base (empty if unknown)."""
+        """Header of a stored task vector: task, name, base (empty if unknown), and the counts that were known."""
         self._check_stored(task)
         return {"task": str(task), "name": "", "base": ""} | load_metadata(self.path(task))
 

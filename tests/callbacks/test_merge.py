@@ -292,14 +292,37 @@ def test_any_vector_becomes_a_state_with_the_merged_running_statistics(model):
     assert same(merge.state_with(merge.mergers["magmax"].compute()), merge.merged_state())
 
 
+def test_folding_kept_vectors_merges_what_the_run_merged(model, tmp_path):
+    """Statistics included: they are measured on theta_0 + tau, which the bank gives back."""
+    seen = []
+
+    def statistics(module):
+        seen.append(weights(module))
+        return {"fisher": {name: tensor.abs() for name, tensor in weights(module).items()}}
+
+    ran = MergeCallback([MagMax(), Fisher()], bank=tmp_path, statistics=statistics)
+    stream(model, ran)
+    again = MergeCallback([MagMax(), Fisher()], base=ran.base, statistics=statistics)
+    for tau in TaskVectorBank(tmp_path):
+        before = weights(model)
+        again.fold(tau, model)
+        assert same(weights(model), before)
+    for name in ran.mergers:
+        assert same(again.merged_state(name), ran.merged_state(name))
+    assert all(same(a, b) for a, b in zip(seen[:3], seen[3:], strict=True))
+    assert set(again.update_seconds) == {"magmax", "fisher"}
+
+
 def test_task_vectors_are_kept_in_the_bank(model, tmp_path):
     base = weights(model)
     merge = MergeCallback(MagMax(), bank=tmp_path)
-    merge.next_task("first")
+    merge.next_task("first", samples=24)
     trained = stream(model, merge, 2)
     bank = TaskVectorBank(tmp_path)
     assert len(bank) == 2
-    assert bank.metadata(0)["name"] == "first"
+    first = {key: bank.metadata(0)[key] for key in ("name", "steps", "samples")}
+    assert first == {"name": "first", "steps": "6", "samples": "24"}  # 2 epochs of 24 images in batches of 8
+    assert (bank.metadata(1)["steps"], "samples" in bank.metadata(1)) == ("6", False)
     for task, tau in enumerate(bank):
         for name, value in tau.items():
             assert torch.equal(value, trained[task][name] - base[name])
