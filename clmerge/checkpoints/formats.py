@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clmerge.checkpoints.adapter import CONFIG, WEIGHTS, AdapterCheckpoint
 from clmerge.checkpoints.reader import Checkpoint, SafetensorsCheckpoint, TorchCheckpoint
 
 _TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".tar"}
@@ -59,7 +60,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Args:
         path: A ``.safetensors`` file, what ``torch.save`` wrote (``.pt``, ``.pth``, ``.bin``, Lightning's ``.ckpt``),
-            an index of sharded files, or a folder with one of these.
+            an index of sharded files, or a folder with one of these; a LoRA adapter of PEFT, file or folder.
 
     Raises:
         FileNotFoundError: If there is nothing at ``path``.
@@ -69,6 +70,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"expected a checkpoint, got {path}, which does not exist{_nearest_file(path)}")
     checkpoint = _from_folder(path) if path.is_dir() else _from_file(path)
+    if path.is_file() and any(".lora_" in name for name in checkpoint.entries):
+        if not (path.parent / CONFIG).is_file():
+            raise ValueError(f"expected {CONFIG} beside the adapter {path}, got none; copy it there")
+        checkpoint = AdapterCheckpoint(checkpoint, path.parent)
     if not checkpoint.entries:
         raise ValueError(f"expected a checkpoint with tensors, got none in {path}")
     for wrapper in _WRAPPERS * 2:
@@ -100,9 +105,12 @@ def align_names(checkpoint: Checkpoint, base: Checkpoint) -> None:
 
 
 def _from_folder(folder: Path) -> Checkpoint:
-    if (folder / "adapter_model.safetensors").is_file():
+    if (folder / CONFIG).is_file():
+        for name in WEIGHTS:
+            if (folder / name).is_file():
+                return AdapterCheckpoint(_from_file(folder / name), folder)
         raise ValueError(
-            f"expected whole models, got the PEFT adapter {folder}; merge it into its base model and save that"
+            f"expected one of {', '.join(WEIGHTS)} beside {CONFIG}, got neither in {folder}; copy it there"
         )
     for index in _INDEXES:
         if (folder / index).is_file():

@@ -78,7 +78,8 @@ class CheckpointMerge:
     @property
     def work(self) -> int:
         """Bytes that merging reads of the models, over all passes."""
-        once = sum(model.entries[name].nbytes for model in self.models for name in self.policy.merged)
+        read = (model.entries.get(name) for model in self.models for name in self.policy.merged)
+        once = sum(entry.nbytes for entry in read if entry is not None)
         return once * (2 if passes_of(self.merger) == "thresholds" else 1)
 
     def describe(self) -> str:

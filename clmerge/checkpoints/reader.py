@@ -59,6 +59,7 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         files: The files it consists of.
         entries: Shape and dtype by name, in the order of the file.
         is_task_vector: Whether the tensors are differences to a base model, not weights.
+        rest_is_zero: Whether a task vector is zero where it has no tensor, as an adapter is.
         task: Name of the task, if the file says so.
         base: Fingerprint of the base model of a task vector, if the file says so.
         prefix: What was taken off the front of all names.
@@ -70,6 +71,7 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         self.files = list(files)
         self.entries = entries
         self.is_task_vector = False
+        self.rest_is_zero = False
         self.task = ""
         self.base: str | None = None
         self.prefix = ""
@@ -83,13 +85,22 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, piece: slice | None = None) -> Tensor:
         """Return one tensor, on the CPU; it must not be written to.
 
         Args:
             name: Its name, without ``prefix``.
+            piece: The entries that are wanted of the flat tensor. Default: all, in its shape.
         """
-        return self._read(self.prefix + name)
+        return self._read(self.prefix + name) if piece is None else self._read_piece(self.prefix + name, piece)
+
+    def is_difference(self, name: str) -> bool:
+        """Return whether a tensor is a difference to the base, not a weight."""
+        return self.is_task_vector
+
+    def _read_piece(self, name: str, piece: slice) -> Tensor:
+        """Return a flat piece of a stored tensor by its name in the file."""
+        return self._read(name).reshape(-1)[piece]
 
     def without_prefix(self, prefix: str) -> None:
         """Take ``prefix`` off the front of the names; tensors whose names do not have it keep theirs no longer.

@@ -44,17 +44,21 @@ class CheckpointVectors:
     def dtype(self, task: int, name: str) -> torch.dtype:
         """Return the dtype that ``read`` gives."""
         model = self.models[task]
-        sides = [model.entries[name].dtype] + ([] if model.is_task_vector else [self.base.entries[name].dtype])
+        sides = [model.entries[name].dtype] if name in model.entries else []
+        if not model.is_difference(name):
+            sides.append(self.base.entries[name].dtype)
         return torch.float64 if torch.float64 in sides else torch.float32
 
     def read(self, task: int, name: str, piece: slice | None = None) -> Tensor:
         """Return one parameter of one task vector, or a flat piece of it; the next call overwrites it."""
         model = self.models[task]
-        theta = _piece(model.tensor(name), piece)
+        if name not in model.entries:  # an adapter that does not reach there
+            return self._zeros(name, piece)
+        theta = model.tensor(name, piece)
         self._on_bytes(theta.nbytes)
-        if model.is_task_vector:
+        if model.is_difference(name):
             return theta.to(accumulator_dtype(theta))
-        start = _piece(self.base.tensor(name), piece)
+        start = self.base.tensor(name, piece)
         dtype = accumulator_dtype(theta, start)
         tau = self._buffer(dtype, theta.numel()).view(theta.shape)
         if theta.dtype == start.dtype == dtype:
@@ -64,18 +68,23 @@ class CheckpointVectors:
     def sample(self, task: int, name: str, step: int) -> Tensor:
         """Return one of ``step`` entries of a parameter of one task vector, flat, in short runs."""
         model = self.models[task]
+        if name not in model.entries:
+            return _sampled(self._zeros(name), step)
         dtype = self.dtype(task, name)
         theta = _sampled(model.tensor(name), step).to(dtype)
-        return theta if model.is_task_vector else theta - _sampled(self.base.tensor(name), step).to(dtype)
+        return theta if model.is_difference(name) else theta - _sampled(self.base.tensor(name), step).to(dtype)
+
+    def _zeros(self, name: str, piece: slice | None = None) -> Tensor:
+        return (
+            torch.zeros(1).expand(self.shape(name))
+            if piece is None
+            else torch.zeros(1).expand(piece.stop - piece.start)
+        )
 
     def _buffer(self, dtype: torch.dtype, numel: int) -> Tensor:
         if dtype not in self._buffers or self._buffers[dtype].numel() < numel:
             self._buffers[dtype] = torch.empty(numel, dtype=dtype)
         return self._buffers[dtype][:numel]
-
-
-def _piece(tensor: Tensor, piece: slice | None) -> Tensor:
-    return tensor if piece is None else tensor.reshape(-1)[piece]
 
 
 def _sampled(tensor: Tensor, step: int) -> Tensor:

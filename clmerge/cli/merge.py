@@ -44,7 +44,7 @@ def build_parser() -> "CommandParser":
     )
     models_help = (
         "Fine-tuned models in the order of their tasks: .safetensors, .pt, .pth, .bin, Lightning .ckpt, Hugging Face "
-        "folders, clmerge run folders and task-vector banks (all their tasks)."
+        "folders, PEFT's LoRA adapters, clmerge run folders and task-vector banks (all their tasks)."
     )
     include_help = "Glob patterns of tensors to merge (default: all floating-point ones)."
     exclude_help = "Glob patterns of tensors to copy from the base instead, for example 'head.*'."

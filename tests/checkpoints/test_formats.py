@@ -108,10 +108,6 @@ def test_what_is_no_state_dict_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(ValueError, match=r"got .*notes\.txt"):
         open_checkpoint(tmp_path / "notes.txt")
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_model.safetensors").touch()
-    with pytest.raises(ValueError, match="PEFT adapter"):
-        open_checkpoint(tmp_path / "adapter")
 
 
 def test_a_folder_with_several_checkpoints_wants_a_name(tmp_path, theta):
