@@ -15,7 +15,6 @@ from torch import Tensor
 from clmerge.callbacks import MergeCallback
 from clmerge.callbacks.progress import EpochLines, EpochSeed
 from clmerge.callbacks.provided import PROVIDED
-from clmerge.callbacks.swap import running_statistics
 from clmerge.evaluation import Rows, accuracy_on, evaluate
 from clmerge.lightning_compat import TaskProgressBar, logger_step, quiet_lightning, set_step_offset
 from clmerge.loggers import finish_loggers, log_summary, log_task
@@ -28,6 +27,7 @@ from clmerge.streams import Stream, StreamDataModule
 from clmerge.streams.splits import derived_seed
 from clmerge.task_statistics import measure
 from clmerge.weights import save_tensors
+from clmerge.weights.parametrization import folded, running_statistics
 
 TrainerFactory = Callable[..., Trainer]
 
@@ -101,6 +101,7 @@ class Learner:
             device=accumulators,
             score=self._validation_score,
             statistics=self._statistics,
+            seed=seed,
             save_state=False,  # the run folder keeps accumulators; in every epoch's checkpoint they would be a burden
         )
         for taken in (EXPERT, ZERO_SHOT):
@@ -223,9 +224,10 @@ class Learner:
 
     def _evaluate(self, run: RunFolder, factory: TrainerFactory, results: Results, task: int) -> None:
         started = time.perf_counter()
-        weights = {name: self.merge.merged_state(name) for name in self.merge.mergers}
+        merged = {name: self.merge.merged_vector(name) for name in self.merge.mergers}
+        weights = {name: self.merge.state_with(vector, self.module) for name, vector in merged.items()}
         # theta_0 + tau is what the bank can give back: compare finds the same bits.
-        expert = self.merge.weights_with(self.merge.task_vector(self.module))
+        expert = self.merge.weights_with(self.merge.task_vector(self.module), self.module)
         rows = self._rows(run, factory, f"evaluating {len(weights) + 1} models", {**weights, EXPERT: expert})
         for name, row in rows.items():
             # A head that grows has no logits for the classes of tasks to come.
@@ -248,7 +250,8 @@ class Learner:
 
     def _finish(self, run: RunFolder, results: Results) -> None:
         prefix = "backbone.model."
-        whole = self.module.backbone.model.state_dict()
+        with folded(self.module.backbone):
+            whole = dict(self.module.backbone.model.state_dict())
         if run.writes:
             for name, merger in self.merge.mergers.items():
                 merged = {key.removeprefix(prefix): value for key, value in self.merge.merged_state(name).items()}

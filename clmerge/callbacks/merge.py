@@ -5,38 +5,39 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
+from clmerge.callbacks.evaluation_swap import EvaluationSwap
 from clmerge.callbacks.naming import check_requirements, name_mergers
 from clmerge.callbacks.provided import provided
-from clmerge.callbacks.swap import assign, full_copy, named_tensors, running_statistics, swapped
+from clmerge.callbacks.ranks import check_same_on_all_ranks
 from clmerge.lightning_compat import refuse_unsupported_strategy
 from clmerge.merging import Merger, Statistics
 from clmerge.merging.checks import is_finite
-from clmerge.weights import (
-    CheckedVector,
-    TaskVectorBank,
-    apply_task_vector,
-    fingerprint,
-    load_tensors,
-    select_parameters,
-    task_vector,
-)
+from clmerge.weights import CheckedVector, TaskVectorBank, apply_task_vector, fingerprint, load_tensors
 from clmerge.weights.modes import eval_mode
+from clmerge.weights.parametrization import (
+    dense_weights,
+    merged_parameters,
+    read_task_vector,
+    renew,
+    running_statistics,
+    state_of,
+)
+from clmerge.weights.swap import assign, full_copy, named_tensors, swapped
 
 StartPolicy = Literal["base", "previous", "merged"]
 Buffers = Literal["latest", "base", "mean"]
 
 
-class MergeCallback(Callback):
+class MergeCallback(EvaluationSwap):
     """Merge after every ``fit``: one task vector per fit, any LightningModule, any number of Trainers.
 
     Every finished ``fit`` is a task. Its task vector ``theta_t - theta_0`` goes to every merger; the model itself keeps
@@ -68,6 +69,7 @@ class MergeCallback(Callback):
         statistics: What was measured on the task, called with the trained model while the task's data is still there;
             for mergers that require it (Fisher: ``"fisher"``, RegMean: ``"gram"``). Returns name -> number, or name ->
             tensors by parameter name. What needs no data is there without: ``"adam"`` and ``"weights"`` (theta_0).
+        seed: Seed of the factors that low-rank modes of tuning start every task with.
         save_state: Whether accumulators travel in Lightning's checkpoints (default).
 
     Attributes:
@@ -103,6 +105,7 @@ class MergeCallback(Callback):
         bank: str | Path | None = None,
         score: Callable[[LightningModule], float] | None = None,
         statistics: Callable[[LightningModule], Statistics] | None = None,
+        seed: int = 0,
         save_state: bool = True,
     ) -> None:
         self.mergers = name_mergers(mergers)
@@ -127,6 +130,7 @@ class MergeCallback(Callback):
             self.use_bank(bank)
         self.score = score
         self.statistics = statistics
+        self.seed = seed
         self.save_state = save_state
         self.num_tasks = 0
         self.seconds = 0.0
@@ -138,7 +142,6 @@ class MergeCallback(Callback):
         self._task_name: str | None = None
         self._task_samples: int | None = None
         self._merged_this_fit = False
-        self._swap: AbstractContextManager[None] | None = None
         if base is not None:
             if isinstance(base, (str, Path)):
                 self._base_origin = f"base file {base}"
@@ -168,8 +171,8 @@ class MergeCallback(Callback):
 
     # Reading the merged models -----------------------------------------------------------------------------------
 
-    def merged_state(self, name: str | None = None) -> dict[str, Tensor]:
-        """Return theta_0 plus the merged vector of the tasks so far, in the base's dtypes.
+    def merged_vector(self, name: str | None = None) -> dict[str, Tensor]:
+        """Return what a merger adds to theta_0 for the tasks so far.
 
         Args:
             name: Which merger; default the deployed one.
@@ -183,28 +186,40 @@ class MergeCallback(Callback):
             raise ValueError(f"expected one of {list(self.mergers)}, got merger {name!r}")
         if not self.num_tasks:
             raise RuntimeError("expected at least one merged task, got none: fit first")
-        return self.state_with(self.mergers[name].compute())
+        return self.mergers[name].compute()
 
-    def state_with(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def merged_state(self, name: str | None = None) -> dict[str, Tensor]:
+        """Return theta_0 plus the merged vector of the tasks so far: dense weights by dense names, to save.
+
+        A model that is tuned with LoRA or in tangent space has other parameters: ``state_with`` is for those.
+
+        Returns:
+            Weights in the base's dtypes, and running statistics if ``buffers`` is not ``"latest"``.
+        """
+        return {**apply_task_vector(self.base, self.merged_vector(name)), **self._buffers}
+
+    def state_with(self, vector: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """Return what a merged model has in place of the module's tensors: theta_0 plus ``vector``, running statistics.
 
         Args:
             vector: What is added to theta_0; parameters that it leaves out keep their base weights.
+            model: The LightningModule that was fitted, whose own names and mode of tuning count; it is not changed.
 
         Raises:
             ValueError: If ``vector`` has a name or a shape that the base does not have.
         """
-        return {**self.weights_with(vector), **self._buffers}
+        return state_of(model, self.base, vector, buffers=self._buffers, origin=self._base_origin)
 
-    def weights_with(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return theta_0 plus ``vector`` as the module's parameters, in the base's dtypes.
+    def weights_with(self, vector: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """Return theta_0 plus ``vector`` as the module's parameters, without running statistics.
 
         For a task's own vector that is its expert, whose running statistics are the module's own.
 
         Args:
             vector: What is added to theta_0; parameters that it leaves out keep their base weights.
+            model: The LightningModule that was fitted.
         """
-        return apply_task_vector(self.base, vector)
+        return state_of(model, self.base, vector, origin=self._base_origin)
 
     @contextmanager
     def merged(self, model: nn.Module, name: str | None = None) -> Iterator[None]:
@@ -214,14 +229,20 @@ class MergeCallback(Callback):
             model: The LightningModule that was fitted.
             name: Which merger; default the deployed one.
         """
-        with swapped(model, self.merged_state(name)):
+        with swapped(model, self.state_with(self.merged_vector(name), model)):
             yield
 
     def apply_start_policy(self, model: nn.Module) -> None:
         """Give ``model`` the weights that the next task starts from; every ``fit`` does this by itself."""
         if self.num_tasks and self.start_policy != "previous":
-            start = self.base if self.start_policy == "base" else self.merged_state()
+            from_base = self.start_policy == "base"
+            start = self.weights_with({}, model) if from_base else self.state_with(self.merged_vector(), model)
             assign(named_tensors(model, start, origin=self._base_origin), start)
+        renew(model, seed=self.seed, task=self.num_tasks)
+
+    @override
+    def _evaluation_state(self, pl_module: LightningModule) -> dict[str, Tensor] | None:
+        return self.state_with(self.merged_vector(), pl_module) if self.num_tasks else None
 
     # Training ----------------------------------------------------------------------------------------------------
 
@@ -237,7 +258,7 @@ class MergeCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        selected = select_parameters(pl_module, self.include, self.exclude)
+        selected = merged_parameters(pl_module, self.include, self.exclude)
         device = None if self.device == "model" else torch.device("cpu")
         if not self.base:
             self._set_base({name: full_copy(tensor, device) for name, tensor in selected.items()})
@@ -274,8 +295,7 @@ class MergeCallback(Callback):
         """Fold the trained weights into every merger; weights that cannot be merged reach none of them."""
         started = time.perf_counter()
         tau = self.task_vector(pl_module)
-        theta = named_tensors(pl_module, self.base, origin=self._base_origin)
-        self.fold(tau, pl_module, given=provided(self.required_statistics, trainer, theta, self.base))
+        self.fold(tau, pl_module, given=provided(self.required_statistics, trainer, pl_module, self.base))
         if self.bank is not None and trainer.is_global_zero:
             task = self.num_tasks - 1
             counts = {"steps": trainer.global_step, "samples": self._task_samples}
@@ -285,14 +305,14 @@ class MergeCallback(Callback):
             self.bank.append(task, tau, name=name, base=self.base_fingerprint, counts=counts, overwrite=again)
         self._task_name = self._task_samples = None
         self._merged_this_fit = True
-        self._check_ranks(trainer)
+        if trainer.world_size > 1:
+            check_same_on_all_ranks(trainer, [merger.compute() for merger in self.mergers.values()])
         self.seconds = time.perf_counter() - started
 
     def task_vector(self, model: nn.Module) -> dict[str, Tensor]:
         """Return what training has added to theta_0 in a model that holds its training weights."""
-        theta = named_tensors(model, self.base, origin=self._base_origin)
         device = None if self.device == "model" else torch.device("cpu")
-        return task_vector({name: full_copy(tensor, device) for name, tensor in theta.items()}, self.base)
+        return read_task_vector(model, self.base, device=device, origin=self._base_origin)
 
     @property
     def required_statistics(self) -> frozenset[str]:
@@ -330,7 +350,7 @@ class MergeCallback(Callback):
         tau = CheckedVector(tau)
         measured = dict(given or {})
         if self.statistics is not None and self.required_statistics - measured.keys():
-            with swapped(model, self.weights_with(tau)):
+            with swapped(model, self.weights_with(tau, model)):
                 measured |= self.statistics(model)
         self._merge_buffers(model)
         for name, merger in self.mergers.items():
@@ -345,57 +365,11 @@ class MergeCallback(Callback):
         assert function is not None
 
         def score(vector: Mapping[str, Tensor]) -> float:
-            with swapped(pl_module, self.state_with(vector)), eval_mode(pl_module), torch.no_grad():
+            candidate = self.state_with(vector, pl_module)
+            with swapped(pl_module, candidate), eval_mode(pl_module), torch.no_grad():
                 return float(function(pl_module))
 
         return score
-
-    # Evaluation --------------------------------------------------------------------------------------------------
-
-    @override
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap_in(pl_module)
-
-    @override
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap_out()
-
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap_in(pl_module)
-
-    @override
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap_out()
-
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._swap_in(pl_module)
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._swap_out()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._swap_out()
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._swap_out()
-
-    def _swap_in(self, pl_module: LightningModule) -> None:
-        if self.num_tasks and self._swap is None:
-            swap = swapped(pl_module, self.merged_state(), origin=self._base_origin)
-            swap.__enter__()
-            self._swap = swap
-
-    def _swap_out(self) -> None:
-        if self._swap is not None:
-            swap, self._swap = self._swap, None
-            swap.__exit__(None, None, None)
 
     # State -------------------------------------------------------------------------------------------------------
 
@@ -449,28 +423,17 @@ class MergeCallback(Callback):
         self.base_fingerprint = fingerprint(base)
 
     def _check_model(self, pl_module: LightningModule) -> None:
-        for name, tensor in named_tensors(pl_module, self.base, origin=self._base_origin).items():
+        for name, tensor in dense_weights(pl_module, self.base, origin=self._base_origin).items():
             if tensor.shape != self.base[name].shape:
                 raise RuntimeError(
                     f"expected {name!r} of shape {tuple(self.base[name].shape)} as in {self._base_origin}, got "
                     f"{tuple(tensor.shape)}; a parameter that grows (a head) must be left out with exclude="
                 )
 
-    # Buffers and ranks -------------------------------------------------------------------------------------------
+    # Buffers -------------------------------------------------------------------------------------------
 
     def _merge_buffers(self, pl_module: LightningModule) -> None:
         if self.buffers == "mean":
             for name, value in running_statistics(pl_module).items():
                 mean = self._buffers.get(name, torch.zeros_like(value))
                 self._buffers[name] = mean + (value - mean) / (self.num_tasks + 1)
-
-    def _check_ranks(self, trainer: Trainer) -> None:
-        if trainer.world_size > 1:
-            mine = [fingerprint(merger.compute()) for merger in self.mergers.values()]
-            prints: list[list[str] | None] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(prints, mine)
-            if any(other != mine for other in prints):
-                raise RuntimeError(
-                    f"expected the same merged weights on all {trainer.world_size} ranks, got different ones: "
-                    "the ranks trained different models"
-                )

@@ -3,25 +3,24 @@
 from collections.abc import Mapping, Set
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from clmerge.callbacks.swap import full_copy
 from clmerge.merging.adam import adam_second_moments
+from clmerge.weights.parametrization import dense_weights
+from clmerge.weights.swap import full_copy
 
 PROVIDED = frozenset({"adam", "weights"})
 """Statistics that every run can give its mergers."""
 
 
-def provided(
-    needed: Set[str], trainer: Trainer, theta: Mapping[str, Tensor], base: Mapping[str, Tensor]
-) -> dict[str, Any]:
+def provided(needed: Set[str], trainer: Trainer, module: LightningModule, base: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return those of the ``PROVIDED`` statistics that are needed.
 
     Args:
         needed: Names of statistics.
         trainer: It trained the task; ``"adam"`` are the second moments of its optimizers.
-        theta: The live parameters by name.
+        module: The module as it was trained.
         base: theta_0 by name, which are the ``"weights"``.
 
     Raises:
@@ -31,6 +30,6 @@ def provided(
     if "weights" in needed:
         statistics["weights"] = base
     if "adam" in needed:
-        moments = adam_second_moments(trainer.optimizers, theta)
+        moments = adam_second_moments(trainer.optimizers, dense_weights(module, base))
         statistics["adam"] = {name: full_copy(moment, base[name].device) for name, moment in moments.items()}
     return statistics

@@ -1,12 +1,12 @@
 """Which parameters of a module are merged: trainable floating-point ones, chosen by glob patterns."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-_COMPILE_PREFIX = "_orig_mod."  # what torch.compile puts into parameter names
+COMPILE_PREFIX = "_orig_mod."  # what torch.compile puts into parameter names
 
 
 def select_parameters(
@@ -37,29 +37,57 @@ def select_parameters(
     """
     aliases: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        aliases.setdefault(parameter, []).append(name.replace(_COMPILE_PREFIX, ""))
+        aliases.setdefault(parameter, []).append(name.replace(COMPILE_PREFIX, ""))
+    chosen = choose(
+        {group[0]: (group, _is_mergeable(parameter)) for parameter, group in aliases.items()},
+        include,
+        exclude,
+        owner=type(module).__name__,
+    )
+    first = {group[0]: parameter for parameter, group in aliases.items()}
+    return {name: first[name] for name in chosen}
+
+
+def choose(
+    groups: Mapping[str, tuple[Sequence[str], bool]],
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
+    *,
+    owner: str,
+) -> list[str]:
+    """Choose names by glob patterns, as ``select_parameters`` says.
+
+    Args:
+        groups: Name -> all names of the same tensor, and whether it may be chosen at all.
+        include: Patterns of which at least one must match; None for all.
+        exclude: Patterns of which none may match.
+        owner: Whose names these are, for the error messages.
+
+    Raises:
+        ValueError: As ``select_parameters`` does.
+    """
     include = None if include is None else _as_list(include)
     exclude = _as_list(exclude)
-    names = [name for group in aliases.values() for name in group]
+    names = [name for group, _ in groups.values() for name in group]
     for pattern in (include or []) + exclude:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"expected a pattern that matches a parameter, got {pattern!r}; {_hint(pattern, names)}")
 
-    mergeable = {parameter: group for parameter, group in aliases.items() if _is_mergeable(parameter)}
+    mergeable = {name: group for name, (group, trained) in groups.items() if trained}
     for pattern in include or []:
         if not any(_any_match(group, [pattern]) for group in mergeable.values()):
             raise ValueError(
                 f"expected a pattern that matches a trainable parameter, got {pattern!r}, which matches only "
                 "frozen or integer ones; set requires_grad or drop the pattern"
             )
-    selected = {
-        group[0]: parameter
-        for parameter, group in mergeable.items()
+    selected = [
+        name
+        for name, group in mergeable.items()
         if (include is None or _any_match(group, include)) and not _any_match(group, exclude)
-    }
+    ]
     if not selected:
         raise ValueError(
-            f"expected at least one trainable parameter to merge in {type(module).__name__}, got none "
+            f"expected at least one trainable parameter to merge in {owner}, got none "
             f"(include={include}, exclude={exclude}); widen the patterns or unfreeze parameters"
         )
     return selected

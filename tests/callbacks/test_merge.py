@@ -285,11 +285,11 @@ def test_any_vector_becomes_a_state_with_the_merged_running_statistics(model):
     model = ForeignModule(batch_norm=True)
     merge = MergeCallback(MagMax(), buffers="mean")
     stream(model, merge, 2)
-    state = merge.state_with({"net.0.bias": torch.ones(6)})
+    state = merge.state_with({"net.0.bias": torch.ones(6)}, model)
     assert torch.equal(state["net.0.bias"], merge.base["net.0.bias"] + 1)
     assert torch.equal(state["net.0.weight"], merge.base["net.0.weight"])
-    assert state.keys() - merge.weights_with({}).keys() == {"net.1.running_mean", "net.1.running_var"}
-    assert same(merge.state_with(merge.mergers["magmax"].compute()), merge.merged_state())
+    assert state.keys() - merge.weights_with({}, model).keys() == {"net.1.running_mean", "net.1.running_var"}
+    assert same(merge.state_with(merge.mergers["magmax"].compute(), model), merge.merged_state())
 
 
 def test_folding_kept_vectors_merges_what_the_run_merged(model, tmp_path):

@@ -1,12 +1,14 @@
 """Put other weights into a model and take them out again; whole tensors and DTensors alike."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from clmerge.weights.selection import COMPILE_PREFIX
 
 
 def named_tensors(module: nn.Module, names: Iterable[str], *, origin: str) -> dict[str, Tensor]:
@@ -21,20 +23,36 @@ def named_tensors(module: nn.Module, names: Iterable[str], *, origin: str) -> di
         RuntimeError: If a name is missing from the module.
     """
     names = list(names)
+    own = own_tensors(module)
+    check_present(module, own, names, origin=origin)
+    return {name: own[name] for name in names}
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers by name, with ``torch.compile``'s ``_orig_mod.`` left out of the names."""
     # After a forward without gradients the root of an FSDP2 model stays gathered and hands out plain tensors.
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
     both = (*module.named_parameters(), *module.named_buffers())
-    own: dict[str, Tensor] = {name.replace("_orig_mod.", ""): tensor for name, tensor in both}
-    missing = [name for name in names if name not in own]
-    if missing:
+    return {name.replace(COMPILE_PREFIX, ""): tensor for name, tensor in both}
+
+
+def check_present(module: nn.Module, found: Container[str], names: Sequence[str], *, origin: str) -> None:
+    """Raise a RuntimeError if a module does not have all tensors of ``names``.
+
+    Args:
+        module: The module, for the error message.
+        found: Names that it has.
+        names: Names that it should have.
+        origin: Where they come from.
+    """
+    if missing := [name for name in names if name not in found]:
         raise RuntimeError(
             f"expected {type(module).__name__} to have the {len(names)} tensors of {origin}, got a model "
             f"without {len(missing)} of them, the first {missing[0]!r}; use the same architecture, or leave "
             "them out with exclude="
         )
-    return {name: own[name] for name in names}
 
 
 def full_copy(tensor: Tensor, device: torch.device | None = None) -> Tensor:
@@ -95,12 +113,3 @@ def swapped(module: nn.Module, values: Mapping[str, Tensor], *, origin: str = "t
         with torch.no_grad():
             for name, target in named_tensors(module, originals, origin=origin).items():
                 target.copy_(originals[name])
-
-
-def running_statistics(module: nn.Module) -> dict[str, Tensor]:
-    """Return copies on the CPU of a module's running statistics (BatchNorm's means and variances) by name."""
-    return {
-        name.replace("_orig_mod.", ""): full_copy(buffer, torch.device("cpu"))
-        for name, buffer in module.named_buffers()
-        if buffer.is_floating_point() and name.rsplit(".", 1)[-1].startswith("running_")
-    }

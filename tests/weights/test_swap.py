@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from clmerge.callbacks.swap import assign, full_copy, named_tensors, swapped
+from clmerge.weights.swap import assign, full_copy, named_tensors, swapped
 
 
 @pytest.fixture
