@@ -137,7 +137,7 @@ class AdapterCheckpoint(Checkpoint):
 
     @override
     def is_difference(self, name: str) -> bool:
-        return self.prefix + name not in self._whole
+        return self._stored(name) not in self._whole
 
     @override
     def _read(self, name: str) -> Tensor:

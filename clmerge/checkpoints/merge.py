@@ -14,8 +14,9 @@ from clmerge.checkpoints.formats import align_names, open_checkpoint, open_model
 from clmerge.checkpoints.ledger import Ledger, as_plain, configured_from, input_files, read_ledger, versions
 from clmerge.checkpoints.policy import Policy, decide, describe_rows
 from clmerge.checkpoints.reader import Checkpoint
+from clmerge.checkpoints.tied import same_bits
 from clmerge.checkpoints.vectors import CheckpointVectors
-from clmerge.checkpoints.writer import data_start, new_safetensors, raw_bytes, sha256_of
+from clmerge.checkpoints.writer import data_start, new_safetensors, sha256_of
 from clmerge.merging import Merger
 from clmerge.merging.out_of_core import merge_out_of_core, passes_of, working_memory
 from clmerge.weights.task_vector import apply_task_vector, fingerprint
@@ -137,14 +138,19 @@ class CheckpointMerge:
         Args:
             on_bytes: Told of every piece that was read, in bytes.
         """
-        merged = set(self.policy.merged)
+        merged = {*self.policy.merged, *self.policy.tied}
+        further: dict[str, list[str]] = {}
+        for name, leader in self.policy.tied.items():
+            further.setdefault(leader, []).append(name)
         for name in self.base.entries:
             if name not in merged:
                 yield name, self.base.tensor(name)
         vectors = CheckpointVectors(self.base, self.models, self.policy.merged, on_bytes=on_bytes)
         try:
             for name, tau in merge_out_of_core(self.merger, vectors):
-                yield name, apply_task_vector({name: self.base.tensor(name)}, {name: tau})[name]
+                theta = apply_task_vector({name: self.base.tensor(name)}, {name: tau})[name]
+                for one in (name, *further.get(name, [])):
+                    yield one, theta
         except ValueError as error:
             sources = "\n".join(f"  task {task}: {model.source}" for task, model in enumerate(self.models))
             raise ValueError(f"{error}\nThe tasks are:\n{sources}") from error
@@ -206,7 +212,7 @@ def verify(path: str | os.PathLike[str], *, on_bytes: OnBytes = lambda count: No
     different: dict[str, None] = {}
     for name, tensor in job.stream(on_bytes):
         different.pop(name, None)
-        if job.base.entries[name] != written.entries[name] or raw_bytes(tensor) != raw_bytes(written.tensor(name)):
+        if job.base.entries[name] != written.entries[name] or not same_bits(tensor, written.tensor(name)):
             different[name] = None
     return [*found, *(f"{name!r} differs from what the merge gives" for name in different)], ledger
 

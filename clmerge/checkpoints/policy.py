@@ -6,10 +6,12 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from clmerge.checkpoints.reader import Checkpoint
+from clmerge.checkpoints.tied import resolve_ties, twins
 
 # Statistics of batch normalisation: floating-point, but not parameters.
 _STATISTICS = ("*running_mean", "*running_var", "*num_batches_tracked")
 _SHOWN = 3
+_MERGED = ("merged", "in the base and in every model", False)
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Row:
     """One line of the table: tensors that are treated alike.
 
     Attributes:
-        action: ``"merged"``, ``"copied"`` (from the base) or ``"ignored"`` (of a model).
+        action: ``"merged"``, ``"tied"`` (merged under another name), ``"copied"`` (from the base) or ``"ignored"``.
         reason: Why.
         names: The tensors.
         detail: What the first of them looks like, where that helps.
@@ -37,10 +39,12 @@ class Policy:
 
     Attributes:
         merged: The tensors that are merged, in the base's order.
+        tied: Further names of merged tensors: the name in ``merged`` by name.
         rows: The table.
     """
 
     merged: list[str]
+    tied: dict[str, str]
     rows: list[Row]
 
     @property
@@ -57,15 +61,16 @@ def decide(
     exclude: Sequence[str] = (),
     strict: bool = False,
 ) -> Policy:
-    """Decide what happens to every tensor, from names, shapes and dtypes alone.
+    """Decide what happens to every tensor, from names, shapes and dtypes, and from whether tensors are tied.
 
     A tensor is merged if the base and every model have it, floating-point and in one shape. Everything else is copied
     from the base: integers, bools, running statistics, what no pattern includes, what a model lacks or has in
-    another shape (a head for other classes). Tensors that only a model has are ignored.
+    another shape (a head for other classes). Tensors that only a model has are ignored. Names that mean one tensor in
+    the base and in all models are merged once.
 
     Args:
         base: The base model.
-        models: Models and task vectors.
+        models: Models and task vectors; names of tied tensors are added to them.
         include: Glob patterns of which one must match, if there are any.
         exclude: Glob patterns of which none may match.
         strict: Whether missing, extra and mismatched tensors are errors.
@@ -78,24 +83,24 @@ def decide(
             near = get_close_matches(pattern.strip("*"), base.entries, n=1, cutoff=0.3)
             hint = f"; the nearest is {near[0]!r}" if near else ""
             raise ValueError(f"expected a pattern that matches a tensor of {base.source}, got {pattern!r}{hint}")
+    tied = resolve_ties(base, models)
     groups: dict[tuple[str, str, bool], list[str]] = {}
     details: dict[tuple[str, str, bool], str] = {}
     for name in base.entries:
         action, reason, detail, is_problem = _treatment(name, base, models, include, exclude)
+        if action == "merged" and tied.get(name) in groups.get(_MERGED, []):
+            action, reason, detail = "tied", "one tensor with another, merged once", f"with {tied[name]}"
         key = (action, reason, is_problem)
         groups.setdefault(key, []).append(name)
         details.setdefault(key, detail)
     rows = [
         Row(action, reason, names, details[action, reason, bad], bad) for (action, reason, bad), names in groups.items()
     ]
-    rows.sort(key=lambda row: (row.action != "merged", row.is_problem))
-    extras = {model.source: [name for name in model.entries if name not in base.entries] for model in models}
-    rows += [
-        Row("ignored", f"not in the base, of {model}", names, is_problem=True)
-        for model, names in extras.items()
-        if names
-    ]
-    policy = Policy([name for row in rows if row.action == "merged" for name in row.names], rows)
+    rows.sort(key=lambda row: (row.action != "merged", row.action != "tied", row.is_problem))
+    for model in models:
+        rows += _extra_rows(model, base)
+    further = {name: tied[name] for row in rows if row.action == "tied" for name in row.names}
+    policy = Policy(groups.get(_MERGED, []), further, rows)
     if not policy.merged:
         raise ValueError(_nothing_left(base, models))
     if strict and policy.problems:
@@ -147,7 +152,19 @@ def _treatment(
             return "copied", "another shape in a model", detail, True
         if not found.dtype.is_floating_point:
             return "copied", "another kind of number in a model", f"{found.dtype} in {model.source}", True
-    return "merged", "in the base and in every model", "", False
+    return *_MERGED[:2], "", False
+
+
+def _extra_rows(model: Checkpoint, base: Checkpoint) -> list[Row]:
+    """Return the rows of what only a model has; a further name of a tensor that is in the base is no problem."""
+    extras = [name for name in model.entries if name not in base.entries]
+    same = twins(model) if extras and not model.rest_is_zero else {}
+    groups = {same.get(name, name) for name in model.entries if name in base.entries}
+    known = [name for name in extras if same.get(name, name) in groups]
+    unknown = [name for name in extras if name not in known]
+    rows = [Row("ignored", f"one tensor with another that the base has, of {model.source}", known)]
+    rows.append(Row("ignored", f"not in the base, of {model.source}", unknown, is_problem=True))
+    return [row for row in rows if row.names]
 
 
 def _nothing_left(base: Checkpoint, models: Sequence[Checkpoint]) -> str:

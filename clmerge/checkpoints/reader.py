@@ -75,6 +75,7 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         self.task = ""
         self.base: str | None = None
         self.prefix = ""
+        self._added: dict[str, str] = {}
 
     @abstractmethod
     def _read(self, name: str) -> Tensor:
@@ -92,7 +93,29 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
             name: Its name, without ``prefix``.
             piece: The entries that are wanted of the flat tensor. Default: all, in its shape.
         """
-        return self._read(self.prefix + name) if piece is None else self._read_piece(self.prefix + name, piece)
+        stored = self._stored(name)
+        return self._read(stored) if piece is None else self._read_piece(stored, piece)
+
+    def memory(self, name: str) -> object | None:
+        """Return what names of one tensor have in common in the file; None if the format does not say."""
+        return None
+
+    def stored_alias(self, name: str) -> str | None:
+        """Return under which name the file keeps a tensor that it says it has under another; None if it does not."""
+        return None
+
+    def add_name(self, name: str, present: str) -> None:
+        """Give a tensor under a further name.
+
+        Args:
+            name: The new name.
+            present: One that there is.
+        """
+        self.entries[name] = self.entries[present]
+        self._added[name] = self._stored(present)
+
+    def _stored(self, name: str) -> str:
+        return self._added.get(name) or self.prefix + name
 
     def is_difference(self, name: str) -> bool:
         """Return whether a tensor is a difference to the base, not a weight."""
@@ -166,6 +189,12 @@ class SafetensorsCheckpoint(Checkpoint):
             self.base = self.metadata["base"] or None
 
     @override
+    def stored_alias(self, name: str) -> str | None:
+        # save_model of the safetensors package writes the names it leaves out into the header.
+        kept = self.metadata.get(self.prefix + name, "").removeprefix(self.prefix)
+        return kept if kept in self.entries else None
+
+    @override
     def _read(self, name: str) -> Tensor:
         tensor: Tensor = self._holders[name].get_tensor(name)
         return tensor
@@ -185,6 +214,11 @@ class TorchCheckpoint(Checkpoint):
         self._tensors = {name: tensor.detach() for state in states for name, tensor in state.items()}
         entries = {name: Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()}
         super().__init__(source, kind, files, entries)
+
+    @override
+    def memory(self, name: str) -> object | None:
+        tensor = self.tensor(name)
+        return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else None
 
     @override
     def _read(self, name: str) -> Tensor:
