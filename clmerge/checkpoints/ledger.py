@@ -17,6 +17,8 @@ from clmerge.weights.io import load_metadata
 
 SCHEMA = 1
 KEY = "clmerge"
+INDEX = "model.safetensors.index.json"
+ONE_FILE = "model.safetensors"
 UNKNOWN = "0" * 64  # as long as the SHA-256 that takes its place
 
 
@@ -43,7 +45,8 @@ class Ledger:
         strict: Whether mismatches were refused.
         threads: Threads of PyTorch; sums over whole tensors may depend on them.
         versions: Versions of what computed.
-        result_sha256: SHA-256 of all bytes after the header (None with ``--no-hash``).
+        result_sha256: SHA-256 of all bytes after the header (None with ``--no-hash``, and for shards).
+        shards: SHA-256 of every shard by file name (None with ``--no-hash``).
     """
 
     merger: dict[str, Any]
@@ -56,6 +59,7 @@ class Ledger:
     threads: int = 1
     versions: dict[str, str] = field(default_factory=dict)
     result_sha256: str | None = None
+    shards: dict[str, str | None] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def metadata(self) -> dict[str, str]:
@@ -80,28 +84,43 @@ def input_files(checkpoints: Sequence[Checkpoint]) -> list[InputFile]:
 
 
 def read_ledger(path: str | os.PathLike[str]) -> Ledger:
-    """Read the ledger of a merged file.
+    """Read the ledger of a merged file or folder.
 
     Args:
-        path: A file that ``clmerge merge`` wrote.
+        path: What ``clmerge merge`` wrote: a file, a folder, or the index of a folder.
 
     Raises:
         FileNotFoundError: If there is no file.
         ValueError: If it has no ledger, or one of another version.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"expected a merged file, got {path}, which does not exist")
-    text = load_metadata(path).get(KEY)
-    if text is None:
-        raise ValueError(f"expected a file that clmerge merge wrote, got {path}, which has no ledger in its header")
+    file = ledger_file(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"expected a merged file, got {file}, which does not exist")
     try:
-        found = json.loads(text)
+        found = _ledger_in(file)
+        if found is None:
+            raise ValueError("no ledger, which only what clmerge merge wrote has")
         if found.get("schema") != SCHEMA:
             raise ValueError(f"schema {found.get('schema')!r} instead of {SCHEMA}")
         found["files"] = [InputFile(**file) for file in found["files"]]
         return Ledger(**found)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"expected a ledger of this version of clmerge in {path}, got {error}") from error
+
+
+def ledger_file(path: str | os.PathLike[str]) -> Path:
+    """Return the file that holds the ledger: ``path``, or in a folder the index, or the one file that is there."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    return path / (INDEX if (path / INDEX).is_file() else ONE_FILE)
+
+
+def _ledger_in(file: Path) -> Any:
+    if file.suffix == ".json":
+        return json.loads(file.read_text(encoding="utf-8"))["metadata"].get(KEY)
+    text = load_metadata(file).get(KEY)
+    return None if text is None else json.loads(text)
 
 
 def configured_from(plain: dict[str, Any]) -> Merger:

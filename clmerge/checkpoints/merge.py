@@ -1,7 +1,6 @@
 """Merge checkpoints into one file, out of core; and merge them again to see whether the file is what it says."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,12 +10,21 @@ import torch
 from torch import Tensor
 
 from clmerge.checkpoints.formats import align_names, open_checkpoint, open_models
-from clmerge.checkpoints.ledger import Ledger, as_plain, configured_from, input_files, read_ledger, versions
+from clmerge.checkpoints.ledger import (
+    Ledger,
+    as_plain,
+    configured_from,
+    input_files,
+    ledger_file,
+    read_ledger,
+    versions,
+)
+from clmerge.checkpoints.output import check_target, new_output
 from clmerge.checkpoints.policy import Policy, decide, describe_rows
 from clmerge.checkpoints.reader import Checkpoint
 from clmerge.checkpoints.tied import same_bits
 from clmerge.checkpoints.vectors import CheckpointVectors
-from clmerge.checkpoints.writer import data_start, new_safetensors, sha256_of
+from clmerge.checkpoints.writer import data_start, sha256_of
 from clmerge.merging import Merger
 from clmerge.merging.out_of_core import merge_out_of_core, passes_of, working_memory
 from clmerge.weights.task_vector import apply_task_vector, fingerprint
@@ -95,12 +103,20 @@ class CheckpointMerge:
         lines.append(f"memory  {memory / 2**20:,.1f} MiB: {_PASSES[passes_of(self.merger)]}")
         return "\n".join(lines)
 
-    def run(self, out: str | os.PathLike[str], *, hashes: bool = True, on_bytes: OnBytes = lambda count: None) -> None:
+    def run(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        hashes: bool = True,
+        shard_bytes: int | None = None,
+        on_bytes: OnBytes = lambda count: None,
+    ) -> None:
         """Merge and write; ``out`` appears when everything is done, or not at all.
 
         Args:
-            out: The safetensors file to write.
+            out: The safetensors file to write, or the folder.
             hashes: Whether the ledger says the SHA-256 of every input and of the result.
+            shard_bytes: Write a folder in Hugging Face's layout, in files of at most so many bytes of tensors.
             on_bytes: Told of every piece that was read, in bytes.
 
         Raises:
@@ -108,13 +124,7 @@ class CheckpointMerge:
             RuntimeError: If the merged vector overflows.
         """
         out = Path(out)
-        if str(out.resolve()) in {file.path for file in self.ledger.files}:
-            raise ValueError(f"expected an output beside the inputs, got {out}, which is one of them")
-        if out.suffix != ".safetensors":
-            raise ValueError(f"expected an output that ends in .safetensors, got {out}")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(out.parent).free) < self.base.nbytes:
-            raise ValueError(f"expected room for {self.base.nbytes:,} bytes in {out.parent}, got {free:,}; free some")
+        check_target(out, self.ledger, nbytes=self.base.nbytes, shard_bytes=shard_bytes)
         if not hashes:
             for file in self.ledger.files:
                 file.sha256 = None
@@ -122,15 +132,14 @@ class CheckpointMerge:
         self._check_base()
         with (
             _hashed_meanwhile([file.path for file in self.ledger.files] if hashes else []) as sums,
-            new_safetensors(out, self.base.entries, self.ledger.metadata()) as writer,
+            new_output(out, self.base.entries, self.ledger, shard_bytes=shard_bytes) as output,
         ):
             for name, tensor in self.stream(on_bytes):
-                writer.put(name, tensor)
+                output.put(name, tensor)
             if hashes:
                 for file in self.ledger.files:
                     file.sha256 = sums[file.path].result()
-                self.ledger.result_sha256 = writer.data_sha256()
-            writer.close(self.ledger.metadata())
+            output.finish(self.ledger, hashes=hashes)
 
     def stream(self, on_bytes: OnBytes = lambda count: None) -> Iterator[tuple[str, Tensor]]:
         """Merge, and yield the tensors of the merged model; a later one of the same name takes the place of an earlier.
@@ -174,10 +183,10 @@ class CheckpointMerge:
 
 
 def verify(path: str | os.PathLike[str], *, on_bytes: OnBytes = lambda count: None) -> tuple[list[str], Ledger]:
-    """Replay the ledger of a merged file and compare bit for bit.
+    """Replay the ledger of a merged file or folder and compare bit for bit.
 
     Args:
-        path: A file that ``clmerge merge`` wrote.
+        path: What ``clmerge merge`` wrote.
         on_bytes: Told of every piece that was read, in bytes.
 
     Returns:
@@ -196,8 +205,13 @@ def verify(path: str | os.PathLike[str], *, on_bytes: OnBytes = lambda count: No
             raise FileNotFoundError(f"expected the inputs of {path}, got no {file.path}; put it back to verify")
         if file.sha256 is not None and sha256_of(file.path) != file.sha256:
             found.append(f"the input {file.path} has changed since the merge")
-    if ledger.result_sha256 is not None and sha256_of(path, skip=data_start(path)) != ledger.result_sha256:
-        found.append(f"the tensors of {path} have changed since the merge")
+    holder = ledger_file(path)
+    if ledger.result_sha256 is not None and sha256_of(holder, skip=data_start(holder)) != ledger.result_sha256:
+        found.append(f"the tensors of {holder} have changed since the merge")
+    for name, expected in ledger.shards.items():
+        shard = holder.parent / name
+        if expected is not None and shard.is_file() and sha256_of(shard) != expected:
+            found.append(f"the shard {shard} has changed since the merge")
     job = CheckpointMerge(
         ledger.base,
         models=ledger.models,

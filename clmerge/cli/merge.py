@@ -14,11 +14,12 @@ HELP = Path(__file__).parent / "help" / "merge.txt"
 USAGE = """\
 clmerge merge --base B --models A1 A2 ... --merger RULE --out FILE [options]
        clmerge merge --recipe FILE [options]
-       clmerge merge --verify FILE"""
+       clmerge merge --verify FILE_OR_FOLDER"""
 EPILOG = """\
 examples:
   clmerge merge --base base.safetensors --models a.pt b.pt --merger TIES --merger.density=0.2 --out merged.safetensors
   clmerge merge --base base.safetensors --models runs/digits --merger MagMax --out merged.safetensors
+  clmerge merge --base base/ --models a/ b/ --merger TIES --out merged --shard-size 5GB
   clmerge merge --base base.safetensors --models a.pt b.pt --merger TIES --dry-run
   clmerge merge --merger.help TIES
   clmerge merge --verify merged.safetensors
@@ -50,12 +51,14 @@ def build_parser() -> "CommandParser":
     exclude_help = "Glob patterns of tensors to copy from the base instead, for example 'head.*'."
     strict_help = "Refuse missing, extra and mismatched tensors, which are otherwise copied from the base."
     no_hash_help = "Leave the SHA-256 of inputs and result out of the ledger, which then says so."
+    shard_help = "Write --out as a folder in Hugging Face's layout, in files of at most this size, for example 5GB."
     threads_help = "Threads that merge; another one computes the SHA-256 meanwhile."
     parser.add_argument("--recipe", action="config", help="A YAML file with any of the options below.")
     parser.add_argument("--base", type=str | None, default=None, help="The base model, in any format of --models.")
     parser.add_argument("--models", type=str, nargs="+", default=[], help=models_help)
     parser.add_subclass_arguments(Merger, "merger", help="The rule, by class name.", required=False)
-    parser.add_argument("--out", type=str | None, default=None, help="The safetensors file to write.")
+    parser.add_argument("--out", type=str | None, default=None, help="The safetensors file to write, or the folder.")
+    parser.add_argument("--shard-size", type=str | None, default=None, help=shard_help)
     parser.add_argument("--include", type=str, nargs="+", default=[], help=include_help)
     parser.add_argument("--exclude", type=str, nargs="+", default=[], help=exclude_help)
     parser.add_argument("--strict", action="store_true", help=strict_help)
@@ -103,11 +106,14 @@ def _merge(parser: "CommandParser", config: Any) -> int:
     import torch
 
     from clmerge.checkpoints.merge import CheckpointMerge
+    from clmerge.checkpoints.output import existing, parse_size
 
     torch.set_num_threads(config.threads)
     _keep_freed_memory()
-    if config.out is not None and Path(config.out).exists() and not config.overwrite and not config.dry_run:
-        raise FileExistsError(f"expected a new file, got {config.out}, which exists; name another or pass --overwrite")
+    shard_bytes = None if config.shard_size is None else parse_size(config.shard_size)
+    there = None if config.out is None else existing(config.out, sharded=shard_bytes is not None)
+    if there is not None and not config.overwrite and not config.dry_run:
+        raise FileExistsError(f"expected a new file, got {there}, which exists; name another or pass --overwrite")
     job = CheckpointMerge(
         config.base,
         models=config.models,
@@ -122,7 +128,7 @@ def _merge(parser: "CommandParser", config: Any) -> int:
     if config.dry_run:
         return 0
     with progress("merging", job.work) as on_bytes:
-        job.run(config.out, hashes=not config.no_hash, on_bytes=on_bytes)
+        job.run(config.out, hashes=not config.no_hash, shard_bytes=shard_bytes, on_bytes=on_bytes)
     print(f"wrote   {config.out}")
     return 0
 

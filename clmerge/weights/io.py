@@ -2,9 +2,10 @@
 
 import json
 import os
+import shutil
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,52 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+    _fsync(target.parent)
+
+
+@contextmanager
+def atomic_folder(
+    path: str | os.PathLike[str], *, replaces: Callable[[str], bool] = lambda name: False, last: str = ""
+) -> Iterator[Path]:
+    """Yield a temporary folder; what is written there is in ``path`` when the block ends well.
+
+    A folder that does not exist appears at once. In one that exists the files that ``replaces`` names are removed, the
+    new ones are moved in, ``last`` after all others: a folder without it is incomplete. When the block raises, ``path``
+    stays as it was. A process that is killed may leave a hidden ``.NAME.HEX.tmp`` folder.
+
+    Args:
+        path: The folder; missing parents are created.
+        replaces: Whether a file of an existing folder is one to remove, by its name.
+        last: The file that is removed first and moved in last.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     with atomic_folder(Path(parent, "a")) as temporary:
+        ...         size = (temporary / "b.txt").write_text("done")
+        ...     os.listdir(Path(parent, "a"))
+        ['b.txt']
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _fsync(file)
+        _fsync(temporary)
+        if target.is_dir():
+            old = [file for file in target.iterdir() if replaces(file.name)]
+            for file in sorted(old, key=lambda file: file.name != last):
+                file.unlink()
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name == last):
+                file.replace(target / file.name)
+            _fsync(target)
+        else:
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     _fsync(target.parent)
 
 

@@ -140,10 +140,18 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize(("number", "leftovers"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, 1)])
-def test_a_killed_merge_leaves_no_output(files, tmp_path, number, leftovers):
+@pytest.mark.parametrize(
+    ("number", "leftovers", "out"),
+    [
+        (signal.SIGTERM, 0, ["out.safetensors"]),
+        (signal.SIGINT, 0, ["out.safetensors"]),
+        (signal.SIGKILL, 1, ["out.safetensors"]),
+        (signal.SIGTERM, 0, ["out", "--shard-size=100B"]),
+    ],
+)
+def test_a_killed_merge_leaves_no_output(files, tmp_path, number, leftovers, out):
     folder = tmp_path / "results"
-    command = [*arguments(files, "--merger", "MagMax", "--out", str(folder / "out.safetensors"))]
+    command = [*arguments(files, "--merger", "MagMax", "--out", str(folder / out[0]), *out[1:])]
     process = subprocess.Popen([sys.executable, "-c", SLOW, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     while b"reading" not in process.stdout.readline():
@@ -156,3 +164,15 @@ def test_a_killed_merge_leaves_no_output(files, tmp_path, number, leftovers):
     left = [path.name for path in folder.iterdir()]
     assert len(left) == leftovers
     assert all(name.startswith(".") and name.endswith(".tmp") for name in left)
+
+
+def test_shards(files, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    command = arguments(files, "--merger", "MagMax", "--out", out, "--shard-size", "100B")
+    assert main(command) == 0
+    assert main(["merge", "--verify", out]) == 0
+    assert main(command) == 1
+    assert "pass --overwrite" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+    assert main([*command[:-1], "huge"]) == 1
+    assert "expected a size such as 5GB or 500MiB, got 'huge'" in capsys.readouterr().err

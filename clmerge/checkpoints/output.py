@@ -1,0 +1,160 @@
+"""Where a merge is written: one safetensors file, or a folder of shards with an index; complete or not there."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from clmerge.checkpoints.ledger import INDEX, KEY, ONE_FILE, Ledger
+from clmerge.checkpoints.reader import Entry
+from clmerge.checkpoints.writer import SafetensorsWriter, new_safetensors, sha256_of
+from clmerge.weights.io import atomic_folder, write_json_atomic
+
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_PLAIN = {"format": "pt"}  # the ledger of shards is in the index
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Output(Protocol):
+    """What a merge is written to."""
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, again if need be."""
+
+    def finish(self, ledger: Ledger, *, hashes: bool) -> None:
+        """Complete the ledger with what was written, and write it."""
+
+
+class _OneFile:
+    def __init__(self, writer: SafetensorsWriter) -> None:
+        self._writer = writer
+        self.put = writer.put
+
+    def finish(self, ledger: Ledger, *, hashes: bool) -> None:
+        if hashes:
+            ledger.result_sha256 = self._writer.data_sha256()
+        self._writer.close(ledger.metadata())
+
+
+class _Shards:
+    def __init__(self, folder: Path, writers: Mapping[str, SafetensorsWriter], holders: Mapping[str, str]) -> None:
+        self._folder = folder
+        self._writers = writers
+        self._holders = holders
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        self._writers[self._holders[name]].put(name, tensor)
+
+    def finish(self, ledger: Ledger, *, hashes: bool) -> None:
+        ledger.result_sha256 = None
+        for file, writer in self._writers.items():
+            writer.close(_PLAIN)
+            ledger.shards[file] = sha256_of(self._folder / file) if hashes else None
+        size = sum(writer.nbytes for writer in self._writers.values())
+        metadata = {"total_size": size, KEY: asdict(ledger)}
+        write_json_atomic(self._folder / INDEX, {"metadata": metadata, "weight_map": dict(self._holders)})
+
+
+@contextmanager
+def new_output(
+    path: Path, entries: Mapping[str, Entry], ledger: Ledger, *, shard_bytes: int | None = None
+) -> Iterator[Output]:
+    """Write a merged model; it appears when the block ends well, or not at all.
+
+    Args:
+        path: The file, or with ``shard_bytes`` the folder.
+        entries: Shape and dtype of every tensor.
+        ledger: What is known so far; what is still to come must be as long as what is there.
+        shard_bytes: Write a folder in Hugging Face's layout, in files of at most so many bytes of tensors; a larger
+            tensor has a file of its own. Files of an earlier merge there are replaced, others stay.
+    """
+    if shard_bytes is None:
+        with new_safetensors(path, entries, ledger.metadata()) as writer:
+            yield _OneFile(writer)
+        return
+    holders = split(entries, shard_bytes)
+    with atomic_folder(path, replaces=_is_weights, last=INDEX) as folder:
+        if len(set(holders.values())) == 1:
+            with new_safetensors(folder / ONE_FILE, entries, ledger.metadata()) as writer:
+                yield _OneFile(writer)
+            return
+        with ExitStack() as stack:
+            writers = {}
+            for file in dict.fromkeys(holders.values()):
+                inside = {name: entry for name, entry in entries.items() if holders[name] == file}
+                writers[file] = SafetensorsWriter(folder / file, inside, _PLAIN)
+                stack.callback(writers[file].abandon)
+            yield _Shards(folder, writers, holders)
+
+
+def split(entries: Mapping[str, Entry], shard_bytes: int) -> dict[str, str]:
+    """Return the file of every tensor: files are filled in order.
+
+    Args:
+        entries: Shape and dtype of every tensor.
+        shard_bytes: Bytes of a file; a single tensor may have more.
+
+    Example:
+        >>> import torch
+        >>> entries = {name: Entry((2,), torch.float32) for name in "abc"}
+        >>> split(entries, 16)["c"]
+        'model-00002-of-00002.safetensors'
+    """
+    numbers, number, filled = {}, 0, 0
+    for name, entry in entries.items():
+        if not number or filled + entry.nbytes > shard_bytes:
+            number, filled = number + 1, 0
+        filled += entry.nbytes
+        numbers[name] = number
+    return {name: f"model-{number:05}-of-{max(numbers.values()):05}.safetensors" for name, number in numbers.items()}
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as ``5GB`` (10^9) or ``2 GiB`` (2^30).
+
+    Raises:
+        ValueError: If it is no size.
+
+    Example:
+        >>> parse_size("1.5GB"), parse_size("2MiB")
+        (1500000000, 2097152)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match and match[2].upper() in _UNITS else 0
+    if size < 1:
+        raise ValueError(f"expected a size such as 5GB or 500MiB, got {text!r}")
+    return size
+
+
+def existing(path: str | os.PathLike[str], *, sharded: bool) -> Path | None:
+    """Return what a merge would replace: the file, or the first file with weights in the folder."""
+    path = Path(path)
+    if not sharded:
+        return path if path.exists() else None
+    return next((file for file in sorted(path.iterdir()) if _is_weights(file.name)), None) if path.is_dir() else None
+
+
+def check_target(path: Path, ledger: Ledger, *, nbytes: int, shard_bytes: int | None) -> None:
+    """Raise a ValueError if the output has a wrong name, is among the inputs, or does not fit on the disk."""
+    if shard_bytes is None and (path.suffix != ".safetensors" or path.is_dir()):
+        raise ValueError(
+            f"expected an output that ends in .safetensors, got {path}; pass --shard-size to write a folder"
+        )
+    if shard_bytes is not None and (path.suffix == ".safetensors" or path.is_file()):
+        raise ValueError(f"expected a folder to write shards to, got {path}; leave --shard-size out to write one file")
+    for file in map(Path, [file.path for file in ledger.files]):
+        if path.resolve() in (file, file.parent if shard_bytes is not None else file):
+            raise ValueError(f"expected an output beside the inputs, got {path} with the input {file}; name another")
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    if (free := shutil.disk_usage(there).free) < nbytes:
+        raise ValueError(f"expected room for {nbytes:,} bytes in {there}, got {free:,}; free some")
+
+
+def _is_weights(name: str) -> bool:
+    return name in (ONE_FILE, INDEX) or _SHARD.fullmatch(name) is not None
