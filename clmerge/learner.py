@@ -50,7 +50,7 @@ class Learner:
         buffers: Running statistics of merged models: of the ``latest`` task, of the ``base``, or their ``mean``.
         accumulators: Where base and accumulators live: ``cpu``, or ``model`` for the parameters' device.
         keep_task_vectors: Whether every task vector is kept in the run folder, for merging again later. Costs four
-            bytes per trained parameter and task.
+            bytes per trained parameter and task on disk; mergers that need them all then keep no copies in memory.
         statistics_images: Training images per task that Fisher information, Gram matrices and losses are measured on,
             for mergers that require them.
         seed: Seed of initialisation, order of samples, augmentation and dropout, each fixed per task.

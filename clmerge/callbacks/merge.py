@@ -51,7 +51,8 @@ class MergeCallback(RunningMerge, EvaluationSwap):
         buffers: Running statistics of the merged model: ``"latest"`` (of the last task, the default), ``"base"`` or
             ``"mean"`` over the tasks. Integer buffers are never merged.
         device: Where base and accumulators live: ``"cpu"`` (default), or ``"model"`` for the parameters' device.
-        bank: Folder that keeps every task vector, for mergers that need them all and for merging again later.
+        bank: Folder that keeps every task vector, for merging again later. Mergers that need them all read them there,
+            one parameter at a time, instead of keeping copies in memory and in checkpoints.
         score: Held-out accuracy of the model as it stands, higher is better; called with merged candidates swapped in.
             Only mergers that require ``"score"`` (GreedySoup, PAINT) need it.
         statistics: What was measured on the task, called with the trained model while the task's data is still there;
@@ -129,8 +130,10 @@ class MergeCallback(RunningMerge, EvaluationSwap):
         self._task_samples = samples
 
     def use_bank(self, folder: str | Path) -> None:
-        """Keep every task vector from now on in ``folder``."""
+        """Keep every task vector from now on in ``folder``; mergers that need them read them there."""
         self.bank = TaskVectorBank(folder)
+        for merger in self.mergers.values():
+            merger.use_bank(self.bank)
 
     def apply_start_policy(self, model: nn.Module) -> None:
         """Give ``model`` the weights that the next task starts from; every ``fit`` does this by itself."""
@@ -192,6 +195,7 @@ class MergeCallback(RunningMerge, EvaluationSwap):
             again = trainer.ckpt_path is not None
             name = self._task_name or f"task_{task:03d}"
             self.bank.append(task, tau, name=name, base=self.base_fingerprint, counts=counts, overwrite=again)
+        trainer.strategy.barrier("bank")
         self._task_name = self._task_samples = None
         self._merged_this_fit = True
         if trainer.world_size > 1:

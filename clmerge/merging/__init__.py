@@ -27,6 +27,7 @@ from clmerge.merging.metagpt import MetaGPT
 from clmerge.merging.opcm import OPCM
 from clmerge.merging.pcb import PCB
 from clmerge.merging.pipeline import Pipeline
+from clmerge.merging.quantise import Quantise
 from clmerge.merging.random_mix import RandomMix
 from clmerge.merging.registry import registered_mergers
 from clmerge.merging.regmean import RegMean
@@ -84,6 +85,7 @@ __all__ = [
     "MetaGPT",
     "ModelStock",
     "Pipeline",
+    "Quantise",
     "RandomDrop",
     "RandomMix",
     "RegMean",

@@ -21,7 +21,8 @@ class IsoCTS(_KeptSpectral):
     all of them get the mean of the singular values. Other parameters are averaged.
 
     Every task is projected off a space that all tasks determine, so the task vectors are kept. State: 4 bytes per
-    parameter and task, and reading costs ``T + 3`` decompositions per matrix, in float64. ``IsoC`` needs neither.
+    parameter and task, or none with a bank (``use_bank``), and reading costs ``T + 3`` decompositions per matrix, in
+    float64. ``IsoC`` needs neither.
 
     Directions that are zero to rounding are left out, where the official code fills them with arbitrary ones; the mean
     is over ``r`` values all the same.

@@ -23,8 +23,9 @@ class KnOTS(_KeptSpectral):
 
     The singular values are multiplied in before TIES looks at the coordinates, as in the authors' configurations.
 
-    The basis changes with every task, so the task vectors are kept. State: 4 bytes per parameter and task, and reading
-    costs one decomposition of ``(m, T n)`` per matrix, in float64.
+    The basis changes with every task, so the task vectors are kept. State: 4 bytes per parameter and task, or none
+    with a bank (``use_bank``); reading costs one decomposition of ``(m, T n)`` per matrix, in float64, and about 50
+    bytes per parameter.
 
     Args:
         density: Share of the coordinates of a task the trim of TIES keeps, in (0, 1].
@@ -50,6 +51,9 @@ class KnOTS(_KeptSpectral):
     name = "knots"
     summary = "TIES in a basis the task matrices share"
     source = "2410.19735"
+    reading_bytes = (
+        52  # in float64: basis, coordinates of one task, what TIES keeps (20), coordinates and matrix merged
+    )
 
     def __init__(
         self,
@@ -75,22 +79,33 @@ class KnOTS(_KeptSpectral):
     @override
     def _overview(self) -> TaskVector:
         """Return the merged matrices by the name and the index of the piece."""
-        bases: TaskVector = {}
-        coordinates: list[TaskVector] = [{} for _ in range(self.num_tasks)]
-        for name, slots in self._slots.items():
-            for index, taus in enumerate(self._task_matrices(name, slots)):
-                u, s, vh = live_svd(torch.cat(taus, dim=1), slots["task0"].dtype)
-                bases[_key(name, index)] = u
-                for own, part in zip(coordinates, (s.unsqueeze(1) * vh).chunk(self.num_tasks, dim=1), strict=True):
-                    own[_key(name, index)] = part
+        bases: dict[str, list[Tensor]] = {}
+        for name, slots in self._held().items():
+            matrices = self._task_matrices(name, slots)
+            if matrices:
+                dtype = slots["task0"].dtype
+                bases[name] = [live_svd(torch.cat(taus, dim=1), dtype)[0] for taus in matrices]
         if not bases:
             return {}
         self._ties.reset()
-        for own in coordinates:
-            self._ties.update(own)
-        merged = {key: bases[key] @ part for key, part in self._ties.compute().items()}
+        for position in range(self.num_tasks):
+            self._ties.update(self._coordinates(position, bases))
+        parts = self._ties.compute()
         self._ties.reset()
-        return merged
+        return {
+            _key(name, index): basis @ parts.pop(_key(name, index))
+            for name, own in bases.items()
+            for index, basis in enumerate(own)
+        }
+
+    def _coordinates(self, position: int, bases: dict[str, list[Tensor]]) -> TaskVector:
+        """Return ``S V_t``, which is ``U^T`` times the matrix of the task: one task at a time is in memory."""
+        found = {}
+        for name, own in bases.items():
+            pieces = self._matrices.pieces(name, self._tau(position, name))
+            for index, (basis, piece) in enumerate(zip(own, pieces, strict=True)):
+                found[_key(name, index)] = basis.t() @ piece.double()
+        return found
 
     @override
     def _read(self, name: str, slots: Slots, overview: TaskVector) -> Tensor:

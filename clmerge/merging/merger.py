@@ -21,6 +21,8 @@ from clmerge.merging.accumulators import (
 from clmerge.merging.checks import Shapes, check_base, check_finite, check_shapes, is_finite, read_shapes
 from clmerge.merging.configured import Configured
 from clmerge.merging.scope import Scope, Scoped
+from clmerge.merging.sparsify import Sparsifier
+from clmerge.weights.bank import TaskVectorBank
 from clmerge.weights.task_vector import State, TaskVector
 
 Score = Callable[[TaskVector], float]
@@ -66,6 +68,9 @@ class Merger(Configured, Scoped, ABC):
         order_free: Whether the order of the tasks does not matter; only then can accumulators be joined.
         removable: Whether a task can be taken out again: the rule is a group, ``downdate`` inverts ``update``. Such
             a rule multiplies what it adds to its accumulators by ``step.sign``.
+        keeps_vectors: Whether every task vector is kept, in memory or in a bank (``use_bank``).
+        reading_bytes: What ``compute()`` of such a rule takes per parameter, beside the result and the task vectors of
+            one parameter.
         requires: What ``update`` needs beside the vector: ``"score"``, or names of statistics.
         scope: Whether parameters can be merged one at a time; see ``Scoped``.
         num_tasks: How many task vectors were merged.
@@ -77,6 +82,8 @@ class Merger(Configured, Scoped, ABC):
     exact_online: bool = True
     order_free: bool = True
     removable: bool = False
+    keeps_vectors: bool = False
+    reading_bytes: int = 0
     requires: frozenset[str] = frozenset()
     scope: Scope = "parameter"
     _sees_model = frozenset({"_plan", "_overview", "_after_update", "_take", "compute"})
@@ -141,6 +148,14 @@ class Merger(Configured, Scoped, ABC):
 
     def _join_extras(self, other: Self) -> None:
         """Join what the rule keeps beside the accumulators."""
+
+    def _held(self) -> Mapping[str, Slots]:
+        """Return the accumulators by parameter, for reading."""
+        return self._slots
+
+    def _sparsify_with(self, sparsifiers: list[Sparsifier]) -> bool:
+        """Take over what a pipeline does to task vectors; False if the rule leaves that to the pipeline."""
+        return False
 
     # What every rule has
 
@@ -228,7 +243,7 @@ class Merger(Configured, Scoped, ABC):
             raise RuntimeError(f"expected at least one update() before compute() of {type(self).__name__}, got none")
         with torch.inference_mode(False), torch.no_grad():
             overview = self._overview()
-            merged = {name: self._read(name, slots, overview) for name, slots in self._slots.items()}
+            merged = {name: self._read(name, slots, overview) for name, slots in self._held().items()}
         for name, tensor in merged.items():
             if not is_finite(tensor):
                 raise RuntimeError(
@@ -265,6 +280,16 @@ class Merger(Configured, Scoped, ABC):
             self._check_dtypes(other._float_dtypes(), "a merger")
         with torch.inference_mode(False), torch.no_grad():
             self._join(other)
+
+    def use_bank(self, bank: TaskVectorBank) -> None:
+        """Read task vectors from a bank where the rule would keep copies; nothing changes for rules that keep none.
+
+        State and checkpoints then hold their fingerprints alone. The caller stores every vector in the bank, under the
+        task index of its ``update``, before the next ``compute()``.
+
+        Args:
+            bank: Where the vectors are.
+        """
 
     def reset(self) -> None:
         """Forget every task; settings and the device asked for with ``to`` stay."""

@@ -17,7 +17,7 @@ from clmerge.merging.scope import widest
 from clmerge.merging.sparsify import TrimModel
 from clmerge.merging.threshold import kth_of_pieces, sample_step
 from clmerge.merging.ties import TIES, sum_of_signs
-from clmerge.weights.task_vector import State
+from clmerge.weights.task_vector import LazyVector, State
 
 _PIECE = 1 << 19
 
@@ -77,6 +77,8 @@ def working_memory(merger: Merger, sizes: Sequence[int], num_tasks: int) -> int:
     numel = sum(sizes) if passes_of(merger) == "model" else max(sizes, default=0)
     # One parameter of a task vector, of the merged vector (twice while a sign is undecided) and of the merged model.
     buffers = 8 * numel + 8 * max(sizes, default=0)
+    if merger.keeps_vectors and passes_of(merger) == "model":
+        return merger.reading_bytes * numel + 4 * num_tasks * max(sizes, default=0) + buffers
     return merger.state_size(numel, num_tasks) + buffers
 
 
@@ -84,7 +86,8 @@ def merge_out_of_core(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, T
     """Merge task vectors parameter by parameter, with the bits that merging them in memory gives.
 
     Rules with one threshold for the whole model (TIES by default, a pipeline with ``TrimModel``) read everything
-    twice. Any other rule whose ``scope`` is ``"model"`` holds its state, one task vector and the result in memory.
+    twice. Any other rule whose ``scope`` is ``"model"`` holds its state, one task vector and the result in memory; one
+    that keeps every task vector reads them again instead.
 
     Args:
         merger: The rule and its settings; its own state is neither used nor changed.
@@ -119,6 +122,7 @@ def merge_out_of_core(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, T
                     yield from _ties(merger, vectors)
             elif isinstance(merger, Pipeline):
                 merger.sparsifier = _KnownThresholds(_trim_density(merger), thresholds)
+                merger._sparsify_with([])
                 yield from _by_parameter(merger, vectors)
 
 
@@ -193,9 +197,26 @@ def _by_parameter(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, Tenso
     merger.reset()
 
 
+class _Reread(LazyVector):
+    """One of the task vectors, for rules that keep them all: read again whenever a parameter is asked for."""
+
+    def __init__(self, vectors: Vectors, task: int) -> None:
+        self._vectors = vectors
+        self._task = task
+
+    @override
+    def names(self) -> Sequence[str]:
+        return self._vectors.names
+
+    @override
+    def __getitem__(self, name: str) -> Tensor:
+        return self._vectors.read(self._task, name).clone()
+
+
 def _whole(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:
     for task in range(vectors.num_tasks):
-        merger.update({name: vectors.read(task, name).clone() for name in vectors.names}, task=task)
+        vector = _Reread(vectors, task)
+        merger.update(vector if merger.keeps_vectors else dict(vector), task=task)
     yield from merger.compute().items()
 
 

@@ -45,8 +45,9 @@ class PCB(_Stored):
     place of exp and tanh. Another variant in the same repository clamps 0.01 % and takes ``tanh(tau_t * sum(tau_s))``.
     Where the kept scores of a task are all equal the code divides 0 by 0; here each weighs 1, or 0 if not positive.
 
-    Scores change with every further task, so all task vectors are kept. State: 4 bytes per parameter and task;
-    ``compute()`` takes 24 bytes per parameter more, and time that grows with the square of the number of tasks.
+    Scores change with every further task, so all task vectors are kept. State: 4 bytes per parameter and task, or none
+    with a bank (``use_bank``); ``compute()`` takes 24 bytes per parameter more, and time that grows with the square of
+    the number of tasks.
 
     Args:
         density: Share of the entries of every task that is kept, in (0, 1] (the code's ``pcb_ratio``).
@@ -65,6 +66,7 @@ class PCB(_Stored):
     summary = "mean weighted by magnitude within and agreement between the tasks"
     source = "2410.02396"
     scope = "model"  # quantiles
+    reading_bytes = 24
 
     def __init__(self, density: float = 0.05, *, clip: float = 0.01, scale: float = 1.2) -> None:
         if not 0 <= clip < 0.5:
@@ -76,11 +78,11 @@ class PCB(_Stored):
 
     @override
     def _overview(self) -> TaskVector:
-        ranges = [self._range(f"task{position}") for position in range(self.num_tasks)]
+        ranges = [self._range(position) for position in range(self.num_tasks)]
         merged, weights = self._zeros(), self._zeros()
         for position, own in enumerate(ranges):
             for name, weight in self._weights(position, ranges).items():
-                merged[name].addcmul_(weight, own.clamped(self._slots[name][f"task{position}"].double()))
+                merged[name].addcmul_(weight, own.clamped(self._tau(position, name).double()))
                 weights[name].add_(weight)
         for name, weight in weights.items():
             merged[name].div_(weight.clamp_(min=1e-12)).mul_(self.scale)
@@ -91,11 +93,11 @@ class PCB(_Stored):
         return overview.pop(name).to(float_dtype(slots))
 
     def _zeros(self) -> TaskVector:
-        return {name: torch.zeros_like(slots["task0"], dtype=torch.float64) for name, slots in self._slots.items()}
+        return {name: torch.zeros_like(self._tau(0, name), dtype=torch.float64) for name in self._shapes}
 
-    def _range(self, slot: str) -> _Range:
+    def _range(self, position: int) -> _Range:
         """Return the quantiles of a task's magnitudes."""
-        taus = [slots[slot] for slots in self._slots.values()]
+        taus = [self._tau(position, name) for name in self._shapes]
         total = sum(tau.numel() for tau in taus)
         if not total:
             return _Range(0.0, 0.0)
@@ -105,7 +107,7 @@ class PCB(_Stored):
     def _weights(self, position: int, ranges: list[_Range]) -> TaskVector:
         """Return the weight of every entry of a task."""
         scores = self._zeros()
-        for name, slots in self._slots.items():
+        for name, slots in self._held().items():
             for block, (out,) in slot_blocks(slots, scores[name]):
                 signed = [
                     limits.normalized(tau.double()) for limits, tau in zip(ranges, self._taus(block), strict=True)

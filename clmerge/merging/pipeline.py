@@ -1,12 +1,10 @@
 """The composed rule: any sparsifier before any reducer before any finisher."""
 
-from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes
@@ -15,28 +13,9 @@ from clmerge.merging.finish import Finisher
 from clmerge.merging.linear import TaskArithmetic
 from clmerge.merging.merger import Merger, Score, Step
 from clmerge.merging.scope import widest
-from clmerge.merging.sparsify import Sparsifier
-from clmerge.weights.task_vector import State, TaskVector, accumulator_dtype
-
-
-class _Sparsified(Mapping[str, Tensor]):
-    """A task vector whose parameters are sparsified when they are asked for, one at a time."""
-
-    def __init__(self, vector: State, sparsifier: Sparsifier, task: int) -> None:
-        self._vector = vector
-        self._sparsifier = sparsifier
-        self._task = task
-        self._plan = sparsifier.plan(vector, task)
-
-    def __getitem__(self, name: str) -> Tensor:
-        tau = self._vector[name].detach()
-        return self._sparsifier.sparsify(name, tau.to(accumulator_dtype(tau)), self._task, self._plan)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._vector)
-
-    def __len__(self) -> int:
-        return len(self._vector)
+from clmerge.merging.sparsify import Sparsified, Sparsifier
+from clmerge.weights.bank import TaskVectorBank
+from clmerge.weights.task_vector import State, TaskVector
 
 
 class Pipeline(Merger):
@@ -80,7 +59,10 @@ class Pipeline(Merger):
         self.order_free = self._inner.order_free
         self.removable = self._inner.removable
         self.requires = self._inner.requires
+        self.keeps_vectors = self._inner.keeps_vectors
+        self.reading_bytes = self._inner.reading_bytes
         self.scope = widest(self._inner, sparsifier, finisher)
+        self._sparsify_with([])
 
     @override
     def compute(self) -> TaskVector:
@@ -89,6 +71,10 @@ class Pipeline(Merger):
     @override
     def task_view(self, task: int) -> TaskVector:
         return self._finished(self._inner.task_view(task))
+
+    @override
+    def use_bank(self, bank: TaskVectorBank) -> None:
+        self._inner.use_bank(bank)
 
     @override
     def to(self, device: torch.device | str) -> Self:
@@ -100,6 +86,12 @@ class Pipeline(Merger):
         return self._inner.state_size(num_params, num_tasks)
 
     @override
+    def _sparsify_with(self, sparsifiers: list[Sparsifier]) -> bool:
+        own = [] if self.sparsifier is None else [self.sparsifier]
+        self._handed_down = self._inner._sparsify_with([*sparsifiers, *own])
+        return self._handed_down
+
+    @override
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
         return {}
 
@@ -107,8 +99,8 @@ class Pipeline(Merger):
     def _take(self, vector: State, shapes: Shapes, base: str | None, step: Step) -> None:
         if step.score is not None and self.finisher is not None:
             step = replace(step, score=self._score_finished(step.score))
-        if self.sparsifier is not None:
-            vector = _Sparsified(vector, self.sparsifier, step.task)
+        if self.sparsifier is not None and not self._handed_down:
+            vector = Sparsified(vector, self.sparsifier, step.task)
         self._inner._take(vector, shapes, base, step)
         self._shapes, self.base, self.num_tasks = shapes, self.base or base, self.num_tasks + step.sign
 

@@ -1,7 +1,8 @@
 """Sparsifiers: keep part of a task vector's entries and set the others to zero."""
 
 from abc import ABC, abstractmethod
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from clmerge.merging.configured import Configured
 from clmerge.merging.randomness import seeded_uniform
 from clmerge.merging.scope import Scope, Scoped
 from clmerge.merging.threshold import Threshold, kth_largest_magnitude
-from clmerge.weights.task_vector import State, TaskVector
+from clmerge.weights.task_vector import State, TaskVector, accumulator_dtype
 
 Rescale = Literal["probability", "l1", "none"]
 
@@ -146,6 +147,38 @@ class Sparsifier(Configured, Scoped, ABC):
         """
         plan = self.plan(vector, task)
         return {name: self.sparsify(name, vector[name], task, plan) for name in vector}
+
+
+class Sparsified(Mapping[str, Tensor]):
+    """A task vector whose parameters are sparsified when they are asked for, one at a time.
+
+    Args:
+        vector: The task vector.
+        sparsifier: What is done to it.
+        task: Index of its task.
+    """
+
+    def __init__(self, vector: State, sparsifier: Sparsifier, task: int) -> None:
+        self.vector = vector
+        self._sparsifier = sparsifier
+        self._task = task
+
+    @cached_property
+    def _plan(self) -> Any:
+        return self._sparsifier.plan(self.vector, self._task)
+
+    @override
+    def __getitem__(self, name: str) -> Tensor:
+        tau = self.vector[name].detach()
+        return self._sparsifier.sparsify(name, tau.to(accumulator_dtype(tau)), self._task, self._plan)
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.vector)
+
+    @override
+    def __len__(self) -> int:
+        return len(self.vector)
 
 
 class TrimModel(Sparsifier):

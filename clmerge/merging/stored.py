@@ -1,65 +1,253 @@
-"""Rules without a stream of constant size: every task vector is kept."""
+"""Rules without a stream of constant size: every task vector is kept, in memory or as a reference to where it is."""
 
-from typing import Any, Self
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots, device_of, float_dtype
+from clmerge.merging.accumulators import SlotDtypes, Slots, copied
+from clmerge.merging.checks import Shapes
 from clmerge.merging.merger import Merger, Step
+from clmerge.merging.quantise import Quantise
+from clmerge.merging.sparsify import Sparsified, Sparsifier
+from clmerge.weights.bank import BankVector, TaskVectorBank
+from clmerge.weights.task_vector import LazyVector, State, fingerprint
+
+
+class _Kept(NamedTuple):
+    """One task: either tensors in memory, plain or packed, or what reads them when they are asked for."""
+
+    task: int
+    parts: dict[str, Slots] | None
+    reference: State | None = None
 
 
 class _Stored(Merger):
-    """Keep every task vector in accumulators of its own, in order of arrival."""
+    """Keep every task vector, in order of arrival, and read them parameter by parameter.
+
+    They stay in memory, packed after ``Quantise``. With a bank (``use_bank``), or where ``update`` is given a
+    ``LazyVector``, the rule keeps references instead, and sparsifies what it reads anew.
+    """
 
     exact_online = False
+    keeps_vectors = True
 
     def __init__(self) -> None:
         super().__init__()
-        self._tasks: list[int] = []
+        self._kept: list[_Kept] = []
+        self._wide: frozenset[str] = frozenset()  # names of float64 parameters
+        self._bank: TaskVectorBank | None = None
+        self._sparsifiers: list[Sparsifier] = []
 
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {f"task{position}": None for position in range(num_tasks)}
+    # What rules use
 
-    @override
-    def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
-        self._keep(slots, step.position, tau)
-
-    @override
-    def _after_update(self, step: Step, plan: Any) -> None:
-        self._tasks.append(step.task)
-
-    @override
-    def _join(self, other: Self) -> None:
-        if not self.num_tasks:
-            super()._join(other)
-            return
-        for name, slots in self._slots.items():
-            for position, tau in enumerate(self._taus(other._slots[name])):
-                self._keep(slots, self.num_tasks + position, tau.to(device_of(slots)))
-        self._tasks = self._tasks + other._tasks
-        self.num_tasks += other.num_tasks
-        self.base = self.base or other.base
-
-    @override
-    def _extras(self) -> dict[str, Any]:
-        return {"tasks": list(self._tasks)}
-
-    @override
-    def _load_extras(self, extras: dict[str, Any]) -> None:
-        self._tasks = list(extras.get("tasks", []))
-
-    def _keep(self, slots: Slots, position: int, tau: Tensor) -> None:
-        slots[f"task{position}"] = tau.to(float_dtype(slots)).clone(memory_format=torch.contiguous_format)
-
-    def _taus(self, slots: Slots) -> list[Tensor]:
-        """Return the task vectors in a parameter's accumulators, or in a piece of them, in order of arrival."""
-        return [slots[f"task{position}"] for position in range(len(slots))]
+    @property
+    def _tasks(self) -> list[int]:
+        return [kept.task for kept in self._kept]
 
     def _position(self, task: int) -> int:
         """Return when a task came; the last time, if it came several times."""
         if task not in self._tasks:
             raise ValueError(f"expected one of the merged tasks {self._tasks}, got {task}")
         return len(self._tasks) - 1 - self._tasks[::-1].index(task)
+
+    def _taus(self, slots: Slots) -> list[Tensor]:
+        """Return the task vectors in a parameter's slots, or in a piece of them, in order of arrival."""
+        return [slots[f"task{position}"] for position in range(len(slots))]
+
+    def _tau(self, position: int, name: str) -> Tensor:
+        """Return a parameter of the task vector that came at this position; it must not be written to."""
+        kept = self._kept[position]
+        if kept.reference is not None:
+            return self._cast(name, kept.reference[name])
+        assert kept.parts is not None
+        parts, packing = kept.parts[name], self._packing
+        return parts["tau"] if packing is None else packing.unpack(parts, self._shapes[name])
+
+    @override
+    def _held(self) -> Mapping[str, Slots]:
+        return _Shelves(self)
+
+    # How vectors are kept
+
+    @override
+    def use_bank(self, bank: TaskVectorBank) -> None:
+        self._bank = bank
+
+    @override
+    def to(self, device: torch.device | str) -> Self:
+        super().to(device)
+        self._kept = [self._moved(kept) for kept in self._kept]
+        return self
+
+    @override
+    def state_size(self, num_params: int, num_tasks: int) -> int:
+        """Return the bytes that the kept vectors take in memory: none where they are references.
+
+        Args:
+            num_params: Entries of one task vector.
+            num_tasks: Task vectors merged.
+        """
+        if self._bank is not None or any(kept.reference is not None for kept in self._kept):
+            return 0
+        packing = self._packing
+        if packing is None:
+            return 4 * num_params * num_tasks
+        sizes = [prod(shape) for shape in self._shapes.values()] or [num_params]
+        return num_tasks * sum(packing.packed_bytes(size) for size in sizes)
+
+    @property
+    def _packing(self) -> Quantise | None:
+        """What packs vectors that stay in memory."""
+        last = self._sparsifiers[-1] if self._sparsifiers else None
+        return last if isinstance(last, Quantise) else None
+
+    @override
+    def _sparsify_with(self, sparsifiers: list[Sparsifier]) -> bool:
+        self._sparsifiers = sparsifiers
+        return True
+
+    @override
+    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
+        return {}
+
+    @override
+    def _float_dtypes(self) -> dict[str, torch.dtype]:
+        return {name: torch.float64 if name in self._wide else torch.float32 for name in self._shapes}
+
+    @override
+    def _take(self, vector: State, shapes: Shapes, base: str | None, step: Step) -> None:
+        self._plan(vector, step)
+        if not self._kept:
+            self._wide = frozenset(name for name in vector if vector[name].dtype == torch.float64)
+        if self._bank is not None and not isinstance(vector, LazyVector):
+            vector = BankVector(self._bank, step.task, fingerprint(vector))
+        if isinstance(vector, LazyVector):
+            kept = _Kept(step.task, None, self._sparsified(vector, step.task))
+        else:
+            kept = _Kept(step.task, self._parts(vector, step.task))
+        self._kept = [*self._kept, kept]
+        self._shapes, self.base, self.num_tasks = shapes, self.base or base, self.num_tasks + 1
+
+    def _sparsified(self, vector: State, task: int) -> State:
+        for sparsifier in self._sparsifiers:
+            vector = Sparsified(vector, sparsifier, task)
+        return vector
+
+    def _parts(self, vector: State, task: int) -> dict[str, Slots]:
+        """Return copies of a task vector, sparsified and perhaps packed."""
+        packing = self._packing
+        for sparsifier in self._sparsifiers if packing is None else self._sparsifiers[:-1]:
+            vector = Sparsified(vector, sparsifier, task)
+        taus = ((name, self._cast(name, vector[name])) for name in vector)
+        return {name: {"tau": tau.clone()} if packing is None else packing.pack(tau) for name, tau in taus}
+
+    def _cast(self, name: str, tensor: Tensor) -> Tensor:
+        dtype = torch.float64 if name in self._wide else torch.float32
+        return tensor.detach().to(self._device or tensor.device, dtype).contiguous()
+
+    def _moved(self, kept: _Kept) -> _Kept:
+        """Return a copy where the rule computes; a reference stays one."""
+        return kept if kept.parts is None else _Kept(kept.task, copied(kept.parts, self._device))
+
+    @override
+    def _join(self, other: Self) -> None:
+        if not self.num_tasks:
+            self._shapes, self._wide = dict(other._shapes), other._wide
+        self._kept = self._kept + [self._moved(kept) for kept in other._kept]
+        self.num_tasks += other.num_tasks
+        self.base = self.base or other.base
+
+    # State
+
+    @override
+    def _extras(self) -> dict[str, Any]:
+        # Numbered instead of listed, so that tensors are found in the state like all others.
+        kept = {str(position): self._described(kept) for position, kept in enumerate(self._kept)}
+        return {"wide": sorted(self._wide), "kept": kept}
+
+    def _described(self, kept: _Kept) -> dict[str, Any]:
+        """Return what is saved of one task: copies of its tensors, or where it is and its fingerprint."""
+        if kept.parts is not None:
+            return {"task": kept.task, "parts": copied(kept.parts)}
+        vector = kept.reference
+        while isinstance(vector, Sparsified):
+            vector = vector.vector
+        if not isinstance(vector, BankVector):
+            raise TypeError(
+                f"expected task vectors in memory or in a bank to save {self!r}, got {type(vector).__name__}"
+            )
+        folder = vector.bank.folder.resolve()
+        own = self._bank is not None and folder == self._bank.folder.resolve()
+        # The merger's own bank is not named, so that a run folder can be moved.
+        where = {"folder": "" if own else str(folder), "stored": vector.task, "sha256": vector.sha256}
+        return {"task": kept.task, **where}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken, bit for bit.
+
+        Args:
+            state: What ``state_dict`` of a merger of the same class and settings returned.
+
+        Raises:
+            ValueError: If it belongs to another rule or other settings, tensors are missing, or task vectors are in
+                a bank that the merger was not given. The state is then as it was.
+        """
+        packing = self._packing
+        wanted = {
+            name: {"tau": tuple(shape)} if packing is None else packing.packed_shapes(tuple(shape))
+            for name, shape in state.get("shapes", {}).items()
+        }
+        for kept in state.get("extras", {}).get("kept", {}).values():
+            parts = kept.get("parts")
+            if parts is None:
+                if not kept["folder"] and self._bank is None:
+                    raise ValueError(
+                        f"expected {self!r} to know the bank with the task vectors of this state, got none; call "
+                        "use_bank() before load_state_dict()"
+                    )
+            elif {name: {part: tuple(t.shape) for part, t in slots.items()} for name, slots in parts.items()} != wanted:
+                raise ValueError(
+                    f"expected accumulators of the parameters of task {kept['task']} in the state of {self!r}, got "
+                    "other names or shapes; the checkpoint is damaged or of another version"
+                )
+        super().load_state_dict(state)
+
+    @override
+    def _load_extras(self, extras: dict[str, Any]) -> None:
+        described = extras.get("kept", {})
+        self._wide = frozenset(extras.get("wide", ()))
+        self._kept = [self._restored(described[str(position)]) for position in range(len(described))]
+
+    def _restored(self, described: dict[str, Any]) -> _Kept:
+        task = described["task"]
+        if "parts" in described:
+            with torch.inference_mode(False):
+                return _Kept(task, copied(described["parts"], self._device))
+        bank = TaskVectorBank(described["folder"]) if described["folder"] else self._bank
+        assert bank is not None
+        vector = BankVector(bank, described["stored"], described["sha256"])
+        return _Kept(task, None, self._sparsified(vector, task))
+
+
+class _Shelves(Mapping[str, Slots]):
+    """The kept vectors parameter by parameter: read when they are asked for, and not held."""
+
+    def __init__(self, merger: _Stored) -> None:
+        self._merger = merger
+
+    @override
+    def __getitem__(self, name: str) -> Slots:
+        return {f"task{position}": self._merger._tau(position, name) for position in range(self._merger.num_tasks)}
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._merger._shapes)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._merger._shapes)

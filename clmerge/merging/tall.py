@@ -76,7 +76,8 @@ class TALL(_Masked):
 
     ``compute()`` is what is left for inputs of unknown task: the plain sum times ``scale``, that is task arithmetic.
 
-    Masks change with every further task, so all task vectors are kept. State: 4 bytes per parameter and task.
+    Masks change with every further task, so all task vectors are kept. State: 4 bytes per parameter and task, or none
+    with a bank (``use_bank``).
 
     Args:
         threshold: How large an entry must be beside what the other tasks add to it; one number, or one for every task
@@ -94,7 +95,7 @@ class TALL(_Masked):
     name = "tall"
     summary = "sum of the task vectors; a mask per task cuts its part out again"
     source = "2405.07813"
-    scope = "parameter"
+    scope = "entry"
 
     def __init__(self, threshold: float | Sequence[float] = 0.4, *, scale: float = 0.3) -> None:
         super().__init__(threshold, scale)
@@ -116,7 +117,7 @@ class TALL(_Masked):
         position = self._position(task)
         view = {}
         with torch.inference_mode(False), torch.no_grad():
-            for name, slots in self._slots.items():
+            for name, slots in self._held().items():
                 view[name] = torch.empty(self._shapes[name], dtype=float_dtype(slots), device=device_of(slots))
                 for block, (out,) in slot_blocks(slots, view[name]):
                     total = self._total(block)
@@ -131,7 +132,8 @@ class Consensus(_Masked):
     ("selfish") or none ("catastrophic") are left out. While there are fewer than k tasks, all of them must use an
     entry; the released code returns zeros then.
 
-    Masks change with every further task, so all task vectors are kept. State: 4 bytes per parameter and task.
+    Masks change with every further task, so all task vectors are kept. State: 4 bytes per parameter and task, or none
+    with a bank (``use_bank``).
 
     Args:
         k: How many tasks must use an entry; 2 is the paper's.
@@ -149,7 +151,7 @@ class Consensus(_Masked):
     name = "consensus"
     summary = "sum of the task vectors where several tasks use it"
     source = "2405.07813"
-    scope = "parameter"
+    scope = "entry"
 
     def __init__(self, k: int = 2, *, threshold: float | Sequence[float] = 0.4, scale: float = 0.3) -> None:
         super().__init__(threshold, scale)

@@ -82,7 +82,7 @@ class TunableMagMax(_Stored):
     The paper measures the preference on a little target data; here it is given. Lots depend on seed, task and parameter
     name alone. Between equal magnitudes the earlier task wins.
 
-    All task vectors are kept. State: 4 bytes per parameter and task.
+    All task vectors are kept. State: 4 bytes per parameter and task, or none with a bank (``use_bank``).
 
     Args:
         preference: Positive, one per task by its index, of any sum. Default: the same for every task.

@@ -1,6 +1,6 @@
 """Task vectors, parameter selection, safetensors files, and the on-disk bank of task vectors."""
 
-from clmerge.weights.bank import TaskVectorBank
+from clmerge.weights.bank import BankVector, TaskVectorBank
 from clmerge.weights.io import (
     atomic_path,
     load_metadata,
@@ -10,10 +10,20 @@ from clmerge.weights.io import (
     write_text_atomic,
 )
 from clmerge.weights.selection import select_parameters
-from clmerge.weights.task_vector import CheckedVector, State, TaskVector, apply_task_vector, fingerprint, task_vector
+from clmerge.weights.task_vector import (
+    CheckedVector,
+    LazyVector,
+    State,
+    TaskVector,
+    apply_task_vector,
+    fingerprint,
+    task_vector,
+)
 
 __all__ = [
+    "BankVector",
     "CheckedVector",
+    "LazyVector",
     "State",
     "TaskVector",
     "TaskVectorBank",

@@ -4,11 +4,21 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
+from torch import Tensor
+from typing_extensions import override
 
 from clmerge.weights.io import load_metadata, load_tensors, save_tensors
-from clmerge.weights.task_vector import State, TaskVector, check_same_names, check_same_shape
+from clmerge.weights.task_vector import (
+    LazyVector,
+    State,
+    TaskVector,
+    check_same_names,
+    check_same_shape,
+    fingerprint,
+)
 
 _FILE_NAME = re.compile(r"task_(\d{3,})\.safetensors")
 
@@ -16,7 +26,7 @@ _FILE_NAME = re.compile(r"task_(\d{3,})\.safetensors")
 class TaskVectorBank:
     """Keep task vectors on disk, one ``task_000.safetensors`` per task, and read them back one at a time.
 
-    Every file says in its header which task it is, what the task is called, and the fingerprint of the base
+    Every file says in its header which task it is, what the task is called, its own fingerprint, and that of the base
     model it was taken from. Files are written atomically.
 
     Args:
@@ -97,11 +107,12 @@ class TaskVectorBank:
                 )
         if others:
             self._check_layout(tau, task, others[0])
+        header = {"task": str(task), "name": name, "base": base or "", "sha256": fingerprint(tau)}
         known_counts = {key: str(count) for key, count in (counts or {}).items() if count is not None}
-        save_tensors(self.path(task), tau, {"task": str(task), "name": name, "base": base or "", **known_counts})
+        save_tensors(self.path(task), tau, header | known_counts)
 
     def metadata(self, task: int) -> dict[str, str]:
-        """Header of a stored task vector: task, name, base (empty if unknown), and the counts that were known."""
+        """Header of a stored task vector: task, name, base (empty if unknown), its own sha256, and known counts."""
         self._check_stored(task)
         return {"task": str(task), "name": "", "base": ""} | load_metadata(self.path(task))
 
@@ -127,3 +138,62 @@ class TaskVectorBank:
         check_same_names(tau, stored, sources)
         for name, tensor in tau.items():
             check_same_shape(name, tensor, stored[name], sources)
+
+
+class BankVector(LazyVector):
+    """A reference to a stored task vector; its tensors are views of the file, which take no memory of their own.
+
+    Args:
+        bank: Where it is stored, or will be before it is read.
+        task: Index of the task.
+        sha256: Its fingerprint, by which another vector in its place is noticed.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     bank = TaskVectorBank(folder)
+        ...     bank.append(0, {"w": torch.ones(2)})
+        ...     BankVector(bank, 0, bank.metadata(0)["sha256"])["w"]
+        tensor([1., 1.])
+    """
+
+    def __init__(self, bank: TaskVectorBank, task: int, sha256: str) -> None:
+        self.bank = bank
+        self.task = task
+        self.sha256 = sha256
+
+    @override
+    def names(self) -> list[str]:
+        with self._open() as file:
+            return list(file.keys())
+
+    @override
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one parameter.
+
+        Raises:
+            FileNotFoundError: If the vector is not in the bank.
+            ValueError: If another one is in its place.
+            KeyError: If it has no such parameter.
+        """
+        with self._open() as file:
+            if name not in file.keys():  # noqa: SIM118
+                raise KeyError(name)
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    def _open(self) -> Any:
+        path = self.bank.path(self.task)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"expected the task vector of task {self.task} in {path}, where a merger reads it, got no file; put "
+                "it back, or merge anew"
+            )
+        file: Any = safe_open(os.fspath(path), framework="pt", device="cpu")
+        found = (file.metadata() or {}).get("sha256", "none")
+        if found != self.sha256:
+            raise ValueError(
+                f"expected the task vector {self.sha256[:12]}... in {path}, as it was merged, got {found[:12]}...; put "
+                "it back, or merge anew"
+            )
+        return file

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,7 +16,26 @@ _NAMES_SHOWN = 3
 
 
 class CheckedVector(dict[str, Tensor]):
-    """A task vector that was found to be finite, which several mergers then need not look through again."""
+    """A task vector that was found to be finite: several mergers need not look through it, nor hash it, again."""
+
+    @cached_property
+    def sha256(self) -> str:
+        """The fingerprint."""
+        return _sha256(self)
+
+
+class LazyVector(Mapping[str, Tensor], ABC):
+    """A task vector whose tensors are read whenever they are asked for; it may be kept in place of a copy."""
+
+    @abstractmethod
+    def names(self) -> Iterable[str]:
+        """Return the names of the parameters."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(list(self.names()))
 
 
 def task_vector(
@@ -107,6 +128,10 @@ def fingerprint(state: State) -> str:
         >>> fingerprint({"w": torch.zeros(2)})[:12]
         '958fa745ba83'
     """
+    return state.sha256 if isinstance(state, CheckedVector) else _sha256(state)
+
+
+def _sha256(state: State) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().to("cpu").contiguous()

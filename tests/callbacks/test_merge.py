@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 from support.tiny import ForeignModule, toy_loader
 
 from clmerge.callbacks import MergeCallback
-from clmerge.merging import TIES, Ethos, Fisher, MagMax, TaskArithmetic, WeightAverage
+from clmerge.merging import PCB, TIES, Ethos, Fisher, MagMax, TaskArithmetic, WeightAverage
 from clmerge.weights import TaskVectorBank, save_tensors
 
 
@@ -482,3 +482,22 @@ def test_adams_moments_of_another_optimizer_are_refused(model):
     with pytest.raises(ValueError, match=r"'net\.0\.weight', got SGD"):
         make_trainer(merge).fit(model, toy_loader(0))
     assert merge.num_tasks == 0
+
+
+def test_mergers_that_need_all_vectors_read_them_from_the_bank(model, tmp_path):
+    twin = copy.deepcopy(model)
+    copies = MergeCallback([PCB(0.5), MagMax()])
+    merge = MergeCallback([PCB(0.5), MagMax()], bank=tmp_path / "bank")
+    stream(twin, copies)
+    stream(model, merge)
+    assert same(merge.merged_state("pcb"), copies.merged_state("pcb"))
+    assert not merge.accumulators()["mergers"]["pcb"]["slots"]
+    assert merge.mergers["pcb"].state_size(100, 3) == 0
+    resumed = MergeCallback([PCB(0.5), MagMax()], bank=tmp_path / "bank")
+    resumed.load_accumulators(merge.accumulators())
+    for callback, module in ((copies, twin), (resumed, model)):
+        make_trainer(callback).fit(module, toy_loader(3))
+    assert same(resumed.merged_state("pcb"), copies.merged_state("pcb"))
+    without = MergeCallback([PCB(0.5), MagMax()])
+    with pytest.raises(ValueError, match=r"use_bank\(\)"):
+        without.load_accumulators(merge.accumulators())

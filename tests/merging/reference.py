@@ -123,6 +123,20 @@ def ties(density: float, trim: str, merge: str, scale: float) -> Batch:
     return batch
 
 
+def one_bit(reduce: Batch) -> Batch:
+    def batch(vectors, tasks):
+        signs = [
+            {
+                name: np.where(entries > 0, 1.0, -1.0) * (np.abs(entries).mean() if entries.size else 0.0)
+                for name, entries in vector.items()
+            }
+            for vector in vectors
+        ]
+        return reduce(signs, tasks)
+
+    return batch
+
+
 def uniform(purpose: str, seed: int, task: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
     digest = hashlib.sha256(f"{purpose}/{seed}/{task}/{name}".encode()).hexdigest()
     generator = torch.Generator().manual_seed(int(digest[:16], 16))
@@ -264,6 +278,12 @@ CASES = {
     "Pipeline trim, MagMax, scale": Case(
         lambda: merging.Pipeline(merging.MagMax(), sparsifier=merging.TrimTensor(0.4), finisher=merging.Scale(3.0)),
         trim_tensor_first(0.4, max_magnitude(1.5)),
+    ),
+    "Pipeline one bit, TALL": Case(
+        lambda: merging.Pipeline(merging.TALL(), sparsifier=merging.Quantise(1)), one_bit(total(0.3))
+    ),
+    "Pipeline one bit, MagMax": Case(
+        lambda: merging.Pipeline(merging.MagMax(), sparsifier=merging.Quantise(1)), one_bit(max_magnitude(0.5))
     ),
     "Pipeline drop, Model Stock": Case(
         lambda: merging.Pipeline(merging.ModelStock(), sparsifier=merging.RandomDrop(0.5)),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from clmerge.weights import TaskVectorBank, load_metadata
+from clmerge.weights import BankVector, CheckedVector, TaskVectorBank, fingerprint, load_metadata
 
 
 def vector(value, size=2):
@@ -19,7 +19,7 @@ def test_vectors_come_back_in_task_order(tmp_path):
     assert bank.tasks == [0, 1, 2]
     assert [tau["b"].item() for tau in bank] == [0.0, 1.0, 2.0]
     assert torch.equal(bank[2]["w"], torch.tensor([2.0, 2.0]))
-    assert bank.metadata(1) == {"task": "1", "name": "task 1", "base": "abc"}
+    assert bank.metadata(1) == {"task": "1", "name": "task 1", "base": "abc", "sha256": fingerprint(vector(1))}
     assert bank.base == "abc"
 
 
@@ -81,3 +81,18 @@ def test_tasks_that_do_not_exist(tmp_path):
         bank[0]
     with pytest.raises(ValueError, match="0 or more, got -1"):
         bank.append(-1, vector(1))
+
+
+def test_a_reference_reads_what_was_stored_and_nothing_else(tmp_path):
+    bank = TaskVectorBank(tmp_path)
+    reference = BankVector(bank, 3, fingerprint(vector(1)))
+    with pytest.raises(FileNotFoundError, match="task vector of task 3"):
+        reference["w"]
+    bank.append(3, CheckedVector(vector(1)))
+    assert sorted(reference) == ["b", "w"]
+    assert len(reference) == 2
+    assert torch.equal(reference["w"], torch.ones(2))
+    assert "other" not in reference
+    bank.append(3, vector(2), overwrite=True)
+    with pytest.raises(ValueError, match="as it was merged"):
+        reference["w"]
