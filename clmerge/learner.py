@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from clmerge.callbacks import MergeCallback
-from clmerge.callbacks.progress import EpochLines, EpochSeed
+from clmerge.callbacks.progress import EpochLines, EpochSeed, trainable_line
 from clmerge.callbacks.provided import PROVIDED
 from clmerge.evaluation import Rows, accuracy_on, evaluate
 from clmerge.lightning_compat import TaskProgressBar, logger_step, quiet_lightning, set_step_offset
@@ -142,6 +142,8 @@ class Learner:
         if self.keep_task_vectors:
             self.merge.use_bank(run.bank)
         results = self._restore(run)
+        if run.writes:
+            print(trainable_line(self.module), file=sys.stderr, flush=True)
         told = loggers if run.writes else ()  # the Trainer's part of logging needs the same loggers on every rank
         success = False
         try:

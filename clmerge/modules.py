@@ -14,8 +14,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from clmerge.models import Backbone, Head, ZeroShotHead
-from clmerge.weights import select_parameters
+from clmerge.models import Backbone, Full, Head, Tuning, ZeroShotHead
 from clmerge.weights.modes import eval_mode
 
 Batch = tuple[Tensor, Tensor]
@@ -28,8 +27,7 @@ class ContinualClassifier(LightningModule):
     Args:
         backbone: The image encoder.
         head: From features to logits; default a frozen zero-shot text head.
-        trainable: Glob patterns over the backbone's own parameter names that are trained; default the
-            backbone's choice (for CLIP ``visual.*``, the image tower).
+        tuning: How the backbone is fine-tuned; default ``Full``, all weights that it offers (for CLIP the image tower).
         loss_classes: Which classes compete in the loss: those of the ``current`` task (MagMax's choice), all
             ``seen`` so far, or ``all`` of the stream (only for a head that knows them).
         optimizer: Optimizer class with its settings; default AdamW with lr 1e-5 and weight decay 0.1.
@@ -39,12 +37,12 @@ class ContinualClassifier(LightningModule):
 
     Attributes:
         epoch_offset: Epochs of earlier tasks, added to the ``epoch`` that loggers are told.
-        trained_names: Names of the parameters of this module that are trained and may be merged; the head's
-            are not among them.
+        tuning: How the backbone is fine-tuned.
+        trained_names: Dense names of what is trained and may be merged; the head's parameters are not among them.
 
     Raises:
-        ValueError: For ``loss_classes='all'`` with a head that must learn its classes, for patterns in
-            ``trainable`` that match nothing, or for a setting out of range.
+        ValueError: For ``loss_classes='all'`` with a head that must learn its classes, for a tuning that
+            matches nothing in the backbone, or for a setting out of range.
     """
 
     def __init__(
@@ -52,7 +50,7 @@ class ContinualClassifier(LightningModule):
         backbone: Backbone,
         head: Head | None = None,
         *,
-        trainable: Sequence[str] | None = None,
+        tuning: Tuning | None = None,
         loss_classes: Literal["current", "seen", "all"] = "current",
         optimizer: OptimizerFactory | None = None,
         schedule: Literal["cosine", "constant"] = "cosine",
@@ -80,13 +78,8 @@ class ContinualClassifier(LightningModule):
         self.epoch_offset = 0
         self._task_classes: list[int] = []
         self._seen_classes: list[int] = []
-        patterns = backbone.default_trainable if trainable is None else trainable
-        backbone.requires_grad_(True)
-        chosen = select_parameters(backbone.model, list(patterns))
-        backbone.requires_grad_(False)
-        for parameter in chosen.values():
-            parameter.requires_grad_(True)
-        self.trained_names = tuple(f"backbone.model.{name}" for name in chosen)
+        self.tuning = Full() if tuning is None else tuning
+        self.trained_names = tuple(f"backbone.model.{name}" for name in self.tuning.prepare(backbone))
 
     def begin_stream(self, num_classes: int, prompts: Sequence[Sequence[str]] = ()) -> None:
         """Build the head for a stream of ``num_classes`` classes.

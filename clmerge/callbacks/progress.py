@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from clmerge.modules import ContinualClassifier
+
 
 class EpochSeed(Callback):
     """Seed torch at the start of every epoch, so that dropout in a resumed run draws the same numbers.
@@ -54,3 +56,12 @@ class EpochLines(Callback):
             total = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
             line = f"{self.label}: epoch {trainer.current_epoch + 1}{total}{shown}  {seconds:.1f} s"
             print(line, file=sys.stderr, flush=True)
+
+
+def trainable_line(module: ContinualClassifier) -> str:
+    """Say in one line what is trained, with its parameter count."""
+    own = dict(module.backbone.named_parameters())
+    trained = sum(parameter.numel() for parameter in own.values() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in own.values())
+    share = f"{trained:,} of {total:,} parameters of the backbone ({trained / total:.2%})"
+    return f"{module.tuning}: training {share}, merging {len(module.trained_names)} tensors"

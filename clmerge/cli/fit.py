@@ -84,7 +84,7 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
     from clmerge.learner import Learner
     from clmerge.merging import Merger
-    from clmerge.models import Backbone, Head
+    from clmerge.models import Backbone, Head, Tuning
     from clmerge.modules import ContinualClassifier
     from clmerge.streams import DataSource, Stream, StreamDataModule
 
@@ -93,7 +93,7 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     set_parsing_settings(docstring_parse_attribute_docstrings=False)
     Logging.__dataclass_fields__["extra"].type = list[lightning_loggers.Logger]
     Logging.__annotations__["extra"] = list[lightning_loggers.Logger]
-    bases = (Merger, Stream, DataSource, Backbone, Head, Optimizer, Callback, lightning_loggers.Logger)
+    bases = (Merger, Stream, DataSource, Backbone, Head, Tuning, Optimizer, Callback, lightning_loggers.Logger)
     CommandParser.class_names = known_subclasses(bases)
     parser = CommandParser(
         prog="clmerge fit",

@@ -1,6 +1,18 @@
-"""Backbones and heads; open_clip and timm are imported when a backbone is built."""
+"""Backbones, heads and modes of tuning; open_clip and timm are imported when a backbone is built."""
 
 from clmerge.models.backbone import Backbone, OpenClip, Timm
 from clmerge.models.heads import CosineHead, Head, LinearHead, ZeroShotHead
+from clmerge.models.tuning import Full, Partial, Tuning
 
-__all__ = ["Backbone", "CosineHead", "Head", "LinearHead", "OpenClip", "Timm", "ZeroShotHead"]
+__all__ = [
+    "Backbone",
+    "CosineHead",
+    "Full",
+    "Head",
+    "LinearHead",
+    "OpenClip",
+    "Partial",
+    "Timm",
+    "Tuning",
+    "ZeroShotHead",
+]
