@@ -35,6 +35,14 @@ def merge_help() -> str:
     return plain(build_parser().format_help())
 
 
+def report_help() -> str:
+    """Return the help of ``clmerge report`` at a width of 100 columns."""
+    os.environ["COLUMNS"] = "100"
+    from clmerge.cli.report import build_parser
+
+    return plain(build_parser().format_help())
+
+
 def merger_table() -> str:
     """Return the mergers as a Markdown table."""
     from clmerge.merging import registered_mergers
@@ -55,6 +63,7 @@ def generated() -> dict[Path, str]:
     return {
         ROOT / "clmerge" / "cli" / "help" / "fit.txt": fit_help(),
         ROOT / "clmerge" / "cli" / "help" / "merge.txt": merge_help(),
+        ROOT / "clmerge" / "cli" / "help" / "report.txt": report_help(),
         readme: f"{before}{BEGIN}\n{merger_table()}\n{END}{after}",
     }
 

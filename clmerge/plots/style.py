@@ -20,11 +20,13 @@ _DASHES: tuple[Dash, ...] = ("-", "-.", ":")
 
 def look(results: Results, model: str) -> tuple[str, Dash, str]:
     """Return colour, line style and marker of a model, the same in every picture of a run."""
-    if model == EXPERT:
-        return DARK, "-", "x"
-    if model == ZERO_SHOT:
-        return GREY, "--", "_"
-    index = results.mergers.index(model)
+    return look_at(results.mergers.index(model) if model in results.mergers else None, model)
+
+
+def look_at(index: int | None, model: str) -> tuple[str, Dash, str]:
+    """Return colour, line style and marker of the merger with an index, or of a reference, which has none."""
+    if index is None:
+        return (DARK, "-", "x") if model == EXPERT else (GREY, "--", "_") if model == ZERO_SHOT else (GREY, ":", "+")
     # After eight mergers the colours come round again, with another line style.
     return _COLORS[index % 8], _DASHES[index // 8 % 3], _MARKERS[index % 8]
 

@@ -1,0 +1,84 @@
+"""``clmerge report``: one page, or a table for a paper, for what finished runs found."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clmerge.cli.parser import CommandParser
+
+HELP = Path(__file__).parent / "help" / "report.txt"
+EPILOG = """\
+examples:
+  clmerge report runs/quickstart --out report.html
+  clmerge report runs/seed0 runs/seed1 runs/seed2 --out report.html     # mean and standard deviation over seeds
+  clmerge report runs/quickstart --format latex --out table.tex
+  clmerge report runs/quickstart --format md                            # to the terminal
+"""
+
+
+def build_parser() -> "CommandParser":
+    """Return the parser of ``clmerge report``."""
+    from clmerge.cli.parser import CommandFormatter, CommandParser
+
+    parser = CommandParser(
+        prog="clmerge report",
+        usage="clmerge report RUN [RUN ...] --out report.html [options]",
+        description="Show on one page which merger is best and why, with every figure also as PNG and CSV beside it.",
+        epilog=EPILOG,
+        formatter_class=CommandFormatter,
+        allow_abbrev=False,
+    )
+    runs_help = (
+        "Folders of clmerge fit or clmerge compare, over streams of the same length. Runs that differ in nothing but "
+        "seed, name and mergers are taken as repetitions."
+    )
+    out_help = "The page (.html), with its figures in the folder NAME_figures beside it; or the file of the table."
+    format_help = "A page, or the table in Markdown or LaTeX (booktabs), printed if there is no --out."
+    parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help=runs_help)
+    parser.add_argument("--out", type=str | None, default=None, help=out_help)
+    parser.add_argument("--format", type=str, choices=["html", "md", "latex"], default="html", help=format_help)
+    parser.add_argument(
+        "--title", type=str | None, default=None, help="Heading of the page (default: the runs' names)."
+    )
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``clmerge report``; return the exit code."""
+    if any(argument in ("-h", "--help") for argument in argv):
+        print(HELP.read_text(encoding="utf-8"), end="")
+        return 0
+    parser = build_parser()
+    config = parser.parse_args(list(argv))
+    if config.format == "html" and (config.out is None or Path(config.out).suffix.lower() not in (".html", ".htm")):
+        parser.error(f"expected --out with the name of a page, for example --out report.html, got {config.out}")
+    if config.format != "html" and config.title is not None:
+        parser.error(f"expected --title with a page, got it with --format {config.format}")
+    try:
+        return _report(config)
+    except (ValueError, OSError) as error:
+        print(f"clmerge report: {error}", file=sys.stderr)
+        return 1
+
+
+def _report(config: Any) -> int:
+    from clmerge.report import paper_table, read_study, write_report
+    from clmerge.results import SETTINGS
+    from clmerge.weights import write_text_atomic
+
+    study = read_study(config.runs)
+    for note in study.notes:
+        print(f"clmerge report: {note}", file=sys.stderr)
+    if config.format == "html":
+        files = write_report(study, config.out, title=config.title)
+        print(f"page      {files[-1]}\nfigures   {files[0].parent}")
+        return 0
+    text = "\n".join(paper_table(study, setting, config.format) for setting in SETTINGS)
+    if config.out is None:
+        print(text, end="")
+    else:
+        write_text_atomic(config.out, text)
+        print(f"table     {config.out}")
+    return 0

@@ -1,0 +1,67 @@
+"""One page, and the same figures as files, for what ``clmerge fit`` and ``clmerge compare`` found."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from clmerge.plots import DPI
+from clmerge.report.charts import Figure
+from clmerge.report.figures import common_figures
+from clmerge.report.page import make_views, render_page
+from clmerge.report.png import draw
+from clmerge.report.runs import read_runs
+from clmerge.report.study import Study, make_study
+from clmerge.report.tables import paper_table
+from clmerge.results import SETTINGS
+from clmerge.weights import atomic_path, write_text_atomic
+
+__all__ = ["make_study", "paper_table", "read_study", "write_report"]
+
+
+def read_study(folders: Sequence[str | Path]) -> Study:
+    """Read run folders and put them together.
+
+    Args:
+        folders: Folders of ``clmerge fit`` or ``clmerge compare`` over the same stream.
+
+    Raises:
+        FileNotFoundError: If a folder is none or has no results.
+        ValueError: If a file is damaged, or the runs do not fit together.
+    """
+    return make_study([run for folder in folders for run in read_runs(folder)])
+
+
+def write_report(study: Study, out: str | Path, *, title: str | None = None) -> list[Path]:
+    """Write the page, and its figures as PNG and CSV into a folder beside it; every file replaced atomically.
+
+    Args:
+        study: What :func:`read_study` returned.
+        out: The page, for example ``report.html``; the folder is then ``report_figures``, task-agnostic figures in
+            it and task-aware ones in its ``task_aware``.
+        title: Heading of the page. Default: the names of the runs.
+
+    Returns:
+        The files written, the page last.
+    """
+    page = Path(out)
+    folder = page.with_name(f"{page.stem}_figures")
+    views = make_views(study)
+    common = common_figures(study)
+    files = _write_figures(common, folder)
+    for view in views:
+        target = folder if view.setting == SETTINGS[0] else folder / view.setting
+        write_text_atomic(target / "models.csv", view.table_csv)
+        files += [target / "models.csv", *_write_figures(view.figures, target)]
+    name = title or ", ".join(dict.fromkeys(run.name for run in study.runs))
+    write_text_atomic(page, render_page(study, views, common, title=name, folder=folder.name))
+    return [*files, page]
+
+
+def _write_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
+    files = []
+    for figure in figures:
+        table, picture = folder / f"{figure.name}.csv", folder / f"{figure.name}.png"
+        write_text_atomic(table, figure.chart.to_csv())
+        with atomic_path(picture) as temporary:
+            draw(figure.chart).savefig(temporary, format="png", dpi=DPI)
+        files += [table, picture]
+    return files

@@ -1,0 +1,176 @@
+"""What a chart shows, apart from how it is drawn: the page, the PNG and the CSV are made from the same object."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from clmerge.report.study import Entry, Spread
+
+Unit: TypeAlias = Literal["share", "bytes", "seconds", "number"]
+"""A share is shown in percent."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line, or a cloud of dots.
+
+    Attributes:
+        entry: Whose it is; gives name and look.
+        points: Horizontal position and figure, in order.
+        known_from: Points before this position are drawn thin: the task has not been learned yet.
+        mark: Position of the point that was chosen, drawn larger.
+    """
+
+    entry: Entry
+    points: Sequence[tuple[float, Spread]]
+    known_from: float = -math.inf
+    mark: float | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes with its lines.
+
+    Attributes:
+        title: Above it.
+        lines: The first one is drawn on top.
+        rule: Position of a vertical line.
+        y_range: Fixed range; by default what the lines need.
+    """
+
+    title: str
+    lines: Sequence[Line]
+    rule: float | None = None
+    y_range: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """Panels that share the meaning of their axes.
+
+    Attributes:
+        panels: In reading order.
+        x_name: Name of the horizontal axis; also a column of the CSV.
+        y_name: Name of the vertical axis.
+        x_unit: Unit of the horizontal axis; tasks and scales are plain numbers.
+        y_unit: Unit of the vertical axis.
+        log_x: Logarithmic horizontal axis.
+        dots: Draw dots only.
+    """
+
+    panels: Sequence[Panel]
+    x_name: str
+    y_name: str
+    x_unit: Unit = "number"
+    y_unit: Unit = "share"
+    log_x: bool = False
+    dots: bool = False
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Every entry that has a line, once."""
+        return list({line.entry.name: line.entry for panel in self.panels for line in panel.lines}.values())
+
+    def to_csv(self) -> str:
+        """Return all points with full precision; an undefined number is an empty field."""
+        rows = [
+            [panel.title, line.entry.name, *_exact(x), *numbers_of(spread)]
+            for panel in self.panels
+            for line in panel.lines
+            for x, spread in line.points
+        ]
+        return to_csv(["panel", "model", self.x_name, self.y_name, "std", "runs"], rows)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One heatmap.
+
+    Attributes:
+        title: Above it.
+        cells: Rows of figures; rows may be fewer than columns.
+        note: Under the title.
+    """
+
+    title: str
+    cells: Sequence[Sequence[Spread]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class HeatChart:
+    """Heatmaps with one colour scale.
+
+    Attributes:
+        grids: In reading order.
+        row_name: What rows are.
+        column_name: What columns are.
+        rows: Labels of the rows.
+        columns: Labels of the columns.
+        value_name: What the colour says; also a column of the CSV.
+        value_range: Ends of the colour scale.
+        unit: Unit of the values.
+        diagonal: Outline the cells on the diagonal.
+        shown: How many grids the page shows at once; it folds the others away.
+    """
+
+    grids: Sequence[Grid]
+    row_name: str
+    column_name: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    value_name: str = "accuracy"
+    value_range: tuple[float, float] = (0.0, 1.0)
+    unit: Unit = "share"
+    diagonal: bool = True
+    shown: int = 4
+
+    def to_csv(self) -> str:
+        """Return all cells with full precision; an undefined number is an empty field."""
+        rows = [
+            [grid.title, row_label, column_label, *numbers_of(spread)]
+            for grid in self.grids
+            for row_label, row in zip(self.rows, grid.cells, strict=False)
+            for column_label, spread in zip(self.columns, row, strict=True)
+        ]
+        return to_csv(["panel", self.row_name, self.column_name, self.value_name, "std", "runs"], rows)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with what a reader needs to understand it.
+
+    Attributes:
+        name: Of its files and its anchor.
+        title: Heading.
+        sentence: What it shows, in one plain sentence.
+        chart: What is drawn.
+    """
+
+    name: str
+    title: str
+    sentence: str
+    chart: LineChart | HeatChart
+
+
+def numbers_of(spread: Spread) -> list[str]:
+    """Return mean, standard deviation and number of runs as text that reads back as the same numbers."""
+    return [*_exact(spread.mean), *_exact(spread.std), str(len(spread.values))]
+
+
+def _exact(value: float) -> list[str]:
+    if math.isnan(value):
+        return [""]
+    return [str(int(value)) if float(value).is_integer() else repr(float(value))]
+
+
+def to_csv(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as CSV text."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(heading)
+    writer.writerows(rows)
+    return text.getvalue()

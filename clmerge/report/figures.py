@@ -1,0 +1,135 @@
+"""The figures of a report, from what the runs found."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from clmerge.report.charts import Figure, Grid, HeatChart, Line, LineChart, Panel
+from clmerge.report.study import EXPERT, ZERO_SHOT, Entry, Spread, Study
+from clmerge.report.text import plural
+from clmerge.results import Setting
+
+
+def make_figures(study: Study, setting: Setting) -> list[Figure]:
+    """Return every figure of accuracies that the runs have numbers for, in reading order."""
+    return [figure for build in _BUILDERS for figure in build(study, setting)]
+
+
+def common_figures(study: Study) -> list[Figure]:
+    """Return the figures that are the same however accuracy is measured, in reading order."""
+    return [*_growth(study), *_seconds(study)]
+
+
+def ranked(study: Study, setting: Setting) -> list[Entry]:
+    """Return all entries: mergers by average accuracy, then undefined ones, then references."""
+    best = study.ranking(setting)
+    return best + [entry for entry in study.entries if entry not in best]
+
+
+def _average_accuracy(study: Study, setting: Setting) -> Iterable[Figure]:
+    order = ranked(study, setting)
+    lines = [Line(entry, _by_task(entry.series("average_accuracy", setting))) for entry in order]
+    panels = [Panel("All models", lines, y_range=(0.0, 1.0))]
+    if mergers := [line for line in lines if line.entry.is_merger]:
+        panels.append(Panel("The mergers, enlarged", mergers))
+    spread = f" Bands are one standard deviation over {plural(len(study.runs), 'run')}." if len(study.runs) > 1 else ""
+    yield Figure(
+        "average_accuracy",
+        "Average accuracy after every task",
+        "After each task, the mean accuracy on all tasks seen so far: a line that stays high learns new tasks "
+        f"without losing old ones.{spread}",
+        LineChart(panels, "after task", "average accuracy"),
+    )
+
+
+def _matrices(study: Study, setting: Setting) -> Iterable[Figure]:
+    order = ranked(study, setting)
+    moving = [entry for entry in order if entry.model != ZERO_SHOT]
+    experts = [entry for entry in moving if entry.model == EXPERT]
+    others = [entry for entry in moving if entry.model != EXPERT]
+    shown = others[:1] + experts + others[1:]  # the best merger beside the expert
+    after = [str(task + 1) for task in range(study.num_finished)]
+    yield Figure(
+        "matrices",
+        "Accuracy on every task after every task",
+        "Each row is a moment, each column a task: colours that stay bright down a column mean that the task is "
+        "remembered, and outlined cells are the task just learned. The expert is the model as it was fine-tuned, "
+        "without merging.",
+        HeatChart(
+            [Grid(entry.name, entry.matrix(setting)) for entry in shown],
+            "after task",
+            "on task",
+            after,
+            study.tasks,
+            shown=2 + len(experts),
+        ),
+    )
+
+
+def _forgetting_curves(study: Study, setting: Setting) -> Iterable[Figure]:
+    order = ranked(study, setting)
+    panels = []
+    for task, name in enumerate(study.tasks[: study.num_finished]):
+        lines = [
+            Line(entry, _by_task([row[task] for row in entry.matrix(setting)]), known_from=task + 1) for entry in order
+        ]
+        panels.append(Panel(name, lines, rule=task + 1, y_range=(0.0, 1.0)))
+    yield Figure(
+        "forgetting_curves",
+        "What happens to each task",
+        "One panel a task, its accuracy after every task: the vertical line is when it was learned, and a fall after "
+        "that is forgetting.",
+        LineChart(panels, "after task", "accuracy"),
+    )
+
+
+def _bytes(study: Study, setting: Setting) -> Iterable[Figure]:
+    dots = [
+        Line(entry, [(kept[-1].mean, entry.figure("average_accuracy", setting))])
+        for entry in ranked(study, setting)
+        if _defined(kept := entry.bytes_kept()) and kept[-1].mean > 0
+    ]
+    if dots:
+        yield Figure(
+            "bytes_kept",
+            "Accuracy against what has to be kept",
+            f"Each dot is a model: up is more accurate after {plural(study.num_finished, 'task')}, left is less to "
+            "keep from one task to the next, beside the base model.",
+            LineChart([Panel("", dots)], "bytes kept", "average accuracy", x_unit="bytes", log_x=True, dots=True),
+        )
+
+
+def _growth(study: Study) -> Iterable[Figure]:
+    lines = [Line(entry, _by_task(kept)) for entry in study.entries if _defined(kept := entry.bytes_kept())]
+    if lines and study.num_finished > 1:
+        yield Figure(
+            "bytes_growth",
+            "Growth of what has to be kept",
+            "Bytes kept from one task to the next: a flat line does not grow with the number of tasks.",
+            LineChart([Panel("", lines)], "after task", "bytes kept", y_unit="bytes"),
+        )
+
+
+def _seconds(study: Study) -> Iterable[Figure]:
+    lines = [Line(entry, _by_task(taken)) for entry in study.entries if _defined(taken := entry.merge_seconds())]
+    if lines:
+        yield Figure(
+            "merge_seconds",
+            "Time to merge",
+            "Seconds to fold a task in and to read the merged model out, on the machine that did it.",
+            LineChart([Panel("", lines)], "after task", "seconds", y_unit="seconds"),
+        )
+
+
+_BUILDERS: Sequence[Callable[[Study, Setting], Iterable[Figure]]] = (
+    _average_accuracy,
+    _matrices,
+    _forgetting_curves,
+    _bytes,
+)
+
+
+def _by_task(spreads: Sequence[Spread]) -> list[tuple[float, Spread]]:
+    return [(float(index + 1), spread) for index, spread in enumerate(spreads)]
+
+
+def _defined(spreads: Sequence[Spread]) -> bool:
+    return bool(spreads) and all(spread.is_defined for spread in spreads)

@@ -1,0 +1,148 @@
+"""The page: one HTML file that carries its style, its script, its charts and its numbers, and asks for nothing else."""
+
+import base64
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+
+from clmerge.report import svg
+from clmerge.report.charts import Figure, HeatChart
+from clmerge.report.citations import bibtex
+from clmerge.report.figures import make_figures, ranked
+from clmerge.report.ledger import merged_of, report_versions, sources_of
+from clmerge.report.study import Entry, Study
+from clmerge.report.tables import Column, best_of, columns, table_csv
+from clmerge.report.text import percent, plural, show
+from clmerge.report.verdict import Verdict, judge
+from clmerge.results import SETTINGS, Setting
+
+_FOLDER = Path(__file__).parent / "page"
+_HINTS: dict[Setting, str] = {
+    "task_agnostic": "All classes compete: the model is not told which task an image belongs to.",
+    "task_aware": "Only the classes of the image's own task compete: the model is told the task.",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the table: as shown, and with all its digits."""
+
+    column: Column
+    text: str
+    deviation: str
+    exact: str
+    is_best: bool
+
+
+@dataclass(frozen=True)
+class View:
+    """All that depends on how accuracy is measured."""
+
+    setting: Setting
+    hint: str
+    verdict: Verdict
+    columns: Sequence[Column]
+    entries: Sequence[Entry]
+    cells: Sequence[Sequence[Cell]]
+    figures: Sequence[Figure]
+    table_csv: str
+
+
+def make_views(study: Study) -> list[View]:
+    """Return what is shown for each way of measuring accuracy."""
+    return [_view(study, setting) for setting in SETTINGS]
+
+
+def render_page(study: Study, views: Sequence[View], common: Sequence[Figure], *, title: str, folder: str) -> str:
+    """Return the page as HTML.
+
+    Args:
+        study: The runs.
+        views: What :func:`make_views` returned.
+        common: Figures that do not depend on how accuracy is measured.
+        title: Heading of the page.
+        folder: Name of the folder beside the page with the figures as files.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["data_uri"] = lambda text: f"data:text/csv;charset=utf-8,{quote(text)}"
+    script = (_FOLDER / "page.js").read_text(encoding="utf-8")
+    return environment.get_template("page.html").render(
+        title=title,
+        subtitle=_subtitle(study),
+        study=study,
+        views=views,
+        common=common,
+        several_runs=len(study.runs) > 1,
+        ledger=merged_of(study),
+        sources=sources_of(study),
+        versions=report_versions(),
+        bibtex=bibtex(source for entry in study.mergers if entry.rule for source in entry.rule.sources),
+        folder=folder,
+        # Ours, and the only text that is not escaped.
+        style=Markup((_FOLDER / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        draw_panel=svg.draw_panel,
+        draw_grid=svg.draw_grid,
+        key=svg.key,
+        look=svg.look,
+        strip=svg.draw_strip,
+        colour_bar=_colour_bar,
+    )
+
+
+def _view(study: Study, setting: Setting) -> View:
+    wanted = columns(study, setting)
+    entries = ranked(study, setting)
+    best = [best_of(column, entries) for column in wanted]
+    return View(
+        setting,
+        _HINTS[setting],
+        judge(study, setting),
+        wanted,
+        entries,
+        [[_cell(entry, column, top) for column, top in zip(wanted, best, strict=True)] for entry in entries],
+        make_figures(study, setting),
+        table_csv(study, setting),
+    )
+
+
+def _cell(entry: Entry, column: Column, best: float) -> Cell:
+    spread = column.of(entry)
+    share = column.unit == "share"
+    return Cell(
+        column,
+        percent(spread.mean) if share else show(spread.mean, column.unit),
+        "" if math.isnan(spread.std) else percent(spread.std) if share else show(spread.std, column.unit),
+        repr(spread.mean) if spread.is_defined else "",
+        entry.is_merger and spread.mean == best,
+    )
+
+
+def _subtitle(study: Study) -> str:
+    done, total = study.num_finished, len(study.tasks)
+    tasks = plural(total, "task") if done == total else f"{done} of {plural(total, 'task')}"
+    samples = f", {sum(study.samples)} test images" if study.samples else ""
+    return f"{plural(len(study.mergers), 'merger')} on {plural(len(study.runs), 'run')} over {tasks}{samples}."
+
+
+def _colour_bar(chart: HeatChart) -> Markup:
+    colors = ", ".join(to_hex(colormaps["viridis"](step / 8)) for step in range(9))
+    ends = [percent(value, 0) + " %" if chart.unit == "share" else show(value, "number") for value in chart.value_range]
+    return svg.tag(
+        "div",
+        svg.tag("span", f"{chart.value_name} {ends[0]}"),
+        svg.tag("span", style=f"background:linear-gradient(90deg, {colors})"),
+        svg.tag("span", ends[1]),
+        class_="bar-legend",
+    )

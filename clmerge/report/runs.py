@@ -1,0 +1,238 @@
+"""What a folder of ``clmerge fit`` or ``clmerge compare`` holds, read and checked."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import safe_open
+
+from clmerge.report.rules import Rule, configured_rules, rule_of
+from clmerge.results import SETTINGS, ZERO_SHOT, Results, Setting, validate
+from clmerge.weights import TaskVectorBank
+
+MANIFEST, RESULTS, CONFIG = "manifest.json", "results.json", "config.yaml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, with all models that were merged from it and evaluated.
+
+    Attributes:
+        path: Its folder, also where only a comparison of it was given; it may be gone.
+        files: Files that were read.
+        tasks: Names of the tasks of the stream.
+        samples: Test images of every task; None if not recorded.
+        models: Figures by model and setting, as in ``results.json``; None where undefined.
+        seconds: What time was spent on.
+        config: Its ``config.yaml``; empty if that is not there.
+        is_finished: Whether the run is complete.
+        rules: Merge rules by model, of those that are known.
+        compared: What ``clmerge compare`` found beside the models, by kind and model: ``bytes_kept``,
+            ``merge_seconds``, ``figures`` and ``orders``.
+        searches: Its searches.
+        group: What ``clmerge compare`` calls runs that differ from it in nothing but seeds; None if it does not say.
+        seed: Its seed.
+        diagnostics: Its diagnostics; None if there are none.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    tasks: tuple[str, ...]
+    samples: tuple[int, ...] | None
+    models: Mapping[str, Mapping[str, Any]]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    is_finished: bool = True
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+    compared: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    searches: tuple[Mapping[str, Any], ...] = ()
+    group: str | None = None
+    seed: int | None = None
+    diagnostics: Mapping[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """What the folder is called."""
+        return self.path.name
+
+    @property
+    def num_finished(self) -> int:
+        """Tasks after which all models were evaluated."""
+        return max((len(settings[SETTINGS[0]]["R"]) for settings in self.models.values()), default=0)
+
+    @property
+    def bank(self) -> TaskVectorBank:
+        """The task vectors it kept."""
+        return TaskVectorBank(self.path / "bank")
+
+    @cached_property
+    def num_parameters(self) -> int | None:
+        """Entries of one task vector, None if none was kept."""
+        if not self.bank.tasks:
+            return None
+        with safe_open(self.bank.path(self.bank.tasks[0]), framework="pt") as file:
+            shapes: list[list[int]] = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+        return sum(map(math.prod, shapes))
+
+    def numbers(self, model: str, setting: Setting) -> Mapping[str, Any]:
+        """Return the figures of one model."""
+        found: Mapping[str, Any] = self.models[model][setting]
+        return found
+
+    def until(self, num_finished: int) -> "Run":
+        """Return the run as it was after an earlier task."""
+        if num_finished == self.num_finished:
+            return self
+        zero_shot = self.models.get(ZERO_SHOT)
+        document = {
+            "schema": 1,
+            "tasks": list(self.tasks),
+            "classes": [[] for _ in self.tasks],
+            "samples": None if self.samples is None else list(self.samples),
+            "baseline": zero_shot and {setting: zero_shot[setting]["R"][0] for setting in SETTINGS},
+            "models": self.models,
+            "seconds": {},
+        }
+        earlier = Results.from_dict(document).until(num_finished).to_dict()
+        # What comparing found besides describes the run's end, and is left out.
+        return replace(self, models=earlier["models"], compared={}, searches=(), diagnostics=None)
+
+    def joined(self, other: "Run") -> "Run":
+        """Return the run with the models of another look at it; where both have one, it is the same."""
+        kinds = {kind: {**other.compared.get(kind, {}), **found} for kind, found in self.compared.items()}
+        return replace(
+            self,
+            files=tuple(dict.fromkeys(self.files + other.files)),
+            models={**other.models, **self.models},
+            seconds={**other.seconds, **self.seconds},
+            rules={**other.rules, **self.rules},
+            compared={**other.compared, **kinds},
+            searches=self.searches + other.searches,
+            group=other.group if self.group is None else self.group,
+            diagnostics=self.diagnostics or other.diagnostics,
+        )
+
+
+def read_runs(folder: str | Path) -> list[Run]:
+    """Read a folder that ``clmerge fit`` or ``clmerge compare`` wrote.
+
+    Args:
+        folder: The folder; a run that is still in progress will do once a task has been evaluated.
+
+    Returns:
+        One run, or all runs that were compared.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or it holds no results.
+        ValueError: If a file is damaged or by another version, or no task is finished.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        what = "is a file: name the folder it is in" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"expected a run folder, got {path}, which {what}")
+    started = (path / MANIFEST).is_file()
+    file = path / RESULTS
+    if not file.is_file():
+        what = "has no results.json: name a folder that clmerge fit or clmerge compare wrote"
+        if started:
+            what = f"has not evaluated anything yet: wait for it, or continue it with clmerge fit --resume {path}"
+        raise FileNotFoundError(f"expected a run folder, got {path}, which {what}")
+    advice = f"; clmerge fit --resume {path} writes it anew" if started else "; run clmerge compare again"
+    document = _read_json(file, advice)
+    try:
+        validate(document)
+        runs = _compared(file, document) if document.get("compare") else [_fitted(file, document)]
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        text = f"{error!r}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"expected the results of a run in {file}, got something else: {text}{advice}") from error
+    if not all(run.num_finished for run in runs):
+        raise ValueError(f"expected a run with at least one finished task, got {path}, which has none yet")
+    return runs
+
+
+def number(value: float | None) -> float:
+    """Return a number of ``results.json``, NaN for null."""
+    return math.nan if value is None else float(value)
+
+
+def _fitted(file: Path, document: Mapping[str, Any]) -> Run:
+    path = file.parent.resolve()
+    manifest = _read_json(path / MANIFEST, "") if (path / MANIFEST).is_file() else {}
+    config = _read_yaml(path / CONFIG)
+    run = Run(
+        path,
+        (file, path / CONFIG),
+        tuple(document["tasks"]),
+        _samples(document),
+        document["models"],
+        document["seconds"],
+        config,
+        rules=configured_rules(config),
+        seed=config.get("seed"),
+    )
+    return replace(run, is_finished=run.num_finished == len(run.tasks) and bool(manifest.get("finished", True)))
+
+
+def _compared(file: Path, document: Mapping[str, Any]) -> list[Run]:
+    """Take a comparison apart into its runs, each with its own models under their plain names."""
+    compare = document["compare"]
+    runs = []
+    for entry in compare["runs"]:
+        # Models of several runs are called NAME@RUN.
+        suffix = f"@{entry['name']}" if len(compare["runs"]) > 1 else ""
+        own = {model: model.removesuffix(suffix) for model in document["models"] if model.endswith(suffix)}
+        settings = compare["settings"]
+        path = Path(entry["path"]).resolve()
+        config = _read_yaml(path / CONFIG)
+        kinds = {kind: compare.get(kind) or {} for kind in ("bytes_kept", "merge_seconds", "figures")}
+        kinds["orders"] = (compare.get("orders") or {}).get("models", {})
+        run = Run(
+            path,
+            (file, path / CONFIG),
+            tuple(entry["tasks"]),
+            _samples(document),
+            {name: document["models"][model] for model, name in own.items()},
+            document["seconds"],
+            config,
+            rules={own[m]: rule for m in own if m in settings and (rule := rule_of(settings[m])) is not None},
+            compared={kind: {own[m]: found[m] for m in own if m in found} for kind, found in kinds.items()},
+            searches=tuple(
+                {**search, "model": search["model"].removesuffix(suffix)}
+                for search in compare["searches"]
+                if search["run"] == entry["name"]
+            ),
+            group=entry["group"],
+            seed=entry["seed"],
+            diagnostics=compare.get("diagnostics"),
+        )
+        runs.append(replace(run, is_finished=run.num_finished == len(run.tasks)))
+    return runs
+
+
+def _samples(document: Mapping[str, Any]) -> tuple[int, ...] | None:
+    return None if document.get("samples") is None else tuple(document["samples"])
+
+
+def _read_json(file: Path, advice: str) -> Mapping[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected JSON in {file}, which is damaged: {error}{advice}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a JSON object in {file}, got {type(found).__name__}{advice}")
+    return found
+
+
+def _read_yaml(file: Path) -> Mapping[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected a configuration in YAML in {file}, which is damaged: {error}") from error
+    return found if isinstance(found, dict) else {}

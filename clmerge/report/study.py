@@ -1,0 +1,298 @@
+"""Several runs as one study: which are seeds of the same, and every model's figures over them."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clmerge.report.rules import Rule
+from clmerge.report.runs import Run, number
+from clmerge.results import EXPERT, ZERO_SHOT, Setting
+
+# Models that no rule has merged: bounds and baselines.
+REFERENCES = (EXPERT, "task_oracle", "ensemble", "joint", ZERO_SHOT)
+# What may differ between runs that are repetitions of one another.
+_FREE = {"name", "seed", "run_dir", "resume", "logging", "mergers"}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One figure over the runs that have it.
+
+    Attributes:
+        values: One number per run, NaN where undefined.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean; of one run, its own number to the last digit."""
+        return self.values[0] if len(self.values) == 1 else float(np.mean(self.values))
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation, NaN for fewer than two runs."""
+        known = len(self.values) > 1 and not any(map(math.isnan, self.values))
+        return float(np.std(self.values, ddof=1)) if known else math.nan
+
+    @property
+    def is_defined(self) -> bool:
+        """Whether every run has a number."""
+        return bool(self.values) and not math.isnan(self.mean)
+
+
+UNDEFINED = Spread((math.nan,))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model over the runs that have it: one row of a table, one line of a chart.
+
+    Attributes:
+        name: What it is called on the page, unlike any other's.
+        model: What it is called in ``results.json``.
+        runs: The runs that have it.
+        rule: Which merge rule it is, with its settings; None for references and unknown rules.
+        look: Index of its colour; None for references.
+    """
+
+    name: str
+    model: str
+    runs: tuple[Run, ...]
+    rule: Rule | None = None
+    look: int | None = None
+
+    @property
+    def is_merger(self) -> bool:
+        """Whether it is a merger and no reference."""
+        return self.look is not None
+
+    def figure(self, key: str, setting: Setting) -> Spread:
+        """Return one figure of ``results.json``; the last of a list with one number per row."""
+        return Spread(tuple(_last_number(run.numbers(self.model, setting)[key]) for run in self.runs))
+
+    def series(self, key: str, setting: Setting) -> list[Spread]:
+        """Return a figure that is a list of numbers, one per row or task."""
+        return _spreads([run.numbers(self.model, setting)[key] for run in self.runs])
+
+    def matrix(self, setting: Setting) -> list[list[Spread]]:
+        """Return the accuracy matrix R, rows by columns."""
+        matrices = [run.numbers(self.model, setting)["R"] for run in self.runs]
+        return [_spreads(rows) for rows in zip(*matrices, strict=True)]
+
+    def worst_task(self, setting: Setting) -> Spread:
+        """Return the lowest accuracy among the tasks seen so far, after the last one."""
+        return Spread(tuple(_worst_task(run, self.model, setting) for run in self.runs))
+
+    def gap_to_experts(self, setting: Setting) -> Spread:
+        """Return how far the final accuracies are below the experts', each on its own task when just trained."""
+        return Spread(tuple(_gap_to_experts(run, self.model, setting) for run in self.runs))
+
+    def bytes_kept(self) -> list[Spread]:
+        """Return what is kept beside the base model after every task, in bytes; empty if unknown."""
+        return _spreads([self._bytes_of(run) for run in self.runs])
+
+    def merge_seconds(self) -> list[Spread]:
+        """Return the seconds a merge takes after every task; empty if unknown."""
+        return _spreads([run.compared.get("merge_seconds", {}).get(self.model, []) for run in self.runs])
+
+    def _bytes_of(self, run: Run) -> Sequence[float | None]:
+        known: Sequence[float | None] = run.compared.get("bytes_kept", {}).get(self.model, [])
+        if not known and self.rule is not None and run.num_parameters is not None:
+            known = [self.rule.bytes_kept(run.num_parameters, t + 1) for t in range(run.num_finished)]
+        return known
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything a report shows.
+
+    Attributes:
+        runs: The runs, cut after the same task.
+        entries: Mergers first, then references.
+        tasks: Names of the tasks; numbered where runs call them differently.
+        notes: What a reader must know before reading on.
+    """
+
+    runs: tuple[Run, ...]
+    entries: tuple[Entry, ...]
+    tasks: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def num_finished(self) -> int:
+        """Tasks after which every model of every run was evaluated."""
+        return self.runs[0].num_finished
+
+    @property
+    def mergers(self) -> list[Entry]:
+        """The entries that are mergers."""
+        return [entry for entry in self.entries if entry.is_merger]
+
+    @property
+    def samples(self) -> list[int] | None:
+        """Test images of every task, if all runs agree."""
+        found = {run.samples for run in self.runs}
+        samples = found.pop()
+        return None if found or samples is None else list(samples)
+
+    def ranking(self, setting: Setting) -> list[Entry]:
+        """Return the mergers by average accuracy after the last task, best first; undefined ones left out."""
+        scores = {entry.name: entry.figure("average_accuracy", setting) for entry in self.mergers}
+        known = [entry for entry in self.mergers if scores[entry.name].is_defined]
+        return sorted(known, key=lambda entry: -scores[entry.name].mean)
+
+    def reference(self, entry: Entry, model: str) -> Entry | None:
+        """Return a reference of the same runs as an entry: ``expert`` or ``zero_shot``."""
+        wanted = set(map(id, entry.runs))
+        for other in self.entries:
+            if other.model == model and wanted <= set(map(id, other.runs)):
+                return Entry(other.name, model, entry.runs)
+        return None
+
+
+def make_study(runs: Sequence[Run]) -> Study:
+    """Put runs together.
+
+    Args:
+        runs: One or more. Looks at the same run are joined; runs whose configurations differ in seed, name and mergers
+            alone are taken as repetitions.
+
+    Raises:
+        ValueError: If there is none, or they do not have the same number of tasks.
+    """
+    if not runs:
+        raise ValueError("expected at least one run, got none")
+    lengths = {str(run.path): len(run.tasks) for run in runs}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            f"expected runs over the same stream, got different numbers of tasks: {lengths}; make one report for each"
+        )
+    common = min(run.num_finished for run in runs)
+    notes = [*_unfinished(runs, common)]
+    looks: dict[Path, Run] = {}
+    for run in runs:
+        cut_run = run.until(common)
+        looks[run.path] = looks[run.path].joined(cut_run) if run.path in looks else cut_run
+    cut = tuple(looks.values())
+    groups = _groups(cut)
+    tasks, note = _task_names(cut)
+    return Study(cut, tuple(_entries(groups)), tuple(tasks), tuple(notes + note))
+
+
+def _entries(groups: Mapping[str, Sequence[Run]]) -> Iterable[Entry]:
+    mergers: list[Entry] = []
+    references: list[Entry] = []
+    for group, runs in groups.items():
+        rules = {model: rule for run in runs for model, rule in run.rules.items()}
+        for model in dict.fromkeys(model for run in runs for model in run.models):
+            having = tuple(run for run in runs if model in run.models)
+            name = f"{model} ({group})" if group else model
+            if model in REFERENCES:
+                references.append(Entry(name, model, having))
+            else:
+                mergers.append(Entry(name, model, having, rules.get(model), len(mergers)))
+    return mergers + sorted(references, key=lambda entry: REFERENCES.index(entry.model))
+
+
+def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Put repetitions together; name every group by what its configuration has unlike the others'."""
+    if not all(run.config for run in runs) and all(run.group is not None for run in runs):
+        return {
+            group: [run for run in runs if run.group == group] for group in dict.fromkeys(r.group or "" for r in runs)
+        }
+    settled = [_flat(_settled(run.config)) for run in runs]
+    groups: dict[str, list[int]] = {}
+    for index, config in enumerate(settled):
+        # Without a configuration nothing says that two runs are alike.
+        key = json.dumps(config, sort_keys=True, default=str) if config else str(runs[index].path)
+        groups.setdefault(key, []).append(index)
+    if len(groups) == 1:
+        return {"": list(runs)}
+    first = [members[0] for members in groups.values()]
+    differing = sorted(
+        {key for i in first for key in settled[i] if any(settled[j].get(key) != settled[i][key] for j in first)}
+    )
+    found: dict[str, list[Run]] = {}
+    for members in groups.values():
+        config = settled[members[0]]
+        parts = [f"{key.split('.')[-1]}={config[key]}" for key in differing if key in config]
+        label = ", ".join(parts) if parts and len(differing) <= 2 else runs[members[0]].name
+        while label in found:
+            label += "'"
+        found[label] = [runs[index] for index in members]
+    return found
+
+
+def _settled(value: Any, depth: int = 0) -> Any:
+    """Drop what repetitions may differ in: the free settings at the top, and seeds everywhere."""
+    if isinstance(value, Mapping):
+        free = _FREE if depth == 0 else {"seed"}
+        return {key: _settled(item, depth + 1) for key, item in value.items() if key not in free}
+    return value
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return {
+            k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else key).items()
+        }
+    return {prefix: value} if prefix else {}
+
+
+def _unfinished(runs: Sequence[Run], common: int) -> Iterable[str]:
+    for run in runs:
+        if not run.is_finished:
+            yield f"{run.name} is not finished: {run.num_finished} of {len(run.tasks)} tasks were evaluated."
+    if any(run.num_finished != common for run in runs):
+        yield f"So that all can be compared, everything below is after task {common}."
+
+
+def _task_names(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
+    names = list(runs[0].tasks)
+    if all(list(run.tasks) == names for run in runs):
+        return names, []
+    numbered = [f"task {index + 1}" for index in range(len(names))]
+    return numbered, ["The runs have different tasks, or call them differently: tasks are numbered below."]
+
+
+def _worst_task(run: Run, model: str, setting: Setting) -> float:
+    if found := _compared(run, model, setting, "worst_task"):
+        return _last_number(found)
+    seen = run.numbers(model, setting)["R"][-1][: run.num_finished]
+    return math.nan if None in seen else float(min(seen))
+
+
+def _gap_to_experts(run: Run, model: str, setting: Setting) -> float:
+    if found := _compared(run, model, setting, "gap_to_experts"):
+        return _last_number(found)
+    if EXPERT not in run.models or model == EXPERT:
+        return math.nan
+    experts = run.numbers(EXPERT, setting)["R"]
+    last = run.numbers(model, setting)["R"][-1]
+    gaps = [number(experts[task][task]) - number(last[task]) for task in range(run.num_finished)]
+    return sum(gaps) / len(gaps)
+
+
+def _compared(run: Run, model: str, setting: Setting, key: str) -> Sequence[float | None]:
+    found: Sequence[float | None] = run.compared.get("figures", {}).get(model, {}).get(setting, {}).get(key, [])
+    return found
+
+
+def _last_number(value: Any) -> float:
+    if isinstance(value, list):
+        return number(value[-1]) if value else math.nan
+    return number(value)
+
+
+def _spreads(lists: Sequence[Sequence[float | None]]) -> list[Spread]:
+    """Turn one list per run into one spread per position; positions that a run lacks are left out."""
+    return [Spread(tuple(map(number, values))) for values in zip(*lists, strict=False)]
+
+
+__all__ = ["EXPERT", "UNDEFINED", "ZERO_SHOT", "Entry", "Spread", "Study", "make_study"]

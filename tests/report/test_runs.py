@@ -1,0 +1,68 @@
+import json
+
+import pytest
+from support.run_folders import write_run
+
+from clmerge.report.runs import read_runs
+
+
+def test_a_run_is_read_with_what_lies_beside_its_results(tmp_path):
+    document = write_run(tmp_path / "run")
+    (run,) = read_runs(tmp_path / "run")
+    assert (run.name, run.seed, run.num_finished, run.is_finished) == ("run", 0, 3, True)
+    assert run.models == document["models"]
+    assert run.num_parameters == 23
+    assert repr(run.rules["ties"].merger).startswith("TIES(density=0.1")
+
+
+def test_a_run_of_rules_from_elsewhere_has_no_rules_and_imports_nothing(tmp_path):
+    from support.run_folders import config_of
+
+    config = config_of(mergers=[{"class_path": "antigravity.Merger"}])
+    write_run(tmp_path / "run", config=config)
+    assert read_runs(tmp_path / "run")[0].rules == {}
+
+
+def test_an_unfinished_run_is_one(tmp_path):
+    write_run(tmp_path / "run", finished=2)
+    (run,) = read_runs(tmp_path / "run")
+    assert (run.num_finished, run.is_finished) == (2, False)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda folder: (folder / "results.json").write_text("{"), ValueError, "damaged.*--resume .* writes it anew"),
+        (lambda folder: (folder / "results.json").write_text("[]"), ValueError, "a JSON object .*got list"),
+        (lambda folder: (folder / "results.json").write_text('{"schema": 7}'), ValueError, "schema 1, got 7"),
+        (lambda folder: (folder / "results.json").unlink(), FileNotFoundError, "not evaluated anything yet"),
+        (lambda folder: (folder / "config.yaml").write_text("a: [1"), ValueError, "config.yaml, which is damaged"),
+        (lambda folder: (folder / "config.yaml").write_text("!!python/object:a.B {}"), ValueError, "config.yaml"),
+    ],
+)
+def test_damage_is_named_with_its_place_and_a_way_out(tmp_path, damage, error, message):
+    write_run(tmp_path / "run")
+    damage(tmp_path / "run")
+    with pytest.raises(error, match=message):
+        read_runs(tmp_path / "run")
+
+
+@pytest.mark.parametrize("change", [{"models": 3}, {"tasks": None}, {"models": {"a": {"task_agnostic": 1}}}])
+def test_results_of_another_shape_are_refused(tmp_path, change):
+    document = write_run(tmp_path / "run")
+    (tmp_path / "run" / "results.json").write_text(json.dumps(document | change))
+    with pytest.raises(ValueError, match=r"expected the results of a run in .*results\.json"):
+        read_runs(tmp_path / "run")
+
+
+def test_folders_that_are_no_run_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="which does not exist"):
+        read_runs(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match="is a file"):
+        read_runs(tmp_path / "file")
+    with pytest.raises(FileNotFoundError, match=r"no results\.json"):
+        read_runs(tmp_path)
+    write_run(tmp_path / "run", finished=0)
+    with pytest.raises(ValueError, match="at least one finished task"):
+        read_runs(tmp_path / "run")

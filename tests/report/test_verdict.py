@@ -1,0 +1,57 @@
+import math
+
+import pytest
+from support.run_folders import config_of, write_run
+
+from clmerge.report import read_study
+from clmerge.report.verdict import judge, sampling_error
+
+
+def test_the_best_merger_is_the_one_with_the_highest_average(tmp_path):
+    document = write_run(tmp_path / "run")
+    study = read_study([tmp_path / "run"])
+    verdict = judge(study, "task_agnostic")
+    averages = {m: document["models"][m]["task_agnostic"]["average_accuracy"][-1] for m in ("magmax", "ties")}
+    assert averages["magmax"] > averages["ties"]
+    assert verdict.best.name == "magmax"
+    lead = 100 * (averages["magmax"] - averages["ties"])
+    assert f"That is {lead:.1f} points more than the runner-up, ties" in verdict.reasons[1]
+    assert [tile.title for tile in verdict.tiles] == [
+        "Average accuracy",
+        "Forgetting",
+        "Gap to the experts",
+        "Kept between tasks",
+    ]
+    assert verdict.tiles[0].value == f"{100 * averages['magmax']:.1f}"
+    assert verdict.tiles[3].note == "whatever the number of tasks"
+
+
+def test_the_sampling_error_is_that_of_independent_binomials(tmp_path):
+    document = write_run(tmp_path / "run")
+    magmax, ties = read_study([tmp_path / "run"]).mergers
+    rows = [document["models"][m]["task_agnostic"]["R"][-1] for m in ("magmax", "ties")]
+    variance = sum(p * (1 - p) / n for row in rows for p, n in zip(row, [100, 101, 102], strict=True)) / 9
+    assert sampling_error(magmax, ties, [100, 101, 102], "task_agnostic") == pytest.approx(math.sqrt(variance))
+
+
+def test_a_small_lead_is_called_one(tmp_path):
+    write_run(tmp_path / "run")
+    caution = " ".join(judge(read_study([tmp_path / "run"]), "task_agnostic").caution)
+    assert "With 303 test images" in caution
+    assert "ties may be as good" in caution
+
+
+def test_several_seeds_say_how_often_the_best_wins(tmp_path):
+    for seed in (0, 1, 2):
+        write_run(tmp_path / f"s{seed}", config=config_of(seed=seed), shift=0.02 * seed)
+    verdict = judge(read_study([tmp_path / f"s{seed}" for seed in (0, 1, 2)]), "task_agnostic")
+    assert "Mean of 3 runs (seeds 0, 1, 2)" in verdict.caution[0]
+    assert "magmax beats ties in 3 of 3" in verdict.caution[0]
+    assert verdict.tiles[0].deviation
+
+
+def test_without_a_merger_there_is_no_verdict(tmp_path):
+    write_run(tmp_path / "run", models=("expert",))
+    verdict = judge(read_study([tmp_path / "run"]), "task_agnostic")
+    assert verdict.best is None
+    assert "nothing to compare" in verdict.caution[0]
