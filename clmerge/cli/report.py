@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from clmerge.cli.parser import CommandParser
@@ -38,7 +38,7 @@ def build_parser() -> "CommandParser":
     format_help = "A page, or the table in Markdown or LaTeX (booktabs), printed if there is no --out."
     parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help=runs_help)
     parser.add_argument("--out", type=str | None, default=None, help=out_help)
-    parser.add_argument("--format", type=str, choices=["html", "md", "latex"], default="html", help=format_help)
+    parser.add_argument("--format", type=Literal["html", "md", "latex"], default="html", help=format_help)
     parser.add_argument(
         "--title", type=str | None, default=None, help="Heading of the page (default: the runs' names)."
     )

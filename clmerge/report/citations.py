@@ -1,33 +1,182 @@
 """Papers behind the mergers, for BibTeX: titles and authors as arXiv has them."""
 
+import unicodedata
 from collections.abc import Iterable
 from typing import NamedTuple
 
 
 class Paper(NamedTuple):
-    """A paper on arXiv."""
+    """A paper on arXiv: its title, and its authors separated by commas."""
 
     title: str
-    authors: tuple[str, ...]
+    authors: str
 
 
-PAPERS: dict[str, Paper] = {}
+PAPERS = {
+    "1602.05629": Paper(
+        "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+        "H. Brendan McMahan, Eider Moore, Daniel Ramage, Seth Hampson, Blaise Agüera y Arcas",
+    ),
+    "1812.07108": Paper(
+        "Learning Private Neural Language Modeling with Attentive Aggregation",
+        "Shaoxiong Ji, Shirui Pan, Guodong Long, Xue Li, Jing Jiang, Zi Huang",
+    ),
+    "2007.07481": Paper(
+        "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization",
+        "Jianyu Wang, Qinghua Liu, Hao Liang, Gauri Joshi, H. Vincent Poor",
+    ),
+    "2109.01903": Paper(
+        "Robust fine-tuning of zero-shot models",
+        "Mitchell Wortsman, Gabriel Ilharco, Jong Wook Kim, Mike Li, Simon Kornblith, Rebecca Roelofs, "
+        "Raphael Gontijo-Lopes, Hannaneh Hajishirzi, Ali Farhadi, Hongseok Namkoong, Ludwig Schmidt",
+    ),
+    "2111.09832": Paper("Merging Models with Fisher-Weighted Averaging", "Michael Matena, Colin Raffel"),
+    "2203.05482": Paper(
+        "Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing "
+        "inference time",
+        "Mitchell Wortsman, Gabriel Ilharco, Samir Yitzhak Gadre, Rebecca Roelofs, Raphael Gontijo-Lopes, "
+        "Ari S. Morcos, Hongseok Namkoong, Ali Farhadi, Yair Carmon, Simon Kornblith, Ludwig Schmidt",
+    ),
+    "2208.05592": Paper(
+        "Patching open-vocabulary models by interpolating weights",
+        "Gabriel Ilharco, Mitchell Wortsman, Samir Yitzhak Gadre, Shuran Song, Hannaneh Hajishirzi, Simon Kornblith, "
+        "Ali Farhadi, Ludwig Schmidt",
+    ),
+    "2212.04089": Paper(
+        "Editing Models with Task Arithmetic",
+        "Gabriel Ilharco, Marco Tulio Ribeiro, Mitchell Wortsman, Suchin Gururangan, Ludwig Schmidt, "
+        "Hannaneh Hajishirzi, Ali Farhadi",
+    ),
+    "2212.09849": Paper(
+        "Dataless Knowledge Fusion by Merging Weights of Language Models",
+        "Xisen Jin, Xiang Ren, Daniel Preotiuc-Pietro, Pengxiang Cheng",
+    ),
+    "2306.01708": Paper(
+        "TIES-Merging: Resolving Interference When Merging Models",
+        "Prateek Yadav, Derek Tam, Leshem Choshen, Colin Raffel, Mohit Bansal",
+    ),
+    "2308.08090": Paper(
+        "Separate the Wheat from the Chaff: Model Deficiency Unlearning via Parameter-Efficient Module Operation",
+        "Xinshuo Hu, Dongfang Li, Baotian Hu, Zihao Zheng, Zhenyu Liu, Min Zhang",
+    ),
+    "2310.12808": Paper(
+        "Model Merging by Uncertainty-Based Gradient Matching",
+        "Nico Daheim, Thomas Möllenhoff, Edoardo Maria Ponti, Iryna Gurevych, Mohammad Emtiyaz Khan",
+    ),
+    "2311.03099": Paper(
+        "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
+        "Le Yu, Bowen Yu, Haiyang Yu, Fei Huang, Yongbin Li",
+    ),
+    "2312.04339": Paper(
+        "Merging by Matching Models in Task Parameter Subspaces", "Derek Tam, Mohit Bansal, Colin Raffel"
+    ),
+    "2312.06795": Paper(
+        "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks",
+        "MohammadReza Davari, Eugene Belilovsky",
+    ),
+    "2312.08977": Paper(
+        "Weighted Ensemble Models Are Strong Continual Learners",
+        "Imad Eddine Marouf, Subhankar Roy, Enzo Tartaglione, Stéphane Lathuilière",
+    ),
+    "2403.08994": Paper(
+        "Ethos: Rectifying Language Models in Orthogonal Parameter Space",
+        "Lei Gao, Yue Niu, Tingting Tang, Salman Avestimehr, Murali Annavaram",
+    ),
+    "2403.13257": Paper(
+        "Arcee's MergeKit: A Toolkit for Merging Large Language Models",
+        "Charles Goddard, Shamane Siriwardhana, Malikeh Ehghaghi, Luke Meyers, Vlad Karpukhin, Brian Benedict, "
+        "Mark McQuade, Jacob Solawetz",
+    ),
+    "2403.19522": Paper(
+        "Model Stock: All we need is just a few fine-tuned models", "Dong-Hwan Jang, Sangdoo Yun, Dongyoon Han"
+    ),
+    "2405.07813": Paper(
+        "Localizing Task Information for Improved Model Merging and Compression",
+        "Ke Wang, Nikolaos Dimitriadis, Guillermo Ortiz-Jiménez, François Fleuret, Pascal Frossard",
+    ),
+    "2405.17461": Paper(
+        "EMR-Merging: Tuning-Free High-Performance Model Merging",
+        "Chenyu Huang, Peng Ye, Tao Chen, Tong He, Xiangyu Yue, Wanli Ouyang",
+    ),
+    "2406.11385": Paper(
+        "MetaGPT: Merging Large Language Models Using Model Exclusive Task Arithmetic",
+        "Yuyan Zhou, Liang Song, Bingning Wang, Weipeng Chen",
+    ),
+    "2406.11617": Paper(
+        "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling",
+        "Pala Tej Deep, Rishabh Bhardwaj, Soujanya Poria",
+    ),
+    "2407.06322": Paper(
+        "MagMax: Leveraging Model Merging for Seamless Continual Learning",
+        "Daniel Marczak, Bartłomiej Twardowski, Tomasz Trzciński, Sebastian Cygert",
+    ),
+    "2410.02396": Paper(
+        "Parameter Competition Balancing for Model Merging",
+        "Guodong Du, Junlin Lee, Jing Li, Runhua Jiang, Yifei Guo, Shuyang Yu, Hanting Liu, Sim Kuan Goh, "
+        "Ho-Kin Tang, Daojing He, Min Zhang",
+    ),
+    "2410.19735": Paper(
+        "Model merging with SVD to tie the Knots",
+        "George Stoica, Pratik Ramesh, Boglarka Ecsedi, Leshem Choshen, Judy Hoffman",
+    ),
+    "2412.00081": Paper(
+        "Task Singular Vectors: Reducing Task Interference in Model Merging",
+        "Antonio Andrea Gargiulo, Donato Crisostomi, Maria Sofia Bucarelli, Simone Scardapane, Fabrizio Silvestri, "
+        "Emanuele Rodolà",
+    ),
+    "2501.09522": Paper(
+        "Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual Model Merging",
+        "Anke Tang, Enneng Yang, Li Shen, Yong Luo, Han Hu, Bo Du, Dacheng Tao",
+    ),
+    "2502.04959": Paper(
+        "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
+        "Daniel Marczak, Simone Magistri, Sebastian Cygert, Bartłomiej Twardowski, Andrew D. Bagdanov, "
+        "Joost van de Weijer",
+    ),
+    "2503.08099": Paper(
+        "Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task Vectors",
+        "Runxi Cheng, Feng Xiong, Yongxian Wei, Wanyun Zhu, Chun Yuan",
+    ),
+    "2504.02666": Paper(
+        "BECAME: BayEsian Continual Learning with Adaptive Model MErging",
+        "Mei Li, Yuxiang Lu, Qinyan Dai, Suizhi Huang, Yue Ding, Hongtao Lu",
+    ),
+    "2604.01329": Paper(
+        "Model Merging via Data-Free Covariance Estimation",
+        "Marawan Gamal Abdel Hameed, Derek Tam, Pascal Jr Tikeng Notsawo, Colin Raffel, Guillaume Rabusseau",
+    ),
+    "2605.20803": Paper(
+        "Tunable MAGMAX: Preference-Aware Model Merging for Continual Learning",
+        "Kei Hiroshima, Kento Uchida, Shinichi Shirakawa",
+    ),
+}
 
 
 def bibtex(sources: Iterable[str]) -> str:
     """Return BibTeX entries for arXiv ids, each once, in order.
 
     Args:
-        sources: arXiv ids. One whose title is not in ``PAPERS`` gets an entry with its id alone: nothing is made up.
+        sources: The ids. One that ``PAPERS`` does not have gets an entry without title and authors: nothing is made up.
+
+    Example:
+        >>> print(bibtex(["2111.09832"]))
+        @misc{matena2021merging,
+          title = {{Merging Models with Fisher-Weighted Averaging}},
+          author = {Michael Matena and Colin Raffel},
+          year = {2021},
+          eprint = {2111.09832},
+          archivePrefix = {arXiv},
+          url = {https://arxiv.org/abs/2111.09832},
+        }
     """
     return "\n\n".join(_entry(source) for source in dict.fromkeys(sources))
 
 
 def _entry(source: str) -> str:
     paper = PAPERS.get(source)
-    year = "20" + source[:2]
-    fields = {"title": f"{{{paper.title}}}", "author": " and ".join(paper.authors)} if paper else {}
-    fields |= {"year": year, "eprint": source, "archivePrefix": "arXiv", "url": f"https://arxiv.org/abs/{source}"}
+    fields = {"title": f"{{{paper.title}}}", "author": paper.authors.replace(", ", " and ")} if paper else {}
+    fields |= {"year": f"20{source[:2]}", "eprint": source, "archivePrefix": "arXiv"}
+    fields["url"] = f"https://arxiv.org/abs/{source}"
     lines = [f"  {name} = {{{value}}}," for name, value in fields.items()]
     return "\n".join([f"@misc{{{_key(source, paper)},", *lines, "}"])
 
@@ -35,6 +184,7 @@ def _entry(source: str) -> str:
 def _key(source: str, paper: Paper | None) -> str:
     if paper is None:
         return f"arxiv{source}"
-    family = paper.authors[0].split()[-1].lower()
-    word = next((w for w in paper.title.replace("-", " ").split() if len(w) > 3), "paper").strip(":,").lower()
-    return f"{family}20{source[:2]}{word}"
+    family = paper.authors.split(", ")[0].split()[-1]
+    word = next(word for word in paper.title.replace("-", " ").replace(":", "").split() if len(word) > 3)
+    plain = unicodedata.normalize("NFKD", f"{family}20{source[:2]}{word}").encode("ascii", "ignore").decode()
+    return "".join(filter(str.isalnum, plain)).lower()
