@@ -51,8 +51,10 @@ class Breadcrumbs(Pipeline):
     bytes per parameter.
 
     Others differ: the released code ranks every row along the last dimension, drops the top share and then *keeps* a
-    share of the row (which is nothing in rows too short for it). mergekit 0.1.5 ranks whole tensors too, but takes
-    ``density = 1 - beta - gamma`` and rounds down what it keeps, where this rounds down what is dropped.
+    share of the row (which is nothing in rows too short for it); its search tries 0.05 to 0.2 for what is kept and
+    0.001 to 0.01 for ``gamma``, from 0.15 (a ``beta`` of 0.85), 0.006 and a scale of 0.2 on. mergekit 0.1.5 ranks
+    whole tensors too, but takes ``density = 1 - beta - gamma`` and rounds down what it keeps, where this rounds down
+    what is dropped.
 
     Args:
         beta: Share of the entries of smallest magnitude that is dropped, in [0, 1).

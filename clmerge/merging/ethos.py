@@ -1,4 +1,4 @@
-"""Ethos: unlearn only what lies outside of the base model's principal directions."""
+"""Ethos: unlearn only where a task changes the base model much, looked at in the base model's own directions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,19 +15,25 @@ from clmerge.weights.task_vector import State
 
 
 class Ethos(_Spectral):
-    """Negate the part of the task vectors that is small in the base model's basis (Ethos, arXiv 2403.08994).
+    """Negate the part of the task vectors that is large in the base model's basis (Ethos, arXiv 2403.08994).
 
     With ``W0 = U S V^T`` a weight matrix of the base model, ``C = U^T tau V`` are the coordinates of a task matrix.
-    Those larger than ``threshold * max|C|`` are general knowledge and are left out; the rest, with what lies outside of
-    the space of W0, is what is unlearned: the result is ``-strength * sum(tau_t - U large(C_t) V^T)``. What is no
-    matrix is left alone, for the paper edits matrices only.
+    Those below ``threshold * max|C|`` count as general knowledge and stay as they are; the others are unlearned, with
+    what lies outside of the space of W0: the result is ``-strength * sum(tau_t - U small(C_t) V^T)``. What is no matrix
+    is left alone, for the paper edits matrices only.
 
-    The weights of the base model are a statistic of every update: ``statistics={"weights": theta0}``. The rule is
-    written from the paper; no released code was at hand to compare with. State: 4 bytes per parameter. An update costs
-    one decomposition per matrix, in float64.
+    The released code adds a further task vector, of an auxiliary task that is to stay, and takes the basis of W0 with
+    it: give those weights as the statistic, and add that vector by yourself. It compares with the largest coordinate
+    in place of the largest magnitude, and filters what is outside of the space of a matrix that is not square in an
+    arbitrary basis, where this negates it as a whole.
+
+    The weights of the base model are a statistic of every update: ``statistics={"weights": theta0}``, which
+    ``MergeCallback`` gives by itself. State: 4 bytes per parameter. An update costs one decomposition per matrix, in
+    float64.
 
     Args:
-        threshold: Share of the largest coordinate up to which one counts as small, in [0, 1]; 1 negates everything.
+        threshold: Share of the largest coordinate below which one counts as small, in [0, 1]; 0 negates everything. The
+            released code has 0.03.
         strength: How much is subtracted.
         include: Glob patterns of the parameters that are treated as matrices. Default: all of two dimensions.
         exclude: Glob patterns of those that are left alone; see ``Matrices``.
@@ -40,12 +46,13 @@ class Ethos(_Spectral):
         >>> merger = Ethos(threshold=0.1)
         >>> theta0 = {"w": torch.tensor([[3.0, 0.0], [0.0, 1.0]])}
         >>> merger.update({"w": torch.tensor([[20.0, 0.0], [0.5, 1.0]])}, statistics={"weights": theta0})
-        >>> merger.compute()["w"][1]
-        tensor([-0.5000, -1.0000])
+        >>> -merger.compute()["w"]
+        tensor([[20.,  0.],
+                [ 0.,  0.]])
     """
 
     name = "ethos"
-    summary = "negate what is small in the base model's basis"
+    summary = "negate what is large in the base model's basis"
     source = "2403.08994"
     requires = frozenset({"weights"})
     removable = True
@@ -93,15 +100,15 @@ class Ethos(_Spectral):
         pieces = self._matrices.pieces(name, tau)
         bases = self._matrices.pieces(name, plan[name].detach().to(tau.device))
         for total, piece, weight in zip(sums, pieces, bases, strict=True):
-            total.add_(self._small(piece.to(torch.float64), weight), alpha=step.sign)
+            total.add_(self._large(piece.to(torch.float64), weight), alpha=step.sign)
 
-    def _small(self, tau: Tensor, weight: Tensor) -> Tensor:
+    def _large(self, tau: Tensor, weight: Tensor) -> Tensor:
         u, _, vh = live_svd(weight.to(torch.float64), weight.dtype)
         coordinates = u.t() @ tau @ vh.t()
         if not coordinates.numel():
             return tau
-        large = coordinates.abs() > self.threshold * coordinates.abs().max()
-        return tau - u @ (coordinates * large) @ vh
+        small = coordinates.abs() < self.threshold * coordinates.abs().max()
+        return tau - u @ (coordinates * small) @ vh
 
     @override
     def _read_block(self, slots: Slots, overview: Any) -> Tensor:

@@ -15,9 +15,11 @@ class FedAtt(WeightedSum):
 
     The result is ``scale * sum(a_t tau_t)``, where for every parameter tensor the ``a_t`` are the softmax over the
     tasks of ``|tau_t| / temperature``, its distance from theta0. As theta0 stays, the weights of a task depend on that
-    task alone, and the softmax is streamed. Each parameter tensor is a layer of its own, as in the released code,
-    which adds noise for privacy that is left out here. A task with nearly all of the attention on a parameter cannot
-    be taken out again. State: 4 bytes per parameter.
+    task alone, and the softmax is streamed. The sign is that of the released code, ``softmax(+|.|)``: what moved far
+    counts more. There each parameter tensor is a layer of its own, too; its distance for matrices is the largest
+    singular value (scipy's norm of order 2), here it is the Euclidean norm of all entries; and it adds noise for
+    privacy, which is left out. A task with nearly all of the attention on a parameter cannot be taken out again.
+    State: 4 bytes per parameter.
 
     Args:
         temperature: Of the softmax: the larger, the more equal the weights; 1 is the paper's rule. A negative one

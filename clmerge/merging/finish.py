@@ -7,13 +7,19 @@ from typing_extensions import override
 from clmerge.merging.configured import Configured
 from clmerge.merging.norms import vector_norm
 from clmerge.merging.scope import Scope, Scoped
-from clmerge.weights.task_vector import TaskVector
+from clmerge.weights.task_vector import State, TaskVector
 
 
 class Finisher(Configured, Scoped, ABC):
-    """Change a merged vector after a reducer computed it."""
+    """Change a merged vector after a reducer computed it.
+
+    Attributes:
+        uses_sum: Whether it also looks at the sum of the task vectors, which the pipeline then keeps: 4 bytes per
+            parameter.
+    """
 
     scope: Scope = "parameter"
+    uses_sum: bool = False
     _sees_model = frozenset({"finish"})
 
     @abstractmethod
@@ -26,6 +32,16 @@ class Finisher(Configured, Scoped, ABC):
         Returns:
             What is added to theta0.
         """
+
+    def finish_beside(self, vector: TaskVector, total: State, num_tasks: int) -> TaskVector:
+        """Finish a merged vector beside the sum of the task vectors; by default without a look at it.
+
+        Args:
+            vector: As for ``finish``.
+            total: Sum of the task vectors, as they were before any sparsifier; empty unless ``uses_sum``.
+            num_tasks: How many there are.
+        """
+        return self.finish(vector)
 
 
 class Scale(Finisher):

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing_extensions import override
 
 from clmerge.merging.finish import Finisher
-from clmerge.weights.task_vector import TaskVector
+from clmerge.merging.norms import l1_norm
+from clmerge.weights.task_vector import State, TaskVector
 
 BLOCK = r"\b(?:resblocks|blocks|layers|layer|h)\.(\d+)\."
 """How the blocks of CLIP, timm and Hugging Face transformers are called; the group is the index."""
@@ -60,12 +61,13 @@ class LiNeS(Finisher):
     Block l of L is multiplied by ``alpha + beta * l / (L - 1)``, and what is in no block by ``alpha``: also the final
     norm and the projection, as in the released code.
 
-    The paper sets alpha in multi-task merging from the norms, ``alpha = |sum(tau_t)|_1 / |tau_merged|_1 / T``, which
-    needs the sum beside the merged vector: for ``TaskArithmetic(scale)`` it is ``1 / (T * scale)``. There it searches
-    beta from 0.1 to 1.5; for a single task ``alpha = g`` and ``beta = 1 - g``, and the default is that with g = 0.5.
+    The paper sets alpha in multi-task merging from the norms, ``alpha = |sum(tau_t)|_1 / |tau_merged|_1 / T``, which is
+    ``alpha=None`` here: the pipeline then keeps the sum beside what its reducer keeps, 4 bytes per parameter. For
+    ``TaskArithmetic(scale)`` that is ``1 / (T * scale)``. There it searches beta from 0.1 to 1.5; for a single task
+    ``alpha = g`` and ``beta = 1 - g``, and the default is that with g = 0.5.
 
     Args:
-        alpha: Coefficient of the first block and of what is in no block.
+        alpha: Coefficient of the first block and of what is in no block; None takes it from the norms.
         beta: What the last block's coefficient is larger by.
         num_blocks: L, for vectors that leave out the last blocks. Default: one more than the largest index, for every
             tower (what comes before the block in the name) by itself.
@@ -83,21 +85,35 @@ class LiNeS(Finisher):
     name = "lines"
 
     def __init__(
-        self, alpha: float = 0.5, beta: float = 0.5, *, num_blocks: int | None = None, block: str = BLOCK
+        self, alpha: float | None = 0.5, beta: float = 0.5, *, num_blocks: int | None = None, block: str = BLOCK
     ) -> None:
         self.alpha = alpha
         self.beta = beta
         self.num_blocks = num_blocks
         self.block = block
+        self.uses_sum = alpha is None
         check_block_pattern(block)
+
+    @override
+    def finish_beside(self, vector: TaskVector, total: State, num_tasks: int) -> TaskVector:
+        if self.alpha is not None:
+            return self.finish(vector)
+        norm = l1_norm(vector)
+        return self._scaled(vector, l1_norm(total) / norm / num_tasks if norm else 0.0)
 
     @override
     def finish(self, vector: TaskVector) -> TaskVector:
         """Finish a merged vector.
 
         Raises:
-            ValueError: If there are no blocks, a tower has a single one, or there are more than ``num_blocks``.
+            ValueError: If alpha is None, which takes a pipeline; if there are no blocks, a tower has a single one, or
+                there are more than ``num_blocks``.
         """
+        if self.alpha is None:
+            raise ValueError("expected the sum of the task vectors for alpha=None, got none; finish in a Pipeline")
+        return self._scaled(vector, self.alpha)
+
+    def _scaled(self, vector: TaskVector, alpha: float) -> TaskVector:
         indices = block_indices(vector, self.block)
         towers: dict[str, list[str]] = {}
         for name in indices:
@@ -111,8 +127,8 @@ class LiNeS(Finisher):
                     f"expected 2 blocks or more and all of them within num_blocks={self.num_blocks}, got {found} in "
                     f"{tower!r}; set num_blocks to the depth of the network"
                 )
-            coefficients.update({name: self.alpha + self.beta * indices[name] / (depth - 1) for name in names})
-        return _times(vector, coefficients, self.alpha)
+            coefficients.update({name: alpha + self.beta * indices[name] / (depth - 1) for name in names})
+        return _times(vector, coefficients, alpha)
 
 
 def block_indices(names: Iterable[str], block: str = BLOCK) -> dict[str, int]:

@@ -51,3 +51,18 @@ def vector_norm(vector: State) -> float:
         5.0
     """
     return math.sqrt(sum(squared_norm(vector[name]) for name in vector))
+
+
+def l1_norm(vector: State) -> float:
+    """Return the sum of the magnitudes of a whole task vector.
+
+    Args:
+        vector: Parameter name -> tensor.
+
+    Example:
+        >>> import torch
+        >>> l1_norm({"a": torch.tensor([3.0, -1.0]), "b": torch.tensor(4.0)})
+        8.0
+    """
+    flat = (vector[name].detach().reshape(-1) for name in vector)
+    return sum(float(piece.double().abs_().sum()) for tensor in flat for (piece,) in blocks(tensor))

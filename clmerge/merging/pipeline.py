@@ -5,9 +5,10 @@ from dataclasses import replace
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes
+from clmerge.merging.accumulators import SlotDtypes, Slots
 from clmerge.merging.checks import Shapes
 from clmerge.merging.finish import Finisher
 from clmerge.merging.linear import TaskArithmetic
@@ -62,6 +63,12 @@ class Pipeline(Merger):
         self.keeps_vectors = self._inner.keeps_vectors
         self.reading_bytes = self._inner.reading_bytes
         self.scope = widest(self._inner, sparsifier, finisher)
+        self._sums = finisher is not None and finisher.uses_sum
+        if self._sums and "score" in self.requires:
+            raise ValueError(
+                f"expected a finisher without the sum of the task vectors for {self._inner!r}, which scores candidates "
+                f"before they are merged, got {finisher!r}; set its alpha"
+            )
         self._sparsify_with([])
 
     @override
@@ -79,11 +86,11 @@ class Pipeline(Merger):
     @override
     def to(self, device: torch.device | str) -> Self:
         self._inner.to(device)
-        return self
+        return super().to(device)
 
     @override
     def state_size(self, num_params: int, num_tasks: int) -> int:
-        return self._inner.state_size(num_params, num_tasks)
+        return self._inner.state_size(num_params, num_tasks) + super().state_size(num_params, num_tasks)
 
     @override
     def _sparsify_with(self, sparsifiers: list[Sparsifier]) -> bool:
@@ -93,23 +100,34 @@ class Pipeline(Merger):
 
     @override
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {}
+        return {"sum": None} if self._sums else {}
+
+    @override
+    def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
+        slots["sum"].add_(tau, alpha=step.sign)
 
     @override
     def _take(self, vector: State, shapes: Shapes, base: str | None, step: Step) -> None:
         if step.score is not None and self.finisher is not None:
             step = replace(step, score=self._score_finished(step.score))
+        sparse = vector
         if self.sparsifier is not None and not self._handed_down:
-            vector = Sparsified(vector, self.sparsifier, step.task)
-        self._inner._take(vector, shapes, base, step)
-        self._shapes, self.base, self.num_tasks = shapes, self.base or base, self.num_tasks + step.sign
+            sparse = Sparsified(vector, self.sparsifier, step.task)
+        self._inner._take(sparse, shapes, base, step)
+        if self._sums:
+            super()._take(vector, shapes, base, step)
+        else:
+            self._shapes, self.base, self.num_tasks = shapes, self.base or base, self.num_tasks + step.sign
 
     @override
     def _float_dtypes(self) -> dict[str, torch.dtype]:
         return self._inner._float_dtypes()
 
     def _finished(self, vector: TaskVector) -> TaskVector:
-        return vector if self.finisher is None else self.finisher.finish(vector)
+        if self.finisher is None:
+            return vector
+        total = {name: slots["sum"] for name, slots in self._slots.items()}
+        return self.finisher.finish_beside(vector, total, self.num_tasks)
 
     def _score_finished(self, score: Score) -> Score:
         return lambda vector: score(self._finished(vector))

@@ -162,7 +162,7 @@ def ethos(threshold, strength):
         u, _, vh = svd(weights_of({"w": merged.shape})["w"])
         for tau in taus:
             coordinates = u.T @ tau @ vh.T
-            coordinates[np.abs(coordinates) <= threshold * np.abs(coordinates).max()] = 0
+            coordinates[np.abs(coordinates) >= threshold * np.abs(coordinates).max()] = 0  # what is left is general
             merged -= strength * (tau - u @ coordinates @ vh)
         return merged
 

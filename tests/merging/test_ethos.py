@@ -13,18 +13,28 @@ def merged(merger, tau, weights=WEIGHTS):
     return merger.compute()["w"]
 
 
-def test_large_coordinates_are_general_and_stay():
+def test_small_coordinates_are_general_and_stay():
     coordinates = torch.full((5, 5), 0.1, dtype=torch.float64)
-    coordinates[2, 1] = 10.0
-    small = coordinates * (coordinates < 1)
-    torch.testing.assert_close(merged(Ethos(), U @ coordinates @ VH), -(U @ small @ VH))
-    torch.testing.assert_close(merged(Ethos(threshold=1.0), U @ coordinates @ VH), -(U @ coordinates @ VH))
+    coordinates[2, 1] = -10.0
+    large = coordinates * (coordinates < 0)
+    torch.testing.assert_close(merged(Ethos(), U @ coordinates @ VH), -(U @ large @ VH))
+    torch.testing.assert_close(merged(Ethos(threshold=0.0), U @ coordinates @ VH), -(U @ coordinates @ VH))
+
+
+def test_a_square_matrix_is_filtered_as_the_released_code_does():
+    weights, tau = (torch.randn(6, 6, generator=GENERATOR, dtype=torch.float64) for _ in range(2))
+    u, _, vh = torch.linalg.svd(weights)
+    coordinates = u.T @ tau @ vh.T
+    least = coordinates.abs().max() * 0.3
+    kept = torch.where((coordinates < least) & (coordinates > -least), torch.zeros_like(coordinates), coordinates)
+    torch.testing.assert_close(merged(Ethos(0.3), tau, weights), -(u @ kept @ vh))
 
 
 def test_what_the_base_model_does_not_span_is_negated():
     tau = torch.randn(5, 8, generator=GENERATOR, dtype=torch.float64)
     outside = tau - tau @ VH.t() @ VH
-    torch.testing.assert_close(merged(Ethos(threshold=0.0), tau), -outside)
+    inside = U @ torch.eye(5, dtype=torch.float64) @ VH  # equal coordinates, none of them small
+    torch.testing.assert_close(merged(Ethos(threshold=0.9), inside + outside), -(inside + outside))
     torch.testing.assert_close(merged(Ethos(strength=2.0), tau, torch.zeros_like(tau)), -2 * tau)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from clmerge.merging import LayerScale, LiNeS
+from clmerge.merging import TIES, GreedySoup, LayerScale, LiNeS, Pipeline, RandomDrop, TaskArithmetic
 from clmerge.merging.layers import block_indices
 
 CLIP = [f"visual.transformer.resblocks.{index}.ln_1.bias" for index in range(12)]
@@ -63,3 +63,59 @@ def test_patterns_without_an_index_are_refused(block, message):
     for finisher in (LiNeS, lambda **arguments: LayerScale([1.0], **arguments)):
         with pytest.raises(ValueError, match=message):
             finisher(block=block)
+
+
+def automatic(reducer=None, sparsifier=None, tasks=range(4)):
+    merger = Pipeline(reducer, sparsifier=sparsifier, finisher=LiNeS(alpha=None, beta=0.8))
+    for task in tasks:
+        merger.update(VECTORS[task], task=task)
+    return merger
+
+
+def assert_close(merger, reducer, sparsifier=None, tasks=range(4)):
+    """Compare with the formula: alpha = |sum|_1 / |merged|_1 / T in float64."""
+    plain = Pipeline(reducer, sparsifier=sparsifier)
+    for task in tasks:
+        plain.update(VECTORS[task], task=task)
+    merged = plain.compute()
+    total = {name: sum(VECTORS[task][name].double() for task in tasks) for name in merged}
+    norms = [sum(tensor.double().abs().sum().item() for tensor in vector.values()) for vector in (total, merged)]
+    alpha = norms[0] / norms[1] / len(tasks)
+    for name, tensor in merger.compute().items():
+        rise = {"blocks.1.w": 0.4, "blocks.2.w": 0.8}.get(name, 0.0)
+        torch.testing.assert_close(tensor.double(), merged[name].double() * (alpha + rise), rtol=1e-5, atol=1e-7)
+
+
+NAMES = ["stem.w", "blocks.0.w", "blocks.1.w", "blocks.2.w"]
+GENERATOR = torch.Generator().manual_seed(0)
+VECTORS = [{name: torch.randn(3, 4, generator=GENERATOR) for name in NAMES} for _ in range(4)]
+
+
+@pytest.mark.parametrize("sparsifier", [None, RandomDrop(0.5)])
+@pytest.mark.parametrize("reducer", [TaskArithmetic(0.3), TIES(0.5)])
+def test_automatic_alpha_gives_the_merged_vector_the_norm_of_the_mean(reducer, sparsifier):
+    for count in range(1, 5):
+        assert_close(automatic(reducer, sparsifier, range(count)), reducer, sparsifier, range(count))
+
+
+def test_automatic_alpha_survives_joining_saving_and_taking_out():
+    reducer = TaskArithmetic(0.3)
+    merger = automatic(reducer, tasks=(0, 1))
+    merger.merge_state(automatic(reducer, tasks=(2, 3)))
+    assert_close(merger, reducer)
+    resumed = automatic(reducer, tasks=())
+    resumed.load_state_dict(merger.state_dict())
+    assert_close(resumed, reducer)
+    resumed.downdate(VECTORS[3], task=3)
+    assert_close(resumed, reducer, tasks=range(3))
+    assert resumed.state_size(48, 3) == 2 * 4 * 48
+    zero = automatic(reducer, tasks=())
+    zero.update({name: torch.zeros(2) for name in NAMES})
+    assert not any(tensor.any() for tensor in zero.compute().values())
+
+
+def test_automatic_alpha_takes_a_pipeline_that_does_not_score():
+    with pytest.raises(ValueError, match="Pipeline"):
+        LiNeS(alpha=None).finish({"blocks.0.w": torch.ones(1), "blocks.1.w": torch.ones(1)})
+    with pytest.raises(ValueError, match="set its alpha"):
+        automatic(GreedySoup(), tasks=())
