@@ -4,32 +4,32 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
+from clmerge.branching import BranchedTask, branch_label
 from clmerge.callbacks import MergeCallback
-from clmerge.callbacks.progress import EpochLines, EpochSeed, trainable_line
-from clmerge.callbacks.provided import PROVIDED
+from clmerge.callbacks.progress import trainable_line
+from clmerge.callbacks.provided import PROVIDED, provided
 from clmerge.evaluation import Rows, accuracy_on, evaluate
-from clmerge.lightning_compat import TaskProgressBar, logger_step, quiet_lightning, set_step_offset
+from clmerge.lightning_compat import quiet_lightning
 from clmerge.loggers import finish_loggers, log_summary, log_task
-from clmerge.merging import Merger, Statistics
+from clmerge.merging import Merger, Statistics, WeightAverage
 from clmerge.modules import ContinualClassifier
 from clmerge.plots import save_plots
 from clmerge.results import EXPERT, ZERO_SHOT, Results
-from clmerge.run_folder import AtomicCheckpointIO, RunFolder
+from clmerge.run_folder import RunFolder
 from clmerge.streams import Stream, StreamDataModule
 from clmerge.streams.splits import derived_seed
 from clmerge.task_statistics import measure
+from clmerge.trainers import TrainerFactory, Trainers
 from clmerge.weights import save_tensors
 from clmerge.weights.parametrization import folded, running_statistics
-
-TrainerFactory = Callable[..., Trainer]
 
 
 class Learner:
@@ -44,9 +44,16 @@ class Learner:
         mergers: Mergers that ride on the run, as for ``MergeCallback``.
         data: The data module; batch sizes and workers.
         start_policy: Where every task starts: ``base`` (the pretrained weights), ``previous`` (the un-merged weights of
-            the task before) or ``merged`` (the deployed merged model).
+            the task before) or ``merged`` (a merged model, see ``start_from``).
         epochs: Epochs of every task, where they differ; default the Trainer's ``max_epochs`` for all.
-        deploy: Merger whose model is the start under ``merged``; default the first.
+        deploy: Merger whose model is the result, or ``expert`` for the un-merged one; default the first merger.
+        start_from: Merger whose model is the start under ``merged``, for instance a moving average (``wise_ft``);
+            default the deployed one.
+        branches: Branches of every task: models that start alike, each trained on its own part of the task's images,
+            and are merged into the task's model (Branch-and-Merge, arXiv 2407.08699).
+        rounds: How often a task branches and merges; every round starts from the merge of the one before (ColD
+            Fusion, arXiv 2212.01378).
+        branch_merger: Merges branches, as vectors from where they started; default ``WeightAverage``.
         buffers: Running statistics of merged models: of the ``latest`` task, of the ``base``, or their ``mean``.
         accumulators: Where base and accumulators live: ``cpu``, or ``model`` for the parameters' device.
         keep_task_vectors: Whether every task vector is kept in the run folder, for merging again later. Costs four
@@ -70,6 +77,10 @@ class Learner:
         start_policy: Literal["base", "previous", "merged"] = "previous",
         epochs: list[int] | None = None,
         deploy: str | None = None,
+        start_from: str | None = None,
+        branches: int = 1,
+        rounds: int = 1,
+        branch_merger: Merger | None = None,
         buffers: Literal["latest", "base", "mean"] = "latest",
         accumulators: Literal["cpu", "model"] = "cpu",
         keep_task_vectors: bool = True,
@@ -89,13 +100,15 @@ class Learner:
         if epochs is not None and len(epochs) != len(self.tasks):
             raise ValueError(f"expected epochs for each of the {len(self.tasks)} tasks, got {len(epochs)} numbers")
         self.epochs = epochs
-        self._progress = False
+        self.branches, self.rounds = branches, rounds
+        self.branch_merger = branch_merger or WeightAverage()
         self.keep_task_vectors = keep_task_vectors
         self.statistics_images = statistics_images
         self.merge = MergeCallback(
             mergers,
             start_policy=start_policy,
             deploy=deploy,
+            start_from=start_from,
             include=module.trained_names,
             buffers=buffers,
             device=accumulators,
@@ -107,6 +120,13 @@ class Learner:
         for taken in (EXPERT, ZERO_SHOT):
             if taken in self.merge.mergers:
                 raise ValueError(f"expected another name for a merger than {taken!r}, a reference model's name")
+        if branches < 1 or rounds < 1 or (rounds > 1 and branches == 1):
+            raise ValueError(
+                f"expected 1 branch or more and 1 round or more, of several branches each, got {branches} branches and "
+                f"{rounds} rounds"
+            )
+        if branches > 1 and (wanted := self.branch_merger.requires | self.merge.required_statistics & {"adam"}):
+            raise ValueError(f"expected mergers for branches that need task vectors alone, got one that needs {wanted}")
         needy = [name for name, merger in self.merge.mergers.items() if "score" in merger.requires]
         if needy and not all(len(stream.dataset(task.index, "val")) for task in self.tasks):
             raise ValueError(
@@ -132,7 +152,8 @@ class Learner:
             report: Called with the results after every evaluated task.
             progress: Whether to show progress bars instead of a line per epoch; default where stderr is a terminal.
         """
-        self._progress = sys.stderr.isatty() if progress is None else progress
+        progress = sys.stderr.isatty() if progress is None else progress
+        trainers = Trainers(trainer, run, loggers, progress=progress)
         quiet_lightning()
         seed_everything(self.seed, workers=True, verbose=False)
         backbone = self.module.backbone
@@ -148,13 +169,13 @@ class Learner:
         success = False
         try:
             if not run.manifest.results:
-                self._evaluate_zero_shot(run, trainer, results)
+                self._evaluate_zero_shot(run, trainers, results)
             for task in range(results.num_finished):
                 log_task(told, results, task)  # a killed run's loggers may lack what the manifest has
             for task in range(run.manifest.evaluated, len(self.tasks)):
                 if run.manifest.trained == task:
-                    self._train(run, trainer, loggers, results, task)
-                self._evaluate(run, trainer, results, task)
+                    self._train(run, trainers, results, task)
+                self._evaluate(run, trainers, results, task)
                 log_task(told, results, task)
                 if report is not None:
                     report(results)
@@ -168,54 +189,23 @@ class Learner:
 
     # One task ----------------------------------------------------------------------------------------------------
 
-    def _train(
-        self, run: RunFolder, factory: TrainerFactory, loggers: Sequence[Logger], results: Results, task: int
-    ) -> None:
+    def _train(self, run: RunFolder, trainers: Trainers, results: Results, task: int) -> None:
         started = time.perf_counter()
         info = self.tasks[task]
-        checkpoint = run.checkpoint(task)
-        seed = derived_seed(self.seed, "task", task) % 2**32  # NumPy's generator takes 32 bits
-        seed_everything(seed, workers=True, verbose=False)
         self.data.task = task
-        self.module.epoch_offset = run.manifest.epochs
         self.merge.apply_start_policy(self.module)
-        label = f"task {task + 1}/{len(self.tasks)} {info.name}"
-        trainer = self._build(
-            factory,
-            run,
-            label,
-            logger=list(loggers) or False,
-            callbacks=[
-                self.merge,
-                EpochSeed(seed),
-                EpochLines(label),
-                ModelCheckpoint(
-                    dirpath=checkpoint.parent,
-                    filename=checkpoint.stem,
-                    save_top_k=1,
-                    every_n_epochs=1,
-                    save_on_train_epoch_end=True,
-                    enable_version_counter=False,
-                ),
-            ],
-            **({} if self.epochs is None else {"max_epochs": self.epochs[task]}),
-            **({} if len(self.stream.dataset(task, "val")) else {"limit_val_batches": 0}),
-        )
-        wants_means = self.module.head.wants_prototypes
-        if wants_means:  # the Trainer has not moved the model yet
-            self.module.to(trainer.strategy.root_device)
-        self.module.begin_task(info.classes, self.data.eval_dataloader("train", [task]) if wants_means else None)
         self.merge.next_task(info.name, samples=len(self.stream.dataset(task, "train")))
-        self.module.train()
-        set_step_offset(trainer, run.manifest.step)
-        trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint if checkpoint.is_file() else None)
+        if self.branches == 1:
+            trainer = self._trainer(trainers, task, callbacks=[self.merge])
+            self._begin_task(trainer, task)
+            self._fit(trainers, trainer, task)
+        else:
+            trainer = self._train_branches(run, trainers, task)
         if self.merge.num_tasks != task + 1:
             raise RuntimeError(
                 f"expected {task + 1} merged tasks after {info.name}, got {self.merge.num_tasks}: the fit ended "
                 "without training; set trainer.max_epochs to 1 or more"
             )
-        run.manifest.step = logger_step(trainer)
-        run.manifest.epochs += trainer.current_epoch
         results.add_seconds("train", time.perf_counter() - started - self.merge.seconds)
         results.add_seconds("merge", self.merge.seconds)
         run.manifest.results = results.to_dict()
@@ -224,13 +214,64 @@ class Learner:
             run.keep_unmerged(task, self._unmerged())
         run.commit_state(task, self.module.state_dict(), self.merge.accumulators())
 
-    def _evaluate(self, run: RunFolder, factory: TrainerFactory, results: Results, task: int) -> None:
+    def _train_branches(self, run: RunFolder, trainers: Trainers, task: int) -> Trainer:
+        """Train a task in branches, commit each, and merge what the last round gave."""
+        sizes: dict[str, int] = {"branches": self.branches, "rounds": self.rounds}
+        done, steps = run.manifest.branch, run.manifest.step
+        trainer = self._trainer(trainers, task, branch=done, label=branch_label(done, **sizes))
+        self._begin_task(trainer, task)
+        branched = BranchedTask(self.merge, self.module, self.branch_merger, seed=self.seed, **sizes)
+        if done:
+            state = run.load_branch()
+            branched.load_state_dict(state)
+            steps = state["first_step"]
+        while not branched.finished:
+            if branched.done > done:
+                label = branch_label(branched.done, **sizes)
+                trainer = self._trainer(trainers, task, branch=branched.done, label=label)
+            branched.begin()
+            self.data.part = (branched.done % self.branches, self.branches)
+            self._fit(trainers, trainer, task, branch=branched.done)
+            branched.end()
+            trainer.strategy.barrier("branch")
+            run.commit_branch(task, branched.done, branched.state_dict() | {"first_step": steps})
+        self.data.part = (0, 1)
+        given = provided(self.merge.required_statistics, trainer, self.module, self.merge.base)
+        steps = run.manifest.step - steps
+        self.merge.commit(branched.vector(), self.module, trainer, given=given, steps=steps, again=True)
+        return trainer
+
+    def _trainer(
+        self, trainers: Trainers, task: int, *, callbacks: Sequence[Callback] = (), branch: int = 0, label: str = ""
+    ) -> Trainer:
+        seed = derived_seed(self.seed, "task", task, *([branch] if branch else []))
+        return trainers.for_fit(
+            f"task {task + 1}/{len(self.tasks)} {self.tasks[task].name}{label}",
+            seed,
+            trainers.run.checkpoint(task, branch),
+            callbacks,
+            **({} if self.epochs is None else {"max_epochs": self.epochs[task]}),
+            **({} if len(self.stream.dataset(task, "val")) else {"limit_val_batches": 0}),
+        )
+
+    def _begin_task(self, trainer: Trainer, task: int) -> None:
+        wants_means = self.module.head.wants_prototypes
+        if wants_means:  # the Trainer has not moved the model yet
+            self.module.to(trainer.strategy.root_device)
+        batches = self.data.eval_dataloader("train", [task]) if wants_means else None
+        self.module.begin_task(self.tasks[task].classes, batches)
+
+    def _fit(self, trainers: Trainers, trainer: Trainer, task: int, *, branch: int = 0) -> None:
+        self.module.epoch_offset = trainers.run.manifest.epochs
+        trainers.fit(trainer, self.module, self.data, trainers.run.checkpoint(task, branch))
+
+    def _evaluate(self, run: RunFolder, trainers: Trainers, results: Results, task: int) -> None:
         started = time.perf_counter()
         merged = {name: self.merge.merged_vector(name) for name in self.merge.mergers}
         weights = {name: self.merge.state_with(vector, self.module) for name, vector in merged.items()}
         # theta_0 + tau is what the bank can give back: compare finds the same bits.
         expert = self.merge.weights_with(self.merge.task_vector(self.module), self.module)
-        rows = self._rows(run, factory, f"evaluating {len(weights) + 1} models", {**weights, EXPERT: expert})
+        rows = self._rows(trainers, f"evaluating {len(weights) + 1} models", {**weights, EXPERT: expert})
         for name, row in rows.items():
             # A head that grows has no logits for the classes of tasks to come.
             known = len(self.tasks) if self.module.head.open_vocabulary else task + 1
@@ -241,10 +282,10 @@ class Learner:
         run.manifest.results = results.to_dict()
         run.commit()
 
-    def _evaluate_zero_shot(self, run: RunFolder, factory: TrainerFactory, results: Results) -> None:
+    def _evaluate_zero_shot(self, run: RunFolder, trainers: Trainers, results: Results) -> None:
         started = time.perf_counter()
         if self.module.head.open_vocabulary:
-            row = self._rows(run, factory, "evaluating zero-shot", {ZERO_SHOT: None})[ZERO_SHOT]
+            row = self._rows(trainers, "evaluating zero-shot", {ZERO_SHOT: None})[ZERO_SHOT]
             results.set_zero_shot(row["task_agnostic"], row["task_aware"])
         results.add_seconds("evaluate", time.perf_counter() - started)
         run.manifest.results = results.to_dict()
@@ -258,6 +299,8 @@ class Learner:
             for name, merger in self.merge.mergers.items():
                 merged = {key.removeprefix(prefix): value for key, value in self.merge.merged_state(name).items()}
                 save_tensors(run.model(name), {**whole, **merged}, metadata={"merger": repr(merger)})
+            if self.merge.deploy == EXPERT:
+                save_tensors(run.model(EXPERT), whole, metadata={"merger": "none: the last task's un-merged model"})
             if not self.module.head.open_vocabulary:
                 save_tensors(run.model("head"), self.module.head.state_dict())
             save_plots(results, run.plots)
@@ -283,38 +326,14 @@ class Learner:
             self.merge.load_accumulators(accumulators)
         return results
 
-    def _rows(
-        self, run: RunFolder, factory: TrainerFactory, label: str, weights: Mapping[str, Mapping[str, Tensor] | None]
-    ) -> Rows:
+    def _rows(self, trainers: Trainers, label: str, weights: Mapping[str, Mapping[str, Tensor] | None]) -> Rows:
         return evaluate(
-            self._build(factory, run, label, logger=False, callbacks=[]),
+            trainers.for_evaluation(label),
             self.module,
             weights,
             self.data,
             task_classes=[task.classes for task in self.tasks],
             num_classes=len(self.stream.class_names),
-        )
-
-    def _build(
-        self,
-        factory: TrainerFactory,
-        run: RunFolder,
-        label: str,
-        *,
-        logger: list[Logger] | Literal[False],
-        callbacks: list[Callback],
-        **options: Any,
-    ) -> Trainer:
-        return factory(
-            logger=logger,
-            callbacks=[*callbacks, *([TaskProgressBar(label)] if self._progress else [])],
-            plugins=[AtomicCheckpointIO()],
-            default_root_dir=run.path,
-            enable_checkpointing=bool(callbacks),
-            enable_model_summary=False,
-            enable_progress_bar=self._progress,
-            num_sanity_val_steps=0,
-            **options,
         )
 
     def _unmerged(self) -> dict[str, Tensor]:

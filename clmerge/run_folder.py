@@ -30,6 +30,7 @@ class Manifest:
         state: Folder of the committed state, relative to the run folder, or None before the first task.
         step: Optimizer steps taken so far, over all tasks.
         epochs: Epochs trained so far, over all tasks.
+        branch: Fits of the current task that are committed, where a task is trained in branches.
         wandb_id: Identity of the run in W&B, kept over a resume.
         results: The results so far, in the form of ``results.json``.
         finished: Whether the run is complete.
@@ -40,6 +41,7 @@ class Manifest:
     state: str | None = None
     step: int = 0
     epochs: int = 0
+    branch: int = 0
     wandb_id: str | None = None
     results: dict[str, Any] = field(default_factory=dict)
     finished: bool = False
@@ -137,9 +139,13 @@ class RunFolder:
         """What the loggers write."""
         return self.path / "logs"
 
-    def checkpoint(self, task: int) -> Path:
-        """Lightning's checkpoint of the last completed epoch of a task in training."""
-        return self.path / "checkpoints" / f"task_{task:03d}.ckpt"
+    def checkpoint(self, task: int, branch: int = 0) -> Path:
+        """Lightning's checkpoint of the last completed epoch of a task, or a branch of it, in training."""
+        return self.path / "checkpoints" / f"task_{task:03d}{f'_branch_{branch:03d}' * (branch > 0)}.ckpt"
+
+    def branch(self, task: int, done: int) -> Path:
+        """State between two branches of a task."""
+        return self.path / "state" / f"task_{task:03d}_branch_{done:03d}.pt"
 
     def model(self, name: str) -> Path:
         """Final weights of one merger."""
@@ -174,9 +180,33 @@ class RunFolder:
                 torch.save(dict(accumulators), temporary)
         self.manifest.state = folder.as_posix()
         self.manifest.trained = task + 1
+        self.manifest.branch = 0
         self.commit()
         if self.writes:
             self._remove_leftovers()
+
+    def commit_branch(self, task: int, done: int, state: Mapping[str, Any]) -> None:
+        """Commit a branch of a task.
+
+        Args:
+            task: Index of the task.
+            done: Branches of the task that are done.
+            state: Tensors and primitives that ``weights_only`` loading accepts.
+        """
+        if self.writes:
+            self.branch(task, done).parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(self.branch(task, done)) as temporary:
+                torch.save(dict(state), temporary)
+        self.manifest.branch = done
+        self.commit()
+        if self.writes:
+            self._remove_leftovers()
+
+    def load_branch(self) -> dict[str, Any]:
+        """Return what the last ``commit_branch`` of the current task took, on the CPU."""
+        file = self.branch(self.manifest.trained, self.manifest.branch)
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        return state
 
     def load_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what the last ``commit_state`` took: the module's weights and the accumulators, on the CPU.
@@ -198,7 +228,8 @@ class RunFolder:
         """Remove states and checkpoints that the manifest has left behind, and half-written files."""
         keep = {self.path / self.manifest.state} if self.manifest.state is not None else set()
         if not self.manifest.finished:
-            keep.add(self.checkpoint(self.manifest.trained))
+            task, branch = self.manifest.trained, self.manifest.branch
+            keep |= {self.checkpoint(task, branch), self.branch(task, branch)}
         for folder in ("state", "checkpoints"):
             for pattern in ("task_*", ".task_*.tmp"):  # a checkpoint callback of the user may write here, too
                 for found in sorted((self.path / folder).glob(pattern)):

@@ -15,7 +15,7 @@ from typing_extensions import override
 from clmerge.callbacks.evaluation_swap import EvaluationSwap
 from clmerge.callbacks.provided import provided
 from clmerge.callbacks.ranks import check_same_on_all_ranks
-from clmerge.callbacks.running_merge import Buffers, RunningMerge, check_choice
+from clmerge.callbacks.running_merge import EXPERT, Buffers, RunningMerge, check_choice
 from clmerge.lightning_compat import refuse_unsupported_strategy
 from clmerge.merging import Merger, Statistics
 from clmerge.weights import TaskVectorBank
@@ -42,8 +42,11 @@ class MergeCallback(RunningMerge, EvaluationSwap):
         mergers: One merger, a list of them, or a mapping from name to merger. In a list, mergers go by their names
             (``"magmax"``), or by name and settings where two are of the same class.
         start_policy: Where the next task starts: ``"base"`` (theta_0), ``"previous"`` (the un-merged weights of the
-            task before) or ``"merged"`` (theta_0 plus the deployed merged vector).
-        deploy: Name of the merger whose weights are swapped in; default the first.
+            task before) or ``"merged"`` (theta_0 plus a merged vector, see ``start_from``).
+        deploy: Name of the merger whose weights are swapped in; default the first. ``"expert"`` swaps nothing in: the
+            un-merged model is what is tested.
+        start_from: Name of the merger whose weights are the start under ``"merged"``, a moving average for instance
+            (``"wise_ft"``); default the deployed one.
         include: Glob patterns of the parameters to merge; default every trainable floating parameter.
         exclude: Glob patterns of parameters to leave out, heads for instance. They keep their trained values.
         base: theta_0: a safetensors file or a mapping from parameter name to tensor. By default the weights at the
@@ -86,6 +89,7 @@ class MergeCallback(RunningMerge, EvaluationSwap):
         *,
         start_policy: StartPolicy = "previous",
         deploy: str | None = None,
+        start_from: str | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         base: str | Path | Mapping[str, Tensor] | None = None,
@@ -101,7 +105,14 @@ class MergeCallback(RunningMerge, EvaluationSwap):
             mergers, deploy=deploy, base=base, buffers=buffers, device=device, score=score, statistics=statistics
         )
         check_choice("start_policy", start_policy, ("base", "previous", "merged"))
+        names = list(self.mergers)
+        if start_from is not None and (start_policy != "merged" or start_from not in names):
+            raise ValueError(
+                f"expected start_from to be one of {names} under start_policy='merged', got {start_from!r} under "
+                f"{start_policy!r}"
+            )
         self.start_policy = start_policy
+        self.start_from = start_from or (names[0] if self.deploy == EXPERT else self.deploy)
         self.include = None if include is None else list(include)
         self.exclude = list(exclude)
         self.bank: TaskVectorBank | None = None
@@ -139,13 +150,14 @@ class MergeCallback(RunningMerge, EvaluationSwap):
         """Give ``model`` the weights that the next task starts from; every ``fit`` does this by itself."""
         if self.num_tasks and self.start_policy != "previous":
             from_base = self.start_policy == "base"
-            start = self.weights_with({}, model) if from_base else self.state_with(self.merged_vector(), model)
+            start = self.weights_with({}, model) if from_base else self.state_with(self.merged_vector(self.start_from), model)
             assign(named_tensors(model, start, origin=self._base_origin), start)
         renew(model, seed=self.seed, task=self.num_tasks)
 
     @override
     def _evaluation_state(self, pl_module: LightningModule) -> dict[str, Tensor] | None:
-        return self.state_with(self.merged_vector(), pl_module) if self.num_tasks else None
+        swaps = self.num_tasks and self.deploy != EXPERT
+        return self.state_with(self.merged_vector(), pl_module) if swaps else None
 
     # Training ----------------------------------------------------------------------------------------------------
 
@@ -161,7 +173,18 @@ class MergeCallback(RunningMerge, EvaluationSwap):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.start(pl_module, self.include, self.exclude)
+        self.take_base(pl_module)
+
+    def take_base(self, model: nn.Module) -> None:
+        """Take theta_0 from ``model`` if there is none yet, or check that the model fits it; every ``fit`` does this.
+
+        Args:
+            model: The model before anything was trained, or before a later task.
+
+        Raises:
+            RuntimeError: If the model has other parameters than theta_0.
+        """
+        self.start(model, self.include, self.exclude)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -185,19 +208,41 @@ class MergeCallback(RunningMerge, EvaluationSwap):
 
     def _merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fold the trained weights into every merger; weights that cannot be merged reach none of them."""
+        given = provided(self.required_statistics, trainer, pl_module, self.base)
+        # A run killed after its merge has written this vector already.
+        again = trainer.ckpt_path is not None
+        self.commit(self.task_vector(pl_module), pl_module, trainer, given=given, steps=trainer.global_step, again=again)
+        self._merged_this_fit = True
+
+    def commit(
+        self,
+        tau: Mapping[str, Tensor],
+        model: LightningModule,
+        trainer: Trainer,
+        *,
+        given: Statistics | None = None,
+        steps: int,
+        again: bool = False,
+    ) -> None:
+        """Fold the vector of a task that is done into every merger, and keep it in the bank; every ``fit`` does this.
+
+        Args:
+            tau: The task vector.
+            model: The model, as for ``fold``.
+            trainer: Says which process this is.
+            given: Statistics, as for ``fold``.
+            steps: Optimizer steps of the task.
+            again: Whether the bank may hold the vector already, after an interruption.
+        """
         started = time.perf_counter()
-        tau = self.task_vector(pl_module)
-        self.fold(tau, pl_module, given=provided(self.required_statistics, trainer, pl_module, self.base))
+        self.fold(tau, model, given=given)
         if self.bank is not None and trainer.is_global_zero:
             task = self.num_tasks - 1
-            counts = {"steps": trainer.global_step, "samples": self._task_samples}
-            # A run killed after its merge has written this vector already.
-            again = trainer.ckpt_path is not None
+            counts = {"steps": steps, "samples": self._task_samples}
             name = self._task_name or f"task_{task:03d}"
             self.bank.append(task, tau, name=name, base=self.base_fingerprint, counts=counts, overwrite=again)
         trainer.strategy.barrier("bank")
         self._task_name = self._task_samples = None
-        self._merged_this_fit = True
         if trainer.world_size > 1:
             check_same_on_all_ranks(trainer, [merger.compute() for merger in self.mergers.values()])
         self.seconds = time.perf_counter() - started

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clmerge.callbacks.naming import check_requirements, name_mergers
 from clmerge.merging import Merger, Statistics
 from clmerge.merging.checks import is_finite
+from clmerge.results import EXPERT
 from clmerge.weights import CheckedVector, apply_task_vector, fingerprint, load_tensors
 from clmerge.weights.modes import eval_mode
 from clmerge.weights.parametrization import (
@@ -32,7 +33,8 @@ class RunningMerge:
 
     Args:
         mergers: One merger, a list of them, or a mapping from name to merger.
-        deploy: Name of the merger that is meant where none is named; default the first.
+        deploy: Name of the merger that is meant where none is named, or ``"expert"`` for the un-merged model; default the
+            first merger.
         base: theta_0: a safetensors file or a mapping from parameter name to tensor; default taken by ``start``.
         buffers: Running statistics of the merged models: ``"latest"``, ``"base"`` or ``"mean"`` over the tasks.
         device: Where base and accumulators live: ``"cpu"`` or ``"model"`` for the parameters' device.
@@ -62,8 +64,8 @@ class RunningMerge:
         self.mergers = name_mergers(mergers)
         check_choice("buffers", buffers, ("latest", "base", "mean"))
         check_choice("device", device, ("cpu", "model"))
-        if deploy is not None and deploy not in self.mergers:
-            raise ValueError(f"expected deploy to be one of {list(self.mergers)}, got {deploy!r}")
+        if deploy is not None and deploy not in [*self.mergers, EXPERT]:
+            raise ValueError(f"expected deploy to be one of {[*self.mergers, EXPERT]}, got {deploy!r}")
         check_requirements(self.mergers, score=score is not None, statistics=statistics is not None)
         self.deploy = deploy or next(iter(self.mergers))
         self.buffers = buffers

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from clmerge.streams.cache import CachedImages, TaskImages, cached
-from clmerge.streams.images import ImageDataset
+from clmerge.streams.images import ImageDataset, subset
 from clmerge.streams.replay import Images, Replay, ReplaySampler, replay_memory
 from clmerge.streams.samplers import EpochSampler, SeededDataset, ShardSampler, even_steps_batch_size
-from clmerge.streams.splits import derived_seed
+from clmerge.streams.splits import dealt, derived_seed
 from clmerge.streams.stream import Split, Stream, Transform
 
 
@@ -38,6 +38,9 @@ class StreamDataModule(LightningDataModule):
             that many in all, shared evenly by the classes seen, as many from memory in every batch as from the
             task (experience replay); or ``all`` of them, shuffled with the task's (joint training on all data so
             far). A loss over the ``current`` classes has no place for them.
+
+    Attributes:
+        part: ``(index, count)``: train on one of ``count`` class-balanced parts of the task's images.
 
     Raises:
         ValueError: if a number is out of range.
@@ -72,6 +75,7 @@ class StreamDataModule(LightningDataModule):
         self._train_transform: Transform | None = None
         self._eval_transform: Transform | None = None
         self._task = 0
+        self.part = (0, 1)
         self._cache: dict[tuple[Split, int], CachedImages | None] = {}
 
     def setup_stream(self, stream: Stream, train_transform: Transform | None, eval_transform: Transform | None) -> None:
@@ -120,6 +124,11 @@ class StreamDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the shuffled training batches of the current task, with those from memory under ``replay``."""
         current = self.stream.dataset(self._task, "train", self._train_transform)
+        part, num_parts = self.part
+        if num_parts > 1:
+            current = subset(
+                current, dealt(current.targets, num_parts, seed=derived_seed(self.seed, "parts", self._task))[part]
+            )
         memory = self.memory(self._train_transform)
         images = Images([current, *memory.parts]) if len(memory) else current
         shuffled = images if self.replay == "all" else current

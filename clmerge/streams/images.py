@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -34,3 +35,15 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = self.plan.images.image(self.plan.indices[index])
         return (image if self.transform is None else self.transform(image)), self.plan.targets[index]
+
+
+def subset(images: ImageDataset, positions: Sequence[int]) -> ImageDataset:
+    """Return some of the images.
+
+    Args:
+        images: the images.
+        positions: which of them, in this order.
+    """
+    plan = images.plan
+    indices, targets = (tuple(values[p] for p in positions) for values in (plan.indices, plan.targets))
+    return ImageDataset(SplitPlan(plan.images, indices, targets), images.transform)

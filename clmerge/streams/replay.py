@@ -10,10 +10,10 @@ import torch
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from clmerge.streams.images import ImageDataset
+from clmerge.streams.images import ImageDataset, subset
 from clmerge.streams.samplers import EpochSampler
 from clmerge.streams.splits import derived_seed
-from clmerge.streams.stream import SplitPlan, Stream, Transform
+from clmerge.streams.stream import Stream, Transform
 
 Replay: TypeAlias = int | Literal["all"]
 """How many images of earlier tasks are kept: a number, or all of them (joint training)."""
@@ -51,7 +51,7 @@ def replay_memory(stream: Stream, task: int, replay: Replay, transform: Transfor
         share = replay // len(by_class) + (rank < replay % len(by_class))
         for part, position in order[:share]:
             kept[part].append(position)
-    return Images([_subset(images, sorted(positions)) for images, positions in zip(earlier, kept, strict=True)])
+    return Images([subset(images, sorted(positions)) for images, positions in zip(earlier, kept, strict=True)])
 
 
 class Images(Dataset[tuple[Any, int]]):
@@ -136,11 +136,3 @@ class ReplaySampler(DistributedSampler[tuple[int, int]]):
         while True:
             for position in torch.randperm(self.num_memory, generator=generator).tolist():
                 yield self.num_current + position
-
-
-def _subset(images: ImageDataset, positions: Sequence[int]) -> ImageDataset:
-    plan = images.plan
-    chosen = SplitPlan(
-        plan.images, tuple(plan.indices[p] for p in positions), tuple(plan.targets[p] for p in positions)
-    )
-    return ImageDataset(chosen, images.transform)

@@ -73,3 +73,30 @@ def stratified_cut(
         held += order[:num_held]
     out = set(held)
     return [position for position in range(len(targets)) if position not in out], sorted(held)
+
+
+def dealt(targets: Sequence[int], num_parts: int, *, seed: int) -> list[list[int]]:
+    """Deal positions out into parts that have equally many of every class, as far as that goes.
+
+    Args:
+        targets: class id of each sample, length ``n``.
+        num_parts: number of parts.
+        seed: seed of the choice.
+
+    Returns:
+        ``num_parts`` lists of positions, ascending, disjoint and together all of ``range(n)``.
+
+    Raises:
+        ValueError: if there are fewer samples than parts.
+
+    Example:
+        >>> parts = dealt([0, 0, 0, 0, 1, 1], 2, seed=0)
+        >>> [len(part) for part in parts], [sum(p > 3 for p in part) for part in parts]
+        ([3, 3], [1, 1])
+    """
+    if len(targets) < num_parts:
+        raise ValueError(f"expected at least one sample for each of {num_parts} parts, got {len(targets)}")
+    order = list(range(len(targets)))
+    random.Random(derived_seed(seed, "deal")).shuffle(order)
+    order.sort(key=targets.__getitem__)
+    return [sorted(order[part::num_parts]) for part in range(num_parts)]

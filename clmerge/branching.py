@@ -1,0 +1,123 @@
+"""Train one task in branches: several fits from one start, each on a part of the data, merged before going on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clmerge.callbacks import MergeCallback
+from clmerge.merging import Merger
+from clmerge.streams.splits import derived_seed
+from clmerge.weights import TaskVector
+from clmerge.weights.parametrization import own_names, renew
+from clmerge.weights.swap import assign, full_copy, named_tensors
+
+
+class BranchedTask:
+    """The fits of one task: ``rounds`` times ``branches`` models that start alike and are merged into the next start.
+
+    Every branch gives the vector of what it moved away from its start; their merge is added to the start (Branch-and-
+    Merge, arXiv 2407.08699; repeated, ColD Fusion, arXiv 2212.01378). What is trained but not merged, a head for
+    instance, is averaged over the branches. Running statistics go on from branch to branch.
+
+    Args:
+        merge: The callback that holds theta_0 and says what is merged.
+        module: The model; it holds what the task starts from.
+        merger: Merges the branches of a round; it is emptied before every round.
+        branches: Branches of a round.
+        rounds: Rounds of the task.
+        seed: Seed of the factors that low-rank modes of tuning start with.
+
+    Attributes:
+        done: Fits that are done, over all rounds.
+    """
+
+    def __init__(
+        self, merge: MergeCallback, module: nn.Module, merger: Merger, *, branches: int, rounds: int, seed: int
+    ) -> None:
+        self.merge = merge
+        self.module = module
+        self.merger = merger
+        self.branches = branches
+        self.rounds = rounds
+        self.seed = seed
+        self.done = 0
+        merger.reset()
+        merge.take_base(module)
+        self._start: TaskVector = merge.task_vector(module)
+        self._rest_start = {name: full_copy(tensor) for name, tensor in self._rest().items()}
+        self._rest_sum = {name: torch.zeros_like(tensor) for name, tensor in self._rest_start.items()}
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds are done; the model then holds what the last one gave."""
+        return self.done == self.branches * self.rounds
+
+    def begin(self) -> None:
+        """Give the model the start of the round; a checkpoint of the branch may replace it."""
+        self._place(self._start, self._rest_start)
+        renew(self.module, seed=derived_seed(self.seed, "branch", self.done), task=self.merge.num_tasks)
+
+    def end(self) -> None:
+        """Take what the branch has trained in; after the last branch of a round, give the model the merge.
+
+        Raises:
+            ValueError: If the weights hold NaN or Inf.
+        """
+        theta = self.merge.task_vector(self.module)
+        moved = {name: tensor - self._start[name] for name, tensor in theta.items()}
+        self.merger.update(moved, task=self.done)
+        for name, tensor in self._rest().items():
+            self._rest_sum[name] += tensor.detach()
+        self.done += 1
+        if self.done % self.branches == 0:
+            merged = self.merger.compute()
+            self._start = {name: tensor + merged[name].to(tensor) for name, tensor in self._start.items()}
+            self._rest_start = {name: total / self.branches for name, total in self._rest_sum.items()}
+            self._rest_sum = {name: torch.zeros_like(total) for name, total in self._rest_sum.items()}
+            self.merger.reset()
+            self._place(self._start, self._rest_start)
+
+    def vector(self) -> TaskVector:
+        """Return the task vector of the last merge: what the task as a whole adds to theta_0."""
+        return dict(self._start)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: tensors and primitives."""
+        return {
+            "done": self.done,
+            "start": self._start,
+            "rest_start": self._rest_start,
+            "rest_sum": self._rest_sum,
+            "merger": self.merger.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken."""
+        self.merger.load_state_dict(state["merger"])
+        self.done = int(state["done"])
+        self._start = dict(state["start"])
+        self._rest_start, self._rest_sum = dict(state["rest_start"]), dict(state["rest_sum"])
+        self._place(self._start, self._rest_start)
+
+    def _place(self, vector: TaskVector, rest: Mapping[str, Tensor]) -> None:
+        values = {**self.merge.weights_with(vector, self.module), **rest}
+        assign(named_tensors(self.module, values, origin="the start of a branch"), values)
+
+    def _rest(self) -> dict[str, Tensor]:
+        """Return what is trained but not merged, by the module's own names."""
+        parameters = dict(self.module.named_parameters())
+        own = [name for dense, name in own_names(self.module).items() if dense not in self.merge.base]
+        return {name: parameters[name] for name in own if name in parameters and parameters[name].requires_grad}
+
+
+def branch_label(done: int, *, branches: int, rounds: int) -> str:
+    """Return which fit of a task comes after ``done`` ones, in words.
+
+    Example:
+        >>> branch_label(3, branches=2, rounds=2)
+        ', round 2/2, branch 2/2'
+    """
+    round_label = f", round {done // branches + 1}/{rounds}" if rounds > 1 else ""
+    return f"{round_label}, branch {done % branches + 1}/{branches}"
