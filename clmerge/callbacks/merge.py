@@ -15,9 +15,10 @@ from typing_extensions import override
 from clmerge.callbacks.evaluation_swap import EvaluationSwap
 from clmerge.callbacks.provided import provided
 from clmerge.callbacks.ranks import check_same_on_all_ranks
-from clmerge.callbacks.running_merge import EXPERT, Buffers, RunningMerge, check_choice
+from clmerge.callbacks.running_merge import Buffers, RunningMerge, check_choice
 from clmerge.lightning_compat import refuse_unsupported_strategy
 from clmerge.merging import Merger, Statistics
+from clmerge.results import EXPERT
 from clmerge.weights import TaskVectorBank
 from clmerge.weights.parametrization import renew
 from clmerge.weights.swap import assign, named_tensors
@@ -150,7 +151,11 @@ class MergeCallback(RunningMerge, EvaluationSwap):
         """Give ``model`` the weights that the next task starts from; every ``fit`` does this by itself."""
         if self.num_tasks and self.start_policy != "previous":
             from_base = self.start_policy == "base"
-            start = self.weights_with({}, model) if from_base else self.state_with(self.merged_vector(self.start_from), model)
+            start = (
+                self.weights_with({}, model)
+                if from_base
+                else self.state_with(self.merged_vector(self.start_from), model)
+            )
             assign(named_tensors(model, start, origin=self._base_origin), start)
         renew(model, seed=self.seed, task=self.num_tasks)
 
@@ -211,7 +216,9 @@ class MergeCallback(RunningMerge, EvaluationSwap):
         given = provided(self.required_statistics, trainer, pl_module, self.base)
         # A run killed after its merge has written this vector already.
         again = trainer.ckpt_path is not None
-        self.commit(self.task_vector(pl_module), pl_module, trainer, given=given, steps=trainer.global_step, again=again)
+        self.commit(
+            self.task_vector(pl_module), pl_module, trainer, given=given, steps=trainer.global_step, again=again
+        )
         self._merged_this_fit = True
 
     def commit(

@@ -33,8 +33,8 @@ class RunningMerge:
 
     Args:
         mergers: One merger, a list of them, or a mapping from name to merger.
-        deploy: Name of the merger that is meant where none is named, or ``"expert"`` for the un-merged model; default the
-            first merger.
+        deploy: Name of the merger that is meant where none is named, or ``"expert"`` for the un-merged model; default
+            the first merger.
         base: theta_0: a safetensors file or a mapping from parameter name to tensor; default taken by ``start``.
         buffers: Running statistics of the merged models: ``"latest"``, ``"base"`` or ``"mean"`` over the tasks.
         device: Where base and accumulators live: ``"cpu"`` or ``"model"`` for the parameters' device.
