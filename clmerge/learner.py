@@ -41,7 +41,7 @@ class Learner:
     Args:
         stream: The tasks.
         module: The classifier to train.
-        mergers: Mergers that ride on the run, as for ``MergeCallback``.
+        mergers: Mergers that ride on the run, as for ``MergeCallback``; none does where the backbone is frozen.
         data: The data module; batch sizes and workers.
         start_policy: Where every task starts: ``base`` (the pretrained weights), ``previous`` (the un-merged weights of
             the task before) or ``merged`` (a merged model, see ``start_from``).
@@ -117,6 +117,8 @@ class Learner:
             seed=seed,
             save_state=False,  # the run folder keeps accumulators; in every epoch's checkpoint they would be a burden
         )
+        # A frozen backbone leaves nothing to merge: the head alone is trained, if at all, and evaluated.
+        self.mergers = self.merge.mergers if module.trained_names else {}
         for taken in (EXPERT, ZERO_SHOT):
             if taken in self.merge.mergers:
                 raise ValueError(f"expected another name for a merger than {taken!r}, a reference model's name")
@@ -127,7 +129,7 @@ class Learner:
             )
         if branches > 1 and (wanted := self.branch_merger.requires | self.merge.required_statistics & {"adam"}):
             raise ValueError(f"expected mergers for branches that need task vectors alone, got one that needs {wanted}")
-        needy = [name for name, merger in self.merge.mergers.items() if "score" in merger.requires]
+        needy = [name for name, merger in self.mergers.items() if "score" in merger.requires]
         if needy and not all(len(stream.dataset(task.index, "val")) for task in self.tasks):
             raise ValueError(
                 f"expected validation images for merger {needy[0]!r}, got a stream that holds none out; "
@@ -195,13 +197,18 @@ class Learner:
         self.data.task = task
         self.merge.apply_start_policy(self.module)
         self.merge.next_task(info.name, samples=len(self.stream.dataset(task, "train")))
-        if self.branches == 1:
+        if not self.mergers:
+            trainer = self._trainer(trainers, task)
+            self._begin_task(trainer, task)
+            if any(parameter.requires_grad for parameter in self.module.parameters()):
+                self._fit(trainers, trainer, task)
+        elif self.branches == 1:
             trainer = self._trainer(trainers, task, callbacks=[self.merge])
             self._begin_task(trainer, task)
             self._fit(trainers, trainer, task)
         else:
             trainer = self._train_branches(run, trainers, task)
-        if self.merge.num_tasks != task + 1:
+        if self.mergers and self.merge.num_tasks != task + 1:
             raise RuntimeError(
                 f"expected {task + 1} merged tasks after {info.name}, got {self.merge.num_tasks}: the fit ended "
                 "without training; set trainer.max_epochs to 1 or more"
@@ -267,7 +274,7 @@ class Learner:
 
     def _evaluate(self, run: RunFolder, trainers: Trainers, results: Results, task: int) -> None:
         started = time.perf_counter()
-        merged = {name: self.merge.merged_vector(name) for name in self.merge.mergers}
+        merged = {name: self.merge.merged_vector(name) for name in self.mergers}
         weights = {name: self.merge.state_with(vector, self.module) for name, vector in merged.items()}
         # theta_0 + tau is what the bank can give back: compare finds the same bits.
         expert = self.merge.weights_with(self.merge.task_vector(self.module), self.module)
@@ -296,7 +303,7 @@ class Learner:
         with folded(self.module.backbone):
             whole = dict(self.module.backbone.model.state_dict())
         if run.writes:
-            for name, merger in self.merge.mergers.items():
+            for name, merger in self.mergers.items():
                 merged = {key.removeprefix(prefix): value for key, value in self.merge.merged_state(name).items()}
                 save_tensors(run.model(name), {**whole, **merged}, metadata={"merger": repr(merger)})
             if self.merge.deploy == EXPERT:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from support.tiny import tiny_clip
+from torch.nn import functional
 
 from clmerge import ContinualClassifier, Learner
 from clmerge.merging import (
@@ -18,7 +19,7 @@ from clmerge.merging import (
     WeightAverage,
     WeightedAverage,
 )
-from clmerge.models import CosineHead, LinearHead, OpenClip, Timm, ZeroShotHead
+from clmerge.models import CosineHead, Frozen, LinearHead, OpenClip, Timm, ZeroShotHead
 from clmerge.run_folder import RunFolder
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
 from clmerge.weights import TaskVectorBank, load_tensors
@@ -35,12 +36,23 @@ def no_pictures(monkeypatch):
 
 
 def make_learner(
-    clip, mergers, *, head=None, loss="current", backbone=None, num_tasks=3, val_fraction=0.1, data=None, **options
+    clip,
+    mergers,
+    *,
+    head=None,
+    loss="current",
+    backbone=None,
+    num_tasks=3,
+    val_fraction=0.1,
+    data=None,
+    tuning=None,
+    **options,
 ):
     torch.manual_seed(0)
     module = ContinualClassifier(
         backbone or OpenClip(clip),
         head or ZeroShotHead(),
+        tuning=tuning,
         loss_classes=loss,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
     )
@@ -243,3 +255,33 @@ def test_replay_keeps_more_of_earlier_tasks_than_sequential_fine_tuning(clip, tm
     sequential, replayed, joint = last("sequential"), last("replay", replay=40), last("joint", replay="all")
     assert replayed[0] > sequential[0] + 0.2
     assert joint[0] > sequential[0] + 0.2
+
+
+def test_a_frozen_backbone_with_class_means_is_a_baseline_without_training(clip, tmp_path):
+    """SimpleCIL: the nearest class mean, here computed anew; every task's images are seen once."""
+    learner = make_learner(clip, MagMax(), head=CosineHead(trainable=False), tuning=Frozen(), num_tasks=2)
+    results = run(learner, tmp_path / "run").to_dict()
+    assert list(results["models"]) == ["expert"]
+    assert not list((tmp_path / "run").glob("bank/*"))
+    backbone = OpenClip(clip).eval()
+    stream, transform = learner.stream, backbone.eval_transform
+    with torch.no_grad():
+        features, labels = {}, {}
+        for split in ("train", "test"):
+            found = [item for task in (0, 1) for item in stream.dataset(task, split, transform)]
+            features[split] = functional.normalize(backbone(torch.stack([image for image, _ in found])), dim=1)
+            labels[split] = torch.tensor([label for _, label in found])
+    means = torch.stack([features["train"][labels["train"] == c].mean(dim=0) for c in range(10)])
+    hits = (features["test"] @ functional.normalize(means, dim=1).T).argmax(dim=1) == labels["test"]
+    first = len(stream.dataset(0, "test"))
+    wanted = [hits[:first].float().mean().item(), hits[first:].float().mean().item()]
+    assert results["models"]["expert"]["task_agnostic"]["R"][1] == pytest.approx(wanted, abs=5e-3)
+
+
+def test_a_head_alone_can_be_trained(clip, tmp_path):
+    learner = make_learner(clip, MagMax(), head=LinearHead(), tuning=Frozen(), loss="seen", num_tasks=2)
+    before = {name: value.clone() for name, value in learner.module.backbone.state_dict().items()}
+    results = run(learner, tmp_path / "run")
+    assert results.models == ["expert"]
+    assert all(torch.equal(before[name], value) for name, value in learner.module.backbone.state_dict().items())
+    assert (tmp_path / "run" / "model" / "head.safetensors").is_file()

@@ -2,11 +2,12 @@
 
 from clmerge.models.backbone import Backbone, OpenClip, Timm
 from clmerge.models.heads import CosineHead, Head, LinearHead, ZeroShotHead
-from clmerge.models.tuning import Full, Partial, Tuning
+from clmerge.models.tuning import Frozen, Full, Partial, Tuning
 
 __all__ = [
     "Backbone",
     "CosineHead",
+    "Frozen",
     "Full",
     "Head",
     "LinearHead",

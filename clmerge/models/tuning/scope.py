@@ -23,6 +23,23 @@ class Full(Tuning):
         train_only(backbone, select_parameters(backbone.model, backbone.default_trainable))
 
 
+class Frozen(Tuning):
+    """Train nothing of the backbone: what a head alone can do, a baseline that there is nothing to merge for.
+
+    With a ``CosineHead`` that is not trained either, every class is the mean feature of its images (SimpleCIL,
+    arXiv:2303.07338); with a ``LinearHead`` it is linear probing.
+    """
+
+    @override
+    def prepare(self, backbone: Backbone) -> list[str]:
+        self.apply(backbone)
+        return []
+
+    @override
+    def apply(self, backbone: Backbone) -> None:
+        backbone.requires_grad_(False)
+
+
 class Partial(Tuning):
     """Train a part of the weights.
 
