@@ -18,7 +18,7 @@ from clmerge.callbacks.progress import trainable_line
 from clmerge.callbacks.provided import PROVIDED, provided
 from clmerge.evaluation import Rows, accuracy_on, evaluate
 from clmerge.lightning_compat import quiet_lightning
-from clmerge.loggers import finish_loggers, log_summary, log_task
+from clmerge.loggers import finish_loggers, log_artifacts, log_summary, log_task
 from clmerge.merging import Merger, Statistics, WeightAverage
 from clmerge.modules import ContinualClassifier
 from clmerge.plots import save_plots
@@ -144,6 +144,7 @@ class Learner:
         loggers: Sequence[Logger] = (),
         report: Callable[[Results], None] | None = None,
         progress: bool | None = None,
+        artifacts: bool = False,
     ) -> Results:
         """Train what the run folder lacks, and return the results of the whole stream.
 
@@ -153,7 +154,13 @@ class Learner:
             loggers: Lightning loggers for the whole stream.
             report: Called with the results after every evaluated task.
             progress: Whether to show progress bars instead of a line per epoch; default where stderr is a terminal.
+            artifacts: Whether W&B gets base, task vectors and merged models as artifacts in the end.
+
+        Raises:
+            ValueError: If task vectors shall become artifacts but are not kept.
         """
+        if artifacts and not self.keep_task_vectors:
+            raise ValueError("expected keep_task_vectors=true to log artifacts, got false: there would be none")
         progress = sys.stderr.isatty() if progress is None else progress
         trainers = Trainers(trainer, run, loggers, progress=progress)
         quiet_lightning()
@@ -173,17 +180,20 @@ class Learner:
             if not run.manifest.results:
                 self._evaluate_zero_shot(run, trainers, results)
             for task in range(results.num_finished):
-                log_task(told, results, task)  # a killed run's loggers may lack what the manifest has
+                # A killed run's loggers may lack what the manifest has.
+                log_task(told, results, task, deployed=self.merge.deploy)
             for task in range(run.manifest.evaluated, len(self.tasks)):
                 if run.manifest.trained == task:
                     self._train(run, trainers, results, task)
                 self._evaluate(run, trainers, results, task)
-                log_task(told, results, task)
+                log_task(told, results, task, deployed=self.merge.deploy)
                 if report is not None:
                     report(results)
             if not run.manifest.finished:
                 self._finish(run, results)
-            log_summary(told, results)
+            log_summary(told, results, deployed=self.merge.deploy)
+            if artifacts:
+                log_artifacts(told, run, results)
             success = True
         finally:
             finish_loggers(told, success=success)

@@ -49,7 +49,7 @@ def _values(items: Any) -> dict[str, Any]:
 
 
 class OfflineRun:
-    """What an offline run holds: metric definitions, history, summary, config, whether it was finished."""
+    """What an offline run holds: metric definitions, history, summary, config, artifacts, whether it was finished."""
 
     def __init__(self, folder: Path) -> None:
         (file,) = folder.glob("run-*.wandb")
@@ -59,6 +59,7 @@ class OfflineRun:
         self.summary: dict[str, Any] = {}
         self.config: dict[str, Any] = {}
         self.run: Any = None
+        self.artifacts: list[Any] = []
         self.finished = False
         for record in read_records(file):
             kind = record.WhichOneof("record_type")
@@ -74,6 +75,8 @@ class OfflineRun:
                 self.config.update(_values(record.run.config.update))
             elif kind == "config":
                 self.config.update(_values(record.config.update))
+            elif kind == "artifact":
+                self.artifacts.append(record.artifact)
             elif kind == "exit":
                 self.finished = True
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
     from clmerge.cli.parser import CommandParser
+    from clmerge.loggers import RunFacts
     from clmerge.results import Results
     from clmerge.run_folder import RunFolder
 
@@ -54,9 +55,11 @@ class Logging:
         csv: Write the curves as CSV under ``logs/csv``.
         wandb: Log to W&B; offline, to be synchronised later, unless ``online`` or an API key says otherwise.
         project: W&B project.
-        group: W&B group, for runs that are compared.
-        tags: W&B tags.
+        group: W&B group, for runs that are compared. Default: name, method, tuning and start policy, so that a group
+            holds the seeds of one experiment.
+        tags: W&B tags, beside those of scenario, tuning, start policy and mergers.
         online: Insist on W&B's server.
+        artifacts: Give W&B base, task vectors and merged models as artifacts, with their lineage.
         extra: Any other Lightning loggers, for example ``TensorBoardLogger``.
     """
 
@@ -66,6 +69,7 @@ class Logging:
     group: str | None = None
     tags: list[str] = field(default_factory=list)
     online: bool = False
+    artifacts: bool = False
     extra: "list[Logger]" = field(default_factory=list)
 
 
@@ -189,6 +193,7 @@ def _run(arguments: Sequence[str], *, resume: str | None) -> int:
     from lightning_utilities.core.rank_zero import rank_zero_only
 
     from clmerge.learner import Learner
+    from clmerge.loggers import describe_run
     from clmerge.run_folder import RunFolder
 
     parser = build_parser()
@@ -203,6 +208,8 @@ def _run(arguments: Sequence[str], *, resume: str | None) -> int:
         learner = Learner(
             objects.stream, objects.model, objects.mergers, objects.data, seed=config.seed, **vars(config.learner)
         )
+        if objects.logging.artifacts and not learner.keep_task_vectors:
+            raise ValueError("expected --learner.keep_task_vectors=true with --logging.artifacts=true, got false")
         if resume is not None:
             run = RunFolder.open(resume, writes=is_main)
         else:
@@ -214,13 +221,17 @@ def _run(arguments: Sequence[str], *, resume: str | None) -> int:
     os.environ[RUN_DIR_VARIABLE] = str(run.path)
     if is_main and resume is None:
         _save_config(parser, config, run)
-    loggers = _build_loggers(objects.logging, config, run)
+    facts = describe_run(
+        config.as_dict(), stream=learner.stream.name, num_tasks=len(learner.tasks), mergers=list(learner.merge.mergers)
+    )
+    loggers = _build_loggers(objects.logging, facts, run)
     results = learner.fit(
         run,
         trainer=_trainer_factory(parser, config),
         loggers=loggers,
         report=_print_table if is_main else None,
         progress=config.trainer.enable_progress_bar,
+        artifacts=objects.logging.artifacts,
     )
     if is_main:
         _print_ending(results, run, wandb=objects.logging.wandb)
@@ -256,10 +267,10 @@ def _trainer_factory(parser: "CommandParser", config: Any) -> Any:
     return build
 
 
-def _build_loggers(options: Logging, config: Any, run: "RunFolder") -> "list[Logger]":
+def _build_loggers(options: Logging, facts: "RunFacts", run: "RunFolder") -> "list[Logger]":
     from lightning.pytorch.loggers import CSVLogger
 
-    from clmerge.loggers import build_wandb_logger
+    from clmerge.loggers import build_wandb_logger, log_facts
 
     loggers: list[Logger] = []
     if options.csv:
@@ -268,18 +279,21 @@ def _build_loggers(options: Logging, config: Any, run: "RunFolder") -> "list[Log
         logger = build_wandb_logger(
             run.logs,
             project=options.project,
-            name=run.path.name,
-            group=options.group,
-            tags=options.tags,
+            name=facts.name,
+            group=options.group or facts.group,
+            tags=list(dict.fromkeys([*options.tags, *facts.tags])),
             run_id=run.manifest.wandb_id,
-            config=config.as_dict(),
+            job_type="fit",
+            config={**facts.settings, "run_dir": str(run.path)},
             online=options.online,
         )
         if run.writes:
             run.manifest.wandb_id = logger.experiment.id
             run.commit()
         loggers.append(logger)
-    return [*loggers, *options.extra]
+    loggers += options.extra
+    log_facts(loggers, facts)
+    return loggers
 
 
 def _print_table(results: "Results") -> None:

@@ -53,7 +53,7 @@ def finished(config, tmp_path_factory):
         patch.setenv("WANDB_MODE", "offline")
         for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
             patch.setenv(name, str(run.parent / "wandb"))
-        assert main(["fit", "--config", str(config), "--run_dir", str(run)]) == 0
+        assert main(["fit", "--config", str(config), "--run_dir", str(run), "--logging.artifacts=true"]) == 0
         patch.delenv("CLMERGE_RUN_DIR")
     return run
 
@@ -114,12 +114,32 @@ def test_csv_has_one_continuous_axis(finished):
 def test_wandb_has_the_figures_by_name_and_one_continuous_axis(finished):
     runs = find_runs(finished / "logs")
     first = runs[0]
-    rows = [row for row in first.history if "cl/magmax/average_accuracy" in row]
+    rows = [row for row in first.history if "cl/average_accuracy" in row]
     results = json.loads((finished / "results.json").read_text())["models"]["magmax"]["task_agnostic"]
-    assert [row["cl/magmax/average_accuracy"] for row in rows][:2] == results["average_accuracy"]
+    assert [row["cl/average_accuracy"] for row in rows][:2] == results["average_accuracy"]
     assert [row["cl/task"] for row in rows][:2] == [1, 2]
     losses = [row["trainer/global_step"] for row in first.history if "train/loss" in row]
     assert losses == list(range(6))
+
+
+def test_wandb_knows_what_the_run_is(finished):
+    run = find_runs(finished / "logs")[0]
+    assert run.run.display_name == "small magmax+ties full previous s0"
+    assert (run.run.run_group, run.run.job_type) == ("small magmax+ties full previous", "fit")
+    assert list(run.run.tags) == ["ClassIncremental", "full", "previous", "magmax", "ties"]
+    wanted = {
+        "stream": "SklearnDigits-2",
+        "method": "magmax+ties",
+        "mergers/TIES/density": 0.2,
+        "trainer/max_epochs": 1,
+    }
+    assert {key: run.config[key] for key in wanted} == wanted
+    assert run.config["run_dir"] == str(finished)
+    assert {artifact.type for artifact in run.artifacts} == {"base", "task-vector", "merged-model"}
+    results = json.loads((finished / "results.json").read_text())["models"]["magmax"]["task_agnostic"]
+    assert run.summary["cl/average_accuracy"] == results["average_accuracy"][-1]
+    assert run.summary["cl/forgetting"] == results["forgetting"]
+    assert "method: magmax+ties" in (finished / "logs" / "csv" / "version_0" / "hparams.yaml").read_text()
 
 
 def test_pictures_are_there(finished):
@@ -170,6 +190,7 @@ def test_a_typo_names_the_nearest_option_and_writes_nothing(config, tmp_path, ca
         (["--mergers", "GreedySoup", "--stream.val_fraction=0"], "set stream.val_fraction above 0"),
         (["--learner.epochs=[1,2,3]"], "expected epochs for each of the 2 tasks, got 3"),
         (["--mergers", "[MagMax, MagMax]"], "twice"),
+        (["--logging.artifacts=true", "--learner.keep_task_vectors=false"], "--learner.keep_task_vectors=true"),
         (
             [
                 *("--stream.source", "TorchvisionSource"),

@@ -1,16 +1,10 @@
-"""What W&B, CSV, TensorBoard and other Lightning loggers are told about a stream, by exact name.
+"""All that is peculiar to Weights & Biases: starting a run, the axes of its metrics, tables, artifacts.
 
-After every task each logger gets, for every model (``magmax`` ..., ``expert``, ``zero_shot``)::
+``wandb`` is imported only where a run is started or at hand. Lessons that this file holds:
 
-    cl/task                                       number of tasks learned so far, 1, 2, ...; the x-axis
-    cl/MODEL/average_accuracy                     after this task; and so on for the other figures
-    cl/MODEL/forgetting, backward_transfer, forward_transfer, average_incremental_accuracy, learning_accuracy
-    cl/MODEL/accuracy/TASK                        accuracy on one task
-
-and the same under ``cl_task_aware/`` for the task-aware reading. Undefined figures are left out. W&B also
-gets the matrix of every model as an image (``cl/MODEL/R``) and a table (``cl/MODEL/R_table``). All of W&B's
-peculiarities are in this file; ``wandb`` is imported only where a run is started or a ``WandbLogger`` is at
-hand.
+- Metrics get their axis by exact name: of two globs that match, W&B picks one at random.
+- Nothing is logged with ``step=``: W&B drops rows whose step lies behind its own. The tasks' axis is ``cl/task``.
+- Every table is a new object: W&B silently keeps the first version of one that is logged again.
 """
 
 import logging
@@ -23,133 +17,27 @@ import socket
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from clmerge.results import ZERO_SHOT, Results, Setting
+from clmerge.loggers.metrics import PREFIXES, TASK_KEY
+from clmerge.results import Results
+from clmerge.run_folder import RunFolder
+from clmerge.weights import TaskVectorBank, load_metadata, write_json_atomic
 
 if TYPE_CHECKING:
-    from wandb import Run
+    from matplotlib.figure import Figure
+    from wandb import Artifact, Run
 
-TASK_KEY = "cl/task"
-FIGURES: Final = (
-    "forgetting",
-    "backward_transfer",
-    "forward_transfer",
-    "average_incremental_accuracy",
-    "learning_accuracy",
-)
-_PREFIXES: dict[str, Setting] = {"cl": "task_agnostic", "cl_task_aware": "task_aware"}
 _STEP_KEY = "trainer/global_step"
 _CONNECT_SECONDS = 2.0
 _INIT_SECONDS = 20.0
 
 _log = logging.getLogger(__name__)
-
-
-@rank_zero_only
-def log_task(loggers: Sequence[Logger], results: Results, task_index: int, *, images: bool = True) -> None:
-    """Tell every logger the figures after a task.
-
-    Loggers other than W&B's get one ``log_metrics`` call whose step is the number of tasks learned, so that
-    curves are drawn against tasks; they are flushed afterwards.
-
-    Args:
-        loggers: Any Lightning loggers.
-        results: What the run found so far, the task's rows included. Rows of later tasks are left out, so
-            that a resumed run can tell a logger again what it may have lost.
-        task_index: Index of the task, from 0.
-        images: Whether W&B gets the matrices as images and tables (0.2 seconds per model and task).
-
-    Raises:
-        ValueError: If the results do not hold that task.
-    """
-    if not 0 <= task_index < results.num_finished:
-        raise ValueError(f"expected one of {results.num_finished} finished tasks, got task {task_index}")
-    results = results.until(task_index + 1)
-    metrics = task_metrics(results)
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            _log_to_wandb(logger.experiment, results, metrics, images)
-        else:
-            logger.log_metrics({TASK_KEY: task_index + 1.0, **metrics}, step=task_index + 1)
-        logger.save()
-
-
-@rank_zero_only
-def log_summary(loggers: Sequence[Logger], results: Results) -> None:
-    """Tell W&B the final figures, the best merger, and show the pictures that compare the models.
-
-    Other loggers have the final figures already, as those of the last task.
-
-    Args:
-        loggers: Any Lightning loggers.
-        results: What the run found, at least one finished task.
-    """
-    from clmerge.plots import plot_average_accuracy, plot_final_accuracy, plot_forgetting_curves
-
-    pictures = {
-        "cl/average_accuracy_curves": plot_average_accuracy,
-        "cl/forgetting_curves": plot_forgetting_curves,
-        "cl/final_accuracy": plot_final_accuracy,
-    }
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            import wandb
-
-            run = logger.experiment
-            for name in pictures:
-                run.define_metric(name, step_metric=TASK_KEY)
-            drawn = {name: wandb.Image(draw(results)) for name, draw in pictures.items()}
-            run.log({TASK_KEY: results.num_finished, **drawn})
-            run.summary.update({**task_metrics(results), "cl/best_merger": results.best_merger()})
-
-
-@rank_zero_only
-def finish_loggers(loggers: Sequence[Logger], *, success: bool = True) -> None:
-    """Write out and close every logger; W&B runs end here rather than at the end of the process.
-
-    Args:
-        loggers: Any Lightning loggers.
-        success: Whether the run completed.
-    """
-    for logger in loggers:
-        logger.finalize("success" if success else "failed")
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish(exit_code=0 if success else 1)
-
-
-def task_metrics(results: Results) -> dict[str, float]:
-    """Return every defined figure after the latest task under the name loggers know it by.
-
-    Args:
-        results: What the run found so far, at least one finished task.
-
-    Returns:
-        Names such as ``cl/magmax/forgetting`` to numbers; undefined figures are left out.
-
-    Example:
-        >>> results = Results(["a", "b"], classes=[["0"], ["1"]])
-        >>> results.add_row("ties", [1.0, 0.25], [1.0, 0.5])
-        >>> metrics = task_metrics(results)
-        >>> metrics["cl/ties/average_accuracy"], metrics["cl_task_aware/ties/accuracy/b"]
-        (1.0, 0.5)
-        >>> "cl/ties/forgetting" in metrics
-        False
-    """
-    metrics: dict[str, float] = {}
-    for prefix, setting in _PREFIXES.items():
-        for model in results.models:
-            figures = results.figures(model, setting)
-            metrics[f"{prefix}/{model}/average_accuracy"] = figures["average_accuracy"][-1]
-            metrics |= {f"{prefix}/{model}/{name}": figures[name] for name in FIGURES}
-            row = zip(results.tasks, figures["R"][-1], strict=True)
-            metrics |= {f"{prefix}/{model}/accuracy/{task}": accuracy for task, accuracy in row}
-    return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
 def build_wandb_logger(
@@ -160,6 +48,7 @@ def build_wandb_logger(
     group: str | None = None,
     tags: Sequence[str] = (),
     run_id: str | None = None,
+    job_type: str | None = None,
     config: Mapping[str, Any] | None = None,
     online: bool = False,
 ) -> WandbLogger:
@@ -178,7 +67,9 @@ def build_wandb_logger(
         name: Name of the run; W&B invents one by default.
         group: Group of the run.
         tags: Tags of the run.
-        run_id: Identity of the run; the same one after a resume continues it.
+        run_id: Identity of the run; the same one after a resume continues it. Default: W&B's choice, or what an
+            agent of a sweep has set.
+        job_type: What kind of run it is: ``fit``, ``compare``.
         config: Configuration to show with the run.
         online: Whether to go online although the user is not logged in (W&B then asks for a key).
 
@@ -208,6 +99,7 @@ def build_wandb_logger(
             group=group,
             tags=list(tags),
             id=run_id,
+            job_type=job_type,
             resume="allow",
             config=dict(config or {}),
             # A run that the caller has in progress is left alone instead of being logged into.
@@ -247,25 +139,33 @@ def wandb_sync_command(run_dir: str | Path) -> str | None:
     return shlex.join(["wandb", "sync", *map(str, folders)]) if folders else None
 
 
-def _log_to_wandb(run: "Run", results: Results, metrics: Mapping[str, float], images: bool) -> None:
-    run.define_metric(TASK_KEY)
-    for name in metrics:
-        _define(run, name)
-    # No step= here: W&B drops rows whose step lies behind its own, and the tasks' axis is cl/task.
-    run.log({TASK_KEY: results.num_finished, **metrics})
-    if not images:
-        return
+def log_metrics(run: "Run", num_tasks: int, metrics: Mapping[str, float]) -> None:
+    """Log figures against the number of tasks learned.
+
+    Args:
+        run: The run.
+        num_tasks: Number of tasks learned.
+        metrics: Numbers by name.
+    """
+    _log_on_tasks(run, num_tasks, metrics)
+
+
+def log_pictures(run: "Run", pictures: "Mapping[str, Figure]", num_tasks: int) -> None:
+    """Log Matplotlib figures as images; arguments as for :func:`log_metrics`."""
     import wandb
 
-    from clmerge.plots import plot_matrix
+    _log_on_tasks(run, num_tasks, {name: wandb.Image(picture) for name, picture in pictures.items()})
 
-    media: dict[str, Any] = {}
-    for model in results.models:
-        if model != ZERO_SHOT:
-            media[f"cl/{model}/R"] = wandb.Image(plot_matrix(results, model))
-        for prefix, setting in _PREFIXES.items():
-            # A new table every time: W&B silently keeps the first version of one that is logged again.
-            media[f"{prefix}/{model}/R_table"] = wandb.Table(
+
+def log_tables(run: "Run", results: Results) -> None:
+    """Log the accuracy matrix of every model as a table with a row per entry."""
+    import wandb
+
+    _log_on_tasks(
+        run,
+        results.num_finished,
+        {
+            f"{prefix}_matrix_table/{model}": wandb.Table(
                 columns=["after_task", "on_task", "task", "accuracy"],
                 data=[
                     [row + 1, column + 1, results.tasks[column], None if math.isnan(accuracy) else accuracy]
@@ -273,15 +173,119 @@ def _log_to_wandb(run: "Run", results: Results, metrics: Mapping[str, float], im
                     for column, accuracy in enumerate(accuracies)
                 ],
             )
-    for name in media:
-        _define(run, name)
-    run.log({TASK_KEY: results.num_finished, **media})
+            for model in results.models
+            for prefix, setting in PREFIXES.items()
+        },
+    )
 
 
-def _define(run: "Run", name: str) -> None:
-    """Give a metric the tasks' axis. By exact name: of two globs that match, W&B picks one at random."""
-    # A bare dot would mean a nested value, and labels such as "ties_density0.1" hold dots.
-    run.define_metric(name.replace(".", "\\."), step_metric=TASK_KEY)
+def log_chart(run: "Run", results: Results) -> None:
+    """Log the average accuracy of all models after every task as one chart: a panel of W&B has a run a line."""
+    import wandb
+
+    averages = {model: results.figures(model)["average_accuracy"] for model in results.models}
+    chart = wandb.plot.line_series(
+        xs=list(range(1, results.num_finished + 1)),
+        ys=[[None if math.isnan(value) else value for value in values] for values in averages.values()],
+        keys=list(averages),
+        title="average accuracy",
+        xname="tasks learned",
+    )
+    run.log({"cl/average_accuracy_chart": chart})
+
+
+def log_searches(run: "Run", searches: Sequence[Mapping[str, Any]]) -> None:
+    """Log the validation scores of every search for hyper-parameters as a table, and what was chosen as summary.
+
+    Args:
+        run: The run.
+        searches: ``compare.searches`` of a comparison's ``results.json`` (docs/compare.md).
+    """
+    import wandb
+
+    for search in searches:
+        columns = list(search["parameters"])
+        rows = [[*(point["values"][name] for name in columns), point["score"]] for point in search["points"]]
+        # Two searches of one merger are about different runs; their models have different names.
+        run.log({f"cl_search/{search['model']}": wandb.Table(columns=[*columns, "validation_score"], data=rows)})
+        summarise(run, {f"cl_search/{search['model']}/{name}": value for name, value in search["chosen"].items()})
+
+
+def summarise(run: "Run", summary: Mapping[str, Any]) -> None:
+    """Set what a project's table of runs shows and sorts by."""
+    run.summary.update(dict(summary))
+
+
+def log_artifacts(run: "Run", folder: RunFolder, results: Results) -> None:
+    """Log base, task vectors and merged models of a finished run, linked in this order.
+
+    The base is known by its fingerprint, and is one artifact for all runs of a project that start from it. Base and
+    task vectors are declared as inputs of the run, so that the graph reads base, experts, merged; every merged model
+    says besides in its metadata which vectors it is made of. Files are not copied: a run that is offline needs the
+    run folder where it is until it is synchronised.
+
+    Args:
+        run: The run.
+        folder: The run folder.
+        results: What the run found.
+
+    Raises:
+        ValueError: If there are no task vectors.
+    """
+    import wandb
+
+    bank = TaskVectorBank(folder.bank)
+    base = bank.base
+    if base is None:
+        raise ValueError(
+            f"expected task vectors in {bank.folder} to log as artifacts, got none; set learner.keep_task_vectors=true"
+        )
+    about = folder.logs / "base.json"
+    write_json_atomic(about, {"fingerprint": base, "backbone": dict(run.config).get("backbone")})
+    root = wandb.Artifact(f"base-{base[:12]}", "base", metadata={"fingerprint": base})
+    root.add_file(str(about), policy="immutable")
+    _log_input(run, root)
+    experts = []
+    for task in bank.tasks:
+        experts.append(f"{run.id}-task-{task + 1:03d}")
+        metadata = {**bank.metadata(task), "base": root.name, "fingerprint": base, "run": folder.path.name}
+        expert = wandb.Artifact(experts[-1], "task-vector", metadata=metadata)
+        expert.add_file(str(bank.path(task)), policy="immutable")
+        _log_input(run, expert)
+    for name in results.mergers:
+        about_it: dict[str, Any] = {
+            **load_metadata(folder.model(name)),
+            "base": root.name,
+            "task_vectors": experts,
+            "run": folder.path.name,
+            "average_accuracy": results.figures(name)["average_accuracy"][-1],
+        }
+        merged = wandb.Artifact(f"{run.id}-{_plain(name)}", "merged-model", metadata=about_it)
+        merged.add_file(str(folder.model(name)), policy="immutable")
+        run.log_artifact(merged)
+
+
+def _log_input(run: "Run", artifact: "Artifact") -> None:
+    """Log an artifact that the run also reads."""
+    if not run.offline:
+        run.use_artifact(artifact)
+        return
+    # use_artifact refuses to work offline, although the record it writes for an artifact that is new, "use after
+    # commit", can wait in the run's file like any other.
+    run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+
+
+def _plain(name: str) -> str:
+    """Leave the characters that W&B allows in the names of artifacts."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+
+
+def _log_on_tasks(run: "Run", num_tasks: int, values: Mapping[str, Any]) -> None:
+    run.define_metric(TASK_KEY)
+    for name in values:
+        # A bare dot would mean a nested value, and labels such as "ties_density0.1" hold dots.
+        run.define_metric(name.replace(".", "\\."), step_metric=TASK_KEY)
+    run.log({TASK_KEY: num_tasks, **values})
 
 
 def _choose_mode(online: bool) -> Literal["online", "offline", "disabled"]:

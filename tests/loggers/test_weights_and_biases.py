@@ -1,6 +1,5 @@
-import csv
+import json
 import logging
-import math
 import os
 import shlex
 import socket
@@ -9,137 +8,23 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+import torch
 from made_up import make_results
 from wandb_reader import find_runs
 
 from clmerge.loggers import (
     build_wandb_logger,
     finish_loggers,
+    log_artifacts,
+    log_comparison,
     log_summary,
     log_task,
     task_metrics,
     wandb_sync_command,
+    weights_and_biases,
 )
-
-FIGURES = {
-    "average_accuracy",
-    "forgetting",
-    "backward_transfer",
-    "forward_transfer",
-    "average_incremental_accuracy",
-    "learning_accuracy",
-}
-
-
-class FakeRun:
-    """Records what a W&B run is told."""
-
-    def __init__(self):
-        self.defined, self.logged, self.summary, self.exit_codes = {}, [], {}, []
-
-    def define_metric(self, name, **settings):
-        self.defined[name] = settings
-
-    def log(self, data, **settings):
-        assert not settings, "W&B drops rows whose step lies behind"
-        self.logged.append(data)
-
-    def finish(self, exit_code):
-        self.exit_codes.append(exit_code)
-
-
-@pytest.fixture
-def wandb_home(tmp_path, monkeypatch):
-    """Keep W&B's files and credentials of this machine out of the test."""
-    wandb = pytest.importorskip("wandb")
-    for name in [name for name in os.environ if name.startswith("WANDB_") or name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
-    for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
-        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path / "home" / name))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    wandb.teardown()
-    yield tmp_path
-    wandb.teardown()
-
-
-def expected_names(results):
-    return {
-        f"{prefix}/{model}/{name}"
-        for prefix in ("cl", "cl_task_aware")
-        for model in results.models
-        for name in FIGURES | {f"accuracy/{task}" for task in results.tasks}
-    }
-
-
-def test_metric_names_are_exact_and_undefined_ones_left_out():
-    results = make_results(2, names="digits {0}, {0}.5")
-    metrics = task_metrics(results)
-    assert metrics.keys() == expected_names(results)
-    assert metrics["cl/magmax/accuracy/digits 2, 2.5"] == results.matrix("magmax")[-1, 1]
-    assert metrics["cl_task_aware/expert/forgetting"] == results.figures("expert", "task_aware")["forgetting"]
-    first = task_metrics(make_results(2, finished=1, growing=True))
-    assert "cl/magmax/forgetting" not in first
-    assert "cl/magmax/accuracy/task 2" not in first
-    assert not any(math.isnan(value) for value in first.values())
-
-
-def test_wandb_is_told_exact_names_on_the_tasks_axis():
-    run = FakeRun()
-    results = make_results(2)
-    log_task([WandbLogger(experiment=run)], results, 1, images=False)
-    (row,) = run.logged
-    assert row == {"cl/task": 2, **task_metrics(results)}
-    assert run.defined.pop("cl/task") == {}
-    assert {name.replace("\\.", ".") for name in run.defined} == row.keys() - {"cl/task"}
-    assert all(settings == {"step_metric": "cl/task"} for settings in run.defined.values())
-    # An unescaped dot would mean a nested value.
-    assert "cl/ties_density0\\.1/forgetting" in run.defined
-
-
-def test_an_earlier_task_can_be_told_again():
-    now, later = FakeRun(), FakeRun()
-    log_task([WandbLogger(experiment=now)], make_results(3, finished=2), 1, images=False)
-    log_task([WandbLogger(experiment=later)], make_results(3), 1, images=False)
-    assert later.logged == now.logged
-
-
-@pytest.mark.parametrize("task", [-1, 2])
-def test_the_task_must_be_finished(task):
-    with pytest.raises(ValueError, match=f"one of 2 finished tasks, got task {task}"):
-        log_task([], make_results(3, finished=2), task)
-
-
-def test_csv_logger_keeps_training_rows_and_takes_new_columns(tmp_path):
-    logger = CSVLogger(tmp_path, name=None, version="csv")
-    for finished in (1, 2):
-        logger.log_metrics({"train_loss": 1.0 / finished}, step=50 * finished)
-        log_task([logger], make_results(2, finished=finished, growing=True), finished - 1)
-    finish_loggers([logger])
-    with (tmp_path / "csv" / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["train_loss"] for row in rows] == ["1.0", "", "0.5", ""]
-    tasks = [row for row in rows if row["cl/task"]]
-    assert [float(row["cl/task"]) for row in tasks] == [1, 2]
-    results = make_results(2, growing=True)
-    assert tasks[0]["cl/expert/forgetting"] == ""
-    assert float(tasks[1]["cl/expert/forgetting"]) == results.figures("expert")["forgetting"]
-    assert float(tasks[1]["cl/expert/accuracy/task 1"]) == results.matrix("expert")[1, 0]
-
-
-def test_tensorboard_draws_figures_against_tasks(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    logger = TensorBoardLogger(tmp_path, name=None, version="tb")
-    for finished in (1, 2):
-        log_task([logger], make_results(2, finished=finished), finished - 1)
-    finish_loggers([logger])
-    events = accumulator.EventAccumulator(str(tmp_path / "tb")).Reload()
-    results = make_results(2)
-    assert expected_names(results) <= set(events.Tags()["scalars"])
-    scalars = events.Scalars("cl/magmax/average_accuracy")
-    assert [event.step for event in scalars] == [1, 2]
-    assert [event.value for event in scalars] == pytest.approx(results.figures("magmax")["average_accuracy"])
+from clmerge.run_folder import RunFolder
+from clmerge.weights import TaskVectorBank, save_tensors
 
 
 def test_an_offline_run_holds_everything(wandb_home):
@@ -173,26 +58,26 @@ def test_an_offline_run_holds_everything(wandb_home):
     assert run.step_metric("*") == "trainer/global_step"
     assert run.rows("train/loss", axis="trainer/global_step") == [(10, 1.0), (20, 0.5)]
     # W&B adds where training stood to rows that do not say it.
-    assert [step for step, _ in run.rows("cl/magmax/accuracy/task 1", axis="trainer/global_step")] == [10, 20]
+    assert [step for step, _ in run.rows("cl_accuracy_magmax/task 1", axis="trainer/global_step")] == [10, 20]
     for name, value in task_metrics(results).items():
         assert run.step_metric(name.replace(".", "\\.")) == "cl/task", name
         assert run.rows(name)[-1] == (2, pytest.approx(value, rel=1e-12)), name
         assert run.summary[name] == pytest.approx(value, rel=1e-12), name
     averages = results.figures("ties_density0.1")["average_accuracy"]
-    assert run.rows("cl/ties_density0.1/average_accuracy") == [
+    assert run.rows("cl_average_accuracy/ties_density0.1") == [
         (1, pytest.approx(averages[0])),
         (2, pytest.approx(averages[1])),
     ]
     assert run.summary["cl/best_merger"] == "magmax"
 
     for model in ("magmax", "ties_density0.1", "expert"):
-        pictures = run.rows(f"cl/{model}/R/path")
+        pictures = run.rows(f"cl_matrix/{model}/path")
         assert [task for task, _ in pictures] == [1, 2]
         assert all((run.folder / "files" / path).stat().st_size > 5000 for _, path in pictures)
-    tables = run.rows("cl/magmax/R_table/path")
+    tables = run.rows("cl_matrix_table/magmax/path")
     assert [task for task, _ in tables] == [1, 2]
-    assert [nrows for _, nrows in run.rows("cl/magmax/R_table/nrows")] == [2, 4]
-    assert len(run.rows("cl_task_aware/zero_shot/R_table/path")) == 2
+    assert [nrows for _, nrows in run.rows("cl_matrix_table/magmax/nrows")] == [2, 4]
+    assert len(run.rows("cl_task_aware_matrix_table/zero_shot/path")) == 2
     assert len(run.rows("cl/forgetting_curves/path")) == 1
 
     command = wandb_sync_command(wandb_home / "run")
@@ -207,8 +92,8 @@ def test_a_resumed_run_keeps_its_identity(wandb_home):
         time.sleep(1.1)  # W&B names the folders of offline runs by the second
     first, second = find_runs(wandb_home)
     assert first.run.run_id == second.run.run_id == "same"
-    assert first.rows("cl/magmax/average_accuracy")[0][0] == 1
-    assert second.rows("cl/magmax/average_accuracy")[0][0] == 2
+    assert first.rows("cl_average_accuracy/magmax")[0][0] == 1
+    assert second.rows("cl_average_accuracy/magmax")[0][0] == 2
     assert shlex.split(wandb_sync_command(wandb_home))[2:] == [str(first.folder), str(second.folder)]
 
 
@@ -269,7 +154,7 @@ def unused_url():
 
 
 def choose(caplog, online=False):
-    from clmerge import loggers
+    from clmerge.loggers import weights_and_biases as loggers
 
     caplog.set_level(logging.INFO, logger="clmerge.loggers")
     return loggers._choose_mode(online), caplog.records[-1]
@@ -334,7 +219,7 @@ def test_the_proxy_is_what_must_be_reachable(wandb_home, monkeypatch, caplog, si
 
 
 def test_a_name_that_takes_long_to_look_up_does_not_hang(wandb_home, monkeypatch, caplog):
-    from clmerge import loggers
+    from clmerge.loggers import weights_and_biases as loggers
 
     released = threading.Event()
     monkeypatch.setattr(loggers, "_CONNECT_SECONDS", 0.1)
@@ -349,7 +234,7 @@ def test_a_name_that_takes_long_to_look_up_does_not_hang(wandb_home, monkeypatch
 
 
 def test_a_server_that_never_answers_ends_in_an_offline_run(wandb_home, monkeypatch, caplog, silent_server):
-    from clmerge import loggers
+    from clmerge.loggers import weights_and_biases as loggers
 
     monkeypatch.setattr(loggers, "_INIT_SECONDS", 1.0)
     log_in(monkeypatch, silent_server)
@@ -359,9 +244,110 @@ def test_a_server_that_never_answers_ends_in_an_offline_run(wandb_home, monkeypa
     log_task([logger], make_results(2), 1, images=False)
     finish_loggers([logger])
     (run,) = find_runs(wandb_home / "run")
-    assert len(run.rows("cl/magmax/forgetting")) == 1
+    assert len(run.rows("cl_forgetting/magmax")) == 1
     assert "did not answer" in caplog.text
 
 
 def test_nothing_to_sync(tmp_path):
     assert wandb_sync_command(tmp_path) is None
+
+
+@pytest.fixture
+def finished_run(wandb_home):
+    """A run folder with a bank and final models, and the results that go with it."""
+    folder = RunFolder.create(wandb_home / "runs" / "mine")
+    bank = TaskVectorBank(folder.bank)
+    results = make_results(2)
+    for task in range(2):
+        bank.append(task, {"w": torch.full((3,), float(task))}, name=f"task {task + 1}", base="ab" * 32)
+    for name in results.mergers:
+        save_tensors(folder.model(name), {"w": torch.ones(3)}, {"merger": name.upper()})
+    return folder, results
+
+
+def test_artifacts_wait_offline_with_their_lineage(finished_run):
+    folder, results = finished_run
+    logger = build_wandb_logger(folder.logs, run_id="run1", config={"backbone": "nano"})
+    log_artifacts([logger], folder, results)
+    finish_loggers([logger])
+    (run,) = find_runs(folder.logs)
+    found = {artifact.name: artifact for artifact in run.artifacts}
+    assert {name: artifact.type for name, artifact in found.items()} == {
+        "base-abababababab": "base",
+        "run1-task-001": "task-vector",
+        "run1-task-002": "task-vector",
+        "run1-magmax": "merged-model",
+        "run1-ties_density0.1": "merged-model",
+    }
+    # Base and task vectors are inputs: base -> experts -> merged.
+    inputs = {name for name, artifact in found.items() if artifact.use_after_commit}
+    assert inputs == {"base-abababababab", "run1-task-001", "run1-task-002"}
+    metadata = {name: json.loads(artifact.metadata) for name, artifact in found.items()}
+    assert metadata["run1-task-002"]["base"] == "base-abababababab"
+    assert metadata["run1-task-002"]["name"] == "task 2"
+    merged = metadata["run1-ties_density0.1"]
+    assert merged["task_vectors"] == ["run1-task-001", "run1-task-002"]
+    assert merged["base"] == "base-abababababab"
+    assert merged["merger"] == "TIES_DENSITY0.1"
+    assert merged["average_accuracy"] == results.figures("ties_density0.1")["average_accuracy"][-1]
+    about = json.loads((folder.logs / "base.json").read_text())
+    assert about == {"fingerprint": "ab" * 32, "backbone": "nano"}
+    # The files themselves are meant, not copies.
+    contents = {entry.path: entry.local_path for entry in found["run1-task-001"].manifest.contents}
+    assert contents == {"task_000.safetensors": str(folder.bank / "task_000.safetensors")}
+
+
+def test_online_the_public_method_declares_inputs_and_a_base_is_one_artifact_for_all_runs(finished_run):
+    folder, results = finished_run
+    bases = []
+    for run_id in ("run1", "run2"):
+        used, logged = [], []
+        run = SimpleNamespace(
+            id=run_id,
+            offline=False,
+            config={"backbone": "nano"},
+            use_artifact=used.append,
+            log_artifact=logged.append,
+        )
+        weights_and_biases.log_artifacts(run, folder, results)
+        assert [one.name for one in used[1:]] == [f"{run_id}-task-001", f"{run_id}-task-002"]
+        assert [one.name for one in logged] == [f"{run_id}-magmax", f"{run_id}-ties_density0.1"]
+        bases.append((used[0].name, used[0].digest))
+    assert bases[0] == bases[1]
+
+
+def test_artifacts_need_task_vectors(wandb_home):
+    folder = RunFolder.create(wandb_home / "runs" / "empty")
+    with pytest.raises(ValueError, match=r"learner\.keep_task_vectors=true"):
+        weights_and_biases.log_artifacts(SimpleNamespace(), folder, make_results(2))
+
+
+def test_a_comparison_is_told_like_a_run(wandb_home):
+    results = make_results(2)
+    search = {
+        "model": "ties_density0.1",
+        "parameters": {"scale": [0.5, 1.0]},
+        "points": [{"values": {"scale": 0.5}, "score": 0.4}, {"values": {"scale": 1.0}, "score": 0.6}],
+        "chosen": {"scale": 1.0},
+    }
+    logger = build_wandb_logger(wandb_home / "compared", run_id="c1", job_type="compare")
+    log_comparison([logger], {**results.to_dict(), "compare": {"schema": 1, "searches": [search]}})
+    finish_loggers([logger])
+    (run,) = find_runs(wandb_home / "compared")
+    assert run.run.job_type == "compare"
+    averages = results.figures("ties_density0.1")["average_accuracy"]
+    assert run.rows("cl_average_accuracy/ties_density0.1") == [
+        (1, pytest.approx(averages[0])),
+        (2, pytest.approx(averages[1])),
+    ]
+    assert [task for task, _ in run.rows("cl_matrix/magmax/path")] == [2]
+    (table,) = [row["cl_search/ties_density0.1/path"] for row in run.history if "cl_search/ties_density0.1/path" in row]
+    content = json.loads((run.folder / "files" / table).read_text())
+    assert (content["columns"], content["data"]) == (["scale", "validation_score"], [[0.5, 0.4], [1.0, 0.6]])
+    assert run.summary["cl_search/ties_density0.1/scale"] == 1.0
+    assert run.summary["cl/average_accuracy"] == pytest.approx(results.figures("magmax")["average_accuracy"][-1])
+    # One chart has a line for every model.
+    (path,) = [row[key] for row in run.history for key in row if key == "cl/average_accuracy_chart_table/path"]
+    rows = json.loads((run.folder / "files" / path).read_text())["data"]
+    lines = {name: [value for _, key, value in rows if key == name] for name in results.models}
+    assert lines == {name: pytest.approx(results.figures(name)["average_accuracy"]) for name in results.models}

@@ -1,0 +1,32 @@
+"""What W&B, CSV, TensorBoard, MLflow and other Lightning loggers are told about a stream, by exact name.
+
+All that is peculiar to W&B is in ``weights_and_biases.py``, which imports ``wandb`` only where a run is at hand.
+"""
+
+from clmerge.loggers.facts import RunFacts, describe_run
+from clmerge.loggers.metrics import FIGURES, TASK_KEY, task_metrics
+from clmerge.loggers.telling import (
+    finish_loggers,
+    log_artifacts,
+    log_comparison,
+    log_facts,
+    log_summary,
+    log_task,
+)
+from clmerge.loggers.weights_and_biases import build_wandb_logger, wandb_sync_command
+
+__all__ = [
+    "FIGURES",
+    "TASK_KEY",
+    "RunFacts",
+    "build_wandb_logger",
+    "describe_run",
+    "finish_loggers",
+    "log_artifacts",
+    "log_comparison",
+    "log_facts",
+    "log_summary",
+    "log_task",
+    "task_metrics",
+    "wandb_sync_command",
+]

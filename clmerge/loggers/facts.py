@@ -1,0 +1,124 @@
+"""What a run is: a name and a group that say it, tags, and its configuration under keys that filters can use."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_DEFAULT_NAME = "run"  # of clmerge fit
+_PLACES = ("config", "run_dir", "resume", "logging")  # where a run is kept is no property of it
+_TAG_LENGTH = 64  # W&B takes no longer ones
+_NAMED_MERGERS = 3
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """How a run is called in dashboards, and what it can be filtered by.
+
+    Attributes:
+        name: Says stream, method, tuning, start policy and seed.
+        group: The same without the seed: the runs of a group differ in nothing else a name says.
+        tags: Scenario, tuning, start policy and mergers.
+        settings: The configuration, flat, by keys with slashes; and in front ``stream``, ``scenario``, ``num_tasks``,
+            ``method``, ``tuning``, ``start_policy``, ``backbone`` and ``seed``.
+    """
+
+    name: str
+    group: str
+    tags: list[str]
+    settings: dict[str, Any]
+
+
+def describe_run(config: Mapping[str, Any], *, stream: str, num_tasks: int, mergers: Sequence[str]) -> RunFacts:
+    """Describe a run of ``clmerge fit``.
+
+    Args:
+        config: The configuration as plain dictionaries, as in ``config.yaml``.
+        stream: Name of the stream.
+        num_tasks: Number of its tasks.
+        mergers: Names of the mergers; the first stands for the run.
+
+    Example:
+        >>> config = {"name": "run", "seed": 3, "stream": {"class_path": "clmerge.streams.ClassIncremental"}}
+        >>> facts = describe_run(config, stream="digits-5", num_tasks=5, mergers=["magmax", "ties"])
+        >>> facts.name, facts.group, facts.settings["scenario"]
+        ('digits-5 magmax+ties full s3', 'digits-5 magmax+ties full', 'ClassIncremental')
+    """
+    kept = {key: value for key, value in config.items() if key not in _PLACES}
+    model, learner = kept.get("model") or {}, kept.get("learner") or {}
+    scenario, tuning, start_policy = class_name(kept.get("stream")), _tuning(model), learner.get("start_policy")
+    first = {
+        "stream": stream,
+        "scenario": scenario,
+        "num_tasks": num_tasks,
+        "method": "+".join(mergers),
+        "tuning": tuning,
+        "start_policy": start_policy,
+        "backbone": _backbone(model.get("backbone")),
+        "seed": kept.get("seed"),
+    }
+    named = kept.get("name") if kept.get("name") not in (None, _DEFAULT_NAME) else stream
+    more = len(mergers) - _NAMED_MERGERS
+    method = "+".join([*mergers[:_NAMED_MERGERS], *([f"{more} more"] if more > 0 else [])])
+    group = " ".join(part for part in (named, method, tuning, start_policy) if part)
+    tags = [scenario, tuning, start_policy, *mergers]
+    return RunFacts(
+        name=f"{group} s{first['seed']}",
+        group=group,
+        tags=[tag[:_TAG_LENGTH] for tag in dict.fromkeys(tags) if tag],
+        settings=first | {key: value for key, value in flatten(kept).items() if key not in first},
+    )
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Write a nested configuration with one key per value, joined by slashes, classes by their bare names.
+
+    ``class_path`` and ``init_args`` are left out of the keys. In a list of classes each has its name in the key, and
+    its place (1, 2, ...) where it has no name or another has the same.
+
+    Example:
+        >>> flatten({"lr": 0.1, "source": {"class_path": "a.b.Npz", "init_args": {"path": "x.npz"}}})
+        {'lr': 0.1, 'source': 'Npz', 'source/path': 'x.npz'}
+        >>> flatten({"mergers": [{"class_path": "a.TIES", "init_args": {"density": 0.2}}, {"class_path": "a.DARE"}]})
+        {'mergers': ['TIES', 'DARE'], 'mergers/TIES/density': 0.2}
+    """
+    below = f"{prefix}/" if prefix else ""
+    if isinstance(config, Mapping) and "class_path" in config:
+        return {prefix: class_name(config)} | flatten_items(config.get("init_args") or {}, below)
+    if isinstance(config, Mapping):
+        return flatten_items(config, below)
+    if isinstance(config, list | tuple) and config and all(isinstance(item, Mapping) for item in config):
+        names = [class_name(item) if "class_path" in item else None for item in config]
+        flat: dict[str, Any] = {prefix: names} if any(names) else {}
+        for position, (item, name) in enumerate(zip(config, names, strict=True), start=1):
+            # Two of one class are told apart by their place.
+            label = name if name and names.count(name) == 1 else f"{name or ''} {position}".lstrip()
+            flat |= flatten_items(item.get("init_args") or {} if name else item, f"{below}{label}/")
+        return flat
+    return {prefix: list(config) if isinstance(config, tuple) else config}
+
+
+def flatten_items(items: Mapping[str, Any], below: str) -> dict[str, Any]:
+    """Flatten every value of a dictionary under its key."""
+    flat: dict[str, Any] = {}
+    for key, value in items.items():
+        flat |= flatten(value, f"{below}{key}")
+    return flat
+
+
+def class_name(config: Any) -> str | None:
+    """Return the bare name of a configured class; None for anything else."""
+    if isinstance(config, Mapping):
+        config = config.get("class_path")
+    return config.rsplit(".", 1)[-1] if isinstance(config, str) else None
+
+
+def _tuning(model: Mapping[str, Any]) -> str:
+    """Return the tuning mode: its class, else ``full`` or, with a choice of parameters, ``partial``."""
+    chosen = class_name(model.get("tuning"))
+    return chosen or ("full" if model.get("trainable") is None else "partial")
+
+
+def _backbone(config: Any) -> str | None:
+    """Return the architecture's name, or the class where it has none."""
+    arguments = config.get("init_args") if isinstance(config, Mapping) else None
+    return (arguments or {}).get("name") or class_name(config)

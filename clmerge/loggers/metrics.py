@@ -1,0 +1,77 @@
+"""The names of metrics. W&B, TensorBoard and MLflow put what stands before a name's slash into one section.
+
+Names have exactly one slash, so that it makes no difference whether a dashboard groups by the first or by the last::
+
+    cl/task                            number of tasks learned so far, 1, 2, ...; the x-axis
+    cl/average_accuracy                of the deployed merger, to sort and compare runs; and so on for the other figures
+    cl_average_accuracy/MODEL          of every model (magmax ..., expert, zero_shot), side by side
+    cl_accuracy_MODEL/TASK             accuracy on one task: the forgetting curves of a model
+
+and the same with ``cl_task_aware`` for the task-aware reading.
+"""
+
+import math
+from typing import Final
+
+from clmerge.results import Results, Setting
+
+TASK_KEY: Final = "cl/task"
+FIGURES: Final = (
+    "average_accuracy",
+    "forgetting",
+    "backward_transfer",
+    "forward_transfer",
+    "average_incremental_accuracy",
+    "learning_accuracy",
+)
+PREFIXES: Final[dict[str, Setting]] = {"cl": "task_agnostic", "cl_task_aware": "task_aware"}
+
+
+def task_metrics(results: Results, deployed: str | None = None) -> dict[str, float]:
+    """Return every defined figure after the latest task under the name loggers know it by.
+
+    Args:
+        results: What the run found so far, at least one finished task.
+        deployed: The merger that stands for the run. Default: the first.
+
+    Returns:
+        Names to numbers; undefined figures are left out.
+
+    Example:
+        >>> results = Results(["a", "b"], classes=[["0"], ["1"]])
+        >>> results.add_row("ties", [1.0, 0.25], [1.0, 0.5])
+        >>> metrics = task_metrics(results)
+        >>> metrics["cl/average_accuracy"], metrics["cl_task_aware_accuracy_ties/b"]
+        (1.0, 0.5)
+        >>> "cl_forgetting/ties" in metrics
+        False
+    """
+    deployed = deployed_merger(results, deployed)
+    metrics: dict[str, float] = {}
+    for prefix, setting in PREFIXES.items():
+        for model in results.models:
+            figures = results.figures(model, setting)
+            values = {name: _latest(figures[name]) for name in FIGURES}
+            if model == deployed:
+                metrics |= {f"{prefix}/{name}": value for name, value in values.items()}
+            metrics |= {f"{prefix}_{name}/{model}": value for name, value in values.items()}
+            row = zip(results.tasks, figures["R"][-1], strict=True)
+            metrics |= {f"{prefix}_accuracy_{model}/{task}": accuracy for task, accuracy in row}
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+def _latest(figure: float | list[float]) -> float:
+    return figure[-1] if isinstance(figure, list) else figure
+
+
+def deployed_merger(results: Results, deployed: str | None = None) -> str | None:
+    """Return the merger that stands for the run: the one that is named, or the first if there is any.
+
+    Raises:
+        ValueError: If the run has no merger of that name.
+    """
+    if deployed is None:
+        return next(iter(results.mergers), None)
+    if deployed not in results.mergers:
+        raise ValueError(f"expected one of the mergers {results.mergers}, got {deployed!r}")
+    return deployed

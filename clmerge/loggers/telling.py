@@ -1,0 +1,166 @@
+"""Tell any Lightning loggers about a stream: figures after every task, pictures, the ending."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
+
+from clmerge.loggers import weights_and_biases
+from clmerge.loggers.facts import RunFacts
+from clmerge.loggers.metrics import TASK_KEY, deployed_merger, task_metrics
+from clmerge.results import ZERO_SHOT, Results
+from clmerge.run_folder import RunFolder
+
+
+@rank_zero_only
+def log_facts(loggers: Sequence[Logger], facts: RunFacts) -> None:
+    """Give every logger the configuration; W&B's run has it from its beginning.
+
+    Args:
+        loggers: Any Lightning loggers.
+        facts: What the run is.
+    """
+    for logger in loggers:
+        if not isinstance(logger, WandbLogger):
+            logger.log_hyperparams(dict(facts.settings))
+
+
+@rank_zero_only
+def log_task(
+    loggers: Sequence[Logger],
+    results: Results,
+    task_index: int,
+    *,
+    deployed: str | None = None,
+    images: bool = True,
+) -> None:
+    """Tell every logger the figures after a task.
+
+    Loggers other than W&B's get one ``log_metrics`` call whose step is the number of tasks learned, so that
+    curves are drawn against tasks; they are flushed afterwards.
+
+    Args:
+        loggers: Any Lightning loggers.
+        results: What the run found so far, the task's rows included. Rows of later tasks are left out, so
+            that a resumed run can tell a logger again what it may have lost.
+        task_index: Index of the task, from 0.
+        deployed: The merger that stands for the run. Default: the first.
+        images: Whether the matrices are shown as images and tables (0.2 seconds per model and task).
+
+    Raises:
+        ValueError: If the results do not hold that task.
+    """
+    if not 0 <= task_index < results.num_finished:
+        raise ValueError(f"expected one of {results.num_finished} finished tasks, got task {task_index}")
+    results = results.until(task_index + 1)
+    metrics = task_metrics(results, deployed)
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            weights_and_biases.log_metrics(logger.experiment, task_index + 1, metrics)
+            if images:
+                weights_and_biases.log_tables(logger.experiment, results)
+        else:
+            logger.log_metrics({TASK_KEY: task_index + 1.0, **metrics}, step=task_index + 1)
+    if images:
+        from clmerge.plots import plot_matrix
+
+        moving = [model for model in results.models if model != ZERO_SHOT]
+        _show(loggers, {f"cl_matrix/{model}": plot_matrix(results, model) for model in moving}, task_index + 1)
+    for logger in loggers:
+        logger.save()
+
+
+@rank_zero_only
+def log_summary(loggers: Sequence[Logger], results: Results, *, deployed: str | None = None) -> None:
+    """Show the pictures that compare the models, and give W&B the final figures as the run's summary.
+
+    Other loggers have the final figures already, as those of the last task.
+
+    Args:
+        loggers: Any Lightning loggers.
+        results: What the run found, at least one finished task.
+        deployed: The merger that stands for the run. Default: the first.
+    """
+    from clmerge.plots import plot_average_accuracy, plot_final_accuracy, plot_forgetting_curves
+
+    pictures = {
+        "cl/average_accuracy_curves": plot_average_accuracy(results),
+        "cl/forgetting_curves": plot_forgetting_curves(results),
+        "cl/final_accuracy": plot_final_accuracy(results),
+    }
+    _show(loggers, pictures, results.num_finished)
+    summary = {
+        **task_metrics(results, deployed),
+        "cl/deployed_merger": deployed_merger(results, deployed),
+        "cl/best_merger": results.best_merger(),
+    }
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            weights_and_biases.log_chart(logger.experiment, results)
+            weights_and_biases.summarise(logger.experiment, summary)
+
+
+@rank_zero_only
+def log_comparison(loggers: Sequence[Logger], document: Mapping[str, Any]) -> None:
+    """Tell every logger what ``clmerge compare`` found: each model's figures after every task, searches as tables.
+
+    Args:
+        loggers: Any Lightning loggers.
+        document: The ``results.json`` of a comparison (docs/compare.md).
+
+    Raises:
+        ValueError: If it is no ``results.json``.
+    """
+    results = Results.from_dict(document)
+    for task in range(results.num_finished):
+        log_task(loggers, results, task, images=task == results.num_finished - 1)
+    log_summary(loggers, results)
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            weights_and_biases.log_searches(logger.experiment, document.get("compare", {}).get("searches", []))
+
+
+@rank_zero_only
+def log_artifacts(loggers: Sequence[Logger], run: RunFolder, results: Results) -> None:
+    """Give W&B the task vectors and the merged models of a finished run, with the base they came from.
+
+    Args:
+        loggers: Any Lightning loggers; those that are not W&B's know no artifacts.
+        run: The run folder, with a bank and final models.
+        results: What the run found.
+
+    Raises:
+        ValueError: If the run has kept no task vectors.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            weights_and_biases.log_artifacts(logger.experiment, run, results)
+
+
+@rank_zero_only
+def finish_loggers(loggers: Sequence[Logger], *, success: bool = True) -> None:
+    """Write out and close every logger; W&B runs end here rather than at the end of the process.
+
+    Args:
+        loggers: Any Lightning loggers.
+        success: Whether the run completed.
+    """
+    for logger in loggers:
+        logger.finalize("success" if success else "failed")
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish(exit_code=0 if success else 1)
+
+
+def _show(loggers: Sequence[Logger], pictures: Mapping[str, Figure], num_tasks: int) -> None:
+    """Show pictures where a logger can: Lightning has no method that all of them share."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            weights_and_biases.log_pictures(logger.experiment, pictures, num_tasks)
+        elif isinstance(logger, TensorBoardLogger):
+            for name, picture in pictures.items():
+                logger.experiment.add_figure(name, picture, global_step=num_tasks)
+        elif isinstance(logger, MLFlowLogger):
+            for name, picture in pictures.items():
+                logger.experiment.log_figure(logger.run_id, picture, f"{name}_{num_tasks:03d}.png")
