@@ -135,7 +135,7 @@ def test_wandb_knows_what_the_run_is(finished):
     }
     assert {key: run.config[key] for key in wanted} == wanted
     assert run.config["run_dir"] == str(finished)
-    assert {artifact.type for artifact in run.artifacts} == {"base", "task-vector", "merged-model"}
+    assert {"base", "task-vector", "merged-model"} <= {artifact.type for artifact in run.artifacts}
     results = json.loads((finished / "results.json").read_text())["models"]["magmax"]["task_agnostic"]
     assert run.summary["cl/average_accuracy"] == results["average_accuracy"][-1]
     assert run.summary["cl/forgetting"] == results["forgetting"]
