@@ -45,7 +45,11 @@ def describe_run(config: Mapping[str, Any], *, stream: str, num_tasks: int, merg
     """
     kept = {key: value for key, value in config.items() if key not in _PLACES}
     model, learner = kept.get("model") or {}, kept.get("learner") or {}
-    scenario, tuning, start_policy = class_name(kept.get("stream")), _tuning(model), learner.get("start_policy")
+    scenario, tuning, start_policy = (
+        class_name(kept.get("stream")),
+        _tuning(model.get("tuning")),
+        learner.get("start_policy"),
+    )
     first = {
         "stream": stream,
         "scenario": scenario,
@@ -112,10 +116,12 @@ def class_name(config: Any) -> str | None:
     return config.rsplit(".", 1)[-1] if isinstance(config, str) else None
 
 
-def _tuning(model: Mapping[str, Any]) -> str:
-    """Return the tuning mode: its class, else ``full`` or, with a choice of parameters, ``partial``."""
-    chosen = class_name(model.get("tuning"))
-    return chosen or ("full" if model.get("trainable") is None else "partial")
+def _tuning(config: Any) -> str:
+    """Return the tuning mode in small letters, with its scope if it has one of a name; ``full`` is the default."""
+    name = (class_name(config) or "full").lower()
+    arguments = config.get("init_args") if isinstance(config, Mapping) else None
+    scope = (arguments or {}).get("scope")
+    return f"{name}-{scope}" if isinstance(scope, str) else name
 
 
 def _backbone(config: Any) -> str | None:

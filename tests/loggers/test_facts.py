@@ -16,7 +16,7 @@ CONFIG = {
     "model": {
         "backbone": {"class_path": "clmerge.models.OpenClip", "init_args": {"name": "nano", "pretrained": None}},
         "head": None,
-        "trainable": None,
+        "tuning": None,
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001, "betas": [0.9, 0.999]}},
     },
     "mergers": [
@@ -98,18 +98,19 @@ def test_tags_are_not_longer_than_allowed_and_come_once():
 
 
 @pytest.mark.parametrize(
-    ("model", "expected"),
+    ("tuning", "expected"),
     [
-        ({"trainable": ["*.attn.*"]}, "partial"),
-        ({"tuning": {"class_path": "clmerge.models.LoRA", "init_args": {"rank": 4}}}, "LoRA"),
-        ({"tuning": None}, "full"),
-        ({}, "full"),
+        (None, "full"),
+        ({"class_path": "clmerge.models.Full"}, "full"),
+        ({"class_path": "clmerge.models.Partial", "init_args": {"scope": "attention"}}, "partial-attention"),
+        ({"class_path": "clmerge.models.Partial", "init_args": {"scope": ["a.*", "b.*"]}}, "partial"),
+        ({"class_path": "clmerge.models.LoRA", "init_args": {"rank": 4}}, "lora"),
     ],
 )
-def test_tuning(model, expected):
-    facts = describe(model=model)
+def test_tuning(tuning, expected):
+    facts = describe(model={"tuning": tuning})
     assert facts.settings["tuning"] == expected
-    assert expected in facts.name
+    assert f" {expected} " in facts.name
 
 
 def test_a_backbone_without_a_name_is_known_by_its_class():
