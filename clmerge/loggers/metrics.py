@@ -3,7 +3,7 @@
 Names have exactly one slash, so that it makes no difference whether a dashboard groups by the first or by the last::
 
     cl/task                            number of tasks learned so far, 1, 2, ...; the x-axis
-    cl/average_accuracy                of the deployed merger, to sort and compare runs; and so on for the other figures
+    cl/average_accuracy                of the deployed model, to sort and compare runs; and so on for the other figures
     cl_average_accuracy/MODEL          of every model (magmax ..., expert, zero_shot), side by side
     cl_accuracy_MODEL/TASK             accuracy on one task: the forgetting curves of a model
 
@@ -32,7 +32,7 @@ def task_metrics(results: Results, deployed: str | None = None) -> dict[str, flo
 
     Args:
         results: What the run found so far, at least one finished task.
-        deployed: The merger that stands for the run. Default: the first.
+        deployed: The model that stands for the run. Default: the first merger.
 
     Returns:
         Names to numbers; undefined figures are left out.
@@ -46,7 +46,7 @@ def task_metrics(results: Results, deployed: str | None = None) -> dict[str, flo
         >>> "cl_forgetting/ties" in metrics
         False
     """
-    deployed = deployed_merger(results, deployed)
+    deployed = deployed_model(results, deployed)
     metrics: dict[str, float] = {}
     for prefix, setting in PREFIXES.items():
         for model in results.models:
@@ -64,14 +64,14 @@ def _latest(figure: float | list[float]) -> float:
     return figure[-1] if isinstance(figure, list) else figure
 
 
-def deployed_merger(results: Results, deployed: str | None = None) -> str | None:
-    """Return the merger that stands for the run: the one that is named, or the first if there is any.
+def deployed_model(results: Results, deployed: str | None = None) -> str | None:
+    """Return the model that stands for the run: the one that is named, or the first merger if there is any.
 
     Raises:
-        ValueError: If the run has no merger of that name.
+        ValueError: If the run has no model of that name.
     """
     if deployed is None:
         return next(iter(results.mergers), None)
-    if deployed not in results.mergers:
-        raise ValueError(f"expected one of the mergers {results.mergers}, got {deployed!r}")
+    if deployed not in results.models:
+        raise ValueError(f"expected one of the models {results.models}, got {deployed!r}")
     return deployed

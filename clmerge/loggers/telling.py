@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from clmerge.loggers import weights_and_biases
 from clmerge.loggers.facts import RunFacts
-from clmerge.loggers.metrics import TASK_KEY, deployed_merger, task_metrics
+from clmerge.loggers.metrics import TASK_KEY, deployed_model, task_metrics
 from clmerge.results import ZERO_SHOT, Results
 from clmerge.run_folder import RunFolder
 
@@ -46,7 +46,7 @@ def log_task(
         results: What the run found so far, the task's rows included. Rows of later tasks are left out, so
             that a resumed run can tell a logger again what it may have lost.
         task_index: Index of the task, from 0.
-        deployed: The merger that stands for the run. Default: the first.
+        deployed: The model that stands for the run. Default: the first merger.
         images: Whether the matrices are shown as images and tables (0.2 seconds per model and task).
 
     Raises:
@@ -81,7 +81,7 @@ def log_summary(loggers: Sequence[Logger], results: Results, *, deployed: str | 
     Args:
         loggers: Any Lightning loggers.
         results: What the run found, at least one finished task.
-        deployed: The merger that stands for the run. Default: the first.
+        deployed: The model that stands for the run. Default: the first merger.
     """
     from clmerge.plots import plot_average_accuracy, plot_final_accuracy, plot_forgetting_curves
 
@@ -93,7 +93,7 @@ def log_summary(loggers: Sequence[Logger], results: Results, *, deployed: str | 
     _show(loggers, pictures, results.num_finished)
     summary = {
         **task_metrics(results, deployed),
-        "cl/deployed_merger": deployed_merger(results, deployed),
+        "cl/deployed": deployed_model(results, deployed),
         "cl/best_merger": results.best_merger(),
     }
     for logger in loggers:
