@@ -1,7 +1,7 @@
 """Evaluate several sets of weights of one model on all tasks of a stream in one pass over the images."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +14,7 @@ from clmerge.metrics import TaskAccuracy
 from clmerge.modules import ContinualClassifier, sum_over_processes
 from clmerge.streams import StreamDataModule
 from clmerge.weights.modes import eval_mode
+from clmerge.weights.swap import swapped
 
 Rows = dict[str, dict[str, list[float]]]
 
@@ -105,6 +106,7 @@ def evaluate(
     *,
     task_classes: Sequence[Sequence[int]],
     num_classes: int,
+    split: Literal["val", "test"] = "test",
 ) -> Rows:
     """Return the accuracy on every task for every set of weights, from one ``trainer.test``.
 
@@ -115,6 +117,7 @@ def evaluate(
         data: Serves the test images of all tasks.
         task_classes: Global class ids of every task.
         num_classes: Number of classes of the stream.
+        split: Which images of every task.
 
     Returns:
         Model name -> ``task_agnostic`` and ``task_aware``: one accuracy in [0, 1] per task, NaN for a task
@@ -124,8 +127,43 @@ def evaluate(
         RuntimeError: If weights are named or shaped unlike the module's.
     """
     evaluator = Evaluator(module, weights, task_classes, num_classes)
-    trainer.test(evaluator, datamodule=data, verbose=False)
+    if split == "test":
+        trainer.test(evaluator, datamodule=data, verbose=False)
+    else:
+        trainer.test(evaluator, dataloaders=data.eval_dataloader(split), verbose=False)
     return evaluator.rows()
+
+
+class _Probabilities(LightningModule):
+    def __init__(self, module: ContinualClassifier) -> None:
+        super().__init__()
+        self.module = module
+
+    @override
+    def predict_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+        images, labels, tasks = batch
+        return self.module(images).float().softmax(dim=1).cpu(), labels.cpu(), tasks.cpu()
+
+
+def probabilities(
+    trainer: Trainer, module: ContinualClassifier, weights: Mapping[str, Tensor], data: StreamDataModule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what one model believes of every test image of the stream, in one process.
+
+    Args:
+        trainer: A Trainer without a MergeCallback.
+        module: The classifier; unchanged afterwards.
+        weights: Weights by the module's names; what is not named stays the module's own.
+        data: Serves the test images of all tasks.
+
+    Returns:
+        Probabilities ``(num_images, num_classes)``, labels and tasks ``(num_images,)``, on the CPU.
+    """
+    with swapped(module, weights):
+        found = trainer.predict(_Probabilities(module), dataloaders=data.eval_dataloader("test"))
+    assert found is not None
+    beliefs, labels, tasks = zip(*found, strict=True)
+    return torch.cat(beliefs), torch.cat(labels), torch.cat(tasks)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from clmerge.loggers import finish_loggers, log_artifacts, log_summary, log_task
 from clmerge.merging import Merger, Statistics, WeightAverage
 from clmerge.modules import ContinualClassifier
 from clmerge.plots import save_plots
-from clmerge.results import EXPERT, ZERO_SHOT, Results
+from clmerge.results import EXPERT, ZERO_SHOT, Results, is_reference
 from clmerge.run_folder import RunFolder
 from clmerge.streams import Stream, StreamDataModule
 from clmerge.streams.splits import derived_seed
@@ -119,9 +119,8 @@ class Learner:
         )
         # A frozen backbone leaves nothing to merge: the head alone is trained, if at all, and evaluated.
         self.mergers = self.merge.mergers if module.trained_names else {}
-        for taken in (EXPERT, ZERO_SHOT):
-            if taken in self.merge.mergers:
-                raise ValueError(f"expected another name for a merger than {taken!r}, a reference model's name")
+        if taken := [name for name in self.merge.mergers if is_reference(name)]:
+            raise ValueError(f"expected another name for a merger than {taken[0]!r}, a reference model's name")
         if branches < 1 or rounds < 1 or (rounds > 1 and branches == 1):
             raise ValueError(
                 f"expected 1 branch or more and 1 round or more, of several branches each, got {branches} branches and "
@@ -337,8 +336,7 @@ class Learner:
             raise ValueError(f"expected the stream of {run.path} ({results.tasks}), got {fresh.tasks}")
         if found.trained:
             weights, accumulators = run.load_state()
-            for task in tasks[: found.trained]:
-                self.module.resume_task(task.classes)
+            self.module.resume_tasks([task.classes for task in tasks[: found.trained]])
             self.module.load_state_dict(weights)
             self.merge.load_accumulators(accumulators)
         return results

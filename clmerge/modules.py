@@ -102,23 +102,24 @@ class ContinualClassifier(LightningModule):
             ValueError: If a head that starts from class means gets no ``batches``, or none with images of
                 one of the classes.
         """
-        self.resume_task(classes)
+        self._task_classes = sorted(set(classes))
+        self._seen_classes = sorted({*self._seen_classes, *classes})
         prototypes = None
         if self.head.wants_prototypes and batches is not None:
             prototypes = self._class_means(self._task_classes, batches)
         self.head.add_classes(self._task_classes, prototypes)
         self.head.train_blocks(self._task_classes if self.loss_classes == "current" else None)
 
-    def resume_task(self, classes: Sequence[int]) -> None:
-        """Take note of a task that was trained before.
+    def resume_tasks(self, tasks: Sequence[Sequence[int]]) -> None:
+        """Take note of the tasks that were trained, and of no others.
 
-        Its part of the head comes with ``load_state_dict``.
+        Their parts of the head come with ``load_state_dict``.
 
         Args:
-            classes: Global class ids of the task.
+            tasks: Global class ids of every task, the latest last.
         """
-        self._task_classes = sorted(set(classes))
-        self._seen_classes = sorted({*self._seen_classes, *classes})
+        self._task_classes = sorted(set(tasks[-1]))
+        self._seen_classes = sorted({label for classes in tasks for label in classes})
 
     @torch.no_grad()
     def _class_means(self, classes: list[int], batches: Iterable[Batch]) -> Tensor:

@@ -13,7 +13,20 @@ SCHEMA = 1
 SETTINGS: tuple[Setting, ...] = ("task_agnostic", "task_aware")
 EXPERT = "expert"
 ZERO_SHOT = "zero_shot"
-REFERENCES = (EXPERT, ZERO_SHOT)
+TASK_ORACLE = "task_oracle"
+ENSEMBLE = "ensemble"
+JOINT = "joint"
+REFERENCES = (EXPERT, ZERO_SHOT, TASK_ORACLE, ENSEMBLE, JOINT)
+
+
+def is_reference(model: str) -> bool:
+    """Tell whether a model is no merger but what mergers are held against.
+
+    Example:
+        >>> is_reference("expert"), is_reference("expert@seed1"), is_reference("ties@seed1")
+        (True, True, False)
+    """
+    return model.partition("@")[0] in REFERENCES
 
 
 class Results:
@@ -75,13 +88,13 @@ class Results:
     @property
     def mergers(self) -> list[str]:
         """Names of the models that are mergers, in the order in which they were added."""
-        return [name for name in self._rows if name not in REFERENCES]
+        return [name for name in self._rows if not is_reference(name)]
 
     @property
     def models(self) -> list[str]:
         """Names of all models: mergers first, then the references."""
-        references = [EXPERT] * (EXPERT in self._rows) + [ZERO_SHOT] * (self._zero_shot is not None)
-        return self.mergers + references
+        references = [name for name in self._rows if is_reference(name)]
+        return self.mergers + references + [ZERO_SHOT] * (self._zero_shot is not None)
 
     def set_samples(self, samples: Sequence[int]) -> None:
         """Say how many test samples each task has.
@@ -171,9 +184,11 @@ class Results:
             ValueError: If there is no such model.
         """
         matrix = self._matrix(model, setting)
-        expert = self._rows[EXPERT][setting] if EXPERT in self._rows else None
+        run = model.removeprefix(model.partition("@")[0])
+        expert = self._rows[EXPERT + run][setting] if EXPERT + run in self._rows else None
+        zero_shot = self._matrix(ZERO_SHOT + run, setting).values if ZERO_SHOT + run in self.models else None
         return matrix.summary(
-            baseline=None if self._zero_shot is None else self._zero_shot[setting],
+            baseline=None if zero_shot is None or not len(zero_shot) else zero_shot[0],
             expert=expert if expert is not None and len(expert) == len(matrix) else None,
             samples=self.samples,
         )

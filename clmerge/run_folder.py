@@ -214,11 +214,23 @@ class RunFolder:
         Raises:
             RuntimeError: Before the first ``commit_state``.
         """
+        accumulators = torch.load(self._state / "accumulators.pt", map_location="cpu", weights_only=True)
+        return load_tensors(self._state / "module.safetensors"), accumulators
+
+    def load_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the module's weights and theta_0, on the CPU; accumulators are not read.
+
+        Raises:
+            RuntimeError: Before the first ``commit_state``.
+        """
+        state = torch.load(self._state / "accumulators.pt", map_location="cpu", weights_only=True, mmap=True)
+        return load_tensors(self._state / "module.safetensors"), {k: v.clone() for k, v in state["base"].items()}
+
+    @property
+    def _state(self) -> Path:
         if self.manifest.state is None:
             raise RuntimeError(f"expected a committed task in {self.path}, got none")
-        folder = self.path / self.manifest.state
-        accumulators = torch.load(folder / "accumulators.pt", map_location="cpu", weights_only=True)
-        return load_tensors(folder / "module.safetensors"), accumulators
+        return self.path / self.manifest.state
 
     def _write_results(self) -> None:
         if self.manifest.results:

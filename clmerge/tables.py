@@ -2,13 +2,14 @@
 
 import math
 import textwrap
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from clmerge.results import REFERENCES, Results, Setting
+from clmerge.results import Results, Setting, is_reference
 
 _FIGURES = ("average", "forget", "BWT")
 _HINTS = {
@@ -58,7 +59,7 @@ def render_table(results: Results, *, setting: Setting = "task_agnostic", width:
     for index, heading in enumerate(cells.headings):
         table.add_column(Text(heading), justify="left" if index == 0 else "right", no_wrap=True)
     for model, row in zip(cells.models, cells.rows, strict=True):
-        style = "bold" if model == cells.best else "dim" if model in REFERENCES else ""
+        style = "bold" if model == cells.best else "dim" if is_reference(model) else ""
         table.add_row(*(Text(cell) for cell in row), style=style)
     return table
 
@@ -89,17 +90,26 @@ def render_text(results: Results, *, setting: Setting = "task_agnostic", width: 
         * best merger by average accuracy
     """
     cells = _cells(results, setting, width)
-    lines = [cells.headings, *cells.rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(cells.headings))]
-    body = [
+    body = align([cells.headings, *cells.rows])
+    notes = [line for note in cells.notes for line in textwrap.wrap(note, width)]
+    return "\n".join([cells.title, *body, *notes])
+
+
+def align(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Return lines of cells as text: the first column to the left, the others to the right.
+
+    Example:
+        >>> align([["model", "A"], ["ties", "75.0"]])
+        ['model     A', 'ties   75.0']
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
         "  ".join(
             cell.ljust(size) if i == 0 else cell.rjust(size)
             for i, (cell, size) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     ]
-    notes = [line for note in cells.notes for line in textwrap.wrap(note, width)]
-    return "\n".join([cells.title, *body, *notes])
 
 
 def _cells(results: Results, setting: Setting, width: int) -> _Cells:
@@ -133,7 +143,7 @@ def _latest_figures(results: Results, model: str, setting: Setting) -> list[floa
 
 def _rows(names: list[str], accuracies: list[list[float]], figures: list[list[float]]) -> list[list[str]]:
     return [
-        [name, *map(_percent, accuracy), *map(_percent, numbers)]
+        [name, *map(percent, accuracy), *map(percent, numbers)]
         for name, accuracy, numbers in zip(names, accuracies, figures, strict=True)
     ]
 
@@ -147,7 +157,13 @@ def _nan_first(value: float) -> float:
     return -math.inf if math.isnan(value) else value
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """Return a fraction in percent with one digit, ``-`` for NaN.
+
+    Example:
+        >>> percent(0.1234), percent(float("nan"))
+        ('12.3', '-')
+    """
     if math.isnan(value):
         return "-"
     text = f"{100 * value:.1f}"

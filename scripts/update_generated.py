@@ -8,7 +8,11 @@ import argparse
 import os
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+from clmerge.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- mergers: begin -->", "<!-- mergers: end -->"
@@ -19,28 +23,10 @@ def plain(text: str) -> str:
     return re.sub(r"(--[\w.]+) (\S+), (--[\w.]+\+) \2", r"\1, \3 \2", text)
 
 
-def fit_help() -> str:
-    """Return the help of ``clmerge fit`` at a width of 100 columns."""
+def command_help(command: str, **options: Any) -> str:
+    """Return the help of a command at a width of 100 columns."""
     os.environ["COLUMNS"] = "100"
-    from clmerge.cli.fit import build_parser
-
-    return plain(build_parser(trainer=False).format_help())
-
-
-def merge_help() -> str:
-    """Return the help of ``clmerge merge`` at a width of 100 columns."""
-    os.environ["COLUMNS"] = "100"
-    from clmerge.cli.merge import build_parser
-
-    return plain(build_parser().format_help())
-
-
-def report_help() -> str:
-    """Return the help of ``clmerge report`` at a width of 100 columns."""
-    os.environ["COLUMNS"] = "100"
-    from clmerge.cli.report import build_parser
-
-    return plain(build_parser().format_help())
+    return plain(import_module(f"clmerge.cli.{command}").build_parser(**options).format_help())
 
 
 def merger_table() -> str:
@@ -60,10 +46,10 @@ def generated() -> dict[Path, str]:
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
+    # The Trainer's three hundred lines are left to Lightning.
+    helps = {command: command_help(command, **({"trainer": False} if command == "fit" else {})) for command in COMMANDS}
     return {
-        ROOT / "clmerge" / "cli" / "help" / "fit.txt": fit_help(),
-        ROOT / "clmerge" / "cli" / "help" / "merge.txt": merge_help(),
-        ROOT / "clmerge" / "cli" / "help" / "report.txt": report_help(),
+        **{ROOT / "clmerge" / "cli" / "help" / f"{command}.txt": text for command, text in helps.items()},
         readme: f"{before}{BEGIN}\n{merger_table()}\n{END}{after}",
     }
 

@@ -291,7 +291,8 @@ def test_prototypes_need_images_of_every_class(make):
 def test_a_resumed_task_counts_as_seen_and_as_current(make):
     module = make(task=(2, 0), loss_classes="seen")
     twin = make(loss_classes="seen")
-    twin.resume_task((2, 0))
+    twin.resume_tasks([(3, 4), (1, 4)])
+    twin.resume_tasks([(2, 0)])
     for one in (module, twin):
         one.begin_task((1, 3))
     logits, labels = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
@@ -303,8 +304,7 @@ def test_a_resumed_growing_head_takes_its_blocks_from_the_saved_weights(make):
     module = make(LinearHead(), task=(2, 0))
     module.begin_task((1,))
     twin = make(LinearHead())
-    for classes in ((2, 0), (1,)):
-        twin.resume_task(classes)
+    twin.resume_tasks([(2, 0), (1,)])
     twin.load_state_dict(module.state_dict())
     images = loader().dataset.tensors[0]
     assert torch.equal(twin(images), module(images))

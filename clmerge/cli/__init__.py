@@ -9,6 +9,7 @@ import clmerge
 
 COMMANDS = {
     "fit": "train a stream of tasks, merge after every task, evaluate all tasks after every task",
+    "compare": "merge a finished run's task vectors again with any mergers, without training",
     "merge": "merge checkpoints of any size into one safetensors file",
     "report": "show on one page which merger is best and why",
 }

@@ -227,7 +227,7 @@ def _run(arguments: Sequence[str], *, resume: str | None) -> int:
     loggers = _build_loggers(objects.logging, facts, run)
     results = learner.fit(
         run,
-        trainer=_trainer_factory(parser, config),
+        trainer=trainer_factory(config),
         loggers=loggers,
         report=_print_table if is_main else None,
         progress=config.trainer.enable_progress_bar,
@@ -248,7 +248,8 @@ def _save_config(parser: "CommandParser", config: Any, run: "RunFolder") -> None
     write_text_atomic(run.config, header + parser.dump(kept, skip_validation=True))
 
 
-def _trainer_factory(parser: "CommandParser", config: Any) -> Any:
+def trainer_factory(config: Any) -> Any:
+    """Return what builds a new Trainer of a parsed configuration, callbacks included, whenever it is called."""
     from jsonargparse import ArgumentParser
     from lightning.pytorch import Trainer
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,12 +34,13 @@ class CachedImages(Dataset[tuple[Tensor, int]]):
         return self.images[index], self.targets[index]
 
 
-def cached(dataset: ImageDataset, max_bytes: int) -> CachedImages | None:
+def cached(dataset: ImageDataset, max_bytes: int, file: Path | None = None) -> CachedImages | None:
     """Transform all images once and keep them, if they fit and if the transform is not random.
 
     Args:
         dataset: images with their evaluation transform.
-        max_bytes: room there is.
+        max_bytes: room there is in memory.
+        file: where images go that do not fit into memory (default: they are not kept).
 
     Returns:
         The kept images; None if they do not fit, are not tensors of one shape, or come out different the
@@ -46,9 +49,15 @@ def cached(dataset: ImageDataset, max_bytes: int) -> CachedImages | None:
     if not len(dataset):
         return None
     first, again = dataset[0][0], dataset[0][0]
-    if not isinstance(first, Tensor) or first.nbytes * len(dataset) > max_bytes or not torch.equal(first, again):
+    if not isinstance(first, Tensor) or not torch.equal(first, again):
         return None
-    images = first.new_empty((len(dataset), *first.shape))
+    shape = (len(dataset), *first.shape)
+    if first.nbytes * len(dataset) <= max_bytes:
+        images = first.new_empty(shape)
+    elif file is not None:
+        images = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=first.dtype).view(shape)
+    else:
+        return None
     for index in range(len(dataset)):
         image = dataset[index][0]
         if image.shape != first.shape:

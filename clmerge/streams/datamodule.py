@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ class StreamDataModule(LightningDataModule):
         self._task = 0
         self.part = (0, 1)
         self._cache: dict[tuple[Split, int], CachedImages | None] = {}
+        self._image_files: Path | None = None
 
     def setup_stream(self, stream: Stream, train_transform: Transform | None, eval_transform: Transform | None) -> None:
         """Say which stream to serve and how the backbone wants its images; starts at task 0.
@@ -91,6 +93,14 @@ class StreamDataModule(LightningDataModule):
         self._eval_transform = eval_transform
         self._task = 0
         self._cache.clear()
+
+    def keep_images(self, folder: Path) -> None:
+        """Decode validation and test images once only: those that ``cache_mb`` has no room for are kept on disk.
+
+        Args:
+            folder: where image files go; it must be there, and removing it later is the caller's business.
+        """
+        self._image_files = folder
 
     @property
     def stream(self) -> Stream:
@@ -115,7 +125,7 @@ class StreamDataModule(LightningDataModule):
         num_tasks = len(self.stream.tasks)
         if not 0 <= task < num_tasks:
             raise ValueError(f"expected a task in 0..{num_tasks - 1} of stream {self.stream.name}, got {task}")
-        if task != self._task:
+        if task != self._task and self._image_files is None:
             # A task's validation images are used while it is trained; room is kept for the test images.
             self._cache = {key: images for key, images in self._cache.items() if key[0] == "test"}
         self._task = task
@@ -187,13 +197,14 @@ class StreamDataModule(LightningDataModule):
 
     def _images(self, split: Split, task: int) -> ImageDataset | CachedImages:
         images = self.stream.dataset(task, split, self._eval_transform)
-        keep = split == "test" or (split == "val" and task == self._task)
+        keep = split == "test" or (split == "val" and (task == self._task or self._image_files is not None))
         if not self.cache_eval or not keep:
             return images
         key = (split, task)
         if key not in self._cache:
             used = sum(kept.images.nbytes for kept in self._cache.values() if kept is not None)
-            self._cache[key] = cached(images, self.cache_mb * 2**20 - used)
+            file = None if self._image_files is None else self._image_files / f"{split}_{task:03d}.bin"
+            self._cache[key] = cached(images, self.cache_mb * 2**20 - used, file)
         return self._cache[key] or images
 
     def _eval_loader(

@@ -1,0 +1,185 @@
+"""``clmerge compare``: merge the task vectors of finished runs again, with any mergers, without training."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clmerge.cli.parser import CommandParser
+    from clmerge.comparison.stored_run import StoredRun
+
+HELP = Path(__file__).parent / "help" / "compare.txt"
+EPILOG = """\
+examples:
+  clmerge compare runs/digits --mergers MagMax TIES TaskArithmetic TSVM
+  clmerge compare runs/digits --mergers TIES TaskArithmetic --scale 0.1:1.5:0.1 --grid TIES.density=0.1,0.2,0.5
+  clmerge compare runs/digits --mergers MagMax OPCM --orders 10
+  clmerge compare runs/seed0 runs/seed1 runs/seed2 --mergers MagMax TIES --out runs/three-seeds
+  clmerge compare runs/digits --joint runs/all-classes
+  clmerge compare --mergers.help TIES
+"""
+
+
+def build_parser() -> "CommandParser":
+    """Return the parser of ``clmerge compare``; imports torch."""
+    from jsonargparse import set_parsing_settings
+
+    from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
+    from clmerge.merging import Finisher, Merger, Sparsifier
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=False)
+    CommandParser.class_names = known_subclasses((Merger, Sparsifier, Finisher))
+    parser = CommandParser(
+        prog="clmerge compare",
+        usage="clmerge compare RUN [RUN ...] [--mergers A B ...] [options]",
+        description="Merge a finished run's task vectors again with any mergers, after every task, and evaluate as fit "
+        "does. Goes on where it was killed; what the folder has already is not computed again.",
+        epilog=EPILOG,
+        formatter_class=CommandFormatter,
+        allow_abbrev=False,
+    )
+    scale_help = "Values of scale to choose from on validation images: first:last:step or a,b,c."
+    grid_help = (
+        "Values of other parameters, for example TIES.density=0.1,0.2; all combinations are tried, with more than two "
+        "parameters those that differential evolution asks for."
+    )
+    rule_help = "Also let the scale after task t follow from the best scales after the tasks before (needs --scale)."
+    orders_help = "Merge the experts in this many orders (0: the run's own only)."
+    joint_help = "A run that was trained on all classes together, for a reference row."
+    memory_help = "GiB of accumulators and merged weights to hold at a time."
+    images_help = "MiB of decoded images to hold in memory; others wait in files in the output folder meanwhile."
+    parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="Finished run folders.")
+    parser.add_argument("--mergers", type=list[Merger], default=[], help="Mergers (default: those of the first run).")
+    parser.add_argument("--scale", type=str | None, default=None, help=scale_help)
+    parser.add_argument("--grid", type=str, nargs="+", default=[], metavar="NAME.PARAMETER=VALUES", help=grid_help)
+    parser.add_argument("--scale-rule", action="store_true", help=rule_help)
+    parser.add_argument("--orders", type=int, default=0, help=orders_help)
+    parser.add_argument("--orders-seed", type=int, default=0, help="Seed of the other orders.")
+    parser.add_argument("--joint", type=str | None, default=None, help=joint_help)
+    parser.add_argument("--out", type=str | None, default=None, help="Folder to write to (default: RUN/compare).")
+    parser.add_argument("--memory", type=float, default=4.0, help=memory_help)
+    parser.add_argument("--image-memory", type=int, default=1024, help=images_help)
+    parser.add_argument("--json", action="store_true", help="Print the document instead of the table.")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``clmerge compare``; return the exit code."""
+    from clmerge.cli.fit import spread_mergers
+
+    if any(argument in ("-h", "--help") for argument in argv):
+        print(HELP.read_text(encoding="utf-8"), end="")
+        return 0
+    parser = build_parser()
+    config = parser.parse_args(spread_mergers(argv))
+    if config.orders < 0 or config.memory <= 0 or config.image_memory < 0:
+        parser.error("expected --orders and --image-memory of 0 or more and --memory above 0")
+    if config.scale_rule and config.scale is None:
+        parser.error("expected --scale with the values that --scale-rule chooses from, got none")
+    try:
+        return _compare(config, parser.instantiate(config).mergers)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"clmerge compare: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("clmerge compare: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _compare(config: Any, mergers: Any) -> int:
+    import json
+    from tempfile import TemporaryDirectory
+
+    from clmerge.callbacks.naming import name_mergers
+    from clmerge.comparison.compare import Request, compare_run
+    from clmerge.comparison.document import build_document
+    from clmerge.comparison.ledger import Ledger
+    from clmerge.comparison.table import print_comparison
+    from clmerge.lightning_compat import quiet_lightning
+    from clmerge.weights import write_json_atomic
+
+    quiet_lightning()
+    names = _run_names(config.runs)
+    out = Path(config.out) if config.out is not None else _default_out(config.runs)
+    found = []
+    for path, name in zip(config.runs, names, strict=True):
+        run, own = open_run(path, name=name)
+        joint = None if config.joint is None else open_run(config.joint, name="joint")[0]
+        mergers = mergers or own
+        request = Request(
+            name_mergers(mergers),
+            scale=config.scale,
+            grid=config.grid,
+            scale_rule=config.scale_rule,
+            orders=config.orders,
+            orders_seed=config.orders_seed,
+            memory=int(config.memory * 2**30),
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=out, prefix=".images-") as images:
+            run.data.cache_mb = config.image_memory
+            run.data.keep_images(Path(images))
+            found.append(compare_run(run, request, Ledger(out / "rows.json"), joint))
+    document = build_document(found, orders_seed=config.orders_seed)
+    write_json_atomic(out / "results.json", document)
+    if config.json:
+        print(json.dumps(document, indent=2))
+    else:
+        print_comparison(document)
+        print(f"results   {out / 'results.json'}")
+    return 0
+
+
+def open_run(path: str, *, name: str) -> "tuple[StoredRun, list[Any]]":
+    """Open a finished run; return it and the mergers that rode on it.
+
+    Args:
+        path: The run folder.
+        name: What it is called in results.
+
+    Raises:
+        FileNotFoundError: If there is no run.
+        ValueError: If it is not finished, or has kept no task vectors.
+    """
+    from lightning.pytorch import seed_everything
+
+    from clmerge.cli.fit import build_parser as build_fit_parser
+    from clmerge.cli.fit import trainer_factory
+    from clmerge.comparison.stored_run import StoredRun
+    from clmerge.run_folder import RunFolder
+
+    folder = RunFolder.open(path, writes=False)
+    if not folder.config.is_file():
+        raise FileNotFoundError(f"expected the configuration of a run of `clmerge fit` in {folder.config}, got none")
+    single = ("--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto", "--logging.extra=[]")
+    parser = build_fit_parser()
+    config = parser.parse_args(["--config", str(folder.config), *single])
+    seed_everything(config.seed, workers=True, verbose=False)
+    objects = parser.instantiate(config)
+    objects.data.seed = config.seed
+    run = StoredRun(
+        folder,
+        objects.stream,
+        objects.model,
+        objects.data,
+        trainer=trainer_factory(config),
+        config=config.as_dict(),
+        name=name,
+        progress=sys.stderr.isatty(),
+    )
+    return run, objects.mergers
+
+
+def _run_names(paths: Sequence[str]) -> list[str]:
+    """Call runs after their folders, with as many parents as tell them apart."""
+    parts = [Path(path).resolve().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"expected different runs, got {', '.join(map(str, paths))}")
+
+
+def _default_out(paths: Sequence[str]) -> Path:
+    return Path(paths[0]) / ("compare" if len(paths) == 1 else f"compare-{len(paths)}-runs")

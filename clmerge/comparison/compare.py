@@ -1,0 +1,144 @@
+"""Compare mergers on one finished run: search, merge, evaluate, hold against references."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from clmerge.comparison.grid import grids
+from clmerge.comparison.ledger import Ledger, Row
+from clmerge.comparison.orders import order_sweep
+from clmerge.comparison.references import add_references
+from clmerge.comparison.refold import check_mergers, sweep
+from clmerge.comparison.search import Search, rule_rows
+from clmerge.comparison.stored_run import StoredRun
+from clmerge.merging import Merger
+from clmerge.results import ENSEMBLE, EXPERT, JOINT, SETTINGS, TASK_ORACLE, ZERO_SHOT, Results
+
+RULE = "scale-rule"
+
+
+@dataclass
+class Request:
+    """What is compared.
+
+    Args:
+        mergers: Mergers by name.
+        scale: Values of ``scale`` to choose from, for every merger that has one.
+        grid: Values of other parameters, ``NAME.PARAMETER=VALUES``.
+        scale_rule: Whether a rule for the scale as a function of t is tried, too.
+        orders: Orders of the experts to merge in; 0 for the run's own only.
+        orders_seed: Seed of the other orders.
+        memory: Bytes of accumulators and merged weights that are held at a time.
+    """
+
+    mergers: Mapping[str, Merger]
+    scale: str | None = None
+    grid: list[str] = field(default_factory=list)
+    scale_rule: bool = False
+    orders: int = 0
+    orders_seed: int = 0
+    memory: int = 2**32
+
+
+@dataclass
+class Comparison:
+    """What was found out about one run.
+
+    Attributes:
+        run: The run.
+        results: Accuracies of all models.
+        settings: Merger and settings by model.
+        bytes_kept: Bytes kept beside theta_0 after every task, by model.
+        merge_seconds: Seconds per task, by merger.
+        searches: The searches.
+        orders: The order sweeps by merger; empty where none was asked for.
+    """
+
+    run: StoredRun
+    results: Results
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bytes_kept: dict[str, list[int]] = field(default_factory=dict)
+    merge_seconds: dict[str, list[float]] = field(default_factory=dict)
+    searches: list[dict[str, Any]] = field(default_factory=list)
+    orders: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, name: str, merger: Merger, rows: list[Row], *, search: int | None) -> None:
+        """Add a model that is a merger.
+
+        Args:
+            name: Its name.
+            merger: The merger with its settings.
+            rows: A row for every task.
+            search: Position of the search that chose settings, if one did.
+        """
+        for row in rows:
+            self.results.add_row(name, *(row[setting] for setting in SETTINGS))
+        self.settings[name] = {
+            "merger": type(merger).__name__,
+            "init_args": merger.settings(),
+            "run": self.run.name,
+            "requires": sorted(merger.requires),
+            "order_free": merger.order_free,
+            "exact_online": merger.exact_online,
+            "search": search,
+        }
+        size = self.run.num_parameters
+        self.bytes_kept[name] = [merger.state_size(size, t) for t in range(1, len(rows) + 1)]
+        self.merge_seconds[name] = [row["merge_seconds"] for row in rows]
+
+
+def compare_run(run: StoredRun, request: Request, ledger: Ledger, joint: StoredRun | None = None) -> Comparison:
+    """Compare mergers on one run; nothing that ``ledger`` has is computed again.
+
+    Args:
+        run: The run.
+        request: What is compared.
+        ledger: Keeps what is found.
+        joint: A run that was trained on all classes together, if there is one.
+
+    Raises:
+        ValueError: If the run cannot give what is asked for, or a setting is unknown.
+    """
+    mergers = dict(request.mergers)
+    check_mergers(run, mergers)
+    grid = grids(mergers, request.scale, request.grid)
+    searches = {name: Search(run, name, mergers[name], parameters) for name, parameters in grid.items()}
+    fitted = run.results
+    found = Comparison(run, Results(fitted.tasks, classes=fitted.classes, samples=fitted.samples))
+    for name, search in searches.items():
+        search.go(ledger, request.memory)
+        mergers[name] = search.build()
+        found.searches.append(search.to_dict(name))
+    table = sweep(run, mergers, ledger, memory=request.memory)
+    for name, merger in mergers.items():
+        position = list(searches).index(name) if name in searches else None
+        found.add(name, merger, list(table[name].values()), search=position)
+    if request.scale_rule:
+        for position, (name, search) in enumerate(searches.items()):
+            if "scale" in search.grid:
+                scales = [float(scale) for scale in search.grid["scale"]]
+                rows, rule = rule_rows(run, name, mergers[name], scales, ledger, request.memory)
+                found.searches[position]["rule"] = rule
+                found.add(f"{name}_{RULE}", mergers[name], rows, search=position)
+    if request.orders:
+        found.orders = order_sweep(
+            run, mergers, request.orders, ledger, seed=request.orders_seed, memory=request.memory
+        )
+    add_references(found.results, run, ledger, joint)
+    _count_references(found)
+    return found
+
+
+def _count_references(found: Comparison) -> None:
+    """Say what the references keep: the weights of a model that is deployed, of every expert, or nothing."""
+    weights = 4 * found.run.num_parameters
+    num_tasks = len(found.run.tasks)
+    grows = [weights * t for t in range(1, num_tasks + 1)]
+    kept = {
+        ZERO_SHOT: [0] * num_tasks,
+        EXPERT: [weights] * num_tasks,
+        TASK_ORACLE: grows,
+        ENSEMBLE: grows,
+        JOINT: [weights] * num_tasks,
+    }
+    found.bytes_kept |= {name: kept[name] for name in found.results.models if name in kept}

@@ -1,0 +1,248 @@
+import json
+import shutil
+
+import pytest
+from support.tiny import tiny_clip
+
+from clmerge.cli import main
+from clmerge.results import Results, validate
+
+CONFIG = """
+name: small
+stream: {{class_path: ClassIncremental, init_args: {{source: SklearnDigits, num_tasks: 3}}}}
+model:
+  backbone: {{class_path: OpenClip, init_args: {{name: "{backbone}"}}}}
+  head: {head}
+  loss_classes: {loss}
+  optimizer: {{class_path: AdamW, init_args: {{lr: 3e-3}}}}
+mergers:
+- MagMax
+- TIES
+- RandomMix
+- Fisher
+- RegMean
+- FedNova
+- {{class_path: WeightedAverage, init_args: {{by: loss}}}}
+- PAINT
+data: {{batch_size: 64}}
+learner: {{statistics_images: 16}}
+trainer: {{max_epochs: 1, accelerator: cpu, log_every_n_steps: 1, limit_train_batches: 6, limit_val_batches: 1}}
+logging: {{wandb: false, csv: false}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr("clmerge.learner.save_plots", lambda results, folder: [])
+    monkeypatch.delenv("CLMERGE_RUN_DIR", raising=False)
+
+
+def make_run(folder, *arguments, head="ZeroShotHead", loss="seen"):
+    (folder / "config.yaml").write_text(CONFIG.format(backbone=tiny_clip(folder / "clip"), head=head, loss=loss))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clmerge.learner.save_plots", lambda results, folder: [])
+        run = folder / "run"
+        assert main(["fit", "--config", str(folder / "config.yaml"), "--run_dir", str(run), *arguments]) == 0
+        patch.delenv("CLMERGE_RUN_DIR")
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the run to write into."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def compare(*arguments):
+    assert main(["compare", *map(str, arguments)]) == 0
+
+
+def document(folder):
+    found = json.loads((folder / "results.json").read_text())
+    validate(found)
+    return found
+
+
+def without_seconds(found):
+    return {**found, "seconds": {}, "compare": {**found["compare"], "merge_seconds": {}}}
+
+
+def test_models_that_fit_evaluated_come_out_with_the_same_bits(run, capsys):
+    """Also those whose statistics, scores and counts are taken anew; without --mergers they are the run's own."""
+    compare(run)
+    fitted = json.loads((run / "results.json").read_text())
+    found = document(run / "compare")
+    assert len(fitted["models"]) == 10
+    for model, figures in fitted["models"].items():
+        assert found["models"][model] == figures, model
+    assert fitted["models"]["fisher"] != fitted["models"]["regmean"]
+    shown = capsys.readouterr()
+    assert "magmax" in shown.out
+    assert "task 2/3: 8 models, test images" in shown.err
+
+
+@pytest.mark.parametrize("head", ["LinearHead", "CosineHead"])
+def test_growing_heads_are_those_of_their_task(tmp_path, head):
+    run = make_run(tmp_path, "--mergers", "MagMax", "Fisher", head=head)
+    compare(run, "--mergers", "Fisher", "MagMax")
+    fitted, found = json.loads((run / "results.json").read_text()), document(run / "compare")
+    for model in ("magmax", "fisher", "expert"):
+        assert found["models"][model] == fitted["models"][model]
+    assert found["baseline"] is None
+    rows = found["models"]["ensemble"]["task_agnostic"]["R"]
+    assert [[value is None for value in row] for row in rows] == [
+        [False, True, True],
+        [False, False, True],
+        [False] * 3,
+    ]
+
+
+def test_the_document_has_what_its_page_says(run):
+    compare(run, "--mergers", "MagMax", "OPCM", "--scale", "0.3:0.9:0.3", "--orders", "3", "--scale-rule")
+    found = document(run / "compare")
+    models = [
+        "magmax",
+        "opcm",
+        "magmax_scale-rule",
+        "opcm_scale-rule",
+        "expert",
+        "task_oracle",
+        "ensemble",
+        "zero_shot",
+    ]
+    assert list(found["models"]) == models
+    compared = found["compare"]
+    assert set(compared["bytes_kept"]) == set(compared["figures"]) == set(models)
+    assert set(compared["settings"]) == set(compared["merge_seconds"]) == set(models[:4])
+    assert compared["bytes_kept"]["task_oracle"] == [4 * compared["runs"][0]["num_parameters"] * t for t in (1, 2, 3)]
+    results = Results.from_dict(found)
+    assert results.best_merger() in models[:4]
+    for model in models:
+        R, expert = results.matrix(model), results.matrix("expert").diagonal()
+        own = compared["figures"][model]["task_agnostic"]
+        assert own["worst_task"][-1] == min(R[-1])
+        assert own["gap_to_experts"][1] == pytest.approx((expert[:2] - R[1, :2]).mean())
+        assert own["normalised_accuracy"][-1] == results.figures(model)["normalised_accuracy"]
+    oracle = results.matrix("task_oracle")
+    assert oracle[-1].tolist() == results.matrix("expert").diagonal().tolist()
+
+    search = compared["searches"][0]
+    assert [point["values"] for point in search["points"]] == [{"scale": 0.3}, {"scale": 0.6}, {"scale": 0.9}]
+    best = max(search["points"], key=lambda point: point["score"])
+    assert search["chosen"] == best["values"]
+    assert compared["settings"]["magmax"]["init_args"]["scale"] == best["values"]["scale"]
+    assert search["rule"]["used"][1] == search["rule"]["chosen"][0]
+    orders = compared["orders"]["models"]
+    assert (orders["magmax"]["order_free"], len(orders["magmax"]["permutations"])) == (True, 1)
+    assert (orders["opcm"]["order_free"], len(orders["opcm"]["permutations"])) == (False, 3)
+    assert orders["opcm"]["task_agnostic"]["accuracy"][0] == found["models"]["opcm"]["task_agnostic"]["R"][-1]
+
+
+def test_a_comparison_that_was_interrupted_goes_on(run, monkeypatch, capsys):
+    from clmerge.comparison.ledger import Ledger
+
+    arguments = ["compare", str(run), "--mergers", "MagMax", "Fisher", "--scale=0.5,1.0"]
+    assert main([*arguments, "--out", str(run / "whole")]) == 0
+    add, calls = Ledger.add, []
+
+    def killed(self, rows):
+        add(self, rows)
+        calls.append(rows)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ledger, "add", killed)
+    assert main([*arguments, "--out", str(run / "killed")]) == 130
+    monkeypatch.setattr(Ledger, "add", add)
+    capsys.readouterr()
+    assert main([*arguments, "--out", str(run / "killed")]) == 0
+    assert "settings of" not in capsys.readouterr().err, "what was found is not computed again"
+    assert without_seconds(document(run / "killed")) == without_seconds(document(run / "whole"))
+    assert not list((run / "killed").glob(".images*"))
+
+
+def test_groups_that_fit_the_memory_give_the_same(run):
+    compare(run, "--out", run / "together")
+    compare(run, "--out", run / "single", "--memory=1e-6", "--image-memory=0")
+    assert without_seconds(document(run / "single")) == without_seconds(document(run / "together"))
+
+
+def test_runs_are_told_apart_and_aggregated(run, tmp_path, capsys):
+    arguments = ["--config", run / "config.yaml", "--mergers", "MagMax"]
+    for name, options in (("seed1", ["--seed=1"]), ("base", ["--learner.start_policy=base"])):
+        assert main(["fit", *map(str, arguments), "--run_dir", str(tmp_path / name), *options]) == 0
+    capsys.readouterr()
+    compare(run, tmp_path / "seed1", tmp_path / "base", "--mergers", "MagMax", "--out", tmp_path / "out", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found == document(tmp_path / "out")
+    assert [r["name"] for r in found["compare"]["runs"]] == ["run", "seed1", "base"]
+    assert {r["group"] for r in found["compare"]["runs"]} == {
+        "learner.start_policy=previous",
+        "learner.start_policy=base",
+    }
+    fitted = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "seed1", "base")}
+    for name, results in fitted.items():
+        assert found["models"][f"magmax@{name}"] == results["models"]["magmax"]
+    entry = found["compare"]["aggregates"][0]
+    assert (entry["model"], entry["num_runs"], entry["models"]) == ("magmax", 2, ["magmax@run", "magmax@seed1"])
+    a, b = (fitted[name]["models"]["magmax"]["task_agnostic"]["average_accuracy"][-1] for name in ("run", "seed1"))
+    assert entry["task_agnostic"]["average_accuracy"]["mean"][-1] == pytest.approx((a + b) / 2)
+    assert entry["task_agnostic"]["average_accuracy"]["std"][-1] == pytest.approx(abs(a - b) / 2**0.5)
+    assert Results.from_dict(found).to_dict()["models"] == found["models"]
+
+
+def test_a_joint_run_is_a_reference(run, tmp_path):
+    config = ["--config", str(run / "config.yaml"), "--stream.num_tasks=1", "--mergers", "MagMax"]
+    assert main(["fit", *config, "--run_dir", str(tmp_path / "joint")]) == 0
+    compare(run, "--mergers", "MagMax", "--joint", tmp_path / "joint")
+    found, joint = document(run / "compare"), json.loads((tmp_path / "joint" / "results.json").read_text())
+    row = found["models"]["joint"]["task_agnostic"]["R"][0]
+    right = sum(accuracy * count for accuracy, count in zip(row, found["samples"], strict=True))
+    assert right / sum(found["samples"]) == pytest.approx(joint["models"]["expert"]["task_agnostic"]["R"][0][0])
+
+
+def test_a_run_without_vectors_says_how_to_keep_them(run, capsys):
+    shutil.rmtree(run / "bank")
+    assert main(["compare", str(run)]) == 1
+    error = capsys.readouterr().err
+    assert "--learner.keep_task_vectors=true" in error
+    assert "MB per task" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--mergers", "TEIS"], 2, "TIES"),
+        (["--mergerz", "TIES"], 2, "--mergers"),
+        (["--grid", "MagMax.scal=1,2"], 1, "did you mean 'scale'"),
+        (["--grid", "MagMix.scale=1,2"], 1, "did you mean 'MagMax'"),
+        (["--scale", "1:2"], 1, "first:last:step"),
+        (["--scale-rule"], 2, "expected --scale"),
+        (["--joint", "nowhere"], 1, "expected a run folder"),
+    ],
+)
+def test_what_is_wrong_is_named_with_the_nearest_right_word(run, capsys, arguments, code, message):
+    try:
+        found = main(["compare", str(run), *arguments])
+    except SystemExit as stop:
+        found = stop.code
+    assert found == code
+    assert message in capsys.readouterr().err
+    assert not (run / "compare" / "results.json").exists()
+
+
+def test_an_unfinished_run_is_refused(run, capsys):
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps({**manifest, "finished": False}))
+    assert main(["compare", str(run)]) == 1
+    assert f"clmerge fit --resume {run}" in capsys.readouterr().err
+
+
+def test_help_is_static(capsys):
+    assert main(["compare", "--help"]) == 0
+    assert "--scale-rule" in capsys.readouterr().out
