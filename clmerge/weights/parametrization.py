@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,11 @@ class Parametrized(nn.Module, ABC):
     """A module whose dense weights are not, by themselves, what is trained (LoRA, tangent models, ...).
 
     The *dense names* are those the weights had before the module was tuned this way, relative to this module. They,
-    not the tensors that are trained, are what a task vector is made of: every merger sees dense tensors. Only the
-    outermost of nested ones is asked; it answers for all that is below it.
+    not the tensors that are trained, are what a task vector is made of: every merger sees dense tensors.
     """
+
+    answers_for_children: ClassVar[bool] = True
+    """Whether parametrized modules inside of this one are its own matter: they are not asked themselves then."""
 
     @abstractmethod
     def names(self) -> Sequence[str]:
@@ -71,13 +74,8 @@ class Parametrized(nn.Module, ABC):
 
 
 def parametrized(module: nn.Module) -> dict[str, Parametrized]:
-    """Return the outermost parametrized submodules by prefix: ``""`` for the module itself, else ``"a.b."``."""
-    found: dict[str, Parametrized] = {}
-    for name, part in module.named_modules():
-        prefix = f"{name}.".replace(COMPILE_PREFIX, "") if name else ""
-        if isinstance(part, Parametrized) and not any(prefix.startswith(outer) for outer in found):
-            found[prefix] = part
-    return found
+    """Return the parametrized submodules to ask, from the outside in, by prefix (``"a.b."``, or ``""``)."""
+    return {f"{path}.".replace(COMPILE_PREFIX, "") if path else "": part for path, part in _to_ask(module).items()}
 
 
 def own_names(module: nn.Module) -> dict[str, str]:
@@ -235,22 +233,15 @@ def folded(module: nn.Module) -> Iterator[nn.Module]:
     Yields:
         The folded module: ``module`` itself with submodules exchanged, or a new one if it is parametrized as a whole.
     """
-    parts = {name: part for name, part in module.named_modules() if isinstance(part, Parametrized)}
-    outermost = {
-        name: part
-        for name, part in parts.items()
-        if not any(_is_below(name, other) for other in parts if other != name)
-    }
-    if "" in outermost:
-        yield outermost[""].folded()
-        return
+    parts = dict(reversed(_to_ask(module).items()))  # from the inside out: a folded part may hold folded ones
+    whole = parts.pop("", None)
     try:
-        for name, part in outermost.items():
-            module.set_submodule(name, part.folded())
-        yield module
+        for path, part in parts.items():
+            module.set_submodule(path, part.folded())
+        yield module if whole is None else whole.folded()
     finally:
-        for name, part in outermost.items():
-            module.set_submodule(name, part)
+        for path, part in reversed(parts.items()):
+            module.set_submodule(path, part)
 
 
 class _Layout:
@@ -273,17 +264,24 @@ class _Layout:
         self.plain = {name: tensors[self.own[name]] for name in names if name not in inside}
 
 
-def _own_names(parts: Mapping[str, Parametrized], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def _own_names(parts: dict[str, Parametrized], tensors: Mapping[str, Tensor]) -> dict[str, str]:
     inner = {prefix + name for prefix, part in parts.items() for name in part.inner()}
     return {_dense_name(parts, name): name for name in tensors if name not in inner}
 
 
-def _dense_name(parts: Mapping[str, Parametrized], own: str) -> str:
-    for prefix, part in parts.items():
+def _dense_name(parts: dict[str, Parametrized], own: str) -> str:
+    for prefix, part in reversed(parts.items()):
         if own.startswith(prefix):
             return prefix + part.dense_name(own.removeprefix(prefix))
     return own
 
 
-def _is_below(name: str, other: str) -> bool:
-    return not other or name.startswith(f"{other}.")
+def _to_ask(module: nn.Module) -> dict[str, Parametrized]:
+    found: dict[str, Parametrized] = {}
+    closed: list[str] = []
+    for path, part in module.named_modules():
+        if isinstance(part, Parametrized) and not any(path.startswith(prefix) for prefix in closed):
+            found[path] = part
+            if part.answers_for_children:
+                closed.append(f"{path}." if path else "")
+    return found
