@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import clmerge
+from clmerge.checkpoints.groups import Group
 from clmerge.checkpoints.reader import Checkpoint
+from clmerge.checkpoints.vectors import Origin
 from clmerge.merging import Finisher, Merger, Sparsifier
 from clmerge.merging.configured import Configured
 from clmerge.weights.io import load_metadata
@@ -36,7 +38,7 @@ class Ledger:
     """How a merged file was made.
 
     Attributes:
-        merger: Class and settings, seeds included.
+        merger: Class and settings, seeds included; None if tensors of no group stay the base's.
         base: Path of the base model, as an absolute path.
         models: Paths of the models, in the order of their tasks.
         files: Every file that was read.
@@ -46,10 +48,13 @@ class Ledger:
         threads: Threads of PyTorch; sums over whole tensors may depend on them.
         versions: Versions of what computed.
         result_sha256: SHA-256 of all bytes after the header (None with ``--no-hash``, and for shards).
+        groups: Patterns, class and settings of every group.
+        origin: Whether task vectors were merged (``"base"``) or weights (``"zero"``).
+        dtype: Of the result's floating-point tensors; None is the base's.
         shards: SHA-256 of every shard by file name (None with ``--no-hash``).
     """
 
-    merger: dict[str, Any]
+    merger: dict[str, Any] | None
     base: str
     models: list[str]
     files: list[InputFile]
@@ -59,6 +64,9 @@ class Ledger:
     threads: int = 1
     versions: dict[str, str] = field(default_factory=dict)
     result_sha256: str | None = None
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    origin: Origin = "base"
+    dtype: str | None = None
     shards: dict[str, str | None] = field(default_factory=dict)
     schema: int = SCHEMA
 
@@ -137,18 +145,25 @@ def configured_from(plain: dict[str, Any]) -> Merger:
         >>> configured_from({"class_path": "MagMax", "init_args": {"scale": 1.0}})
         MagMax(scale=1.0)
     """
-    built = _built(plain)
-    if not isinstance(built, Merger):
-        raise ValueError(f"expected a merger, got {built!r}")
-    return built
+    merger = built(plain)
+    if not isinstance(merger, Merger):
+        raise ValueError(f"expected a merger, got {merger!r}")
+    return merger
 
 
-def as_plain(merger: Merger) -> dict[str, Any]:
-    """Return class and settings of a merger as plain values."""
-    return {"class_path": type(merger).__name__, "init_args": merger.settings()}
+def as_plain(value: Merger | Group) -> dict[str, Any]:
+    """Return class and settings of a merger, or patterns and merger of a group, as plain values."""
+    if isinstance(value, Group):
+        return {"match": list(value.match), "merger": None if value.merger is None else as_plain(value.merger)}
+    return {"class_path": type(value).__name__, "init_args": value.settings()}
 
 
-def _built(value: Any) -> Any:
+def built(value: Any) -> Any:
+    """Build every merger, sparsifier and finisher in plain values from what ``as_plain`` said of it."""
+    if isinstance(value, list):
+        return [built(item) for item in value]
+    if isinstance(value, dict) and value.keys() == {"match", "merger"}:
+        return {key: built(item) for key, item in value.items()}
     if not (isinstance(value, dict) and value.keys() == {"class_path", "init_args"}):
         return value
     classes = _subclasses(Merger) | _subclasses(Sparsifier) | _subclasses(Finisher)
@@ -158,7 +173,7 @@ def _built(value: Any) -> Any:
             f"expected a class of clmerge.merging, got {name!r}; import the module that defines it, or use the "
             "version of clmerge that has it"
         )
-    return classes[name](**{key: _built(argument) for key, argument in value["init_args"].items()})
+    return classes[name](**{key: built(argument) for key, argument in value["init_args"].items()})
 
 
 def _subclasses(parent: type[Configured]) -> dict[str, type[Configured]]:

@@ -1,4 +1,4 @@
-"""Merge checkpoints into one file, out of core; and merge them again to see whether the file is what it says."""
+"""Merge checkpoints, out of core."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -10,24 +10,16 @@ import torch
 from torch import Tensor
 
 from clmerge.checkpoints.formats import align_names, open_checkpoint, open_models
-from clmerge.checkpoints.ledger import (
-    Ledger,
-    as_plain,
-    configured_from,
-    input_files,
-    ledger_file,
-    read_ledger,
-    versions,
-)
+from clmerge.checkpoints.groups import Group, assign
+from clmerge.checkpoints.ledger import UNKNOWN, Ledger, as_plain, input_files, versions
 from clmerge.checkpoints.output import check_target, new_output
 from clmerge.checkpoints.policy import Policy, decide, describe_rows
-from clmerge.checkpoints.reader import Checkpoint
-from clmerge.checkpoints.tied import same_bits
-from clmerge.checkpoints.vectors import CheckpointVectors
-from clmerge.checkpoints.writer import data_start, sha256_of
+from clmerge.checkpoints.reader import Checkpoint, Entry, float_dtype
+from clmerge.checkpoints.vectors import CheckpointVectors, Origin
+from clmerge.checkpoints.writer import sha256_of
 from clmerge.merging import Merger
 from clmerge.merging.out_of_core import merge_out_of_core, passes_of, working_memory
-from clmerge.weights.task_vector import apply_task_vector, fingerprint
+from clmerge.weights.task_vector import accumulator_dtype, fingerprint
 
 OnBytes = Callable[[int], None]
 _PASSES = {
@@ -44,7 +36,10 @@ class CheckpointMerge:
     Args:
         base: The base model, a file or folder.
         models: Fine-tuned models, run folders, task-vector banks.
-        merger: The rule.
+        merger: The rule for tensors of no group. Default: they stay as the base has them.
+        groups: Rules for some of the tensors; each merges its own as if there were no others.
+        origin: ``"base"`` merges what was added to the base, ``"zero"`` the weights themselves.
+        dtype: Of the floating-point tensors that are written, such as ``"bfloat16"``. Default: the base's.
         include: Glob patterns of what is merged. Default: everything.
         exclude: Glob patterns of what is copied from the base.
         strict: Refuse tensors that do not match.
@@ -59,21 +54,42 @@ class CheckpointMerge:
         base: str | os.PathLike[str],
         *,
         models: Sequence[str | os.PathLike[str]],
-        merger: Merger,
+        merger: Merger | None = None,
+        groups: Sequence[Group] = (),
+        origin: Origin = "base",
+        dtype: str | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         strict: bool = False,
     ) -> None:
-        self.merger = merger
+        self.origin: Origin = origin
         self.base = open_checkpoint(base)
         if self.base.is_task_vector:
             raise ValueError(f"expected the weights of a base model, got the task vector {self.base.source}")
         self.models = open_models(models)
         for model in self.models:
             align_names(model, self.base)
-        self.policy: Policy = decide(self.base, self.models, include=include, exclude=exclude, strict=strict)
+        wanted = None if dtype is None else float_dtype(dtype)
+        self.entries = {
+            name: Entry(entry.shape, wanted or entry.dtype) if entry.dtype.is_floating_point else entry
+            for name, entry in self.base.entries.items()
+        }
+        parts = assign(self.base.entries, groups, merger)
+        self.policy: Policy = decide(
+            self.base,
+            self.models,
+            include=include,
+            exclude=exclude,
+            strict=strict,
+            left=[name for part in parts if part.merger is None for name in part.names],
+            patterns=[pattern for part in parts for pattern in part.match],
+        )
+        self.parts = [part for part in assign(self.policy.merged, groups, merger) if part.names]
         self.ledger = Ledger(
-            merger=as_plain(merger),
+            merger=None if merger is None else as_plain(merger),
+            groups=[as_plain(group) for group in groups],
+            origin=origin,
+            dtype=dtype,
             base=str(Path(base).resolve()),
             models=[str(Path(model).resolve()) for model in models],
             files=input_files([self.base, *self.models]),
@@ -85,22 +101,36 @@ class CheckpointMerge:
         )
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the merged tensors."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    @property
     def work(self) -> int:
         """Bytes that merging reads of the models, over all passes."""
-        read = (model.entries.get(name) for model in self.models for name in self.policy.merged)
-        once = sum(entry.nbytes for entry in read if entry is not None)
-        return once * (2 if passes_of(self.merger) == "thresholds" else 1)
+        total = 0
+        for merger, names in self._work():
+            read = (model.entries.get(name) for model in self.models for name in names)
+            once = sum(entry.nbytes for entry in read if entry is not None)
+            total += once * (2 if passes_of(merger) == "thresholds" else 1)
+        return total
 
     def describe(self) -> str:
         """Return the plan as a short table: inputs, policy, memory."""
-        sizes = [self.base.entries[name].numel for name in self.policy.merged]
-        memory = working_memory(self.merger, sizes, len(self.models))
-        lines = [f"merger  {self.merger!r}", f"base    {_described(self.base)}"]
+        sizes = {name: entry.numel for name, entry in self.base.entries.items()}
+        costs = {
+            working_memory(merger, [sizes[name] for name in names], len(self.models)): passes_of(merger)
+            for merger, names in self._work()
+        }
+        lines = [f"merger  {part}" for part in self.parts]
+        lines.append(f"base    {_described(self.base)}")
         lines += [f"task {task:<3}{_described(model)}" for task, model in enumerate(self.models)]
         lines += ["", *describe_rows(self.policy.rows), ""]
-        lines.append(f"merges  {sum(sizes):,} entries of {len(self.models)} models")
-        lines.append(f"writes  {sum(entry.nbytes for entry in self.base.entries.values()) / 1e6:,.1f} MB, safetensors")
-        lines.append(f"memory  {memory / 2**20:,.1f} MiB: {_PASSES[passes_of(self.merger)]}")
+        what = ", the weights themselves" if self.origin == "zero" else ""
+        merged = sum(sizes[name] for name in self.policy.merged)
+        lines.append(f"merges  {merged:,} entries of {len(self.models)} models{what}")
+        lines.append(f"writes  {self.nbytes / 1e6:,.1f} MB, safetensors")
+        lines.append(f"memory  {max(costs) / 2**20:,.1f} MiB: {_PASSES[costs[max(costs)]]}")
         return "\n".join(lines)
 
     def run(
@@ -124,15 +154,15 @@ class CheckpointMerge:
             RuntimeError: If the merged vector overflows.
         """
         out = Path(out)
-        check_target(out, self.ledger, nbytes=self.base.nbytes, shard_bytes=shard_bytes)
+        check_target(out, self.ledger, nbytes=self.nbytes, shard_bytes=shard_bytes)
         if not hashes:
             for file in self.ledger.files:
                 file.sha256 = None
-        self.ledger.result_sha256 = "0" * 64 if hashes else None
+        self.ledger.result_sha256 = UNKNOWN if hashes else None
         self._check_base()
         with (
             _hashed_meanwhile([file.path for file in self.ledger.files] if hashes else []) as sums,
-            new_output(out, self.base.entries, self.ledger, shard_bytes=shard_bytes) as output,
+            new_output(out, self.entries, self.ledger, shard_bytes=shard_bytes) as output,
         ):
             for name, tensor in self.stream(on_bytes):
                 output.put(name, tensor)
@@ -153,16 +183,28 @@ class CheckpointMerge:
             further.setdefault(leader, []).append(name)
         for name in self.base.entries:
             if name not in merged:
-                yield name, self.base.tensor(name)
-        vectors = CheckpointVectors(self.base, self.models, self.policy.merged, on_bytes=on_bytes)
+                yield name, self.base.tensor(name).to(self.entries[name].dtype)
         try:
-            for name, tau in merge_out_of_core(self.merger, vectors):
-                theta = apply_task_vector({name: self.base.tensor(name)}, {name: tau})[name]
-                for one in (name, *further.get(name, [])):
-                    yield one, theta
+            for merger, names in self._work():
+                vectors = CheckpointVectors(self.base, self.models, names, origin=self.origin, on_bytes=on_bytes)
+                for name, tau in merge_out_of_core(merger, vectors):
+                    theta = self._applied(name, tau)
+                    for one in (name, *further.get(name, [])):
+                        yield one, theta
         except ValueError as error:
             sources = "\n".join(f"  task {task}: {model.source}" for task, model in enumerate(self.models))
             raise ValueError(f"{error}\nThe tasks are:\n{sources}") from error
+
+    def _work(self) -> Iterator[tuple[Merger, list[str]]]:
+        return ((part.merger, part.names) for part in self.parts if part.merger is not None)
+
+    def _applied(self, name: str, tau: Tensor) -> Tensor:
+        """Return what is written: one rounding to the output's dtype, at the end."""
+        if self.origin == "base":
+            start = self.base.tensor(name)
+            dtype = accumulator_dtype(start, tau)
+            tau = start.to(dtype) + tau.to(dtype)
+        return tau.to(self.entries[name].dtype)
 
     def _check_base(self) -> None:
         """Refuse task vectors that were taken from another base model."""
@@ -180,55 +222,6 @@ class CheckpointMerge:
                     f"expected task vectors of the base {self.base.source}, got {model.source} of base model "
                     f"{model.base[:12]}...; name the checkpoint that the run began with"
                 )
-
-
-def verify(path: str | os.PathLike[str], *, on_bytes: OnBytes = lambda count: None) -> tuple[list[str], Ledger]:
-    """Replay the ledger of a merged file or folder and compare bit for bit.
-
-    Args:
-        path: What ``clmerge merge`` wrote.
-        on_bytes: Told of every piece that was read, in bytes.
-
-    Returns:
-        What differs, nothing if the file is what it says, and the ledger.
-
-    Raises:
-        FileNotFoundError: If the file or an input is gone.
-        ValueError: If the file has no ledger or an input cannot be read.
-    """
-    ledger = read_ledger(path)
-    if ledger.threads != torch.get_num_threads():
-        torch.set_num_threads(ledger.threads)
-    found: list[str] = []
-    for file in ledger.files:
-        if not Path(file.path).is_file():
-            raise FileNotFoundError(f"expected the inputs of {path}, got no {file.path}; put it back to verify")
-        if file.sha256 is not None and sha256_of(file.path) != file.sha256:
-            found.append(f"the input {file.path} has changed since the merge")
-    holder = ledger_file(path)
-    if ledger.result_sha256 is not None and sha256_of(holder, skip=data_start(holder)) != ledger.result_sha256:
-        found.append(f"the tensors of {holder} have changed since the merge")
-    for name, expected in ledger.shards.items():
-        shard = holder.parent / name
-        if expected is not None and shard.is_file() and sha256_of(shard) != expected:
-            found.append(f"the shard {shard} has changed since the merge")
-    job = CheckpointMerge(
-        ledger.base,
-        models=ledger.models,
-        merger=configured_from(ledger.merger),
-        include=ledger.include,
-        exclude=ledger.exclude,
-        strict=ledger.strict,
-    )
-    written = open_checkpoint(path)
-    if written.entries.keys() != job.base.entries.keys():
-        return [*found, f"{path} has other tensors than {ledger.base}"], ledger
-    different: dict[str, None] = {}
-    for name, tensor in job.stream(on_bytes):
-        different.pop(name, None)
-        if job.base.entries[name] != written.entries[name] or not same_bits(tensor, written.tensor(name)):
-            different[name] = None
-    return [*found, *(f"{name!r} differs from what the merge gives" for name in different)], ledger
 
 
 def _described(checkpoint: Checkpoint) -> str:

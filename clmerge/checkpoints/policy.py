@@ -1,6 +1,6 @@
 """The policy: which tensors of the base are merged, which are copied, and what in the models is ignored."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -60,6 +60,8 @@ def decide(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     strict: bool = False,
+    left: Collection[str] = (),
+    patterns: Sequence[str] = (),
 ) -> Policy:
     """Decide what happens to every tensor, from names, shapes and dtypes, and from whether tensors are tied.
 
@@ -74,11 +76,13 @@ def decide(
         include: Glob patterns of which one must match, if there are any.
         exclude: Glob patterns of which none may match.
         strict: Whether missing, extra and mismatched tensors are errors.
+        left: Tensors that no rule is given for.
+        patterns: Further patterns that must match something.
 
     Raises:
         ValueError: If a pattern matches nothing, nothing is left to merge, or ``strict`` is violated.
     """
-    for pattern in (*include, *exclude):
+    for pattern in (*include, *exclude, *patterns):
         if not any(fnmatchcase(name, pattern) for name in base.entries):
             near = get_close_matches(pattern.strip("*"), base.entries, n=1, cutoff=0.3)
             hint = f"; the nearest is {near[0]!r}" if near else ""
@@ -88,6 +92,8 @@ def decide(
     details: dict[tuple[str, str, bool], str] = {}
     for name in base.entries:
         action, reason, detail, is_problem = _treatment(name, base, models, include, exclude)
+        if name in left and (action == "merged" or is_problem):
+            action, reason, detail, is_problem = "copied", "no rule is given for it", "", False
         if action == "merged" and tied.get(name) in groups.get(_MERGED, []):
             action, reason, detail = "tied", "one tensor with another, merged once", f"with {tied[name]}"
         key = (action, reason, is_problem)

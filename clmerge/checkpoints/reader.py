@@ -225,6 +225,22 @@ class TorchCheckpoint(Checkpoint):
         return self._tensors[name]
 
 
+def float_dtype(name: str) -> torch.dtype:
+    """Return a floating-point dtype by its name in PyTorch.
+
+    Raises:
+        ValueError: If there is none, or safetensors does not have it.
+
+    Example:
+        >>> float_dtype("bfloat16")
+        torch.bfloat16
+    """
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values() if dtype.is_floating_point}
+    if name not in known:
+        raise ValueError(f"expected a dtype of {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
 def _dtype(name: str, tensor: str, file: Path) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(

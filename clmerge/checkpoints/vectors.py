@@ -1,6 +1,7 @@
 """Task vectors taken from open checkpoints, one parameter at a time."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,10 @@ from clmerge.weights.task_vector import accumulator_dtype
 _RUN = 16  # float32 entries of a cache line
 
 
+Origin = Literal["base", "zero"]
+"""What is merged: differences to the base, or the weights themselves."""
+
+
 class CheckpointVectors:
     """``theta_t - theta0`` of models on disk, in float32 (float64 where either side is float64).
 
@@ -18,6 +23,7 @@ class CheckpointVectors:
         base: The base model.
         models: Fine-tuned models, or task vectors, which are taken as they are.
         names: The parameters that are merged.
+        origin: ``"zero"`` gives ``theta_t`` instead.
         on_bytes: Told how many bytes of a model were read, after every parameter.
     """
 
@@ -27,12 +33,14 @@ class CheckpointVectors:
         models: Sequence[Checkpoint],
         names: Sequence[str],
         *,
+        origin: Origin = "base",
         on_bytes: Callable[[int], None] = lambda count: None,
     ) -> None:
         self.base = base
         self.models = models
         self.names: Sequence[str] = list(names)
         self.num_tasks = len(models)
+        self.origin: Origin = origin
         self._on_bytes = on_bytes
         # One buffer for all: fresh memory would cost as much as the subtraction.
         self._buffers: dict[torch.dtype, Tensor] = {}
@@ -45,36 +53,44 @@ class CheckpointVectors:
         """Return the dtype that ``read`` gives."""
         model = self.models[task]
         sides = [model.entries[name].dtype] if name in model.entries else []
-        if not model.is_difference(name):
+        if self._sign(model, name):
             sides.append(self.base.entries[name].dtype)
         return torch.float64 if torch.float64 in sides else torch.float32
 
     def read(self, task: int, name: str, piece: slice | None = None) -> Tensor:
         """Return one parameter of one task vector, or a flat piece of it; the next call overwrites it."""
         model = self.models[task]
-        if name not in model.entries:  # an adapter that does not reach there
-            return self._zeros(name, piece)
-        theta = model.tensor(name, piece)
-        self._on_bytes(theta.nbytes)
-        if model.is_difference(name):
+        if name in model.entries:
+            theta = model.tensor(name, piece)
+            self._on_bytes(theta.nbytes)
+        else:
+            theta = self._zeros(name, piece)
+        sign = self._sign(model, name)
+        if not sign:
             return theta.to(accumulator_dtype(theta))
         start = self.base.tensor(name, piece)
         dtype = accumulator_dtype(theta, start)
         tau = self._buffer(dtype, theta.numel()).view(theta.shape)
         if theta.dtype == start.dtype == dtype:
-            return torch.sub(theta, start, out=tau)
-        return tau.copy_(theta).sub_(start.to(dtype))
+            return torch.add(theta, start, alpha=sign, out=tau)
+        return tau.copy_(theta).add_(start.to(dtype), alpha=sign)
 
     def sample(self, task: int, name: str, step: int) -> Tensor:
         """Return one of ``step`` entries of a parameter of one task vector, flat, in short runs."""
         model = self.models[task]
-        if name not in model.entries:
-            return _sampled(self._zeros(name), step)
         dtype = self.dtype(task, name)
-        theta = _sampled(model.tensor(name), step).to(dtype)
-        return theta if model.is_difference(name) else theta - _sampled(self.base.tensor(name), step).to(dtype)
+        theta = _sampled(model.tensor(name) if name in model.entries else self._zeros(name), step).to(dtype)
+        sign = self._sign(model, name)
+        return theta + sign * _sampled(self.base.tensor(name), step).to(dtype) if sign else theta
+
+    def _sign(self, model: Checkpoint, name: str) -> int:
+        """Return whether the base is subtracted (-1), added (1) or neither (0)."""
+        if model.is_difference(name):
+            return int(self.origin == "zero")
+        return -int(self.origin == "base")
 
     def _zeros(self, name: str, piece: slice | None = None) -> Tensor:
+        """Return what an adapter has where it does not reach."""
         return (
             torch.zeros(1).expand(self.shape(name))
             if piece is None

@@ -30,6 +30,8 @@ def build_parser() -> "CommandParser":
     """Return the parser of ``clmerge merge``; imports torch."""
     from jsonargparse import set_parsing_settings
 
+    from clmerge.checkpoints.groups import Group
+    from clmerge.checkpoints.vectors import Origin
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
     from clmerge.merging import Finisher, Merger, Sparsifier
 
@@ -43,6 +45,13 @@ def build_parser() -> "CommandParser":
         formatter_class=CommandFormatter,
         allow_abbrev=False,
     )
+    recipe_help = "A YAML file with any of the options below, or a recipe of mergekit."
+    groups_help = (
+        "Rules for groups of tensors, in a recipe: a list of match (glob patterns) and merger (a rule; null keeps the "
+        "base's). The first group that matches counts; --merger is for the rest, which without it is the base's."
+    )
+    origin_help = "Merge what was added to the base, or with zero the weights themselves."
+    dtype_help = "Floating-point dtype of the result, such as bfloat16 (default: the base's)."
     models_help = (
         "Fine-tuned models in the order of their tasks: .safetensors, .pt, .pth, .bin, Lightning .ckpt, Hugging Face "
         "folders, PEFT's LoRA adapters, clmerge run folders and task-vector banks (all their tasks)."
@@ -53,10 +62,13 @@ def build_parser() -> "CommandParser":
     no_hash_help = "Leave the SHA-256 of inputs and result out of the ledger, which then says so."
     shard_help = "Write --out as a folder in Hugging Face's layout, in files of at most this size, for example 5GB."
     threads_help = "Threads that merge; another one computes the SHA-256 meanwhile."
-    parser.add_argument("--recipe", action="config", help="A YAML file with any of the options below.")
+    parser.add_argument("--recipe", action="config", help=recipe_help)
     parser.add_argument("--base", type=str | None, default=None, help="The base model, in any format of --models.")
     parser.add_argument("--models", type=str, nargs="+", default=[], help=models_help)
     parser.add_subclass_arguments(Merger, "merger", help="The rule, by class name.", required=False)
+    parser.add_argument("--groups", type=list[Group], default=[], help=groups_help)
+    parser.add_argument("--origin", type=Origin, default="base", help=origin_help)
+    parser.add_argument("--dtype", type=str | None, default=None, help=dtype_help)
     parser.add_argument("--out", type=str | None, default=None, help="The safetensors file to write, or the folder.")
     parser.add_argument("--shard-size", type=str | None, default=None, help=shard_help)
     parser.add_argument("--include", type=str, nargs="+", default=[], help=include_help)
@@ -80,9 +92,14 @@ def main(argv: Sequence[str]) -> int:
         print(HELP.read_text(encoding="utf-8"), end="")
         return 0
     parser = build_parser()
-    config = parser.parse_args(list(argv))
+    try:
+        arguments = [*_translated(argv)]
+    except (ValueError, OSError) as error:
+        print(f"clmerge merge: {error}", file=sys.stderr)
+        return 1
+    config = parser.parse_args(arguments)
     if config.verify is None:
-        needed = {"--base": config.base, "--models": config.models, "--merger": config.merger}
+        needed = {"--base": config.base, "--models": config.models, "--merger": config.merger or config.groups}
         if not config.dry_run:
             needed["--out"] = config.out
         if missing := [option for option, value in needed.items() if not value]:
@@ -102,6 +119,37 @@ def main(argv: Sequence[str]) -> int:
         return 130
 
 
+def _translated(argv: Sequence[str]) -> Iterator[str]:
+    """Give the options that a recipe of mergekit stands for in its place."""
+    import json
+
+    import yaml
+
+    from clmerge.checkpoints.mergekit import from_mergekit, is_mergekit
+
+    before = ""
+    for argument in argv:
+        option, _, path = argument.partition("=")
+        is_recipe = (before == "--recipe" or option == "--recipe") and Path(path or argument).is_file()
+        before = argument
+        if not is_recipe:
+            yield argument
+            continue
+        file = path or argument
+        try:
+            recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"expected a recipe in YAML, got {file}: {error}") from error
+        if not is_mergekit(recipe):
+            yield argument
+            continue
+        try:
+            content = json.dumps(from_mergekit(recipe))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"cannot do what the recipe {file} of mergekit says: {error}") from error
+        yield f"--recipe={content}" if path else content
+
+
 def _merge(parser: "CommandParser", config: Any) -> int:
     import torch
 
@@ -114,10 +162,14 @@ def _merge(parser: "CommandParser", config: Any) -> int:
     there = None if config.out is None else existing(config.out, sharded=shard_bytes is not None)
     if there is not None and not config.overwrite and not config.dry_run:
         raise FileExistsError(f"expected a new file, got {there}, which exists; name another or pass --overwrite")
+    made = parser.instantiate(config)
     job = CheckpointMerge(
         config.base,
         models=config.models,
-        merger=parser.instantiate(config).merger,
+        merger=made.merger,
+        groups=made.groups,
+        origin=config.origin,
+        dtype=config.dtype,
         include=config.include,
         exclude=config.exclude,
         strict=config.strict,
@@ -134,7 +186,7 @@ def _merge(parser: "CommandParser", config: Any) -> int:
 
 
 def _verify(path: str) -> int:
-    from clmerge.checkpoints.merge import verify
+    from clmerge.checkpoints.verify import verify
 
     with progress("verifying", None) as on_bytes:
         differences, ledger = verify(path, on_bytes=on_bytes)

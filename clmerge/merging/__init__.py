@@ -2,6 +2,7 @@
 
 from clmerge.merging.became import BECAME
 from clmerge.merging.breadcrumbs import Breadcrumbs, BreadcrumbsMask
+from clmerge.merging.by_task import ByTask
 from clmerge.merging.cofima import CoFiMA
 from clmerge.merging.dare import DARE
 from clmerge.merging.della import DELLA, MagnitudeDrop
@@ -61,6 +62,7 @@ __all__ = [
     "ACTMat",
     "Breadcrumbs",
     "BreadcrumbsMask",
+    "ByTask",
     "ClipNorm",
     "CoFiMA",
     "Consensus",

@@ -1,6 +1,6 @@
 """TIES: trim every task vector, elect a sign per entry, merge the entries that agree with it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, float_dtype, slot_blocks
+from clmerge.merging.linear import task_weight
 from clmerge.merging.merger import Merger, Step
 from clmerge.merging.sparsify import Sparsifier, TrimModel, TrimTensor, keep_from
 from clmerge.weights.task_vector import State
@@ -53,7 +54,7 @@ class TIES(Merger):
     ``scale``.
 
     No task vector is kept: sums and counts of the positive and of the negative entries are enough. State: 12
-    bytes per parameter (mean, max) or 8 (sum); 16 for the mean of more than 32767 tasks.
+    bytes per parameter (mean, max) or 8 (sum); 16 for the mean of more than 32767 tasks, or with weights.
 
     Entries whose sum is exactly zero: with ``trim="model"`` they take the sign most entries of the model
     have; if there is no such sign either, the negative entries are kept, as the released code does. With
@@ -65,6 +66,8 @@ class TIES(Merger):
             exactly ``max(1, int(density * n))`` entries of each tensor (mergekit; PEFT but for tiny tensors).
         merge: ``"mean"`` (the paper), ``"sum"`` or ``"max"``.
         scale: Scaling coefficient; the paper searches 0.8 to 2.5 and falls back to 1.
+        weights: One weight of 0 or more per task index, which multiplies what the trim keeps; the mean is then the
+            weighted one (as in mergekit). Default: 1 for every task.
 
     Example:
         >>> merger = TIES(density=1.0)
@@ -79,18 +82,27 @@ class TIES(Merger):
     source = "2306.01708"
 
     def __init__(
-        self, density: float = 0.2, *, trim: Trim = "model", merge: MergeKind = "mean", scale: float = 1.0
+        self,
+        density: float = 0.2,
+        *,
+        trim: Trim = "model",
+        merge: MergeKind = "mean",
+        scale: float = 1.0,
+        weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if trim not in ("model", "tensor"):
             raise ValueError(f"expected trim 'model' or 'tensor', got {trim!r}")
         if merge not in ("mean", "sum", "max"):
             raise ValueError(f"expected merge 'mean', 'sum' or 'max', got {merge!r}")
+        if weights is not None and min(weights, default=-1) < 0:
+            raise ValueError(f"expected weights of 0 or more, got {list(weights)}")
         self._sparsifier: Sparsifier = TrimModel(density) if trim == "model" else TrimTensor(density)
         self.density = density
         self.trim: Trim = trim
         self.merge: MergeKind = merge
         self.scale = scale
+        self.weights = None if weights is None else list(weights)
         self.scope = (
             "model" if trim == "model" else "parameter"
         )  # the threshold, and the sign of entries whose sum is zero
@@ -102,6 +114,8 @@ class TIES(Merger):
         sums: SlotDtypes = {"pos_sum": None, "neg_sum": None}
         if self.merge == "sum":
             return sums
+        if self.weights is not None:
+            return sums | {"pos_count": None, "neg_count": None}
         count = torch.int16 if num_tasks <= torch.iinfo(torch.int16).max else torch.int32
         return sums | {"pos_count": count, "neg_count": count}
 
@@ -120,6 +134,9 @@ class TIES(Merger):
     @override
     def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: float) -> None:
         tau = keep_from(tau, plan)
+        weight = 1 if self.weights is None else task_weight(self.weights, step)
+        if weight != 1:
+            tau = tau * weight
         if self.merge == "max":
             torch.maximum(slots["pos_max"], tau, out=slots["pos_max"])
             torch.minimum(slots["neg_max"], tau, out=slots["neg_max"])
@@ -129,8 +146,9 @@ class TIES(Merger):
         slots["pos_sum"].add_(positive)
         slots["neg_sum"].add_(negative)
         if self.merge == "mean":
-            slots["pos_count"].add_(positive.sign_().to(torch.int16))
-            slots["neg_count"].sub_(negative.sign_().to(torch.int16))
+            counted = torch.int16 if self.weights is None else tau.dtype
+            slots["pos_count"].add_(positive.sign_().to(counted), alpha=weight)
+            slots["neg_count"].sub_(negative.sign_().to(counted), alpha=weight)
 
     @override
     def _join_block(self, slots: Slots, other: Slots) -> None:
@@ -157,7 +175,7 @@ class TIES(Merger):
         merged = slots["neg_sum"].lerp(slots["pos_sum"], elected)
         if self.merge == "mean":
             counts = slots["neg_count"].to(elected.dtype).lerp(slots["pos_count"].to(elected.dtype), elected)
-            merged.div_(counts.clamp_(min=1))
+            merged.div_(counts.clamp_(min=1 if self.weights is None else torch.finfo(counts.dtype).tiny))
         return merged.mul_(self.scale)
 
     def _total(self, slots: Slots) -> Tensor:

@@ -7,7 +7,8 @@ from torch.testing import assert_close
 
 from clmerge.checkpoints import open_checkpoint
 from clmerge.checkpoints.formats import align_names
-from clmerge.checkpoints.merge import CheckpointMerge, verify
+from clmerge.checkpoints.merge import CheckpointMerge
+from clmerge.checkpoints.verify import verify
 from clmerge.merging import TIES, MagMax, TaskArithmetic
 
 RANK = 3

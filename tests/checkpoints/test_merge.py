@@ -6,7 +6,8 @@ from checkpoints.test_formats import KINDS, saved
 from safetensors.torch import load_file, save_file
 
 from clmerge.checkpoints.ledger import KEY, configured_from
-from clmerge.checkpoints.merge import CheckpointMerge, verify
+from clmerge.checkpoints.merge import CheckpointMerge
+from clmerge.checkpoints.verify import verify
 from clmerge.merging import DARE, TIES, MagMax, Pipeline, Scale, TrimModel, TrimTensor
 from clmerge.weights import TaskVectorBank, apply_task_vector, fingerprint, load_metadata, task_vector
 

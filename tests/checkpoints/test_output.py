@@ -6,8 +6,9 @@ from checkpoints.test_merge import assert_same_bits, in_memory, written
 from safetensors.torch import load_file
 
 from clmerge.checkpoints import Entry, open_checkpoint
-from clmerge.checkpoints.merge import CheckpointMerge, verify
+from clmerge.checkpoints.merge import CheckpointMerge
 from clmerge.checkpoints.output import existing, parse_size, split
+from clmerge.checkpoints.verify import verify
 from clmerge.merging import TIES, MagMax
 
 INDEX = "model.safetensors.index.json"

@@ -3,8 +3,9 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 
 from clmerge.checkpoints import open_checkpoint
-from clmerge.checkpoints.merge import CheckpointMerge, verify
+from clmerge.checkpoints.merge import CheckpointMerge
 from clmerge.checkpoints.tied import twins
+from clmerge.checkpoints.verify import verify
 from clmerge.merging import DARE, TIES, MagMax
 
 

@@ -72,6 +72,32 @@ def test_a_recipe_is_the_same(files, tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_a_recipe_with_groups(files, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+base: {files[0]}
+models: {files[1:]}
+groups:
+  - match: [b]
+    merger: {{class_path: TIES, init_args: {{density: 0.5}}}}
+  - match: [w]
+    merger: null
+out: {tmp_path / "out.safetensors"}
+"""
+    )
+    assert main(["merge", "--recipe", str(recipe)]) == 0
+    base, *models = (load_file(path) for path in files)
+    merger = TIES(0.5)
+    for model in models:
+        merger.update({"b": model["b"] - base["b"]})
+    merged = load_file(tmp_path / "out.safetensors")
+    assert torch.equal(merged["b"], base["b"] + merger.compute()["b"])
+    assert torch.equal(merged["w"], base["w"])
+    assert main(["merge", "--verify", str(tmp_path / "out.safetensors")]) == 0
+    capsys.readouterr()
+
+
 def test_an_existing_file_is_kept_unless_told_otherwise(files, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     out.write_text("precious")

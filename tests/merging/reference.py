@@ -16,6 +16,7 @@ from clmerge import merging
 
 Vector = dict[str, np.ndarray]
 Batch = Callable[[list[Vector], list[int]], Vector]
+WEIGHTS = [0.5, 2.0, 1.0, 0.0, 4.0, 1.0, 0.25, 3.0] * 4  # by task index
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,12 @@ def trimmed_by_tensor(vector: Vector, density: float) -> Vector:
     return trimmed
 
 
-def ties(density: float, trim: str, merge: str, scale: float) -> Batch:
+def ties(density: float, trim: str, merge: str, scale: float, weights: list[float] | None = None) -> Batch:
     def batch(vectors, tasks):
         trimming = trimmed_by_model if trim == "model" else trimmed_by_tensor
         vectors = [trimming(vector, density) for vector in vectors]
+        shares = np.array([1.0 if weights is None else weights[task] for task in tasks])
+        vectors = [{name: w * tau for name, tau in vector.items()} for w, vector in zip(shares, vectors, strict=True)]
         signs = {name: np.sign(stacked(vectors, name).sum(axis=0)) for name in vectors[0]}
         undecided = 1.0 if trim == "tensor" else np.sign(sum(sign.sum() for sign in signs.values()))
         merged = {}
@@ -117,8 +120,17 @@ def ties(density: float, trim: str, merge: str, scale: float) -> Batch:
             else:
                 merged[name] = kept.sum(axis=0)
             if merge == "mean":
-                merged[name] = merged[name] / np.maximum(agrees.sum(axis=0), 1)
+                total = np.tensordot(shares, agrees, 1)
+                merged[name] = merged[name] / np.where(total == 0, 1, total)
         return {name: scale * entries for name, entries in merged.items()}
+
+    return batch
+
+
+def by_task(density: Callable[[int], float], reduce: Batch) -> Batch:
+    def batch(vectors, tasks):
+        trimmed = [trimmed_by_tensor(vector, density(task)) for vector, task in zip(vectors, tasks, strict=True)]
+        return reduce(trimmed, tasks)
 
     return batch
 
@@ -252,6 +264,20 @@ CASES = {
     "TaskArithmetic negation": Case(lambda: merging.TaskArithmetic(scale=-1.0), total(-1.0)),
     "MagMax": Case(merging.MagMax, max_magnitude(0.5)),
     "TIES": Case(merging.TIES, ties(0.2, "model", "mean", 1.0)),
+    "TIES weighted": Case(
+        lambda: merging.TIES(0.5, trim="tensor", weights=WEIGHTS),
+        ties(0.5, "tensor", "mean", 1.0, WEIGHTS),
+    ),
+    "TIES weighted sum": Case(
+        lambda: merging.TIES(0.5, merge="sum", scale=0.5, weights=WEIGHTS),
+        ties(0.5, "model", "sum", 0.5, WEIGHTS),
+    ),
+    "ByTask": Case(
+        lambda: merging.Pipeline(
+            merging.TIES(1.0), sparsifier=merging.ByTask([merging.TrimTensor(1 / (2 + task)) for task in range(16)])
+        ),
+        by_task(lambda task: 1 / (2 + task), ties(1.0, "model", "mean", 1.0)),
+    ),
     **{
         f"TIES {trim} {merge} {density}": Case(
             lambda trim=trim, merge=merge, density=density: merging.TIES(density, trim=trim, merge=merge, scale=0.5),

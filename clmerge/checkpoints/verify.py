@@ -1,0 +1,65 @@
+"""Merge again what a ledger says, and compare with the file that holds the ledger."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from clmerge.checkpoints.formats import open_checkpoint
+from clmerge.checkpoints.groups import Group
+from clmerge.checkpoints.ledger import Ledger, built, configured_from, ledger_file, read_ledger
+from clmerge.checkpoints.merge import CheckpointMerge, OnBytes
+from clmerge.checkpoints.tied import same_bits
+from clmerge.checkpoints.writer import data_start, sha256_of
+
+
+def verify(path: str | os.PathLike[str], *, on_bytes: OnBytes = lambda count: None) -> tuple[list[str], Ledger]:
+    """Replay the ledger of a merged file or folder and compare bit for bit.
+
+    Args:
+        path: What ``clmerge merge`` wrote.
+        on_bytes: Told of every piece that was read, in bytes.
+
+    Returns:
+        What differs, nothing if the file is what it says, and the ledger.
+
+    Raises:
+        FileNotFoundError: If the file or an input is gone.
+        ValueError: If the file has no ledger or an input cannot be read.
+    """
+    ledger = read_ledger(path)
+    if ledger.threads != torch.get_num_threads():
+        torch.set_num_threads(ledger.threads)
+    found: list[str] = []
+    for file in ledger.files:
+        if not Path(file.path).is_file():
+            raise FileNotFoundError(f"expected the inputs of {path}, got no {file.path}; put it back to verify")
+        if file.sha256 is not None and sha256_of(file.path) != file.sha256:
+            found.append(f"the input {file.path} has changed since the merge")
+    holder = ledger_file(path)
+    if ledger.result_sha256 is not None and sha256_of(holder, skip=data_start(holder)) != ledger.result_sha256:
+        found.append(f"the tensors of {holder} have changed since the merge")
+    for name, expected in ledger.shards.items():
+        shard = holder.parent / name
+        if expected is not None and shard.is_file() and sha256_of(shard) != expected:
+            found.append(f"the shard {shard} has changed since the merge")
+    job = CheckpointMerge(
+        ledger.base,
+        models=ledger.models,
+        merger=None if ledger.merger is None else configured_from(ledger.merger),
+        groups=[Group(**built(group)) for group in ledger.groups],
+        origin=ledger.origin,
+        dtype=ledger.dtype,
+        include=ledger.include,
+        exclude=ledger.exclude,
+        strict=ledger.strict,
+    )
+    written = open_checkpoint(path)
+    if written.entries.keys() != job.entries.keys():
+        return [*found, f"{path} has other tensors than {ledger.base}"], ledger
+    different: dict[str, None] = {}
+    for name, tensor in job.stream(on_bytes):
+        different.pop(name, None)
+        if job.entries[name] != written.entries[name] or not same_bits(tensor, written.tensor(name)):
+            different[name] = None
+    return [*found, *(f"{name!r} differs from what the merge gives" for name in different)], ledger
