@@ -22,6 +22,7 @@ from clmerge.loggers import finish_loggers, log_artifacts, log_summary, log_task
 from clmerge.merging import Merger, Statistics, WeightAverage
 from clmerge.modules import ContinualClassifier
 from clmerge.plots import save_plots
+from clmerge.regularized_tasks import RegularizedTasks
 from clmerge.results import EXPERT, ZERO_SHOT, Results, is_reference
 from clmerge.run_folder import RunFolder
 from clmerge.streams import Stream, StreamDataModule
@@ -117,6 +118,7 @@ class Learner:
             seed=seed,
             save_state=False,  # the run folder keeps accumulators; in every epoch's checkpoint they would be a burden
         )
+        self.regularized = RegularizedTasks(module, data, num_images=statistics_images, seed=seed)
         # A frozen backbone leaves nothing to merge: the head alone is trained, if at all, and evaluated.
         self.mergers = self.merge.mergers if module.trained_names else {}
         if taken := [name for name in self.merge.mergers if is_reference(name)]:
@@ -222,6 +224,7 @@ class Learner:
                 f"expected {task + 1} merged tasks after {info.name}, got {self.merge.num_tasks}: the fit ended "
                 "without training; set trainer.max_epochs to 1 or more"
             )
+        results.bytes |= self.regularized.end(trainer.strategy.root_device)
         results.add_seconds("train", time.perf_counter() - started - self.merge.seconds)
         results.add_seconds("merge", self.merge.seconds)
         run.manifest.results = results.to_dict()
@@ -276,6 +279,7 @@ class Learner:
             self.module.to(trainer.strategy.root_device)
         batches = self.data.eval_dataloader("train", [task]) if wants_means else None
         self.module.begin_task(self.tasks[task].classes, batches)
+        self.regularized.begin(trainer.strategy.root_device)
 
     def _fit(self, trainers: Trainers, trainer: Trainer, task: int, *, branch: int = 0) -> None:
         self.module.epoch_offset = trainers.run.manifest.epochs

@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from clmerge.models import Backbone, Full, Head, Tuning, ZeroShotHead
+from clmerge.regularizers import Regularizer, regularized_loss
 from clmerge.weights.modes import eval_mode
 
 Batch = tuple[Tensor, Tensor]
@@ -34,8 +35,10 @@ class ContinualClassifier(LightningModule):
         schedule: Learning rate over the steps of one task: ``cosine`` to zero, or ``constant``.
         warmup_steps: Linear warm-up at the start of every task, in optimizer steps.
         label_smoothing: Label smoothing of the cross-entropy, in [0, 1).
+        regularizers: Terms that are added to the loss, for example ``[EWC, LwF]``.
 
     Attributes:
+        old_classes: Classes seen before the task that is trained.
         epoch_offset: Epochs of earlier tasks, added to the ``epoch`` that loggers are told.
         tuning: How the backbone is fine-tuned.
         trained_names: Dense names of what is trained and may be merged; the head's parameters are not among them.
@@ -56,6 +59,7 @@ class ContinualClassifier(LightningModule):
         schedule: Literal["cosine", "constant"] = "cosine",
         warmup_steps: int = 0,
         label_smoothing: float = 0.0,
+        regularizers: Sequence[Regularizer] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -75,11 +79,15 @@ class ContinualClassifier(LightningModule):
         self.schedule = schedule
         self.warmup_steps = warmup_steps
         self.label_smoothing = label_smoothing
+        self.regularizers = nn.ModuleList(regularizers or [])
         self.epoch_offset = 0
+        self.old_classes: list[int] = []
         self._task_classes: list[int] = []
         self._seen_classes: list[int] = []
         self.tuning = Full() if tuning is None else tuning
         self.trained_names = tuple(f"backbone.model.{name}" for name in self.tuning.prepare(backbone))
+        if regularizers and not self.trained_names:
+            raise ValueError(f"expected no regularizers for a backbone that is frozen, got {len(regularizers)}")
 
     def begin_stream(self, num_classes: int, prompts: Sequence[Sequence[str]] = ()) -> None:
         """Build the head for a stream of ``num_classes`` classes.
@@ -103,6 +111,7 @@ class ContinualClassifier(LightningModule):
                 one of the classes.
         """
         self._task_classes = sorted(set(classes))
+        self.old_classes = self._seen_classes
         self._seen_classes = sorted({*self._seen_classes, *classes})
         prototypes = None
         if self.head.wants_prototypes and batches is not None:
@@ -161,8 +170,15 @@ class ContinualClassifier(LightningModule):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch[0], batch[1]
-        loss = self.loss(self(images), labels)
+        terms: dict[str, Tensor] = {}
+        if self.regularizers:
+            loss, terms = regularized_loss(self, images, labels)
+        else:
+            loss = self.loss(self(images), labels)
         self.log("train/loss", loss.detach(), prog_bar=True)
+        for name, term in terms.items():
+            self.log(f"train/{name}", term.detach())
+            loss = loss + term
         # Lightning keeps an "epoch" that a module logs itself; its own would start at 0 again in every task.
         self.log("epoch", float(self.epoch_offset + self.current_epoch))
         return loss

@@ -43,6 +43,9 @@ class Results:
         samples: Number of test samples of each task, for sample-weighted averages. Can be given later
             (:meth:`set_samples`).
 
+    Attributes:
+        bytes: What a method keeps from task to task beside the mergers' accumulators, by name.
+
     Raises:
         ValueError: If there is no task, a name comes twice, or a length differs from the number of tasks.
 
@@ -70,6 +73,7 @@ class Results:
             raise ValueError(f"expected class names for {self.num_tasks} tasks, got {len(self.classes)} lists")
         self.samples: list[int] | None = None
         self.seconds: dict[str, float] = {}
+        self.bytes: dict[str, int] = {}
         self._rows: dict[str, dict[Setting, AccuracyMatrix]] = {}
         self._zero_shot: dict[Setting, list[float]] | None = None
         if samples is not None:
@@ -256,6 +260,7 @@ class Results:
             "baseline": None if self._zero_shot is None else _to_json(self._zero_shot),
             "models": models,
             "seconds": dict(self.seconds),
+            "bytes": dict(self.bytes),
         }
 
     @classmethod
@@ -282,6 +287,7 @@ class Results:
                     results.add_row(model, *rows)
         for key, value in document["seconds"].items():
             results.add_seconds(key, value)
+        results.bytes = dict(document.get("bytes", {}))
         return results
 
     def _matrix(self, model: str, setting: Setting) -> AccuracyMatrix:

@@ -90,6 +90,7 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     from clmerge.merging import Merger
     from clmerge.models import Backbone, Head, Tuning
     from clmerge.modules import ContinualClassifier
+    from clmerge.regularizers import Regularizer
     from clmerge.streams import DataSource, Stream, StreamDataModule
 
     for name in clmerge.streams.__all__:
@@ -97,7 +98,8 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     set_parsing_settings(docstring_parse_attribute_docstrings=False)
     Logging.__dataclass_fields__["extra"].type = list[lightning_loggers.Logger]
     Logging.__annotations__["extra"] = list[lightning_loggers.Logger]
-    bases = (Merger, Stream, DataSource, Backbone, Head, Tuning, Optimizer, Callback, lightning_loggers.Logger)
+    models = (Backbone, Head, Tuning, Regularizer, Optimizer)
+    bases = (Merger, Stream, DataSource, *models, Callback, lightning_loggers.Logger)
     CommandParser.class_names = known_subclasses(bases)
     parser = CommandParser(
         prog="clmerge fit",

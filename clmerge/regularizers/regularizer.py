@@ -1,0 +1,173 @@
+"""What a regularizer is, which weights it acts on, and how a training step adds its terms up."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from clmerge.weights.parametrization import dense_weights
+from clmerge.weights.selection import COMPILE_PREFIX
+
+if TYPE_CHECKING:
+    from clmerge.modules import ContinualClassifier
+
+BACKBONE, HEAD = "backbone.", "head."
+FisherOf = Callable[[], Mapping[str, Tensor]]
+"""Measures the diagonal Fisher information of the model as it stands, by dense name, on images of the present task."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a regularizer sees of one training step.
+
+    Attributes:
+        module: The classifier in training.
+        images: The batch, ``(B, 3, H, W)``.
+        features: The backbone's features, ``(B, D)``.
+        logits: Logits over all classes of the stream, ``(B, C)``.
+    """
+
+    module: ContinualClassifier
+    images: Tensor
+    features: Tensor
+    logits: Tensor
+
+
+class Regularizer(nn.Module, ABC):
+    """A term of the training loss; several are given as a list and add up.
+
+    What a regularizer remembers (anchors, Fisher information) is kept in frozen parameters: a part of the module's
+    ``state_dict``, so that it is in every checkpoint and moves with the module, and the same on all ranks. Not in
+    buffers, which DDP would broadcast at every step.
+
+    Attributes:
+        name: What its term is called in the loggers, ``train/NAME``.
+    """
+
+    name: ClassVar[str]
+
+    def begin_task(self, module: ContinualClassifier, fisher: FisherOf) -> None:
+        """Take note of the weights that a task starts from; depends on nothing but these and what is remembered.
+
+        Args:
+            module: The classifier as the start policy left it.
+            fisher: Measures the Fisher information of ``module`` as it stands.
+        """
+
+    @abstractmethod
+    def penalty(self, step: Step) -> Tensor:
+        """Return the term, a scalar, differentiable by the trained parameters."""
+
+    def weights(self, module: ContinualClassifier) -> dict[str, Tensor] | None:
+        """Return weights that the task's loss is computed with instead of the trained ones, by the module's names."""
+        return None
+
+    def end_task(self, module: ContinualClassifier, fisher: FisherOf) -> None:
+        """Take note of the weights that a task ended with.
+
+        Args:
+            module: The classifier as it was trained.
+            fisher: Measures the Fisher information of ``module`` as it stands.
+        """
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is remembered from task to task."""
+        return sum(parameter.nbytes for parameter in self.parameters())
+
+    def keep(self, name: str, value: Tensor) -> None:
+        """Remember a tensor as ``self.NAME``; nothing is shared with it.
+
+        Args:
+            name: Attribute's name.
+            value: The new value; may have another shape than the old one.
+        """
+        setattr(self, name, nn.Parameter(value.detach().clone(), requires_grad=False))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        # What is remembered has no size before the first task.
+        for name, own in list(self._parameters.items()):
+            saved = state_dict.get(prefix + name)
+            if saved is not None and own is not None and saved.shape != own.shape:
+                self.keep(name, torch.empty_like(saved, device=own.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def current_weights(module: ContinualClassifier) -> dict[str, Tensor]:
+    """Return the dense weights that are merged, as the module computes with them now; differentiable."""
+    return dense_weights(module, module.trained_names, origin="what is trained")
+
+
+def run_with(part: nn.Module, values: Mapping[str, Tensor], images: Tensor) -> Tensor:
+    """Return the output of a module with other tensors in place of its own; differentiable by them.
+
+    Runs without ``torch.compile``, which would compile anew for other tensors, or fail if they have gradients.
+
+    Args:
+        part: The module; unchanged.
+        values: Parameters and buffers by name, without ``torch.compile``'s ``_orig_mod.``.
+        images: A batch, ``(B, 3, H, W)``.
+    """
+    both = (*part.named_parameters(), *part.named_buffers())
+    own = {name.replace(COMPILE_PREFIX, ""): name for name, _ in both}
+    with torch.compiler.set_stance("force_eager"):
+        output: Tensor = functional_call(part, {own[name]: value for name, value in values.items()}, (images,))
+    return output
+
+
+def flat(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return all entries of some tensors in one vector, detached, in the order of the mapping."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors.values()])
+
+
+def named(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Cut a vector into views that are named and shaped like some tensors; undoes ``flat``."""
+    parts = torch.split(vector, [tensor.numel() for tensor in like.values()])
+    return {name: part.view(tensor.shape) for (name, tensor), part in zip(like.items(), parts, strict=True)}
+
+
+def regularized_loss(module: ContinualClassifier, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the task's loss, and the term of every regularizer of the module by name.
+
+    Args:
+        module: The classifier in training.
+        images: A batch, ``(B, 3, H, W)``.
+        labels: Global class ids, ``(B,)``.
+
+    Raises:
+        ValueError: If two regularizers choose the weights that the loss is computed with.
+    """
+    regularizers: list[Regularizer] = list(module.regularizers)  # type: ignore[arg-type]
+    chosen = [weights for one in regularizers if (weights := one.weights(module)) is not None]
+    if len(chosen) > 1:
+        raise ValueError(
+            f"expected one regularizer that chooses the weights of the loss, got {len(chosen)}; give IEL only once"
+        )
+    if chosen:
+        values = {name.removeprefix(BACKBONE): weight for name, weight in chosen[0].items()}
+        features = run_with(module.backbone, values, images)
+    else:
+        features = module.backbone(images)
+    step = Step(module, images, features, module.head(features))
+    terms: dict[str, Tensor] = {}
+    for one in regularizers:
+        label = one.name if one.name not in terms else f"{one.name}_{len(terms)}"
+        terms[label] = one.penalty(step)
+    return module.loss(step.logits, labels), terms
+
+
+def check_strength(strength: float, regularizer: str) -> float:
+    """Return the strength of a regularizer.
+
+    Raises:
+        ValueError: If it is negative, NaN or infinite.
+    """
+    if not 0.0 <= strength < float("inf"):
+        raise ValueError(f"expected a finite strength of 0 or more for {regularizer}, got {strength}")
+    return float(strength)

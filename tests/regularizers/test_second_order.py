@@ -1,0 +1,125 @@
+import pytest
+import torch
+from support.small_classifier import (
+    batch,
+    end,
+    made_up_fisher,
+    move,
+    small_classifier,
+    start,
+    step_of,
+    term,
+    weights,
+)
+from torch.func import functional_call
+
+from clmerge.regularizers import IEL, ITA, regularized_loss
+
+
+def train_on(module, tasks):
+    """Run independent made-up tasks from the base; return their task vectors and Fisher informations, and the base."""
+    base = weights(module)
+    own = dict(module.named_parameters())
+    seen = []
+    for task in range(tasks):
+        with torch.no_grad():
+            for name, value in base.items():
+                own[name].copy_(value)
+        fisher = made_up_fisher(module, task)
+
+        def at_the_base(fisher=fisher):
+            for name, value in base.items():
+                assert torch.equal(dict(module.named_parameters())[name], value)
+            return fisher
+
+        start(module, [task], at_the_base)
+        theta = move(module, task)
+        end(module, at_the_base)
+        assert all(torch.equal(theta[n], w) for n, w in weights(module).items())
+        seen.append(({n: theta[n] - base[n] for n in theta}, fisher))
+    with torch.no_grad():
+        for name, value in base.items():
+            own[name].copy_(value)
+    return base, seen
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3])
+def test_ita_weighs_the_task_vector_by_the_mean_fisher_information_of_earlier_tasks(tasks):
+    module = small_classifier(ITA(0.2))
+    base, seen = train_on(module, tasks)
+    start(module, [3])
+    now = move(module, 9)
+    value, gradients = term(module)
+    expected = 0.0
+    for name, gradient in gradients.items():
+        fisher = sum(one[name] for _, one in seen) / tasks
+        tau = now[name] - base[name]
+        expected += 0.1 * float((fisher * tau.square()).sum())
+        torch.testing.assert_close(gradient, 0.2 * fisher * tau, rtol=1e-12, atol=1e-12)
+    assert value == pytest.approx(expected, rel=1e-12)
+
+
+def test_ita_has_no_term_in_the_first_task():
+    module = small_classifier(ITA())
+    start(module, [0])
+    move(module, 1)
+    assert term(module) == (0.0, {})
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_iel_pulls_task_vectors_together_as_the_pairwise_form_says(tasks):
+    """Up to what does not depend on tau_t, the term is T/2 times sum over k of |tau_t - tau_k|_F^2 / T^2."""
+    module = small_classifier(IEL(0.7))
+    base, seen = train_on(module, tasks)
+    last = made_up_fisher(module, 7)
+    start(module, [3], lambda: last)
+    now = move(module, 9)
+    _, gradients = term(module)
+    total = tasks + 1
+    taus = {name: (now[name] - base[name]).requires_grad_() for name in now}
+    pairwise = torch.zeros(())
+    for name, tau in taus.items():
+        fisher = (sum(one[name] for _, one in seen) + last[name]) / total
+        for past, _ in seen:
+            pairwise = pairwise + (fisher * (tau - past[name]).square()).sum() / total**2
+    wanted = torch.autograd.grad(0.7 * total / 2 * pairwise, list(taus.values()))
+    for gradient, expected in zip(gradients.values(), wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("tasks", [0, 2])
+def test_iel_computes_the_loss_with_the_composed_model(tasks):
+    module = small_classifier(IEL(0.0))
+    base, seen = train_on(module, tasks)
+    start(module, [3], lambda: made_up_fisher(module, 7))
+    now = move(module, 9)
+    taus = [tau for tau, _ in seen] + [{n: now[n] - base[n] for n in now}]
+    composed = {n: base[n] + sum(tau[n] for tau in taus) / len(taus) for n in now}
+    images, labels = batch(), torch.full((6,), 3)
+    loss, _ = regularized_loss(module, images, labels)
+    expected = module.loss(functional_call(module, composed, (images,)), labels).detach()
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-12)
+    own = dict(module.named_parameters())
+    found = torch.autograd.grad(loss, [own[n] for n in now])
+    leaves = {n: value.requires_grad_() for n, value in composed.items()}
+    wanted = torch.autograd.grad(module.loss(functional_call(module, leaves, (images,)), labels), list(leaves.values()))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other / len(taus), rtol=1e-10, atol=1e-12)
+
+
+def test_only_one_regularizer_chooses_the_weights_of_the_loss():
+    module = small_classifier(IEL(1.0), IEL(1.0))
+    start(module, [0], lambda: made_up_fisher(module, 7))
+    with pytest.raises(ValueError, match="give IEL only once"):
+        regularized_loss(module, batch(), torch.zeros(6, dtype=torch.long))
+
+
+def test_iel_in_the_first_task_counts_two_tasks_as_the_authors_do():
+    module = small_classifier(IEL(1.0))
+    fisher = made_up_fisher(module, 7)
+    start(module, [0], lambda: fisher)
+    base = weights(module)
+    now = move(module, 9)
+    value = module.regularizers[0].penalty(step_of(module))
+    expected = sum(float((fisher[n] * (now[n] - base[n]).square()).sum()) for n in now) / 4
+    assert float(value.detach()) == pytest.approx(expected, rel=1e-12)
