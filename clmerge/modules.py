@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from clmerge.models import Backbone, Full, Head, Tuning, ZeroShotHead
 from clmerge.regularizers import Regularizer, regularized_loss
+from clmerge.sharpness import SAM
 from clmerge.weights.modes import eval_mode
 
 Batch = tuple[Tensor, Tensor]
@@ -197,6 +198,11 @@ class ContinualClassifier(LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        if isinstance(optimizer, SAM) and self.trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"expected trainer.accumulate_grad_batches=1 with {type(optimizer).__name__}, got "
+                f"{self.trainer.accumulate_grad_batches}: only the last batch could be run again; use a larger batch"
+            )
         if self.schedule == "constant" and not self.warmup_steps:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
