@@ -1,18 +1,19 @@
 """Numbers that explain the accuracies of merged models: docs/diagnostics.md has the formulas and the document."""
 
 from clmerge.diagnostics.behaviour import Observer, barrier, disagreement, representation_bias
-from clmerge.diagnostics.document import FILE_NAME, SCHEMA, document
+from clmerge.diagnostics.diagnose import diagnose
+from clmerge.diagnostics.document import SCHEMA, document
 from clmerge.diagnostics.models import diagnose_models
 from clmerge.diagnostics.pairs import PairSums, pair_sums
 from clmerge.diagnostics.spectra import effective_rank, principal_angles, spectrum, subspace_overlap
 from clmerge.diagnostics.vectors import diagnose_vectors, layer_of
 
 __all__ = [
-    "FILE_NAME",
     "SCHEMA",
     "Observer",
     "PairSums",
     "barrier",
+    "diagnose",
     "diagnose_models",
     "diagnose_vectors",
     "disagreement",

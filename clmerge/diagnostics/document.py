@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 SCHEMA = 1
-FILE_NAME = "diagnostics.json"
 
 
 def document(
     tasks: Sequence[str], *, vectors: Mapping[str, Any] | None = None, models: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return the diagnostics document; write it as ``diagnostics.json`` with ``write_json_atomic``.
+    """Return the diagnostics document, ready for JSON.
 
     Args:
         tasks: Names of the tasks, in order.

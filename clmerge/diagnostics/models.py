@@ -61,7 +61,7 @@ def diagnose_models(
         setting: Whether all classes compete (``task_agnostic``), or those of the image's task (``task_aware``).
         scale: Coefficient of the task vectors whose disentanglement is measured.
         num_points: Models along every segment, both ends included; at least 3.
-        num_images: Images per task at most.
+        num_images: Images per task at most, the first ones of its loader.
         progress: Told what is being measured.
 
     Returns:
