@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from clmerge.merging import Statistics
 from clmerge.merging.collectors import diagonal_fisher, gram_matrices
+from clmerge.merging.output_factors import output_gram_matrices
 from clmerge.modules import ContinualClassifier
 from clmerge.streams import StreamDataModule
 from clmerge.streams.splits import derived_seed
@@ -43,8 +44,8 @@ def measure(
 ) -> Statistics:
     """Return the statistics of one task that are ``needed``.
 
-    ``samples`` and ``steps`` are counts. ``fisher`` (labels drawn from the model) and ``gram`` come from
-    ``num_images`` training images of the task, drawn by seed; ``loss`` is the mean loss on the same images. Every
+    ``samples`` and ``steps`` are counts. ``fisher`` and ``output_gram`` (labels drawn from the model) and ``gram`` come
+    from ``num_images`` training images of the task, drawn by seed; ``loss`` is the mean loss on the same images. Every
     process measures on the same images, so that all ranks merge alike.
 
     Args:
@@ -76,6 +77,9 @@ def measure(
             statistics["fisher"] = _plain(fisher, base)
         if "gram" in needed:
             statistics["gram"] = _plain(gram_matrices(wrapped, images, names), base)
+        if "output_gram" in needed:
+            outputs = output_gram_matrices(wrapped, images, names, seed=derived_seed(seed, "output_gram", task))
+            statistics["output_gram"] = _plain(outputs, base)
         if "loss" in needed:
             with torch.no_grad():
                 losses = [

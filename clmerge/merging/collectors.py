@@ -61,7 +61,7 @@ def diagonal_fisher(
         raise ValueError(f"expected labels 'model', 'true' or 'sampled', got {labels!r}")
     if chunk_size < 1:
         raise ValueError(f"expected a chunk of 1 example or more, got {chunk_size}")
-    chosen = _chosen(module, parameters)
+    chosen = chosen_parameters(module, parameters)
     rest = {name: tensor.detach() for name, tensor in module.named_parameters() if name not in chosen}
     generator = torch.Generator().manual_seed(seed)
     num_examples = 0
@@ -77,7 +77,7 @@ def diagonal_fisher(
     with eval_mode(module), _plain_attention(), torch.inference_mode(False), torch.enable_grad():
         fisher = {name: torch.zeros_like(tensor, dtype=accumulator_dtype(tensor)) for name, tensor in chosen.items()}
         for batch in batches:
-            inputs, targets = _split(batch, _device(module))
+            inputs, targets = split(batch, module_device(module))
             num_examples += len(inputs)
             for start in range(0, len(inputs), chunk_size):
                 xs = inputs[start : start + chunk_size]
@@ -85,7 +85,7 @@ def diagonal_fisher(
                 copies = {name: tensor.expand(len(xs), *tensor.shape) for name, tensor in chosen.items()}
                 outputs, pull = _pullback(log_probabilities, copies, xs)
                 ys = targets[start : start + chunk_size] if targets is not None else None
-                for cotangent, weight in _drawn(outputs, ys, labels, generator):
+                for cotangent, weight in drawn(outputs, ys, labels, generator):
                     for name, gradient in pull(cotangent).items():
                         squares = gradient.to(fisher[name].dtype).square()
                         fisher[name] += torch.tensordot(weight.to(squares.dtype), squares, dims=1)
@@ -127,11 +127,11 @@ def gram_matrices(
         {'weight': tensor([[1., 2.],
                 [2., 5.]], dtype=torch.float64)}
     """
-    chosen = _chosen(module, parameters, detach=False)
+    chosen = chosen_parameters(module, parameters, detach=False)
     inputs_of = _LinearInputs({id(parameter): name for name, parameter in chosen.items() if parameter.ndim == 2})
     with eval_mode(module), torch.inference_mode(False), torch.no_grad():
         for batch in batches:
-            inputs, _ = _split(batch, _device(module))
+            inputs, _ = split(batch, module_device(module))
             with inputs_of:
                 module(inputs)
     if not inputs_of.grams:
@@ -160,8 +160,8 @@ class _LinearInputs(TorchFunctionMode):
         if func is functional.multi_head_attention_forward:
             return self._attend(inspect.signature(func).bind(*args, **kwargs))
         if func is functional.linear:
-            self._see(*(args[index] if len(args) > index else kwargs[key] for index, key in enumerate(_LINEAR)))
-        elif func in _PRODUCTS and len(args) == 2:
+            self._see(*(args[index] if len(args) > index else kwargs[key] for index, key in enumerate(LINEAR)))
+        elif func in PRODUCTS and len(args) == 2:
             self._see(args[0], args[1])
         return func(*args, **kwargs)
 
@@ -197,8 +197,8 @@ class _LinearInputs(TorchFunctionMode):
         return functional.linear(attended, weight, bias), weights
 
 
-_LINEAR = ("input", "weight")
-_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+LINEAR = ("input", "weight")
+PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 
 
 def _pullback(
@@ -209,7 +209,7 @@ def _pullback(
     return outputs.detach(), lambda cotangent: pull(cotangent)[0]
 
 
-def _drawn(
+def drawn(
     log_probabilities: Tensor, targets: Tensor | None, labels: str, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield one-hot labels, (batch, num_classes), and how much they count, (batch,)."""
@@ -229,7 +229,8 @@ def _drawn(
     yield one_hot, torch.ones_like(probabilities[:, 0])
 
 
-def _chosen(module: nn.Module, names: Sequence[str] | None, *, detach: bool = True) -> dict[str, Tensor]:
+def chosen_parameters(module: nn.Module, names: Sequence[str] | None, *, detach: bool = True) -> dict[str, Tensor]:
+    """Return the parameters of these names, by default those that are trainable."""
     known = dict(module.named_parameters())
     names = [name for name, parameter in known.items() if parameter.requires_grad] if names is None else names
     if unknown := [name for name in names if name not in known]:
@@ -237,14 +238,16 @@ def _chosen(module: nn.Module, names: Sequence[str] | None, *, detach: bool = Tr
     return {name: known[name].detach() if detach else known[name] for name in names}
 
 
-def _split(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def split(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return inputs and labels, if there are any, of a batch."""
     inputs, targets = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1] if len(batch) > 1 else None)
     inputs = inputs.to(device)
     # What was made in inference mode cannot be saved for a backward pass.
     return inputs.clone() if inputs.is_inference() else inputs, targets
 
 
-def _device(module: nn.Module) -> torch.device:
+def module_device(module: nn.Module) -> torch.device:
+    """Return where a module's parameters are."""
     return next(module.parameters()).device
 
 

@@ -34,8 +34,14 @@ class _Gram(Merger):
         """Return the float64 Gram matrix of a parameter, shape (in, in), or None to merge it without."""
 
     @abstractmethod
-    def _solve(self, total: Tensor, gram: Tensor, moment: Tensor) -> Tensor:
-        """Return the merged matrix, (out, in), from ``sum(tau_t)``, ``sum(G_t)`` and ``sum(tau_t G_t)``."""
+    def _solve(self, total: Tensor, held: Slots, dtype: torch.dtype) -> Tensor:
+        """Return the merged matrix, (out, in), in float64.
+
+        Args:
+            total: ``sum(tau_t)``, float64.
+            held: What ``_accumulate`` holds of it: ``gram``, ``sum(G_t)``, and ``moment``, ``sum(tau_t G_t)``.
+            dtype: That of the task vectors.
+        """
 
     @abstractmethod
     def _read_other(self, total: Tensor) -> Tensor:
@@ -57,10 +63,12 @@ class _Gram(Merger):
         gram = self._gram(name, matrix, plan)
         if gram is None:
             return
-        gram = gram.to(device_of(slots))
-        if name not in self._grams:
-            self._grams[name] = {"gram": torch.zeros_like(gram), "moment": torch.zeros_like(matrix)}
-        held = self._grams[name]
+        self._accumulate(self._grams.setdefault(name, {}), name, matrix, gram.to(device_of(slots)), step)
+
+    def _accumulate(self, held: Slots, name: str, matrix: Tensor, gram: Tensor, step: Step) -> None:
+        """Fold a matrix and its Gram matrix, both float64, into what is held of the parameter; nothing at first."""
+        if not held:
+            held |= {"gram": torch.zeros_like(gram), "moment": torch.zeros_like(matrix)}
         held["gram"].add_(gram, alpha=step.sign)
         held["moment"].addmm_(matrix, gram, alpha=step.sign)
 
@@ -68,8 +76,8 @@ class _Gram(Merger):
     def _read(self, name: str, slots: Slots, overview: Any) -> Tensor:
         if name not in self._grams or not slots["sum"].numel():
             return self._read_other(slots["sum"])
-        total = self._oriented(name, slots["sum"]).double()
-        merged = self._solve(total, self._grams[name]["gram"], self._grams[name]["moment"])
+        total, held = self._oriented(name, slots["sum"]).double(), self._grams[name]
+        merged = self._solve(total, held, float_dtype(slots))
         return self._oriented(name, merged).to(float_dtype(slots)).contiguous()
 
     @override

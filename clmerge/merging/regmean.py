@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from clmerge.merging.accumulators import Slots
 from clmerge.merging.gram import IN_OUT, _Gram, ridge_solution
 from clmerge.merging.merger import Step
 from clmerge.merging.statistics import tensors_of
@@ -95,8 +96,8 @@ class RegMean(_Gram):
         return torch.lerp(torch.diag(gram.diagonal()), gram, self.reduce)
 
     @override
-    def _solve(self, total: Tensor, gram: Tensor, moment: Tensor) -> Tensor:
-        return ridge_solution(total / self.num_tasks, gram, moment, self.ridge) * self.scale
+    def _solve(self, total: Tensor, held: Slots, dtype: torch.dtype) -> Tensor:
+        return ridge_solution(total / self.num_tasks, held["gram"], held["moment"], self.ridge) * self.scale
 
     @override
     def _read_other(self, total: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from clmerge.merging.accumulators import Slots
 from clmerge.merging.gram import IN_OUT, _Gram, ridge_solution
 
 
@@ -20,8 +21,8 @@ class WUDI(_Gram):
 
     The paper starts at ``sum(tau_t)`` and stops Adam after 300 short steps, a result near the sum; its figures are
     for that. The minimiser itself can be far from it.
-    ``compute()`` then takes 300 products with the Gram matrix: about 80 TFLOP in float64 for a ViT-B, seconds on a
-    large GPU but tens of minutes on a few CPU cores.
+    ``compute()`` then takes 300 products with the Gram matrix, 78 TFLOP for the image tower of a ViT-B. They are taken
+    in float32 (float64 for float64 vectors), on the distance from the start, which is exact where that is zero.
 
     Args:
         solver: ``"adam"`` is the paper's rule; ``"ridge"`` is the minimiser in closed form, pulled to the sum.
@@ -80,20 +81,52 @@ class WUDI(_Gram):
         return _outer(tau, normalize=True) if tau.ndim == 2 else None
 
     @override
-    def _solve(self, total: Tensor, gram: Tensor, moment: Tensor) -> Tensor:
+    def _solve(self, total: Tensor, held: Slots, dtype: torch.dtype) -> Tensor:
         if self.solver == "ridge":
-            return ridge_solution(total, gram, moment, self.ridge) * self.scale
-        # In float64: Adam divides by the size of the gradient, so rounding of a gradient that is 0 is a full step.
-        merged = total.clone()
-        optimizer = torch.optim.Adam([merged], lr=self.lr)
-        for _ in range(self.steps):
-            merged.grad = 2 * (merged @ gram - moment)
-            optimizer.step()
-        return merged.detach() * self.scale
+            return ridge_solution(total, held["gram"], held["moment"], self.ridge) * self.scale
+        gram, moment = held["gram"], held["moment"]
+        return interference_descent(total, gram, moment, steps=self.steps, lr=self.lr, dtype=dtype) * self.scale
 
     @override
     def _read_other(self, total: Tensor) -> Tensor:
         return total * (self.scale / self.num_tasks if self.others == "mean" else 0.0)
+
+
+def interference_descent(
+    start: Tensor, gram: Tensor, moment: Tensor, *, steps: int, lr: float, dtype: torch.dtype
+) -> Tensor:
+    """Take steps of Adam from ``start`` down ``tr(W gram W^T) - 2 tr(W moment^T)``.
+
+    Adam divides by the size of the gradient, so the rounding of one that is zero would become a step. What is iterated
+    is the distance from the start: the gradient there is taken in float64, and what is added to it rounds relative to
+    the distance.
+
+    Args:
+        start: Shape (out, in), float64.
+        gram: Symmetric, shape (in, in), float64.
+        moment: Shape (out, in), float64.
+        steps: How many.
+        lr: Learning rate.
+        dtype: In which the distance is kept; float32 is twice as fast as float64 on a CPU, and more on a GPU.
+
+    Returns:
+        Shape (out, in), float64.
+
+    Example:
+        >>> one = torch.ones(1, 1, dtype=torch.float64)
+        >>> interference_descent(0 * one, one, one, steps=3, lr=0.1, dtype=torch.float32).round(decimals=2)
+        tensor([[0.3000]], dtype=torch.float64)
+    """
+    at_start = (2 * (start @ gram - moment)).to(dtype)
+    gram = gram.to(dtype)
+    distance = torch.zeros_like(at_start)
+    distance.grad = torch.empty_like(distance)
+    fused = distance.device.type in ("cpu", "cuda")  # one pass over the memory instead of ten
+    optimizer = torch.optim.Adam([distance], lr=lr, fused=fused)
+    for _ in range(steps):
+        torch.addmm(at_start, distance, gram, alpha=2, out=distance.grad)
+        optimizer.step()
+    return start + distance
 
 
 class ACTMat(_Gram):
@@ -136,8 +169,8 @@ class ACTMat(_Gram):
         return _outer(tau, normalize=False) if tau.ndim == 2 else None
 
     @override
-    def _solve(self, total: Tensor, gram: Tensor, moment: Tensor) -> Tensor:
-        return ridge_solution(total / self.num_tasks, gram, moment, self.ridge) * self.scale
+    def _solve(self, total: Tensor, held: Slots, dtype: torch.dtype) -> Tensor:
+        return ridge_solution(total / self.num_tasks, held["gram"], held["moment"], self.ridge) * self.scale
 
     @override
     def _read_other(self, total: Tensor) -> Tensor:
