@@ -16,6 +16,13 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 _MARKERS = "os^Dv<>P"
 Dash: TypeAlias = Literal["-", "--", "-.", ":"]
 _DASHES: tuple[Dash, ...] = ("-", "-.", ":")
+_REFERENCES: dict[str, tuple[str, Dash, str]] = {
+    EXPERT: (DARK, "-", "x"),
+    ZERO_SHOT: (GREY, "--", "_"),
+    "task_oracle": (GREY, ":", "s"),
+    "ensemble": (GREY, ":", "^"),
+    "joint": (GREY, ":", "D"),
+}
 
 
 def look(results: Results, model: str) -> tuple[str, Dash, str]:
@@ -26,7 +33,7 @@ def look(results: Results, model: str) -> tuple[str, Dash, str]:
 def look_at(index: int | None, model: str) -> tuple[str, Dash, str]:
     """Return colour, line style and marker of the merger with an index, or of a reference, which has none."""
     if index is None:
-        return (DARK, "-", "x") if model == EXPERT else (GREY, "--", "_") if model == ZERO_SHOT else (GREY, ":", "+")
+        return _REFERENCES.get(model, (GREY, ":", "+"))
     # After eight mergers the colours come round again, with another line style.
     return _COLORS[index % 8], _DASHES[index // 8 % 3], _MARKERS[index % 8]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from clmerge.plots import DPI
 from clmerge.report.charts import Figure
+from clmerge.report.diagnostics import diagnostic_figures
 from clmerge.report.figures import common_figures
 from clmerge.report.page import make_views, render_page
 from clmerge.report.png import draw
@@ -45,14 +46,14 @@ def write_report(study: Study, out: str | Path, *, title: str | None = None) -> 
     page = Path(out)
     folder = page.with_name(f"{page.stem}_figures")
     views = make_views(study)
-    common = common_figures(study)
-    files = _write_figures(common, folder)
+    common, diagnostics = common_figures(study), diagnostic_figures(study)
+    files = _write_figures([*common, *diagnostics], folder)
     for view in views:
         target = folder if view.setting == SETTINGS[0] else folder / view.setting
         write_text_atomic(target / "models.csv", view.table_csv)
         files += [target / "models.csv", *_write_figures(view.figures, target)]
     name = title or ", ".join(dict.fromkeys(run.name for run in study.runs))
-    write_text_atomic(page, render_page(study, views, common, title=name, folder=folder.name))
+    write_text_atomic(page, render_page(study, views, common, diagnostics, title=name, folder=folder.name))
     return [*files, page]
 
 

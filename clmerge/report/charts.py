@@ -21,13 +21,15 @@ class Line:
         entry: Whose it is; gives name and look.
         points: Horizontal position and figure, in order.
         known_from: Points before this position are drawn thin: the task has not been learned yet.
-        mark: Position of the point that was chosen, drawn larger.
+        chosen: Indices of the points that were chosen, drawn larger.
+        faint: Whether it stays in the background, one of many.
     """
 
     entry: Entry
     points: Sequence[tuple[float, Spread]]
     known_from: float = -math.inf
-    mark: float | None = None
+    chosen: Sequence[int] = ()
+    faint: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,16 @@ class Figure:
     title: str
     sentence: str
     chart: LineChart | HeatChart
+
+    @property
+    def lines(self) -> LineChart | None:
+        """The chart, if it is one of lines."""
+        return self.chart if isinstance(self.chart, LineChart) else None
+
+    @property
+    def heat(self) -> HeatChart | None:
+        """The chart, if it is one of heatmaps."""
+        return self.chart if isinstance(self.chart, HeatChart) else None
 
 
 def numbers_of(spread: Spread) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from clmerge.report.charts import Figure, Grid, HeatChart, Line, LineChart, Panel
+from clmerge.report.searches import order_figures, search_figures
 from clmerge.report.study import EXPERT, ZERO_SHOT, Entry, Spread, Study
 from clmerge.report.text import plural
 from clmerge.results import Setting
@@ -15,7 +16,10 @@ def make_figures(study: Study, setting: Setting) -> list[Figure]:
 
 def common_figures(study: Study) -> list[Figure]:
     """Return the figures that are the same however accuracy is measured, in reading order."""
-    return [*_growth(study), *_seconds(study)]
+    return [*_growth(study), *_seconds(study), *search_figures(study)]
+
+
+MOST_LINES = 7  # mergers that are not in the background
 
 
 def ranked(study: Study, setting: Setting) -> list[Entry]:
@@ -26,11 +30,15 @@ def ranked(study: Study, setting: Setting) -> list[Entry]:
 
 def _average_accuracy(study: Study, setting: Setting) -> Iterable[Figure]:
     order = ranked(study, setting)
-    lines = [Line(entry, _by_task(entry.series("average_accuracy", setting))) for entry in order]
+    lines = [
+        Line(entry, _by_task(entry.series("average_accuracy", setting)), faint=_is_faint(order, entry))
+        for entry in order
+    ]
     panels = [Panel("All models", lines, y_range=(0.0, 1.0))]
     if mergers := [line for line in lines if line.entry.is_merger]:
         panels.append(Panel("The mergers, enlarged", mergers))
-    spread = f" Bands are one standard deviation over {plural(len(study.runs), 'run')}." if len(study.runs) > 1 else ""
+    spread = f" Of more than {MOST_LINES} mergers the best are in front." if len(study.mergers) > MOST_LINES else ""
+    spread += f" Bands are one standard deviation over {plural(len(study.runs), 'run')}." if len(study.runs) > 1 else ""
     yield Figure(
         "average_accuracy",
         "Average accuracy after every task",
@@ -69,7 +77,13 @@ def _forgetting_curves(study: Study, setting: Setting) -> Iterable[Figure]:
     panels = []
     for task, name in enumerate(study.tasks[: study.num_finished]):
         lines = [
-            Line(entry, _by_task([row[task] for row in entry.matrix(setting)]), known_from=task + 1) for entry in order
+            Line(
+                entry,
+                _by_task([row[task] for row in entry.matrix(setting)]),
+                known_from=task + 1,
+                faint=_is_faint(order, entry),
+            )
+            for entry in order
         ]
         panels.append(Panel(name, lines, rule=task + 1, y_range=(0.0, 1.0)))
     yield Figure(
@@ -85,7 +99,7 @@ def _bytes(study: Study, setting: Setting) -> Iterable[Figure]:
     dots = [
         Line(entry, [(kept[-1].mean, entry.figure("average_accuracy", setting))])
         for entry in ranked(study, setting)
-        if _defined(kept := entry.bytes_kept()) and kept[-1].mean > 0
+        if entry.model != EXPERT and _defined(kept := entry.bytes_kept()) and kept[-1].mean > 0
     ]
     if dots:
         yield Figure(
@@ -124,7 +138,12 @@ _BUILDERS: Sequence[Callable[[Study, Setting], Iterable[Figure]]] = (
     _matrices,
     _forgetting_curves,
     _bytes,
+    order_figures,
 )
+
+
+def _is_faint(order: Sequence[Entry], entry: Entry) -> bool:
+    return entry.is_merger and order.index(entry) >= MOST_LINES
 
 
 def _by_task(spreads: Sequence[Spread]) -> list[tuple[float, Spread]]:

@@ -66,8 +66,11 @@ def report_versions() -> dict[str, str]:
 def _merged(entry: Entry) -> Merged:
     if entry.rule is None:
         return Merged(entry.name, "not a rule of this clmerge, or not in the configuration", {})
-    plain = {key: json.dumps(value, default=str) for key, value in entry.rule.settings.items()}
-    return Merged(entry.name, type(entry.rule.merger).__name__, plain)
+    rules = [run.rules[entry.model] for run in entry.runs if entry.model in run.rules]
+    settings = [{key: json.dumps(value, default=str) for key, value in rule.settings.items()} for rule in rules]
+    # Repetitions may have chosen other values.
+    shown = {key: " or ".join(dict.fromkeys(each[key] for each in settings if key in each)) for key in settings[0]}
+    return Merged(entry.name, type(entry.rule.merger).__name__, shown)
 
 
 def _facts(run: Run) -> Iterable[tuple[str, str]]:

@@ -14,11 +14,13 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from clmerge.report import svg
-from clmerge.report.charts import Figure, HeatChart
+from clmerge.report.charts import Figure, HeatChart, LineChart
 from clmerge.report.citations import bibtex
 from clmerge.report.figures import make_figures, ranked
+from clmerge.report.heat import draw_grid
 from clmerge.report.ledger import merged_of, report_versions, sources_of
-from clmerge.report.study import Entry, Study
+from clmerge.report.searches import chosen_of
+from clmerge.report.study import Entry, Spread, Study
 from clmerge.report.tables import Column, best_of, columns, table_csv
 from clmerge.report.text import percent, plural, show
 from clmerge.report.verdict import Verdict, judge
@@ -61,13 +63,22 @@ def make_views(study: Study) -> list[View]:
     return [_view(study, setting) for setting in SETTINGS]
 
 
-def render_page(study: Study, views: Sequence[View], common: Sequence[Figure], *, title: str, folder: str) -> str:
+def render_page(
+    study: Study,
+    views: Sequence[View],
+    common: Sequence[Figure],
+    diagnostics: Sequence[Figure],
+    *,
+    title: str,
+    folder: str,
+) -> str:
     """Return the page as HTML.
 
     Args:
         study: The runs.
         views: What :func:`make_views` returned.
         common: Figures that do not depend on how accuracy is measured.
+        diagnostics: Figures that explain the accuracies.
         title: Heading of the page.
         folder: Name of the folder beside the page with the figures as files.
     """
@@ -82,6 +93,8 @@ def render_page(study: Study, views: Sequence[View], common: Sequence[Figure], *
         study=study,
         views=views,
         common=common,
+        diagnostics=diagnostics,
+        searches=chosen_of(study),
         several_runs=len(study.runs) > 1,
         ledger=merged_of(study),
         sources=sources_of(study),
@@ -92,8 +105,7 @@ def render_page(study: Study, views: Sequence[View], common: Sequence[Figure], *
         style=Markup((_FOLDER / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        draw_panel=svg.draw_panel,
-        draw_grid=svg.draw_grid,
+        draw=_draw,
         key=svg.key,
         look=svg.look,
         strip=svg.draw_strip,
@@ -123,10 +135,16 @@ def _cell(entry: Entry, column: Column, best: float) -> Cell:
     return Cell(
         column,
         percent(spread.mean) if share else show(spread.mean, column.unit),
-        "" if math.isnan(spread.std) else percent(spread.std) if share else show(spread.std, column.unit),
+        _deviation(spread, column),
         repr(spread.mean) if spread.is_defined else "",
         entry.is_merger and spread.mean == best,
     )
+
+
+def _deviation(spread: Spread, column: Column) -> str:
+    if math.isnan(spread.std) or (column.unit == "bytes" and spread.std == 0):
+        return ""
+    return percent(spread.std) if column.unit == "share" else show(spread.std, column.unit)
 
 
 def _subtitle(study: Study) -> str:
@@ -134,6 +152,13 @@ def _subtitle(study: Study) -> str:
     tasks = plural(total, "task") if done == total else f"{done} of {plural(total, 'task')}"
     samples = f", {sum(study.samples)} test images" if study.samples else ""
     return f"{plural(len(study.mergers), 'merger')} on {plural(len(study.runs), 'run')} over {tasks}{samples}."
+
+
+def _draw(chart: LineChart | HeatChart) -> list[tuple[str, Markup]]:
+    """Return the parts of a chart with their titles."""
+    if isinstance(chart, LineChart):
+        return [(panel.title, svg.draw_panel(chart, panel)) for panel in chart.panels]
+    return [(grid.title, draw_grid(chart, grid)) for grid in chart.grids]
 
 
 def _colour_bar(chart: HeatChart) -> Markup:

@@ -26,7 +26,12 @@ def _draw_lines(chart: LineChart) -> Figure:
     count = len(chart.panels)
     num_columns = min(count, 3 if count != 4 else 2)
     num_rows = math.ceil(count / num_columns)
-    figure = Figure(figsize=(3.6 * num_columns + 0.8, 2.7 * num_rows + 1.0), layout="constrained")
+    width = 3.6 * num_columns + 0.8
+    # A handle with its gaps is 0.7 inch wide, a letter of 9 points about 0.08; a line of the legend is 0.2 high.
+    widest = 0.7 + 0.08 * max(len(entry.name) for entry in chart.entries)
+    columns = max(1, min(len(chart.entries), int(width / widest)))
+    height = 2.7 * num_rows + 0.6 + 0.21 * math.ceil(len(chart.entries) / columns)
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for panel_axes in axes[count:]:
         panel_axes.set_visible(False)
@@ -37,8 +42,6 @@ def _draw_lines(chart: LineChart) -> Figure:
         color, dash, marker = look_at(entry.look, entry.model)
         line = "" if chart.dots else dash
         handles.append(Line2D([], [], color=color, linestyle=line, marker=marker, markersize=5, label=entry.name))
-    widest = 0.7 + 0.08 * max(len(entry.name) for entry in chart.entries)
-    columns = max(1, min(len(handles), int(figure.get_figwidth() / widest)))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
     return figure
 
@@ -72,16 +75,18 @@ def _draw_line(chart: LineChart, line: Line, axes: Axes) -> None:
     x = np.array([position for position, _ in line.points])
     mean = np.array([spread.mean for _, spread in line.points])
     std = np.array([spread.std for _, spread in line.points])
+    chosen = list(line.chosen)
+    axes.plot(x[chosen], mean[chosen], color=color, linestyle="", marker=marker, markersize=10)
     if chart.dots:
-        axes.errorbar(x, mean, np.nan_to_num(std), color=color, linestyle="", marker=marker, markersize=7)
+        axes.errorbar(x, mean, np.nan_to_num(std), color=color, linestyle="", marker=marker, markersize=6)
         return
-    axes.fill_between(x, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
-    axes.plot(x, mean, color=color, linestyle=dash, linewidth=0.7, alpha=0.6)
+    front = 0.25 if line.faint else 1.0
     known = x >= line.known_from
-    axes.plot(x[known], mean[known], color=color, linestyle=dash, marker=marker, markersize=4, linewidth=1.6)
-    if line.mark is not None:
-        chosen = x == line.mark
-        axes.plot(x[chosen], mean[chosen], color=color, linestyle="", marker=marker, markersize=9)
+    if not line.faint:
+        axes.fill_between(x[known], (mean - std)[known], (mean + std)[known], color=color, alpha=0.15, linewidth=0)
+    axes.plot(x, mean, color=color, linestyle=dash, linewidth=0.7, alpha=0.6 * front)
+    (drawn,) = axes.plot(x[known], mean[known], color=color, linestyle=dash, linewidth=1.6, alpha=front)
+    drawn.set(marker=marker, markersize=4)
 
 
 def _draw_heatmaps(chart: HeatChart) -> Figure:

@@ -48,7 +48,7 @@ def scale_of(
         return Scale(low / around, high * around, *positions, log=True)
     if zero and low >= 0:
         return Scale(0.0, high * (1 + pad) or 1.0, *positions)
-    around = (high - low) * pad or max(abs(high) * 0.05, 0.01)
+    around = (high - low) * pad if high > low else max(abs(high) * 0.05, 0.01)
     return Scale(low - around, high + around, *positions)
 
 
@@ -66,7 +66,7 @@ def ticks(scale: Scale, count: int, *, whole: bool = False) -> list[float]:
         >>> ticks(Scale(3.0e5, 4.0e7, 0, 100, log=True), 5)
         [1000000.0, 10000000.0]
     """
-    if scale.log:
+    if scale.log and scale.high > 10 * scale.low:
         return _log_ticks(scale, count)
     rough = (scale.high - scale.low) / count
     size = 10.0 ** math.floor(math.log10(rough))
@@ -80,9 +80,9 @@ def ticks(scale: Scale, count: int, *, whole: bool = False) -> list[float]:
 
 def _log_ticks(scale: Scale, count: int) -> list[float]:
     decades = range(math.floor(math.log10(scale.low)), math.ceil(math.log10(scale.high)) + 1)
-    for factors in ((1,), (1, 3), (1, 2, 5)):
+    for factors in ((1,), (1, 3)):
         found = [factor * 10.0**decade for decade in decades for factor in factors]
         found = [value for value in found if scale.low <= value <= scale.high]
         if len(found) >= 2:
-            return found[:: max(1, math.ceil(len(found) / count))]
-    return found or [math.sqrt(scale.low * scale.high)]
+            break
+    return found[:: max(1, math.ceil(len(found) / count))]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +33,13 @@ class Spread:
     @property
     def mean(self) -> float:
         """Mean; of one run, its own number to the last digit."""
-        return self.values[0] if len(self.values) == 1 else float(np.mean(self.values))
+        return self.values[0] if len(self.values) == 1 else statistics.fmean(self.values)
 
     @property
     def std(self) -> float:
         """Sample standard deviation, NaN for fewer than two runs."""
         known = len(self.values) > 1 and not any(map(math.isnan, self.values))
-        return float(np.std(self.values, ddof=1)) if known else math.nan
+        return statistics.stdev(self.values) if known else math.nan
 
     @property
     def is_defined(self) -> bool:
@@ -276,7 +277,7 @@ def _gap_to_experts(run: Run, model: str, setting: Setting) -> float:
     experts = run.numbers(EXPERT, setting)["R"]
     last = run.numbers(model, setting)["R"][-1]
     gaps = [number(experts[task][task]) - number(last[task]) for task in range(run.num_finished)]
-    return sum(gaps) / len(gaps)
+    return float(np.mean(gaps))
 
 
 def _compared(run: Run, model: str, setting: Setting, key: str) -> Sequence[float | None]:

@@ -4,17 +4,14 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from markupsafe import Markup, escape
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
 
-from clmerge.plots.style import ink_on, shorten
-from clmerge.report.charts import Grid, HeatChart, Line, LineChart, Panel
+from clmerge.report.charts import Line, LineChart, Panel
 from clmerge.report.scales import Scale, scale_of, ticks
 from clmerge.report.study import EXPERT, ZERO_SHOT, Entry
-from clmerge.report.text import percent, plural, show, show_spread
+from clmerge.report.text import of_runs, percent, show, show_spread
 
 WIDTH, HEIGHT = 360, 236
-LEFT, RIGHT, TOP, BOTTOM = 50, 12, 10, 42
+LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 42
 _MARKERS: tuple[Callable[[float], str], ...] = (
     lambda r: f"M{-r} 0a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0",  # circle
     lambda r: f"M{-r} {-r}h{2 * r}v{2 * r}h{-2 * r}z",  # square
@@ -27,6 +24,8 @@ _MARKERS: tuple[Callable[[float], str], ...] = (
         f"M{-r} {-r / 3:g}H{-r / 3:g}V{-r}H{r / 3:g}V{-r / 3:g}H{r}V{r / 3:g}H{r / 3:g}V{r}H{-r / 3:g}V{r / 3:g}H{-r}z"
     ),
 )
+
+_REFERENCE_MARKERS = {"task_oracle": 1, "ensemble": 2, "joint": 3}
 
 
 def tag(name: str, *children: object, **attributes: object) -> Markup:
@@ -42,7 +41,7 @@ def tag(name: str, *children: object, **attributes: object) -> Markup:
         '<text class="x" font-size="3">a &lt; b</text>'
     """
     given = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(_short(value))}"'
+        f' {key.rstrip("_").replace("_", "-")}="{escape(short(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
@@ -57,69 +56,8 @@ def draw_panel(chart: LineChart, panel: Panel) -> Markup:
     if panel.rule is not None:
         content.append(_path(f"M{across(panel.rule):.1f} {TOP}V{HEIGHT - BOTTOM}", class_="rule"))
     content += [_draw_line(chart, line, across, up) for line in reversed(panel.lines)]
-    label = f"{panel.title}: {chart.y_name} against {chart.x_name}"
+    label = f"{panel.title or chart.y_name}: {chart.y_name} against {chart.x_name}"
     return tag("svg", *content, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label, class_="chart")
-
-
-def draw_grid(chart: HeatChart, grid: Grid) -> Markup:
-    """Draw one heatmap; numbers are written into the cells where they fit."""
-    count = len(chart.columns)
-    side = 44 if count <= 6 else max(6.0, 280 / count)
-    left, top = (64 if _longest(chart.rows) > 3 else 34), 6
-    slanted = _longest(chart.columns) > side / 6.5
-    bottom = min(96.0, 26 + 4.6 * _longest(chart.columns)) if slanted else 40
-    width, height = left + side * count + 10, top + side * len(chart.rows) + bottom
-    colors = colormaps["viridis"]
-    low, high = chart.value_range
-    content: list[Markup] = []
-    for row, cells in enumerate(grid.cells):
-        for column, spread in enumerate(cells):
-            x, y = left + side * column, top + side * row
-            where = f"{grid.title}, {chart.row_name} {chart.rows[row]}, {chart.column_name} {chart.columns[column]}"
-            known = spread.is_defined
-            color = colors((spread.mean - low) / (high - low)) if known else None
-            content.append(
-                tag(
-                    "rect",
-                    x=x,
-                    y=y,
-                    width=side,
-                    height=side,
-                    fill=to_hex(color) if color else None,
-                    class_="cell" if known else "cell undefined",
-                    data_value=repr(spread.mean) if known else None,
-                    data_tip=f"{where}: {show_spread(spread, chart.unit, digits=2)}" + _runs(len(spread.values)),
-                )
-            )
-            if side >= 24:
-                text = _cell_text(spread.mean, chart) if known else "-"
-                ink = f" {ink_on(color)}" if color else ""
-                content.append(tag("text", text, x=x + side / 2, y=y + side / 2, class_=f"celltext{ink}"))
-    if chart.diagonal:
-        for row in range(len(grid.cells)):
-            corner = {"x": left + side * row, "y": top + side * row, "width": side, "height": side}
-            content.append(tag("rect", **corner, class_="diagonal"))
-    step = 1 if side >= 12 else 5
-    for row, label in enumerate(chart.rows):
-        if row % step == 0:
-            y = top + side * (row + 0.5)
-            content.append(tag("text", shorten(label, 10), x=left - 6, y=y, class_="tick end middle"))
-    for column, label in enumerate(chart.columns):
-        if column % step == 0:
-            x, y = left + side * (column + 0.5), top + side * len(chart.rows) + (10 if slanted else 16)
-            turn = f"rotate(-45 {_short(x)} {_short(y)})" if slanted else None
-            anchor = "tick end" if slanted else "tick centre"
-            content.append(tag("text", shorten(label, 14), x=x, y=y, transform=turn, class_=anchor))
-    content.append(tag("text", chart.column_name, x=left + side * count / 2, y=height - 4, class_="axis centre"))
-    y = top + side * len(chart.rows) / 2
-    content.append(
-        tag("text", chart.row_name, x=12, y=y, transform=f"rotate(-90 12 {_short(y)})", class_="axis centre")
-    )
-    box = f"0 0 {_short(width)} {_short(height)}"
-    label = f"{grid.title}: {chart.value_name} by {chart.row_name} and {chart.column_name}"
-    return tag(
-        "svg", *content, viewBox=box, role="img", aria_label=label, class_="heat", style=f"max-width:{width:.0f}px"
-    )
 
 
 def draw_strip(values: Sequence[float], best: float) -> Markup:
@@ -158,14 +96,16 @@ def _axes(chart: LineChart, across: Scale, up: Scale) -> Iterable[Markup]:
             else show(value, chart.y_unit)
         )
         yield tag("text", text, x=LEFT - 6, y=y, class_="tick end middle")
-    whole = chart.x_name == "after task"
-    for value in ticks(across, 6, whole=whole):
-        text = show(value, chart.x_unit)
-        yield tag("text", text, x=across(value), y=HEIGHT - BOTTOM + 16, class_="tick centre")
+    room = LEFT - 22.0
+    for value in ticks(across, 6, whole=chart.x_name in ("after task", "order")):
+        if across(value) >= room:
+            text = show(value, chart.x_unit)
+            yield tag("text", text, x=across(value), y=HEIGHT - BOTTOM + 16, class_="tick centre")
+            room = across(value) + 6.5 * len(text) + 6
     yield _path(f"M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}", class_="baseline")
     yield tag("text", chart.x_name, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, class_="axis centre")
     y, unit = (TOP + HEIGHT - BOTTOM) / 2, " in %" if chart.y_unit == "share" else ""
-    turn = f"rotate(-90 11 {_short(y)})"
+    turn = f"rotate(-90 11 {short(y)})"
     yield tag("text", chart.y_name + unit, x=11, y=y, transform=turn, class_="axis centre")
 
 
@@ -173,36 +113,40 @@ def _draw_line(chart: LineChart, line: Line, across: Scale, up: Scale) -> Markup
     known = [(x, spread) for x, spread in line.points if spread.is_defined]
     parts: list[Markup] = []
     if not chart.dots:
-        band = [(x, spread) for x, spread in known if not math.isnan(spread.std)]
-        if len(band) > 1:
-            above = [f"{across(x):.1f} {up(s.mean + s.std):.1f}" for x, s in band]
-            below = [f"{across(x):.1f} {up(s.mean - s.std):.1f}" for x, s in reversed(band)]
+        band = [(x, s) for x, s in known if not math.isnan(s.std) and x >= line.known_from]
+        if len(band) > 1 and not line.faint:
+            above = [f"{across(x):.1f} {up(min(s.mean + s.std, up.high)):.1f}" for x, s in band]
+            below = [f"{across(x):.1f} {up(max(s.mean - s.std, up.low)):.1f}" for x, s in reversed(band)]
             parts.append(_path(f"M{'L'.join(above + below)}z", class_="band"))
         before = [point for point in known if point[0] <= line.known_from]
         after = [point for point in known if point[0] >= line.known_from]
         for piece, style in ((before, "stroke thin"), (after, "stroke")):
             if len(piece) > 1:
                 parts.append(_path("M" + "L".join(f"{across(x):.1f} {up(s.mean):.1f}" for x, s in piece), class_=style))
-    for x, spread in known:
-        where, size = f"{chart.x_name} {show(x, chart.x_unit)}", 5.5 if x == line.mark else 3.2
-        if x < line.known_from:
-            size = 1.6
+    for index, (x, spread) in enumerate(line.points):
+        if not spread.is_defined:
+            continue
+        where, size = f"{chart.x_name} {show(x, chart.x_unit)}", 1.6 if x < line.known_from else 3.2
+        if chart.dots:
+            size = 4.2
         if chart.dots and not math.isnan(spread.std):
             ends = f"M{across(x):.1f} {up(spread.mean - spread.std):.1f}V{up(spread.mean + spread.std):.1f}"
             parts.append(_path(ends, class_="stroke"))
         digits = 2 if chart.y_unit == "share" else 1
         tip = f"{line.entry.name}, {where}: {show_spread(spread, chart.y_unit, digits=digits)}"
-        if x == line.mark:
-            tip += ", chosen"
-        size = 5 if chart.dots else size
-        dot = {"data_value": repr(spread.mean), "data_x": repr(x), "data_tip": tip + _runs(len(spread.values))}
+        if index in line.chosen:
+            tip, size = f"{tip}, chosen", 7.0
+        dot = {"data_value": repr(spread.mean), "data_x": repr(x), "data_tip": tip + of_runs(len(spread.values))}
         parts.append(_marker(line.entry, across(x), up(spread.mean), size, **dot))
-    return tag("g", *parts, class_=f"line {look(line.entry)}", data_entry=line.entry.name)
+    return tag(
+        "g", *parts, class_=f"line {look(line.entry)}{' faint' if line.faint else ''}", data_entry=line.entry.name
+    )
 
 
 def _marker(entry: Entry, x: float, y: float, size: float, **attributes: object) -> Markup:
-    shape = _MARKERS[(entry.look or 0) % 8](size)
-    return _path(shape, transform=f"translate({_short(x)} {_short(y)})", class_="dot", **attributes)
+    number = entry.look if entry.look is not None else _REFERENCE_MARKERS.get(entry.model, 0)
+    shape = _MARKERS[number % 8](size)
+    return _path(shape, transform=f"translate({short(x)} {short(y)})", class_="dot", **attributes)
 
 
 def _path(d: str, **attributes: object) -> Markup:
@@ -223,18 +167,6 @@ def _heights(panel: Panel) -> list[float]:
     return ends
 
 
-def _cell_text(value: float, chart: HeatChart) -> str:
-    return percent(value, 1) if chart.unit == "share" else f"{value:.2f}"
-
-
-def _longest(labels: Sequence[str]) -> int:
-    return max(map(len, labels), default=0)
-
-
-def _runs(count: int) -> str:
-    return f" ({plural(count, 'run')})" if count > 1 else ""
-
-
-def _short(value: object) -> object:
-    """Write coordinates with one decimal, and nothing else."""
+def short(value: object) -> object:
+    """Return coordinates with one decimal, and everything else as it is."""
     return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else value

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 from clmerge.report.charts import Unit, numbers_of, to_csv
 from clmerge.report.figures import ranked
+from clmerge.report.searches import order_spread
 from clmerge.report.study import UNDEFINED, Entry, Spread, Study
 from clmerge.report.text import MISSING, percent, show
 from clmerge.results import Setting
@@ -98,6 +99,13 @@ def columns(study: Study, setting: Setting) -> list[Column]:
             "Lowest accuracy among the tasks seen so far, after the last one.",
             "share",
             lambda entry: entry.worst_task(setting),
+        ),
+        Column(
+            "orders",
+            "Orders",
+            "Mean and standard deviation of the average over other orders of the tasks.",
+            "share",
+            lambda entry: order_spread(entry, setting),
         ),
         Column(
             "bytes_kept",

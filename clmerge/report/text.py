@@ -80,6 +80,16 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
+def of_runs(count: int) -> str:
+    """Return over how many runs a number is, if there are several.
+
+    Example:
+        >>> of_runs(1), of_runs(3)
+        ('', ' (3 runs)')
+    """
+    return f" ({plural(count, 'run')})" if count > 1 else ""
+
+
 def _bytes(value: float) -> str:
     for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if value >= size:

@@ -113,16 +113,21 @@ def _reasons(study: Study, setting: Setting, ranking: Sequence[Entry]) -> Iterab
             gain = average.mean - entry.figure("average_accuracy", setting).mean
             against.append(f"{points(gain, signed=True)} points against {what}")
     if against:
-        yield f"Merging changes the average accuracy by {' and '.join(against)}."
-    forgetting = best.figure("forgetting", setting)
-    if forgetting.is_defined:
-        least = min(ranking, key=lambda entry: _or_inf(entry.figure("forgetting", setting).mean))
-        other = (
-            ""
-            if least is best
-            else (f"; the least forgetful is {least.name} with {points(least.figure('forgetting', setting).mean)}")
-        )
-        yield f"It has forgotten {points(forgetting.mean)} points of what it knew{other}."
+        yield f"That is {' and '.join(against)}."
+    yield from _forgetting(setting, ranking)
+
+
+def _forgetting(setting: Setting, ranking: Sequence[Entry]) -> Iterable[str]:
+    best = ranking[0]
+    lost = best.figure("forgetting", setting).mean
+    if math.isnan(lost):
+        return
+    least = min(ranking, key=lambda entry: _or_inf(entry.figure("forgetting", setting).mean))
+    other = f"; the least forgetful is {least.name} with {points(least.figure('forgetting', setting).mean)}"
+    what = f"forgotten {points(lost)} points of what it knew"
+    if lost < 0:
+        what = f"forgotten nothing on average: its tasks are {points(-lost)} points above the best they were before"
+    yield f"It has {what}{'' if least is best else other}."
 
 
 def _caution(study: Study, setting: Setting, ranking: Sequence[Entry]) -> Iterable[str]:

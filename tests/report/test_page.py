@@ -11,6 +11,7 @@ from matplotlib.image import imread
 from support.run_folders import config_of, write_run
 
 from clmerge.report import read_study, write_report
+from clmerge.report.diagnostics import diagnostic_figures
 from clmerge.report.figures import common_figures
 from clmerge.report.page import make_views, render_page
 
@@ -52,7 +53,9 @@ def page(tmp_path_factory):
 
 def rendered(*folders):
     study = read_study(folders)
-    return render_page(study, make_views(study), common_figures(study), title="made up", folder="figures")
+    return render_page(
+        study, make_views(study), common_figures(study), diagnostic_figures(study), title="made up", folder="figures"
+    )
 
 
 def rows(file):

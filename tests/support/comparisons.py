@@ -1,0 +1,140 @@
+"""Folders as ``clmerge compare`` leaves them: the document of docs/compare.md with made-up numbers."""
+
+import json
+
+from made_up import make_results
+from support.run_folders import config_of, write_run
+
+from clmerge.merging import TIES, MagMax
+from clmerge.results import SETTINGS, Results
+
+MODELS = ("magmax", "ties", "opcm", "expert", "task_oracle")
+
+
+def write_comparison(folder, *, num_runs=1, num_tasks=3, diagnostics=None):
+    """Write runs ``run0`` ... and the folder ``compare`` beside them; return the document."""
+    suffixes = [f"@run{index}" if num_runs > 1 else "" for index in range(num_runs)]
+    for index in range(num_runs):
+        write_run(folder / f"run{index}", num_tasks=num_tasks, config=config_of(seed=index), shift=0.1 * index)
+    joined = _joined(num_tasks, suffixes) if num_runs > 1 else make_results(num_tasks, MODELS)
+    per_task = list(range(1, num_tasks + 1))
+    compare = {
+        "schema": 1,
+        "runs": [
+            {
+                "name": f"run{index}",
+                "path": str(folder / f"run{index}"),
+                "group": "",
+                "seed": index,
+                "start_policy": "previous",
+                "tasks": joined.tasks,
+                "num_parameters": 23,
+                "bank_bytes": 1000,
+            }
+            for index in range(num_runs)
+        ],
+        "settings": {
+            f"{name}{suffix}": {"merger": type(rule).__name__, "init_args": rule.settings(), "run": f"run{index}"}
+            for index, suffix in enumerate(suffixes)
+            for name, rule in (("magmax", MagMax(0.5 + index)), ("ties", TIES()))
+        },
+        "bytes_kept": {f"{m}{s}": [92 * t for t in per_task] for m in MODELS for s in suffixes},
+        "merge_seconds": {f"{m}{s}": [0.01 * t for t in per_task] for m in MODELS[:3] for s in suffixes},
+        "figures": {model: {setting: _own(num_tasks) for setting in SETTINGS} for model in joined.models},
+        "searches": [_search(model, f"run{i}", s) for i, s in enumerate(suffixes) for model in ("magmax", "ties")],
+        "orders": {"seed": 0, "models": {f"{m}{s}": _order(m, num_tasks) for m in MODELS[:3] for s in suffixes}},
+        "aggregates": [],
+        "diagnostics": diagnostics,
+    }
+    document = {**joined.to_dict(), "compare": compare}
+    (folder / "compare").mkdir()
+    (folder / "compare" / "results.json").write_text(json.dumps(document))
+    return document
+
+
+def make_diagnostics(num_tasks=3, models=("base", "expert", "magmax")):
+    """The document of docs/diagnostics.md with made-up numbers."""
+    square = [[1.0 if s == t else None if s + t == 1 else 0.25 for s in range(num_tasks)] for t in range(num_tasks)]
+    row = [0.5 + t for t in range(num_tasks)]
+    layer = {"numel": 20, "norm": row, "cosine": square, "sign_conflict": square}
+    matrix = {"shape": [4, 5], "effective_rank": row, "left_overlap": square, "right_overlap": square}
+    ends = [("base", "expert"), ("expert", "magmax"), ("expert", "expert")]
+    return {
+        "schema": 1,
+        "tasks": [f"task {t + 1}" for t in range(num_tasks)],
+        "vectors": {
+            "tasks": ["" for _ in row],
+            "whole": layer,
+            "layers": [{"name": f"visual.blocks.{index}", **layer} for index in range(2)],
+            "rank": 8,
+            "matrices": [{"name": "visual.blocks.0.a", "layer": "visual.blocks.0", **matrix}],
+        },
+        "models": {
+            "setting": "task_agnostic",
+            "images": [10 for _ in row],
+            "positions": [0.0, 0.5, 1.0],
+            "models": {
+                name: {"loss": row, "error": row, "disagreement": [0.25] * num_tasks, "representation_bias": row}
+                for name in models
+            },
+            "segments": [
+                {
+                    "from": start,
+                    "to": end,
+                    "tasks": [task],
+                    "loss": [1, 2, 1],
+                    "error": [0.25, 0.5 + 0.125 * task, 0.0],
+                    "loss_barrier": 1.0,
+                    "error_barrier": 0.25,
+                }
+                for start, end in ends
+                for task in range(2)
+            ],
+            "disentanglement": {"scale": 1.0, "xi": square},
+        },
+    }
+
+
+def _joined(num_tasks, suffixes):
+    """Results of several runs, every model as NAME@RUN and no baseline."""
+    one = make_results(num_tasks, MODELS)
+    joined = Results(one.tasks, classes=one.classes, samples=one.samples)
+    for index, suffix in enumerate(suffixes):
+        for model in one.models:
+            for rows in zip(*(one.matrix(model, setting) for setting in SETTINGS), strict=True):
+                joined.add_row(f"{model}{suffix}", *(row * (1 - 0.1 * index) for row in rows))
+    return joined
+
+
+def _own(num_tasks):
+    return {
+        "worst_task": [0.5] * num_tasks,
+        "gap_to_experts": [0.125] * num_tasks,
+        "normalised_accuracy": [0.9] * num_tasks,
+    }
+
+
+def _search(model, run, suffix):
+    values = [{"scale": scale} for scale in (0.1, 0.5, 1.0)]
+    if model == "ties":
+        values = [{"scale": scale, "density": density} for scale in (0.5, 1.0) for density in (0.1, 0.2)]
+    points = [{"values": each, "accuracy": [0.5], "score": 0.5 + 0.1 * index} for index, each in enumerate(values)]
+    rule = {"chosen": [0.5, 0.4, 0.3], "used": [None, 0.5, 0.4], "a": 1.0, "b": -0.7}
+    return {
+        "model": f"{model}{suffix}",
+        "merger": model,
+        "run": run,
+        "method": "grid",
+        "split": "val",
+        "parameters": {name: sorted({each[name] for each in values}) for name in values[0]},
+        "points": points,
+        "chosen": values[-1],
+        "score": points[-1]["score"],
+        "rule": rule if model == "magmax" else None,
+    }
+
+
+def _order(model, num_tasks):
+    found = [0.8, 0.7, 0.9] if model == "opcm" else [0.8]
+    one = {"accuracy": [[0.8] * num_tasks] * len(found), "average_accuracy": found, "mean": 0.8, "std": 0.1}
+    return {"run": "run0", "order_free": model != "opcm", "permutations": [], **dict.fromkeys(SETTINGS, one)}
