@@ -2,7 +2,7 @@
 
 from clmerge.models.backbone import Backbone, OpenClip, Timm
 from clmerge.models.heads import CosineHead, Head, LinearHead, ZeroShotHead
-from clmerge.models.tuning import Frozen, Full, LoRA, Partial, Tuning, add_lora
+from clmerge.models.tuning import Frozen, Full, Linearized, LoRA, Partial, TangentModule, Tuning, add_lora
 
 __all__ = [
     "Backbone",
@@ -11,9 +11,11 @@ __all__ = [
     "Full",
     "Head",
     "LinearHead",
+    "Linearized",
     "LoRA",
     "OpenClip",
     "Partial",
+    "TangentModule",
     "Timm",
     "Tuning",
     "ZeroShotHead",

@@ -30,9 +30,11 @@ class Backbone(nn.Module, ABC):
         eval_transform: PIL image to tensor, for validation and test.
         default_trainable: Glob patterns over ``model``'s parameter names that are trained unless told
             otherwise.
+        encoder: Path in ``model`` of the module that ``forward`` calls; empty for ``model`` itself.
     """
 
     default_trainable: ClassVar[tuple[str, ...]] = ("*",)
+    encoder: ClassVar[str] = ""
     model: nn.Module
     feature_dim: int
     train_transform: Transform
@@ -82,6 +84,7 @@ class OpenClip(Backbone):
     """
 
     default_trainable: ClassVar[tuple[str, ...]] = ("visual.*",)
+    encoder: ClassVar[str] = "visual"
 
     def __init__(self, name: str = "nano", *, pretrained: str | None = None, cache_dir: str | None = None) -> None:
         super().__init__()
