@@ -16,7 +16,7 @@ examples:
   clmerge compare runs/digits --mergers TIES TaskArithmetic --scale 0.1:1.5:0.1 --grid TIES.density=0.1,0.2,0.5
   clmerge compare runs/digits --mergers MagMax OPCM --orders 10
   clmerge compare runs/seed0 runs/seed1 runs/seed2 --mergers MagMax TIES --out runs/three-seeds
-  clmerge compare runs/digits --joint runs/all-classes
+  clmerge compare runs/digits --joint runs/all-classes --diagnose
   clmerge compare --mergers.help TIES
 """
 
@@ -47,6 +47,7 @@ def build_parser() -> "CommandParser":
     rule_help = "Also let the scale after task t follow from the best scales after the tasks before (needs --scale)."
     orders_help = "Merge the experts in this many orders (0: the run's own only)."
     joint_help = "A run that was trained on all classes together, for a reference row."
+    diagnose_help = "Also say why: how task vectors, experts and merged models (of the first run) lie to each other."
     memory_help = "GiB of accumulators and merged weights to hold at a time."
     images_help = "MiB of decoded images to hold in memory; others wait in files in the output folder meanwhile."
     parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="Finished run folders.")
@@ -57,6 +58,7 @@ def build_parser() -> "CommandParser":
     parser.add_argument("--orders", type=int, default=0, help=orders_help)
     parser.add_argument("--orders-seed", type=int, default=0, help="Seed of the other orders.")
     parser.add_argument("--joint", type=str | None, default=None, help=joint_help)
+    parser.add_argument("--diagnose", action="store_true", help=diagnose_help)
     parser.add_argument("--out", type=str | None, default=None, help="Folder to write to (default: RUN/compare).")
     parser.add_argument("--memory", type=float, default=4.0, help=memory_help)
     parser.add_argument("--image-memory", type=int, default=1024, help=images_help)
@@ -92,7 +94,7 @@ def _compare(config: Any, mergers: Any) -> int:
     from tempfile import TemporaryDirectory
 
     from clmerge.callbacks.naming import name_mergers
-    from clmerge.comparison.compare import Request, compare_run
+    from clmerge.comparison.compare import Comparison, Request, compare_run
     from clmerge.comparison.document import build_document
     from clmerge.comparison.ledger import Ledger
     from clmerge.comparison.table import print_comparison
@@ -102,7 +104,7 @@ def _compare(config: Any, mergers: Any) -> int:
     quiet_lightning()
     names = _run_names(config.runs)
     out = Path(config.out) if config.out is not None else _default_out(config.runs)
-    found = []
+    found: list[Comparison] = []
     for path, name in zip(config.runs, names, strict=True):
         run, own = open_run(path, name=name)
         joint = None if config.joint is None else open_run(config.joint, name="joint")[0]
@@ -115,6 +117,7 @@ def _compare(config: Any, mergers: Any) -> int:
             orders=config.orders,
             orders_seed=config.orders_seed,
             memory=int(config.memory * 2**30),
+            diagnose=config.diagnose and not found,
         )
         out.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=out, prefix=".images-") as images:

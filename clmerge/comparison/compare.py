@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from clmerge.comparison.diagnose import diagnose_run
 from clmerge.comparison.grid import grids
 from clmerge.comparison.ledger import Ledger, Row
 from clmerge.comparison.orders import order_sweep
@@ -29,6 +30,7 @@ class Request:
         orders: Orders of the experts to merge in; 0 for the run's own only.
         orders_seed: Seed of the other orders.
         memory: Bytes of accumulators and merged weights that are held at a time.
+        diagnose: Whether to look for reasons: task vectors, experts and merged models are diagnosed.
     """
 
     mergers: Mapping[str, Merger]
@@ -38,6 +40,7 @@ class Request:
     orders: int = 0
     orders_seed: int = 0
     memory: int = 2**32
+    diagnose: bool = False
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Comparison:
         merge_seconds: Seconds per task, by merger.
         searches: The searches.
         orders: The order sweeps by merger; empty where none was asked for.
+        diagnostics: The diagnostics document; None where none was asked for.
     """
 
     run: StoredRun
@@ -61,6 +65,7 @@ class Comparison:
     merge_seconds: dict[str, list[float]] = field(default_factory=dict)
     searches: list[dict[str, Any]] = field(default_factory=list)
     orders: dict[str, Any] = field(default_factory=dict)
+    diagnostics: dict[str, Any] | None = None
 
     def add(self, name: str, merger: Merger, rows: list[Row], *, search: int | None) -> None:
         """Add a model that is a merger.
@@ -126,6 +131,8 @@ def compare_run(run: StoredRun, request: Request, ledger: Ledger, joint: StoredR
         )
     add_references(found.results, run, ledger, joint)
     _count_references(found)
+    if request.diagnose:
+        found.diagnostics = diagnose_run(run, mergers)
     return found
 
 

@@ -14,13 +14,12 @@ _AGGREGATED = ("average_accuracy", "average_incremental_accuracy", "forgetting",
 _OWN = ("worst_task", "gap_to_experts", "normalised_accuracy")
 
 
-def build_document(found: Sequence[Comparison], *, orders_seed: int = 0, diagnostics: Any = None) -> dict[str, Any]:
+def build_document(found: Sequence[Comparison], *, orders_seed: int = 0) -> dict[str, Any]:
     """Put what was found about one or several runs into one document.
 
     Args:
         found: What was found, one item a run; all streams have as many tasks.
         orders_seed: Seed of the order sweeps.
-        diagnostics: What ``--diagnose`` found, if it was asked for.
 
     Raises:
         ValueError: If the runs have different numbers of tasks.
@@ -57,7 +56,7 @@ def build_document(found: Sequence[Comparison], *, orders_seed: int = 0, diagnos
             "searches": _no_nan(searches),
             "orders": {"seed": orders_seed, "models": _no_nan(orders)} if orders else None,
             "aggregates": _no_nan(_aggregates(results, figures, renamed, groups)) if len(found) > 1 else [],
-            "diagnostics": diagnostics,
+            "diagnostics": next((one.diagnostics for one in found if one.diagnostics), None),
         },
     }
 

@@ -246,3 +246,24 @@ def test_an_unfinished_run_is_refused(run, capsys):
 def test_help_is_static(capsys):
     assert main(["compare", "--help"]) == 0
     assert "--scale-rule" in capsys.readouterr().out
+
+
+def test_diagnose_says_why_with_the_chosen_settings(run, capsys):
+    compare(run, "--mergers", "MagMax", "TaskArithmetic", "--scale", "0.3,0.9", "--diagnose")
+    found = document(run / "compare")
+    diagnosed = found["compare"]["diagnostics"]
+    assert (diagnosed["run"], diagnosed["tasks"]) == (run.name, found["tasks"])
+    assert diagnosed["models"]["split"] == "val"
+    assert list(diagnosed["models"]["models"]) == ["base", "expert", "magmax", "task_arithmetic"]
+    assert len(diagnosed["vectors"]["whole"]["cosine"]) == 3
+    # Validation images of all tasks are few enough here to be all: the errors are those that the search saw.
+    for search in found["compare"]["searches"]:
+        (chosen,) = [point for point in search["points"] if point["values"] == search["chosen"]]
+        errors = diagnosed["models"]["models"][search["model"]]["error"]
+        assert [1 - error for error in errors] == pytest.approx(chosen["accuracy"])
+    assert "run: diagnosing on task 3 of 3" in capsys.readouterr().err
+
+
+def test_without_diagnose_there_are_no_diagnostics(run):
+    compare(run, "--mergers", "MagMax")
+    assert document(run / "compare")["compare"]["diagnostics"] is None

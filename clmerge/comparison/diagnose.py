@@ -1,0 +1,45 @@
+"""Why the mergers of a comparison differ: diagnostics of a stored run's task vectors, experts and merged models."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from clmerge.comparison.refold import Refold
+from clmerge.comparison.stored_run import StoredRun
+from clmerge.diagnostics import diagnose
+from clmerge.merging import Merger
+from clmerge.weights import State
+
+
+def diagnose_run(run: StoredRun, mergers: Mapping[str, Merger]) -> dict[str, Any]:
+    """Diagnose a run whose tasks are all merged.
+
+    All models have the head and the running statistics that the run had after its last task.
+
+    Args:
+        run: The run.
+        mergers: Mergers by name, with the settings that were chosen.
+
+    Returns:
+        The diagnostics document (docs/diagnostics.md), and the name of the run as ``run``.
+    """
+    refold = Refold(run, mergers)
+    for task in range(len(run.tasks)):
+        refold.fold(task)
+    run.enter(len(run.tasks) - 1)
+    merge = refold.merge
+
+    def weights(vector: State) -> dict[str, Tensor]:
+        return merge.weights_with(vector, run.module)
+
+    merged = {name: merge.merged_vector(name) for name in mergers}
+    return {
+        "run": run.name,
+        **diagnose(run.module, weights, run.bank, merged, run.data, seed=run.config["seed"], progress=_tell(run.name)),
+    }
+
+
+def _tell(name: str) -> Any:
+    return lambda message: print(f"{name}: {message}", file=sys.stderr, flush=True)
