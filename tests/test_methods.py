@@ -1,0 +1,43 @@
+"""Every named method runs on the quickstart's stream, with a tiny CLIP in place of the nano model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from support.tiny import tiny_clip
+
+from clmerge.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+METHODS = sorted(path.stem for path in (CONFIGS / "methods").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_runs_on_the_quickstart_stream(method, clip, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("CLMERGE_RUN_DIR", raising=False)
+    monkeypatch.setattr("clmerge.learner.save_plots", lambda results, folder: [])  # drawn elsewhere; seconds each
+    arguments = ["fit", "--config", str(CONFIGS / "quickstart.yaml")]
+    arguments += ["--config", str(CONFIGS / "methods" / f"{method}.yaml"), "--run_dir", str(tmp_path / "run")]
+    arguments += [f"--model.backbone.name={clip}", "--stream.num_tasks=2", "--logging.wandb=false"]
+    arguments += ["--logging.csv=false", "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
+    arguments += ["--trainer.limit_test_batches=2", "--learner.statistics_images=8"]
+    assert main(arguments) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    mergers = yaml.safe_load((CONFIGS / "methods" / f"{method}.yaml").read_text()).get("mergers", [])
+    models = [name for name in results["models"] if name not in ("expert", "zero_shot")]
+    assert len([name for name in models if "+" not in name]) == len(mergers)
+    assert results["models"]["expert"]["task_agnostic"]["R"][1][0] is not None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_says_where_it_comes_from_and_how_it_runs(method):
+    text = (CONFIGS / "methods" / f"{method}.yaml").read_text()
+    assert yaml.safe_load(text)["name"] == method
+    assert f"--config configs/methods/{method}.yaml" in text
+    assert "arXiv:" in text or text.startswith(("# Baseline", "# Upper bound"))
