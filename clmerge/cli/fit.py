@@ -208,7 +208,7 @@ def _run(arguments: Sequence[str], *, resume: str | None) -> int:
         objects = parser.instantiate(config)
         objects.data.seed = config.seed
         learner = Learner(
-            objects.stream, objects.model, objects.mergers, objects.data, seed=config.seed, **vars(config.learner)
+            objects.stream, objects.model, objects.mergers, objects.data, seed=config.seed, **vars(objects.learner)
         )
         if objects.logging.artifacts and not learner.keep_task_vectors:
             raise ValueError("expected --learner.keep_task_vectors=true with --logging.artifacts=true, got false")
