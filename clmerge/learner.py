@@ -318,7 +318,8 @@ class Learner:
         if run.writes:
             for name, merger in self.mergers.items():
                 merged = {key.removeprefix(prefix): value for key, value in self.merge.merged_state(name).items()}
-                save_tensors(run.model(name), {**whole, **merged}, metadata={"merger": repr(merger)})
+                metadata = {"merger": repr(merger), "tuning": repr(self.module.tuning)}
+                save_tensors(run.model(name), {**whole, **merged}, metadata=metadata)
             if self.merge.deploy == EXPERT:
                 save_tensors(run.model(EXPERT), whole, metadata={"merger": "none: the last task's un-merged model"})
             if not self.module.head.open_vocabulary:

@@ -15,6 +15,7 @@ from clmerge.modules import ContinualClassifier
 from clmerge.streams import StreamDataModule
 from clmerge.streams.splits import derived_seed
 from clmerge.weights.modes import eval_mode
+from clmerge.weights.parametrization import folded
 
 
 class _KnownLogits(nn.Module):
@@ -45,8 +46,9 @@ def measure(
     """Return the statistics of one task that are ``needed``.
 
     ``samples`` and ``steps`` are counts. ``fisher`` and ``output_gram`` (labels drawn from the model) and ``gram`` come
-    from ``num_images`` training images of the task, drawn by seed; ``loss`` is the mean loss on the same images. Every
-    process measures on the same images, so that all ranks merge alike.
+    from ``num_images`` training images of the task, drawn by seed, with the dense weights in ordinary layers whatever
+    the mode of tuning; ``loss`` is the mean loss of the module as it is on the same images. Every process measures on
+    the same images, so that all ranks merge alike.
 
     Args:
         needed: Names of statistics.
@@ -69,17 +71,10 @@ def measure(
     with eval_mode(module):
         with torch.no_grad():
             known = torch.isfinite(module(next(iter(batches))[0].to(device))[0]).nonzero()[:, 0]
-        wrapped = _KnownLogits(module, known)
-        names = [f"module.{name}" for name in base]
         images = [batch[0].to(device) for batch in batches]
-        if "fisher" in needed:
-            fisher = diagonal_fisher(wrapped, images, names, labels="sampled", seed=derived_seed(seed, "fisher", task))
-            statistics["fisher"] = _plain(fisher, base)
-        if "gram" in needed:
-            statistics["gram"] = _plain(gram_matrices(wrapped, images, names), base)
-        if "output_gram" in needed:
-            outputs = output_gram_matrices(wrapped, images, names, seed=derived_seed(seed, "output_gram", task))
-            statistics["output_gram"] = _plain(outputs, base)
+        if needed & {"fisher", "gram", "output_gram"}:
+            with folded(module):  # whatever is trained in their place, these are about the dense weights
+                statistics |= _of_weights(needed, _KnownLogits(module, known), images, base, seed=seed, task=task)
         if "loss" in needed:
             with torch.no_grad():
                 losses = [
@@ -88,6 +83,24 @@ def measure(
                 ]
             statistics["loss"] = sum(losses) / len(chosen)
     return statistics
+
+
+def _of_weights(
+    needed: Set[str], wrapped: nn.Module, images: list[Tensor], base: Mapping[str, Tensor], *, seed: int, task: int
+) -> dict[str, dict[str, Tensor]]:
+    names = [f"module.{name}" for name in base]
+    found = {}
+    if "fisher" in needed:
+        found["fisher"] = diagonal_fisher(
+            wrapped, images, names, labels="sampled", seed=derived_seed(seed, "fisher", task)
+        )
+    if "gram" in needed:
+        found["gram"] = gram_matrices(wrapped, images, names)
+    if "output_gram" in needed:
+        found["output_gram"] = output_gram_matrices(
+            wrapped, images, names, seed=derived_seed(seed, "output_gram", task)
+        )
+    return {name: _plain(tensors, base) for name, tensors in found.items()}
 
 
 def _plain(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,9 +2,24 @@
 
 from clmerge.models.backbone import Backbone, OpenClip, Timm
 from clmerge.models.heads import CosineHead, Head, LinearHead, ZeroShotHead
-from clmerge.models.tuning import Frozen, Full, Linearized, LoRA, Partial, TangentModule, Tuning, add_lora
+from clmerge.models.tuning import (
+    IA3,
+    Adapters,
+    Frozen,
+    Full,
+    Linearized,
+    LoRA,
+    Partial,
+    TangentModule,
+    Tuning,
+    add_adapters,
+    add_ia3,
+    add_lora,
+)
 
 __all__ = [
+    "IA3",
+    "Adapters",
     "Backbone",
     "CosineHead",
     "Frozen",
@@ -19,5 +34,7 @@ __all__ = [
     "Timm",
     "Tuning",
     "ZeroShotHead",
+    "add_adapters",
+    "add_ia3",
     "add_lora",
 ]

@@ -1,9 +1,24 @@
 """Modes of tuning: what is trained in place of, or beside, the weights themselves."""
 
+from clmerge.models.tuning.adapters import Adapters, add_adapters
+from clmerge.models.tuning.ia3 import IA3, add_ia3
 from clmerge.models.tuning.linearized import Linearized
 from clmerge.models.tuning.lora import LoRA, add_lora
 from clmerge.models.tuning.scope import Frozen, Full, Partial
 from clmerge.models.tuning.tangent import TangentModule
 from clmerge.models.tuning.tuning import Tuning
 
-__all__ = ["Frozen", "Full", "Linearized", "LoRA", "Partial", "TangentModule", "Tuning", "add_lora"]
+__all__ = [
+    "IA3",
+    "Adapters",
+    "Frozen",
+    "Full",
+    "Linearized",
+    "LoRA",
+    "Partial",
+    "TangentModule",
+    "Tuning",
+    "add_adapters",
+    "add_ia3",
+    "add_lora",
+]

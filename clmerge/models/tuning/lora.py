@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Collection
-from typing import cast
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
 from clmerge.models.backbone import Backbone
+from clmerge.models.tuning.adapted import adapt
 from clmerge.models.tuning.low_rank import LoRALinear, LoRAMultiheadAttention, LowRank
 from clmerge.models.tuning.tuning import Tuning
 from clmerge.weights.selection import select_parameters
@@ -111,16 +111,14 @@ def add_lora(
     for name in chosen:
         layer, own = possible[name]
         if not isinstance(layer, LowRank):
-            plain = type(layer)
-            layer.__class__ = LoRALinear if plain in _LINEAR else LoRAMultiheadAttention
-            cast(LowRank, layer).lora_plain = plain
-            cast(LowRank, layer).lora_weights = ()
-            cast(LowRank, layer).lora_scale = (rank if alpha is None else alpha) / rank
-        adapted = cast(LowRank, layer)
-        adapted.lora_weights += (own,)
-        adapted._adapt(own, rank)
+            adapted = adapt(layer, LoRALinear if type(layer) in _LINEAR else LoRAMultiheadAttention)
+            adapted.lora_weights = ()
+            adapted.lora_scale = (rank if alpha is None else alpha) / rank
+        assert isinstance(layer, LowRank)
+        layer.add_factors(own, rank)
     for layer in {id(layer): layer for layer, _ in (possible[name] for name in chosen)}.values():
-        cast(LowRank, layer).renew(None)
+        assert isinstance(layer, LowRank)
+        layer.renew(None)
     return chosen
 
 

@@ -8,30 +8,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from clmerge.weights.parametrization import Parametrized
+from clmerge.models.tuning.adapted import Adapted, OpenAttention
 from clmerge.weights.swap import assign, full_copy
 from clmerge.weights.task_vector import State, TaskVector, accumulator_dtype, apply_task_vector
 
 
-class LowRank(Parametrized):
+class LowRank(Adapted):
     """A layer with weights ``W + scale * B A``: W is frozen under its old name, A and B are trained.
-
-    Not constructed but made of a layer by ``add_lora``, which keeps its parameters, hooks and place. ``layer.weight``
-    is the sum, so code that reads the weight instead of calling the layer (``nn.MultiheadAttention`` with its output
-    projection, timm's EVA) trains the factors, too.
 
     Attributes:
         lora_scale: ``alpha / rank``.
         lora_weights: Names of the weights that have factors: ``lora_A_NAME`` of shape ``(rank, in)`` and
             ``lora_B_NAME`` of shape ``(out, rank)``; for a packed input projection ``(3, rank, in)`` and
             ``(3, out / 3, rank)``, so that query, key and value have a product of that rank each.
-        lora_plain: The class that the layer had.
     """
 
-    answers_for_children = False
+    settings = ("lora_scale", "lora_weights")
     lora_scale: float
     lora_weights: tuple[str, ...]
-    lora_plain: type[nn.Module]
 
     @override
     def names(self) -> tuple[str, ...]:
@@ -63,7 +57,7 @@ class LowRank(Parametrized):
         """Return ``(W - base) + scale * B A``, computed where the base is; exact where W is the base."""
         vector = {}
         for name, start in base.items():
-            weight, a, b = (full_copy(t, start.device) for t in (self._own(name), *self.factors(name)))
+            weight, a, b = (full_copy(t, start.device) for t in (self.own(name), *self.factors(name)))
             dtype = accumulator_dtype(weight, start)
             vector[name] = (weight.to(dtype) - start.to(dtype)).add_(product(a.to(dtype), b.to(dtype), self.lora_scale))
         return vector
@@ -82,32 +76,16 @@ class LowRank(Parametrized):
         """Add the product to the weight, draw A anew as PyTorch initialises linear layers, and set B to zero."""
         for name in self.lora_weights:
             a, b = self.factors(name)
-            self._own(name).add_(product(a, b, self.lora_scale))
+            self.own(name).add_(product(a, b, self.lora_scale))
             bound = 1 / math.sqrt(a.shape[-1])
             drawn = torch.empty(a.shape).uniform_(-bound, bound, generator=generator)
             assign({"a": a}, {"a": drawn})
             b.zero_()
 
-    @override
-    def folded(self) -> nn.Module:
-        plain = _shallow_copy(self)
-        plain.__class__ = self.lora_plain
-        with torch.no_grad():
-            for name, weight in self.dense().items():
-                plain._parameters[name] = nn.Parameter(weight)
-        for name in self.inner():
-            del plain._parameters[name]
-        for name in ("lora_scale", "lora_weights", "lora_plain"):
-            del plain.__dict__[name]
-        return plain
-
-    def _own(self, name: str) -> nn.Parameter:
-        weight = self._parameters[name]
-        assert weight is not None
-        return weight
-
-    def _adapt(self, name: str, rank: int) -> None:
-        weight = self._own(name).requires_grad_(False)
+    def add_factors(self, name: str, rank: int) -> None:
+        """Freeze a weight and give it factors, which are zero: ``renew`` draws them."""
+        self.lora_weights += (name,)
+        weight = self.own(name).requires_grad_(False)
         slices = (3,) if name == "in_proj_weight" else ()
         rows, columns = weight.shape[0] // (3 if slices else 1), weight.shape[1]
         for side, shape in (("A", (rank, columns)), ("B", (rows, rank))):
@@ -125,11 +103,11 @@ class LoRALinear(LowRank, nn.Linear):
     @override
     def forward(self, input: Tensor) -> Tensor:
         a, b = self.factors("weight")
-        whole = functional.linear(input, self._own("weight"), self.bias)
+        whole = functional.linear(input, self.own("weight"), self.bias)
         return whole + functional.linear(functional.linear(input, a), b) * self.lora_scale
 
 
-class LoRAMultiheadAttention(LowRank, nn.MultiheadAttention):
+class LoRAMultiheadAttention(LowRank, OpenAttention):
     """An attention layer whose input projections are ``W + scale * B A``."""
 
     @property
@@ -152,49 +130,6 @@ class LoRAMultiheadAttention(LowRank, nn.MultiheadAttention):
         """The projection of the values, factors included."""
         return self.dense_weight("v_proj_weight")
 
-    @override
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        # PyTorch's own would ask for the projections, which are computed here, several times before it uses them.
-        turned = self.batch_first and query.dim() == 3
-        if turned:
-            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        attended, weights = functional.multi_head_attention_forward(
-            query,
-            key,
-            value,
-            self.embed_dim,
-            self.num_heads,
-            self.in_proj_weight,
-            self.in_proj_bias,
-            self.bias_k,
-            self.bias_v,
-            self.add_zero_attn,
-            self.dropout,
-            self.out_proj.weight,
-            self.out_proj.bias,
-            training=self.training,
-            key_padding_mask=key_padding_mask,
-            need_weights=need_weights,
-            attn_mask=attn_mask,
-            use_separate_proj_weight=not self._qkv_same_embed_dim,
-            q_proj_weight=self.q_proj_weight,
-            k_proj_weight=self.k_proj_weight,
-            v_proj_weight=self.v_proj_weight,
-            average_attn_weights=average_attn_weights,
-            is_causal=is_causal,
-        )
-        return attended.transpose(0, 1) if turned else attended, weights
-
 
 def product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return ``scale * B A`` in the shape of the weight, slices on top of each other.
@@ -208,12 +143,3 @@ def product(a: Tensor, b: Tensor, scale: float) -> Tensor:
         Shape ``(out, in)``.
     """
     return (b @ a).mul(scale).reshape(-1, a.shape[-1])
-
-
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    """Return a module of its own that has the same parameters, buffers, children and hooks."""
-    copied = module.__class__.__new__(module.__class__)
-    copied.__dict__.update(module.__dict__)
-    for name in ("_parameters", "_buffers", "_modules"):
-        copied.__dict__[name] = dict(module.__dict__[name])
-    return copied

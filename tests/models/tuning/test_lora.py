@@ -1,9 +1,9 @@
 import copy
 
 import pytest
-import timm
 import torch
 from support.tiny import tiny_clip
+from support.towers import TOWERS, clip_tower, images, shake, timm_tower
 from torch import nn
 from torch.func import functional_call, jvp
 from torch.nn import functional
@@ -21,39 +21,10 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("clip")
 
 
-def clip_tower(folder):
-    return OpenClip(tiny_clip(folder)).model.visual.eval(), 8
+EVERY_TOWER = pytest.mark.parametrize("tower", TOWERS)
 
 
-def timm_tower(folder):
-    torch.manual_seed(0)
-    return timm.create_model("test_vit", num_classes=0, img_size=32).eval(), 32
-
-
-def eva_tower(folder):
-    """Its attention reads ``qkv.weight`` and never calls the layer."""
-    torch.manual_seed(0)
-    model = timm.models.eva.Eva(img_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=2, num_classes=0)
-    return model.eval(), 16
-
-
-TOWERS = pytest.mark.parametrize("tower", [clip_tower, timm_tower, eva_tower])
-
-
-def shake(module, seed=1):
-    """Give all factors values, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-
-
-def images(size, dtype=torch.float32):
-    return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(2)).to(dtype)
-
-
-@TOWERS
+@EVERY_TOWER
 def test_nothing_changes_at_first_and_all_factors_are_trained(folder, tower):
     model, size = tower(folder)
     x, names = images(size), set(model.state_dict())
@@ -72,7 +43,7 @@ def test_nothing_changes_at_first_and_all_factors_are_trained(folder, tower):
     assert trained == {name for name in model.state_dict() if "lora_" in name}
 
 
-@TOWERS
+@EVERY_TOWER
 def test_a_folded_model_computes_the_same_with_ordinary_layers(folder, tower):
     model, size = tower(folder)
     model.double()
@@ -90,7 +61,7 @@ def test_a_folded_model_computes_the_same_with_ordinary_layers(folder, tower):
         assert any(isinstance(part, LoRALinear) for part in model.modules())
 
 
-@TOWERS
+@EVERY_TOWER
 def test_a_task_vector_is_the_product_and_comes_back_as_weights(folder, tower):
     model, size = tower(folder)
     add_lora(model, "attn", rank=2, alpha=3)
