@@ -62,6 +62,8 @@ def build_parser() -> "CommandParser":
     parser.add_argument("--out", type=str | None, default=None, help="Folder to write to (default: RUN/compare).")
     parser.add_argument("--memory", type=float, default=4.0, help=memory_help)
     parser.add_argument("--image-memory", type=int, default=1024, help=images_help)
+    wandb_help = "Log what was found to W&B, into the project of the first run."
+    parser.add_argument("--wandb", action="store_true", help=wandb_help)
     parser.add_argument("--json", action="store_true", help="Print the document instead of the table.")
     return parser
 
@@ -126,12 +128,41 @@ def _compare(config: Any, mergers: Any) -> int:
             found.append(compare_run(run, request, Ledger(out / "rows.json"), joint))
     document = build_document(found, orders_seed=config.orders_seed)
     write_json_atomic(out / "results.json", document)
+    command = _log_to_wandb(found[0].run, document, out, config.runs) if config.wandb else None
     if config.json:
         print(json.dumps(document, indent=2))
     else:
         print_comparison(document)
         print(f"results   {out / 'results.json'}")
+        if command:
+            print(f"W&B       {command}")
     return 0
+
+
+def _log_to_wandb(run: "StoredRun", document: dict[str, Any], out: Path, paths: Sequence[str]) -> str | None:
+    """Log a comparison as a run of its own, beside those it compares; return the command that uploads it."""
+    from clmerge.loggers import build_wandb_logger, describe_run, finish_loggers, log_comparison, wandb_sync_command
+
+    facts = describe_run(
+        run.config,
+        stream=run.stream.name,
+        num_tasks=len(run.tasks),
+        mergers=list(document["compare"]["settings"]),
+    )
+    options = run.config["logging"]
+    logger = build_wandb_logger(
+        out / "logs",
+        project=options["project"],
+        name=f"compare {facts.name}",
+        group=options["group"] or facts.group,
+        tags=["compare", *facts.tags],
+        job_type="compare",
+        config={**facts.settings, "runs": list(paths)},
+        online=options["online"],
+    )
+    log_comparison([logger], document)
+    finish_loggers([logger])
+    return wandb_sync_command(out / "logs")
 
 
 def open_run(path: str, *, name: str) -> "tuple[StoredRun, list[Any]]":

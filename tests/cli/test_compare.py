@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 from support.tiny import tiny_clip
+from wandb_reader import find_runs
 
 from clmerge.cli import main
 from clmerge.results import Results, validate
@@ -262,6 +263,23 @@ def test_diagnose_says_why_with_the_chosen_settings(run, capsys):
         errors = diagnosed["models"]["models"][search["model"]]["error"]
         assert [1 - error for error in errors] == pytest.approx(chosen["accuracy"])
     assert "run: diagnosing on task 3 of 3" in capsys.readouterr().err
+
+
+def test_a_comparison_goes_to_wandb_when_asked(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb"))
+    compare(run, "--mergers", "MagMax", "TaskArithmetic", "--scale", "0.3,0.9", "--wandb")
+    found = document(run / "compare")
+    (logged,) = find_runs(run / "compare")
+    assert logged.run.job_type == "compare"
+    assert logged.run.display_name == "compare small magmax+task_arithmetic full previous s0"
+    assert logged.config["runs"] == [str(run)]
+    for model, settings in found["models"].items():
+        averages = settings["task_agnostic"]["average_accuracy"]
+        assert logged.rows(f"cl_average_accuracy/{model}") == [(t + 1, value) for t, value in enumerate(averages)]
+    assert logged.summary["cl_search/magmax/scale"] == found["compare"]["searches"][0]["chosen"]["scale"]
+    assert "wandb sync" in capsys.readouterr().out
 
 
 def test_without_diagnose_there_are_no_diagnostics(run):
