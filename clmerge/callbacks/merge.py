@@ -20,7 +20,7 @@ from clmerge.lightning_compat import refuse_unsupported_strategy
 from clmerge.merging import Merger, Statistics
 from clmerge.results import EXPERT
 from clmerge.weights import TaskVectorBank
-from clmerge.weights.parametrization import renew
+from clmerge.weights.parametrization import read_factors, renew
 from clmerge.weights.swap import assign, named_tensors
 
 StartPolicy = Literal["base", "previous", "merged"]
@@ -243,11 +243,21 @@ class MergeCallback(RunningMerge, EvaluationSwap):
         """
         started = time.perf_counter()
         self.fold(tau, model, given=given)
+        # On all ranks: sharded factors are gathered.
+        factors = {} if self.bank is None else read_factors(model, self.base, origin=self._base_origin)
         if self.bank is not None and trainer.is_global_zero:
             task = self.num_tasks - 1
             counts = {"steps": steps, "samples": self._task_samples}
             name = self._task_name or f"task_{task:03d}"
-            self.bank.append(task, tau, name=name, base=self.base_fingerprint, counts=counts, overwrite=again)
+            self.bank.append(
+                task,
+                tau,
+                name=name,
+                base=self.base_fingerprint,
+                counts=counts,
+                factors=factors,
+                overwrite=again,
+            )
         trainer.strategy.barrier("bank")
         self._task_name = self._task_samples = None
         if trainer.world_size > 1:

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import override
 
+from clmerge.weights.factored import Product, factor_names, product_shape
+
 # Names of dtypes in the headers of safetensors files.
 DTYPES = {
     "F64": torch.float64,
@@ -181,6 +183,11 @@ class SafetensorsCheckpoint(Checkpoint):
                 view = holder.get_slice(name)
                 entries[name] = Entry(tuple(view.get_shape()), _dtype(view.get_dtype(), name, file))
                 self._holders[name] = holder
+        self._factors = factor_names(self.metadata)
+        for name, (a, b, _) in self._factors.items():
+            factors = entries.pop(a), entries.pop(b)
+            dtype = torch.float64 if torch.float64 in {factor.dtype for factor in factors} else torch.float32
+            entries[name] = Entry(product_shape(factors[0].shape, factors[1].shape), dtype)
         super().__init__(source, kind, files, entries)
         if {"task", "name", "base"} <= self.metadata.keys():  # what TaskVectorBank writes
             self.is_task_vector = True
@@ -196,6 +203,9 @@ class SafetensorsCheckpoint(Checkpoint):
 
     @override
     def _read(self, name: str) -> Tensor:
+        if name in self._factors:  # of a task vector that is kept as factors
+            a, b, scale = self._factors[name]
+            return Product(self._read(a), self._read(b), scale).dense()
         tensor: Tensor = self._holders[name].get_tensor(name)
         return tensor
 

@@ -1,12 +1,10 @@
 """Diagnostics of stored task vectors: read one parameter at a time, whatever the number of tasks."""
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from clmerge.diagnostics.json_types import to_json
@@ -15,6 +13,7 @@ from clmerge.diagnostics.spectra import effective_rank, spectrum, subspace_overl
 from clmerge.merging.layers import BLOCK
 from clmerge.merging.matrices import Matrices
 from clmerge.weights import TaskVectorBank
+from clmerge.weights.factored import TensorFile
 
 
 def diagnose_vectors(
@@ -96,11 +95,9 @@ def _parameters(bank: TaskVectorBank, tasks: Sequence[int]) -> Iterator[tuple[st
     for task in tasks:
         bank.metadata(task)  # an error that says which tasks there are
     with ExitStack() as stack:
-        files = [
-            stack.enter_context(safe_open(os.fspath(bank.path(task)), framework="pt", device="cpu")) for task in tasks
-        ]
-        for name in files[0].keys():  # noqa: SIM118
-            yield name, [file.get_tensor(name) for file in files]
+        files = [stack.enter_context(TensorFile(bank.path(task))) for task in tasks]
+        for name in files[0].names():
+            yield name, [file.read(name) for file in files]
 
 
 def _pairs(sums: PairSums) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import safe_open
 
 from clmerge.report.rules import Rule, configured_rules, rule_of
 from clmerge.results import SETTINGS, ZERO_SHOT, Results, Setting, validate
 from clmerge.weights import TaskVectorBank
+from clmerge.weights.factored import TensorFile
 
 MANIFEST, RESULTS, CONFIG = "manifest.json", "results.json", "config.yaml"
 
@@ -75,9 +75,8 @@ class Run:
         """Entries of one task vector, None if none was kept."""
         if not self.bank.tasks:
             return None
-        with safe_open(self.bank.path(self.bank.tasks[0]), framework="pt") as file:
-            shapes: list[list[int]] = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
-        return sum(map(math.prod, shapes))
+        with TensorFile(self.bank.path(self.bank.tasks[0])) as file:
+            return sum(math.prod(file.shape(name)) for name in file.names())
 
     def numbers(self, model: str, setting: Setting) -> Mapping[str, Any]:
         """Return the figures of one model."""

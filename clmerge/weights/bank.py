@@ -4,13 +4,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from safetensors import safe_open
+import torch
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.weights.io import load_metadata, load_tensors, save_tensors
+from clmerge.weights.factored import Product, TensorFile, factored
+from clmerge.weights.io import load_metadata, save_tensors
 from clmerge.weights.task_vector import (
     LazyVector,
     State,
@@ -72,6 +72,7 @@ class TaskVectorBank:
         name: str = "",
         base: str | None = None,
         counts: Mapping[str, int | None] | None = None,
+        factors: Mapping[str, Product] | None = None,
         overwrite: bool = False,
     ) -> None:
         """Write the task vector of one task.
@@ -83,6 +84,8 @@ class TaskVectorBank:
             base: Fingerprint of the base model, if known.
             counts: What was counted while the task was trained (``steps``, ``samples``), for rules that weigh tasks
                 by it; None for what is not known.
+            factors: Thin factors of matrices of ``tau``, as LoRA trains them; they are written in place of the matrix
+                where they are smaller and their product has the same bits.
             overwrite: Replace a vector that is already there, as a resumed run does. Default: refuse.
 
         Raises:
@@ -109,7 +112,8 @@ class TaskVectorBank:
             self._check_layout(tau, task, others[0])
         header = {"task": str(task), "name": name, "base": base or "", "sha256": fingerprint(tau)}
         known_counts = {key: str(count) for key, count in (counts or {}).items() if count is not None}
-        save_tensors(self.path(task), tau, header | known_counts)
+        tensors, scales = factored(tau, factors or {})
+        save_tensors(self.path(task), tensors, header | known_counts | scales)
 
     def metadata(self, task: int) -> dict[str, str]:
         """Header of a stored task vector: task, name, base (empty if unknown), its own sha256, and known counts."""
@@ -121,7 +125,8 @@ class TaskVectorBank:
 
     def __getitem__(self, task: int) -> TaskVector:
         self._check_stored(task)
-        return load_tensors(self.path(task))
+        with TensorFile(self.path(task)) as file:
+            return {name: file.read(name) for name in file.names()}
 
     def __iter__(self) -> Iterator[TaskVector]:
         """Read the vectors in task order, one at a time."""
@@ -133,15 +138,17 @@ class TaskVectorBank:
 
     def _check_layout(self, tau: State, task: int, other: int) -> None:
         sources = (f"the task vector of task {task}", str(self.path(other)))
-        with safe_open(os.fspath(self.path(other)), framework="pt", device="cpu") as file:
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        check_same_names(tau, stored, sources)
+        with TensorFile(self.path(other)) as file:
+            shapes = {name: torch.empty(file.shape(name), device="meta") for name in file.names()}
+        check_same_names(tau, shapes, sources)
         for name, tensor in tau.items():
-            check_same_shape(name, tensor, stored[name], sources)
+            check_same_shape(name, tensor, shapes[name], sources)
 
 
 class BankVector(LazyVector):
     """A reference to a stored task vector; its tensors are views of the file, which take no memory of their own.
+
+    Matrices that are stored as factors are multiplied out when they are asked for.
 
     Args:
         bank: Where it is stored, or will be before it is read.
@@ -165,7 +172,7 @@ class BankVector(LazyVector):
     @override
     def names(self) -> list[str]:
         with self._open() as file:
-            return list(file.keys())
+            return file.names()
 
     @override
     def __getitem__(self, name: str) -> Tensor:
@@ -177,20 +184,19 @@ class BankVector(LazyVector):
             KeyError: If it has no such parameter.
         """
         with self._open() as file:
-            if name not in file.keys():  # noqa: SIM118
+            if name not in file.names():
                 raise KeyError(name)
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+            return file.read(name)
 
-    def _open(self) -> Any:
+    def _open(self) -> TensorFile:
         path = self.bank.path(self.task)
         if not path.is_file():
             raise FileNotFoundError(
                 f"expected the task vector of task {self.task} in {path}, where a merger reads it, got no file; put "
                 "it back, or merge anew"
             )
-        file: Any = safe_open(os.fspath(path), framework="pt", device="cpu")
-        found = (file.metadata() or {}).get("sha256", "none")
+        file = TensorFile(path)
+        found = file.metadata.get("sha256", "none")
         if found != self.sha256:
             raise ValueError(
                 f"expected the task vector {self.sha256[:12]}... in {path}, as it was merged, got {found[:12]}...; put "

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from clmerge.weights.factored import Product
 from clmerge.weights.selection import COMPILE_PREFIX, choose
 from clmerge.weights.swap import check_present, full_copy, own_tensors
 from clmerge.weights.task_vector import State, TaskVector, apply_task_vector, task_vector
@@ -67,6 +68,10 @@ class Parametrized(nn.Module, ABC):
         with torch.no_grad():
             dense = self.dense()
         return task_vector({name: full_copy(dense[name]) for name in base}, base)
+
+    def low_rank(self, base: State) -> dict[str, Product]:
+        """Return factors of those entries of ``delta`` whose rank is known to be low; none by default."""
+        return {}
 
     def dense_name(self, own: str) -> str:
         """Return the dense name of an own parameter or buffer that is not inner; the same by default."""
@@ -162,6 +167,21 @@ def read_task_vector(
         for name, tensor in part.delta({name: base[prefix + name] for name in local}).items():
             vector[prefix + name] = tensor.to(device or tensor.device)
     return {name: vector[name] for name in base}
+
+
+def read_factors(module: nn.Module, base: State, *, origin: str = "the base model") -> dict[str, Product]:
+    """Return thin factors of what training added to the base, for the dense weights of which they are known.
+
+    Args:
+        module: The trained module.
+        base: theta_0 by dense names.
+        origin: Where the base comes from, for the error message.
+    """
+    found: dict[str, Product] = {}
+    for prefix, part, local in _Layout(module, base, origin=origin).parts:
+        factors = part.low_rank({name: base[prefix + name] for name in local})
+        found |= {prefix + name: factor for name, factor in factors.items()}
+    return found
 
 
 def state_of(

@@ -9,6 +9,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from clmerge.models.tuning.adapted import Adapted, OpenAttention
+from clmerge.weights.factored import Product, product
 from clmerge.weights.swap import assign, full_copy
 from clmerge.weights.task_vector import State, TaskVector, accumulator_dtype, apply_task_vector
 
@@ -34,6 +35,16 @@ class LowRank(Adapted):
     @override
     def inner(self) -> list[str]:
         return [f"lora_{side}_{name}" for name in self.lora_weights for side in "AB"]
+
+    @override
+    def low_rank(self, base: State) -> dict[str, Product]:
+        found = {}
+        for name, start in base.items():
+            weight = full_copy(self.own(name), start.device)
+            if torch.equal(weight, start.to(weight.dtype)):
+                a, b = (full_copy(factor, start.device) for factor in self.factors(name))
+                found[name] = Product(a, b, self.lora_scale)
+        return found
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Return A and B of a weight."""
@@ -129,17 +140,3 @@ class LoRAMultiheadAttention(LowRank, OpenAttention):
     def v_proj_weight(self) -> Any:  # type: ignore[override]
         """The projection of the values, factors included."""
         return self.dense_weight("v_proj_weight")
-
-
-def product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return ``scale * B A`` in the shape of the weight, slices on top of each other.
-
-    Args:
-        a: A of shape ``(rank, in)`` or ``(slices, rank, in)``.
-        b: B of shape ``(out, rank)`` or ``(slices, out / slices, rank)``.
-        scale: The factor.
-
-    Returns:
-        Shape ``(out, in)``.
-    """
-    return (b @ a).mul(scale).reshape(-1, a.shape[-1])

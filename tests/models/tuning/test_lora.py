@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clmerge.models import LoRA, OpenClip, Timm
 from clmerge.models.tuning.lora import add_lora
-from clmerge.models.tuning.low_rank import LoRALinear, LoRAMultiheadAttention, product
+from clmerge.models.tuning.low_rank import LoRALinear, LoRAMultiheadAttention
+from clmerge.weights.factored import product
 from clmerge.weights.parametrization import folded, merged_parameters, read_task_vector, renew, state_of
 from clmerge.weights.swap import swapped
 

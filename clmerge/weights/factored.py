@@ -1,0 +1,149 @@
+"""Matrices kept as two thin factors: what low-rank task vectors cost on disk."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Self
+
+from safetensors import safe_open
+from torch import Tensor
+
+from clmerge.weights.task_vector import State, accumulator_dtype
+
+SCALES = "low_rank"
+"""Under this name a file's header says which tensors are kept as factors, and the factor of each product (JSON)."""
+
+_A, _B = "/A", "/B"
+
+
+@dataclass(frozen=True)
+class Product:
+    """The matrix ``scale * B A``.
+
+    Args:
+        a: A of shape ``(rank, in)``, or ``(slices, rank, in)`` for a matrix of slices on top of each other.
+        b: B of shape ``(out, rank)``, or ``(slices, out / slices, rank)``.
+        scale: The factor.
+
+    Example:
+        >>> import torch
+        >>> Product(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [0.0]]), 2.0).dense()
+        tensor([[ 6., 12.],
+                [ 0.,  0.]])
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the matrix."""
+        return product_shape(tuple(self.a.shape), tuple(self.b.shape))
+
+    @property
+    def numel(self) -> int:
+        """Entries of the factors."""
+        return self.a.numel() + self.b.numel()
+
+    def dense(self) -> Tensor:
+        """Return the matrix, in float32 or, if a factor is, in float64."""
+        dtype = accumulator_dtype(self.a, self.b)
+        # Adding zero leaves one kind of zero, so that equal matrices have equal bytes.
+        return product(self.a.to(dtype), self.b.to(dtype), self.scale).add_(0.0)
+
+
+def product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return ``scale * B A``, slices on top of each other, of shape ``(out, in)``; differentiable.
+
+    Args:
+        a: As in ``Product``.
+        b: As in ``Product``.
+        scale: The factor.
+    """
+    return (b @ a).mul(scale).reshape(-1, a.shape[-1])
+
+
+def product_shape(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int]:
+    """Return the shape of a product from those of its factors.
+
+    Example:
+        >>> product_shape((3, 2, 8), (3, 8, 2))
+        (24, 8)
+    """
+    return prod(b[:-1]), a[-1]
+
+
+def factored(tau: State, factors: Mapping[str, Product]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Exchange matrices of a task vector for factors, where these are smaller and give the same bits.
+
+    Args:
+        tau: The task vector.
+        factors: Factors of some of its matrices.
+
+    Returns:
+        Tensors to write, and the header that goes with them; ``TensorFile`` reads both.
+    """
+    tensors: dict[str, Tensor] = {}
+    scales = {}
+    for name, tensor in tau.items():
+        found = factors.get(name)
+        if found is None or found.numel >= tensor.numel() or not _same(found.dense(), tensor):
+            tensors[name] = tensor
+            continue
+        tensors |= {name + _A: found.a, name + _B: found.b}
+        scales[name] = found.scale
+    return tensors, {SCALES: json.dumps(scales)} if scales else {}
+
+
+def factor_names(metadata: Mapping[str, str]) -> dict[str, tuple[str, str, float]]:
+    """Return what a file's header says of its factors: matrix name -> names of A and B, and the factor."""
+    scales: dict[str, float] = json.loads(metadata.get(SCALES, "{}"))
+    return {name: (name + _A, name + _B, float(scale)) for name, scale in scales.items()}
+
+
+class TensorFile:
+    """A safetensors file whose matrices may be kept as factors; tensors are read when they are asked for.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        opened: Any = safe_open
+        self._file = opened(os.fspath(path), framework="pt", device="cpu")
+        self.metadata: dict[str, str] = dict(self._file.metadata() or {})
+        self._factors = factor_names(self.metadata)
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors, matrices under their own."""
+        inner = {name for a, b, _ in self._factors.values() for name in (a, b)}
+        return sorted([*(name for name in self._file.keys() if name not in inner), *self._factors])  # noqa: SIM118
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without reading it."""
+        if name in self._factors:
+            a, b, _ = self._factors[name]
+            return product_shape(self.shape(a), self.shape(b))
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor; one that is no product is a view of the file."""
+        if name in self._factors:
+            a, b, scale = self._factors[name]
+            return Product(self.read(a), self.read(b), scale).dense()
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __enter__(self) -> Self:
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.__exit__(*error)
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and bool((left == right.to(left.device)).all())
