@@ -69,6 +69,9 @@ def _report(config: Any) -> int:
     from clmerge.weights import write_text_atomic
 
     study = read_study(config.runs)
+    for run in config.runs:
+        if (Path(run) / "compare" / "results.json").is_file() and str(Path(run) / "compare") not in config.runs:
+            print(f"clmerge report: {run}/compare holds a comparison: name it as well to see it", file=sys.stderr)
     for note in study.notes:
         print(f"clmerge report: {note}", file=sys.stderr)
     if config.format == "html":

@@ -13,10 +13,9 @@ Rows = Sequence[Sequence[float | None]]
 
 def diagnostic_figures(study: Study) -> list[Figure]:
     """Draw the diagnostics of the first run that has any."""
-    run = next((run for run in study.runs if run.diagnostics), None)
-    if run is None or run.diagnostics is None:
+    found = study.diagnosed.diagnostics if study.diagnosed else None
+    if not found:
         return []
-    found = run.diagnostics
     figures: list[Figure] = []
     if found.get("vectors"):
         figures += _vectors(found["vectors"], study.tasks)

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -20,7 +20,7 @@ from clmerge.report.figures import make_figures, ranked
 from clmerge.report.heat import draw_grid
 from clmerge.report.ledger import merged_of, report_versions, sources_of
 from clmerge.report.searches import chosen_of
-from clmerge.report.study import Entry, Spread, Study
+from clmerge.report.study import REFERENCES, Entry, Spread, Study
 from clmerge.report.tables import Column, best_of, columns, table_csv
 from clmerge.report.text import percent, plural, show
 from clmerge.report.verdict import Verdict, judge
@@ -54,6 +54,7 @@ class View:
     columns: Sequence[Column]
     entries: Sequence[Entry]
     cells: Sequence[Sequence[Cell]]
+    references: Mapping[str, str]
     figures: Sequence[Figure]
     table_csv: str
 
@@ -124,6 +125,7 @@ def _view(study: Study, setting: Setting) -> View:
         wanted,
         entries,
         [[_cell(entry, column, top) for column, top in zip(wanted, best, strict=True)] for entry in entries],
+        {entry.model: REFERENCES[entry.model] for entry in entries if not entry.is_merger},
         make_figures(study, setting),
         table_csv(study, setting),
     )

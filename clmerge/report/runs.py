@@ -37,7 +37,7 @@ class Run:
         searches: Its searches.
         group: What ``clmerge compare`` calls runs that differ from it in nothing but seeds; None if it does not say.
         seed: Its seed.
-        diagnostics: Its diagnostics; None if there are none.
+        diagnostics: Document of ``clmerge.diagnostics`` about it; None if there is none.
     """
 
     path: Path
@@ -207,9 +207,15 @@ def _compared(file: Path, document: Mapping[str, Any]) -> list[Run]:
             ),
             group=entry["group"],
             seed=entry["seed"],
-            diagnostics=compare.get("diagnostics"),
         )
-        runs.append(replace(run, is_finished=run.num_finished == len(run.tasks)))
+        diagnosed = compare.get("diagnostics") or {}
+        runs.append(
+            replace(
+                run,
+                is_finished=run.num_finished == len(run.tasks),
+                diagnostics=diagnosed if diagnosed.get("run") == entry["name"] else None,
+            )
+        )
     return runs
 
 

@@ -14,8 +14,14 @@ from clmerge.report.rules import Rule
 from clmerge.report.runs import Run, number
 from clmerge.results import EXPERT, ZERO_SHOT, Setting
 
-# Models that no rule has merged: bounds and baselines.
-REFERENCES = (EXPERT, "task_oracle", "ensemble", "joint", ZERO_SHOT)
+# Models that no rule has merged: bounds and baselines, and what they are.
+REFERENCES = {
+    EXPERT: "The model as it was fine-tuned, without merging, after each task.",
+    "task_oracle": "Every image goes to the expert of its own task: a bound that keeps all experts and knows the task.",
+    "ensemble": "Mean of the probabilities of the experts so far: keeps all of them.",
+    "joint": "One model trained on all classes together.",
+    ZERO_SHOT: "The model before the first task.",
+}
 # What may differ between runs that are repetitions of one another.
 _FREE = {"name", "seed", "run_dir", "resume", "logging", "mergers"}
 
@@ -142,6 +148,11 @@ class Study:
         samples = found.pop()
         return None if found or samples is None else list(samples)
 
+    @property
+    def diagnosed(self) -> Run | None:
+        """The first run that has diagnostics."""
+        return next((run for run in self.runs if run.diagnostics), None)
+
     def ranking(self, setting: Setting) -> list[Entry]:
         """Return the mergers by average accuracy after the last task, best first; undefined ones left out."""
         scores = {entry.name: entry.figure("average_accuracy", setting) for entry in self.mergers}
@@ -198,7 +209,7 @@ def _entries(groups: Mapping[str, Sequence[Run]]) -> Iterable[Entry]:
                 references.append(Entry(name, model, having))
             else:
                 mergers.append(Entry(name, model, having, rules.get(model), len(mergers)))
-    return mergers + sorted(references, key=lambda entry: REFERENCES.index(entry.model))
+    return mergers + sorted(references, key=lambda entry: list(REFERENCES).index(entry.model))
 
 
 def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -154,6 +154,8 @@ def _caution(study: Study, setting: Setting, ranking: Sequence[Entry]) -> Iterab
             )
         else:
             yield f"Its lead is larger than what {sum(tested)} test images leave to chance."
+    if len(ranking) > 1:
+        yield "Which one is best was read off the test images: choose by validation images before you report it."
     reading = (
         "all classes compete" if setting == "task_agnostic" else "only the classes of the image's own task compete"
     )
@@ -197,7 +199,9 @@ def _rank_low(best: Entry, found: dict[str, Spread]) -> str:
     place = known.index(found[best.name].mean) + 1
     if len(known) == 1:
         return "of what was once known"
-    return f"lowest of {len(known)}" if place == 1 else f"{_ordinal(place)} lowest of {len(known)}"
+    if place in (1, len(known)):
+        return f"{'lowest' if place == 1 else 'highest'} of {len(known)}"
+    return f"{_ordinal(place)} lowest of {len(known)}"
 
 
 def _ordinal(number: int) -> str:

@@ -15,6 +15,13 @@ def test_a_page_and_its_figures_are_written_and_replaced(tmp_path, capsys):
     assert f"page      {out}" in capsys.readouterr().out
 
 
+def test_a_comparison_in_the_run_is_pointed_at(tmp_path, capsys):
+    write_run(tmp_path / "run")
+    write_run(tmp_path / "run" / "compare")
+    assert main(["report", str(tmp_path / "run"), "--format", "md"]) == 0
+    assert "run/compare holds a comparison" in capsys.readouterr().err
+
+
 def test_tables_go_to_the_terminal_or_to_a_file(tmp_path, capsys):
     write_run(tmp_path / "run", finished=2)
     assert main(["report", str(tmp_path / "run"), "--format", "md"]) == 0

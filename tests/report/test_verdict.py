@@ -39,6 +39,7 @@ def test_a_small_lead_is_called_one(tmp_path):
     caution = " ".join(judge(read_study([tmp_path / "run"]), "task_agnostic").caution)
     assert "With 303 test images" in caution
     assert "ties may be as good" in caution
+    assert "choose by validation images" in caution
 
 
 def test_several_seeds_say_how_often_the_best_wins(tmp_path):

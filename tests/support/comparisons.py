@@ -61,6 +61,7 @@ def make_diagnostics(num_tasks=3, models=("base", "expert", "magmax")):
     ends = [("base", "expert"), ("expert", "magmax"), ("expert", "expert")]
     return {
         "schema": 1,
+        "run": "run0",
         "tasks": [f"task {t + 1}" for t in range(num_tasks)],
         "vectors": {
             "tasks": ["" for _ in row],
