@@ -3,6 +3,7 @@
 from clmerge.models.tuning.adapters import Adapters, add_adapters
 from clmerge.models.tuning.ia3 import IA3, add_ia3
 from clmerge.models.tuning.linearized import Linearized
+from clmerge.models.tuning.linearized_lora import LinearizedLoRA, LowRankTangentModule
 from clmerge.models.tuning.lora import LoRA, add_lora
 from clmerge.models.tuning.scope import Frozen, Full, Partial
 from clmerge.models.tuning.tangent import TangentModule
@@ -14,7 +15,9 @@ __all__ = [
     "Frozen",
     "Full",
     "Linearized",
+    "LinearizedLoRA",
     "LoRA",
+    "LowRankTangentModule",
     "Partial",
     "TangentModule",
     "Tuning",

@@ -1,5 +1,6 @@
 """Fine-tuning in the tangent space of the pretrained weights."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 from typing_extensions import override
@@ -48,20 +49,31 @@ class Linearized(Tuning):
     @override
     def apply(self, backbone: Backbone) -> None:
         names = scoped_parameters(backbone, self.scope, self.last_blocks)
-        prefix = f"{backbone.encoder}." if backbone.encoder else ""
-        if outside := [name for name in names if not name.startswith(prefix)]:
-            raise ValueError(
-                f"expected a scope within the image encoder {backbone.encoder!r}, whose features are linearized, got "
-                f"{outside[0]!r}; narrow it"
-            )
         train_only(backbone, names)
-        path = f"model.{backbone.encoder}".removesuffix(".")
-        backbone.set_submodule(
-            path,
-            TangentModule(
-                backbone.get_submodule(path),
-                decay_to=self.decay_to,
-                evaluate=self.evaluate,
-                checkpointing=self.checkpointing,
-            ),
+        path = encoder_path(backbone, names)
+        module = TangentModule(
+            backbone.get_submodule(path),
+            decay_to=self.decay_to,
+            evaluate=self.evaluate,
+            checkpointing=self.checkpointing,
         )
+        backbone.set_submodule(path, module)
+
+
+def encoder_path(backbone: Backbone, names: Iterable[str]) -> str:
+    """Return the path of a backbone's image encoder.
+
+    Args:
+        backbone: The backbone.
+        names: Names of parameters of the wrapped model, which must be the encoder's.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    prefix = f"{backbone.encoder}." if backbone.encoder else ""
+    if outside := [name for name in names if not name.startswith(prefix)]:
+        raise ValueError(
+            f"expected a scope within the image encoder {backbone.encoder!r}, whose features are linearized, got "
+            f"{outside[0]!r}; narrow it"
+        )
+    return f"model.{backbone.encoder}".removesuffix(".")

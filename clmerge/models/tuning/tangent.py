@@ -60,7 +60,7 @@ class TangentModule(Parametrized):
         self.tangent = nn.Module()
         for name, parameter in chosen.items():
             start = parameter.detach().clone() if decay_to == "zero" else torch.zeros_like(parameter)
-            _place(self.tangent, name, nn.Parameter(start))
+            self._place(name, nn.Parameter(start))
         self.decay_to = decay_to
         self.evaluate = evaluate
         if checkpointing:
@@ -97,12 +97,16 @@ class TangentModule(Parametrized):
         return result
 
     def tau(self) -> dict[str, Tensor]:
-        """Return the tangent by the base's parameter names; differentiable."""
+        """Return the tangents of the base's parameters by name; differentiable."""
         trained: dict[str, Tensor] = dict(self.tangent.named_parameters())
         if self.decay_to == "base":
             return trained
         base = self._base()
         return {name: theta - base[name] for name, theta in trained.items()}
+
+    def change(self) -> dict[str, Tensor]:
+        """Return what is added to the dense weights, by dense name; differentiable."""
+        return self.tau()
 
     def _base(self) -> dict[str, Tensor]:
         return dict(self.base.named_parameters())
@@ -118,12 +122,12 @@ class TangentModule(Parametrized):
     @override
     def dense(self) -> dict[str, Tensor]:
         base = self._base()
-        return {name: base[name] + tangent for name, tangent in self.tau().items()}
+        return {name: (base[name] + tau).to(base[name].dtype) for name, tau in self.change().items()}
 
     @override
     def delta(self, base: State) -> TaskVector:
         # Not dense - base: the tangent would be rounded to the base's precision on its way.
-        own, tau = self._base(), self.tau()
+        own, tau = self._base(), self.change()
         moved = task_vector({name: own[name] for name in base}, base)
         return {name: tau[name].detach().to(shift) + shift for name, shift in moved.items()}
 
@@ -142,21 +146,22 @@ class TangentModule(Parametrized):
     def folded(self) -> nn.Module:
         """Return the non-linear module with the weights ``theta_0 + tau``."""
         module = deepcopy(self.base)
+        named = dict(module.named_parameters())
         with torch.no_grad():
             for name, tensor in self.dense().items():
-                module.get_parameter(name).requires_grad_(True).copy_(tensor)
+                named[name].requires_grad_(True).copy_(tensor)
         return module
 
     @override
     def dense_name(self, own: str) -> str:
         return own.removeprefix("base.")
 
-
-def _place(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Register a parameter under a dotted name, with empty modules on the way."""
-    *path, last = name.split(".")
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root._modules[part]  # type: ignore[assignment]
-    root.register_parameter(last, parameter)
+    def _place(self, name: str, parameter: nn.Parameter) -> None:
+        """Register a tangent under a dotted name, with empty modules on the way."""
+        *path, last = name.split(".")
+        module = self.tangent
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        module.register_parameter(last, parameter)
