@@ -1,17 +1,20 @@
 """Tell any Lightning loggers about a stream: figures after every task, pictures, the ending."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from matplotlib.figure import Figure
 
 from clmerge.loggers import weights_and_biases
 from clmerge.loggers.facts import RunFacts
 from clmerge.loggers.metrics import TASK_KEY, deployed_model, task_metrics
 from clmerge.results import ZERO_SHOT, Results
 from clmerge.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @rank_zero_only
@@ -67,7 +70,7 @@ def log_task(
         from clmerge.plots import plot_matrix
 
         moving = [model for model in results.models if model != ZERO_SHOT]
-        _show(loggers, {f"cl_matrix/{model}": plot_matrix(results, model) for model in moving}, task_index + 1)
+        _show(loggers, {f"cl_matrix/{model}": partial(plot_matrix, results, model) for model in moving}, task_index + 1)
     for logger in loggers:
         logger.save()
 
@@ -86,9 +89,9 @@ def log_summary(loggers: Sequence[Logger], results: Results, *, deployed: str | 
     from clmerge.plots import plot_average_accuracy, plot_final_accuracy, plot_forgetting_curves
 
     pictures = {
-        "cl/average_accuracy_curves": plot_average_accuracy(results),
-        "cl/forgetting_curves": plot_forgetting_curves(results),
-        "cl/final_accuracy": plot_final_accuracy(results),
+        "cl/average_accuracy_curves": partial(plot_average_accuracy, results),
+        "cl/forgetting_curves": partial(plot_forgetting_curves, results),
+        "cl/final_accuracy": partial(plot_final_accuracy, results),
     }
     _show(loggers, pictures, results.num_finished)
     summary = {
@@ -153,14 +156,18 @@ def finish_loggers(loggers: Sequence[Logger], *, success: bool = True) -> None:
             logger.experiment.finish(exit_code=0 if success else 1)
 
 
-def _show(loggers: Sequence[Logger], pictures: Mapping[str, Figure], num_tasks: int) -> None:
-    """Show pictures where a logger can: Lightning has no method that all of them share."""
-    for logger in loggers:
+def _show(loggers: Sequence[Logger], draw: "Mapping[str, Callable[[], Figure]]", num_tasks: int) -> None:
+    """Show pictures where a logger can, and draw them only then: Lightning has no method that all loggers share."""
+    able = [logger for logger in loggers if isinstance(logger, (WandbLogger, TensorBoardLogger, MLFlowLogger))]
+    if not able:
+        return
+    pictures = {name: function() for name, function in draw.items()}
+    for logger in able:
         if isinstance(logger, WandbLogger):
             weights_and_biases.log_pictures(logger.experiment, pictures, num_tasks)
-        elif isinstance(logger, TensorBoardLogger):
-            for name, picture in pictures.items():
+            continue
+        for name, picture in pictures.items():
+            if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure(name, picture, global_step=num_tasks)
-        elif isinstance(logger, MLFlowLogger):
-            for name, picture in pictures.items():
+            else:
                 logger.experiment.log_figure(logger.run_id, picture, f"{name}_{num_tasks:03d}.png")

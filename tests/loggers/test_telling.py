@@ -119,3 +119,13 @@ def test_the_deployed_merger_makes_the_headline():
     results = make_results(2)
     log_task([WandbLogger(experiment=run)], results, 1, deployed="ties_density0.1", images=False)
     assert run.logged[0]["cl/average_accuracy"] == results.figures("ties_density0.1")["average_accuracy"][-1]
+
+
+def test_pictures_are_not_drawn_for_loggers_that_show_none(tmp_path, monkeypatch):
+    drawn = []
+    for name in ("plot_matrix", "plot_average_accuracy", "plot_forgetting_curves", "plot_final_accuracy"):
+        monkeypatch.setattr(f"clmerge.plots.{name}", lambda *_: drawn.append(1))
+    logger = CSVLogger(tmp_path, name=None, version="csv")
+    log_task([logger], make_results(2), 1)
+    log_summary([logger], make_results(2))
+    assert drawn == []
