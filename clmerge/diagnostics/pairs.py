@@ -41,8 +41,8 @@ class PairSums:
 
     def cosines(self) -> Tensor:
         """Return the cosine of every pair, ``(T, T)``; NaN where one of the two is zero."""
-        norms = self.norms()
-        scale = norms.unsqueeze(0) * norms.unsqueeze(1)
+        squares = self.products.diagonal()
+        scale = (squares.unsqueeze(0) * squares.unsqueeze(1)).sqrt()  # exactly 1 for a vector and itself
         # Rounding must not take the cosine of equal vectors past 1.
         return torch.where(scale > 0, (self.products / scale).clamp(-1.0, 1.0), torch.nan)
 

@@ -34,6 +34,7 @@ def test_sums_are_those_of_the_definition_whatever_the_blocks(taus, entries, mon
     assert sums.opposed.tolist() == opposed
     assert sums.shared.tolist() == shared
     assert sums.numel == 35
+    assert sums.cosines().diagonal().tolist() == [1.0] * 4
 
 
 def test_parts_add_up_to_the_whole(taus):
