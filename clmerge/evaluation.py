@@ -6,13 +6,13 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from clmerge.metrics import TaskAccuracy
 from clmerge.modules import ContinualClassifier, sum_over_processes
 from clmerge.streams import StreamDataModule
+from clmerge.weights.exchange import Exchange
 from clmerge.weights.modes import eval_mode
 from clmerge.weights.swap import swapped
 
@@ -45,6 +45,7 @@ class Evaluator(LightningModule):
         self.weights = {
             name: None if state is None else _own_names(module, state, name) for name, state in weights.items()
         }
+        self._exchange: Exchange | None = None
         self._rows: Rows = {}
         self._accuracies = {name: TaskAccuracy(len(task_classes), num_classes, task_classes) for name in weights}
         # A ModuleDict refuses names with dots, and mergers are named after settings such as density0.1.
@@ -56,13 +57,28 @@ class Evaluator(LightningModule):
             name: None if state is None else {key: value.to(self.device) for key, value in state.items()}
             for name, state in self.weights.items()
         }
+        names = {key for state in self.weights.values() for key in state or ()}
+        # Here, because the Trainer has moved the module by now.
+        self._exchange = Exchange(self.module, names, share=len(self.weights) > 1).__enter__()
+
+    @override
+    def on_test_end(self) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the module its own weights back, also after an exception."""
+        if self._exchange is not None:
+            self._exchange.__exit__()
+            self._exchange = None
 
     @override
     def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         images, labels, tasks = batch
+        assert self._exchange is not None
+        self._exchange.next_input()
         for name, state in self.weights.items():
-            logits = self.module(images) if state is None else functional_call(self.module, state, (images,))
-            self._accuracies[name].update(logits.float(), labels, tasks)
+            self._exchange.put(state or {})
+            self._accuracies[name].update(self.module(images).float(), labels, tasks)
 
     @override
     def on_test_epoch_end(self) -> None:
@@ -127,10 +143,13 @@ def evaluate(
         RuntimeError: If weights are named or shaped unlike the module's.
     """
     evaluator = Evaluator(module, weights, task_classes, num_classes)
-    if split == "test":
-        trainer.test(evaluator, datamodule=data, verbose=False)
-    else:
-        trainer.test(evaluator, dataloaders=data.eval_dataloader(split), verbose=False)
+    try:
+        if split == "test":
+            trainer.test(evaluator, datamodule=data, verbose=False)
+        else:
+            trainer.test(evaluator, dataloaders=data.eval_dataloader(split), verbose=False)
+    finally:
+        evaluator.restore()
     return evaluator.rows()
 
 
