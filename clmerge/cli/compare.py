@@ -1,7 +1,9 @@
 """``clmerge compare``: merge the task vectors of finished runs again, with any mergers, without training."""
 
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +95,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _compare(config: Any, mergers: Any) -> int:
     import json
-    from tempfile import TemporaryDirectory
 
     from clmerge.callbacks.naming import name_mergers
     from clmerge.comparison.compare import Comparison, Request, compare_run
@@ -121,10 +122,8 @@ def _compare(config: Any, mergers: Any) -> int:
             memory=int(config.memory * 2**30),
             diagnose=config.diagnose and not found,
         )
-        out.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=out, prefix=".images-") as images:
-            run.data.cache_mb = config.image_memory
-            run.data.keep_images(Path(images))
+        with _scratch_folder(out) as scratch:
+            run.use_scratch(scratch, image_memory=config.image_memory)
             found.append(compare_run(run, request, Ledger(out / "rows.json"), joint))
     document = build_document(found, orders_seed=config.orders_seed)
     write_json_atomic(out / "results.json", document)
@@ -163,6 +162,20 @@ def _log_to_wandb(run: "StoredRun", document: dict[str, Any], out: Path, paths: 
     log_comparison([logger], document)
     finish_loggers([logger])
     return wandb_sync_command(out / "logs")
+
+
+@contextmanager
+def _scratch_folder(out: Path) -> Iterator[Path]:
+    """Make an empty folder that is gone afterwards; one that a killed process left is emptied."""
+    scratch = out / ".scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    for leftover in out.glob(".*.tmp"):
+        leftover.unlink()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch)
 
 
 def open_run(path: str, *, name: str) -> "tuple[StoredRun, list[Any]]":

@@ -10,7 +10,8 @@ from clmerge.comparison.ledger import Ledger, Row
 from clmerge.comparison.orders import order_sweep
 from clmerge.comparison.references import add_references
 from clmerge.comparison.refold import check_mergers, sweep
-from clmerge.comparison.search import Search, rule_rows
+from clmerge.comparison.scale_rule import scale_rules
+from clmerge.comparison.search import Search, search_all
 from clmerge.comparison.stored_run import StoredRun
 from clmerge.merging import Merger
 from clmerge.results import ENSEMBLE, EXPERT, JOINT, SETTINGS, TASK_ORACLE, ZERO_SHOT, Results
@@ -110,8 +111,8 @@ def compare_run(run: StoredRun, request: Request, ledger: Ledger, joint: StoredR
     searches = {name: Search(run, name, mergers[name], parameters) for name, parameters in grid.items()}
     fitted = run.results
     found = Comparison(run, Results(fitted.tasks, classes=fitted.classes, samples=fitted.samples))
+    search_all(list(searches.values()), ledger, request.memory)
     for name, search in searches.items():
-        search.go(ledger, request.memory)
         mergers[name] = search.build()
         found.searches.append(search.to_dict(name))
     table = sweep(run, mergers, ledger, memory=request.memory)
@@ -119,12 +120,10 @@ def compare_run(run: StoredRun, request: Request, ledger: Ledger, joint: StoredR
         position = list(searches).index(name) if name in searches else None
         found.add(name, merger, list(table[name].values()), search=position)
     if request.scale_rule:
-        for position, (name, search) in enumerate(searches.items()):
-            if "scale" in search.grid:
-                scales = [float(scale) for scale in search.grid["scale"]]
-                rows, rule = rule_rows(run, name, mergers[name], scales, ledger, request.memory)
-                found.searches[position]["rule"] = rule
-                found.add(f"{name}_{RULE}", mergers[name], rows, search=position)
+        for name, (rule, rows) in scale_rules(list(searches.values()), ledger, request.memory).items():
+            position = list(searches).index(name)
+            found.searches[position]["rule"] = rule.to_dict()
+            found.add(f"{name}_{RULE}", rule.at(len(rows)), rows, search=position)
     if request.orders:
         found.orders = order_sweep(
             run, mergers, request.orders, ledger, seed=request.orders_seed, memory=request.memory

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from clmerge.run_folder import RunFolder
 from clmerge.streams import Stream, StreamDataModule
 from clmerge.task_statistics import measure
 from clmerge.trainers import TrainerFactory, Trainers
-from clmerge.weights import TaskVectorBank, load_tensors
+from clmerge.weights import TaskVectorBank, load_tensors, save_tensors
 from clmerge.weights.parametrization import own_names, running_statistics
 
 Split: TypeAlias = Literal["val", "test"]
@@ -42,6 +43,7 @@ class StoredRun:
         base_statistics: Running statistics of the model before the first task.
         bank: The task vectors.
         trainers: Builds Trainers.
+        scratch: Folder of what would be computed again, if there is one.
         results: What ``fit`` found.
         identity: A hash that tells this run from every other.
 
@@ -63,6 +65,7 @@ class StoredRun:
     ) -> None:
         self.folder, self.stream, self.module, self.data, self.name = folder, stream, module, data, name
         self.config = config
+        self.scratch: Path | None = None
         self.trainers = Trainers(trainer, folder, [], progress=progress)
         if not folder.manifest.finished:
             raise ValueError(f"expected a finished run, got {folder.path}: `clmerge fit --resume {folder.path}` first")
@@ -140,16 +143,46 @@ class StoredRun:
                 f"expected the optimizer steps of task {task} in {self.bank.path(task)}, got none: an older version "
                 "wrote it; run `clmerge fit` anew, or leave out mergers that require steps"
             )
-        return measure(
-            needed,
-            self.module,
-            self.data,
-            task,
-            base=self.base,
-            num_steps=int(num_steps or 0),
-            num_images=self.config["learner"]["statistics_images"],
-            seed=self.config["seed"],
-        )
+        measured: dict[str, Mapping[str, Tensor] | float] = {
+            name: kept for name in needed if (kept := self._read_statistic(name, task)) is not None
+        }
+        if missing := needed - measured.keys():
+            measured |= measure(
+                missing,
+                self.module,
+                self.data,
+                task,
+                base=self.base,
+                num_steps=int(num_steps or 0),
+                num_images=self.config["learner"]["statistics_images"],
+                seed=self.config["seed"],
+            )
+            self._write_statistics({name: measured[name] for name in missing}, task)
+        return measured
+
+    def _statistic_file(self, name: str, task: int) -> Path | None:
+        return None if self.scratch is None else self.scratch / f"{name}_{task:03d}.safetensors"
+
+    def _read_statistic(self, name: str, task: int) -> Mapping[str, Tensor] | None:
+        file = self._statistic_file(name, task)
+        return load_tensors(file) if file is not None and file.is_file() else None
+
+    def _write_statistics(self, statistics: Statistics, task: int) -> None:
+        """Keep what took time to measure: tensors; other searches and orders need them again."""
+        for name, value in statistics.items():
+            if isinstance(value, Mapping) and (file := self._statistic_file(name, task)) is not None:
+                save_tensors(file, value)
+
+    def use_scratch(self, folder: Path, *, image_memory: int) -> None:
+        """Keep what would be computed again - decoded images, statistics - until the folder is removed.
+
+        Args:
+            folder: An empty folder.
+            image_memory: MiB of images that are kept in memory instead.
+        """
+        self.scratch = folder
+        self.data.cache_mb = image_memory
+        self.data.keep_images(folder)
 
     def score(self, tasks: Sequence[int]) -> float:
         """Return the module's accuracy on the validation images of some tasks."""
@@ -178,6 +211,10 @@ class StoredRun:
         return {name: {s: row[:known] + unknown for s, row in settings.items()} for name, settings in rows.items()}
 
     def _check_bank(self) -> None:
+        if not self.base:
+            raise ValueError(
+                f"expected a run that trained what can be merged, got {self.folder.path}: its backbone is frozen"
+            )
         size = sum(tensor.nbytes for tensor in self.base.values())
         if self.bank.tasks != list(range(len(self.tasks))):
             found = f"{len(self.bank)} of {len(self.tasks)}" if len(self.bank) else "none"

@@ -22,8 +22,8 @@ class Exchange:
     Args:
         module: The module.
         names: Parameters and buffers that are exchanged, by the module's own names; tied ones together.
-        share: Whether parts that are the same are computed once. What they compute must depend on their arguments alone,
-            as in evaluation mode.
+        share: Whether parts that are the same are computed once. What they compute must depend on their arguments
+            alone, as in evaluation mode.
         memory: Bytes of inputs and outputs that are kept for it.
 
     Raises:
