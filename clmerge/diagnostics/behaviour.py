@@ -1,5 +1,6 @@
 """What models that differ in weights do on the same images, and how two of them are compared."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -150,7 +151,7 @@ def barrier(positions: Sequence[float], values: Sequence[float]) -> float:
     """Return how far a loss or an error rises above the line between its ends (Frankle et al., arXiv 1912.05671).
 
     ``max over a of v(a) - ((1 - a) v(0) + a v(1))``. It is 0 where the two models are linearly connected, and never
-    below, since both ends lie on the line.
+    below, since both ends lie on the line. NaN if a value is not finite: the models have diverged.
 
     Args:
         positions: Shares ``a`` of the second model, from 0 to 1, ascending, both ends among them.
@@ -167,6 +168,8 @@ def barrier(positions: Sequence[float], values: Sequence[float]) -> float:
         raise ValueError(
             f"expected a value for every position from 0 to 1, got {len(values)} values at {list(positions)}"
         )
+    if not all(map(math.isfinite, values)):
+        return math.nan
     return max(
         value - ((1.0 - share) * values[0] + share * values[-1]) for share, value in zip(positions, values, strict=True)
     )

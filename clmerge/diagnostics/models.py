@@ -46,8 +46,8 @@ def diagnose_models(
 ) -> dict[str, Any]:
     """Compare experts, base and merged models by what they do on a bounded number of images of every task.
 
-    Every task's images are decoded once. In memory are, beside them, the merged task vectors, two task vectors and
-    one set of weights. With ``T`` tasks and ``M`` mergers every task's images are classified
+    Every task's images are decoded once. In memory are, beside them, the merged task vectors, two task vectors, a
+    combination of theirs and one set of weights. With ``T`` tasks and ``M`` mergers every task's images are classified
     ``1 + 1 + p + M (1 + p) + (T - 1)(2 + p)`` times, ``p`` being ``num_points - 2``.
 
     Args:
@@ -100,7 +100,7 @@ def diagnose_models(
             return observer(weights(tau), batches, classes)
 
         own = vectors[task]
-        zero = {name: torch.zeros_like(tensor) for name, tensor in own.items()}
+        zero = {name: tensor.new_zeros(()).expand(tensor.shape) for name, tensor in own.items()}  # takes no memory
         expert = behave(own)
         ends = {BASE: (zero, behave(zero)), EXPERT: (own, expert)}
         ends |= {name: (tau, behave(tau)) for name, tau in merged.items()}

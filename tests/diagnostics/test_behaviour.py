@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from support.toy_backbone import ToyBackbone
@@ -73,6 +75,8 @@ def test_barrier_by_hand():
     assert barrier([0.0, 1.0], [3.0, 1.0]) == 0.0
     assert barrier([0.0, 0.25, 0.5, 1.0], [1.0, 1.0, 1.0, 3.0]) == 0.0  # below the line all the way
     assert barrier([0.0, 0.25, 0.5, 1.0], [1.0, 2.5, 2.75, 3.0]) == 1.0  # 2.5 - 1.5
+    assert math.isnan(barrier([0.0, 0.5, 1.0], [1.0, math.nan, 1.0]))
+    assert math.isnan(barrier([0.0, 0.5, 1.0], [math.inf, 1.0, 1.0]))
     for positions, values in (([0.0, 1.0], [1.0]), ([0.1, 1.0], [1.0, 1.0]), ([0.0, 0.5], [1.0, 1.0]), ([], [])):
         with pytest.raises(ValueError, match="a value for every position from 0 to 1"):
             barrier(positions, values)

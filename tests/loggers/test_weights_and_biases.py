@@ -97,6 +97,15 @@ def test_a_resumed_run_keeps_its_identity(wandb_home):
     assert shlex.split(wandb_sync_command(wandb_home))[2:] == [str(first.folder), str(second.folder)]
 
 
+def test_an_agent_of_a_sweep_chooses_the_run(wandb_home, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "chosen")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    logger = build_wandb_logger(wandb_home / "run", name="our name")
+    finish_loggers([logger])
+    (run,) = find_runs(wandb_home / "run")
+    assert (run.run.run_id, run.run.sweep_id, run.run.display_name) == ("chosen", "sweep1", "our name")
+
+
 def test_a_run_the_caller_has_in_progress_is_left_alone(wandb_home):
     import wandb
 
