@@ -26,15 +26,21 @@ logging: {{wandb: false}}
 """
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs")
-    (out / "config.yaml").write_text(CONFIG.format(backbone=tiny_clip(out / "clip")))
-    found = subprocess.run(
-        [sys.executable, str(DRIVER), str(out / "config.yaml"), str(out)], capture_output=True, text=True, timeout=900
-    )
+LORA = "  tuning: {{class_path: LoRA, init_args: {{rank: 2}}}}\n  loss_classes"
+LORA_POINTS = ("between epochs", "between the last checkpoint and the merge")
+
+
+def drive(out, config, points=()):
+    (out / "config.yaml").write_text(config.format(backbone=tiny_clip(out / "clip")))
+    command = [sys.executable, str(DRIVER), str(out / "config.yaml"), str(out), *points]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert (out / "codes.json").is_file(), found.stderr[-3000:]
     return out, json.loads((out / "codes.json").read_text()), found.stderr
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return drive(tmp_path_factory.mktemp("runs"), CONFIG)
 
 
 def contents(run):
@@ -56,6 +62,17 @@ def test_a_killed_run_resumes_to_the_same_bits(runs, point):
     assert results == expected_results
     assert hashes == expected_hashes
     assert len(hashes) == 6
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_adapters_resumes_to_the_same_bits(tmp_path):
+    config = CONFIG.replace("  loss_classes", LORA).replace("start_policy: merged", "start_policy: previous")
+    out, codes, log = drive(tmp_path, config, LORA_POINTS)
+    assert codes.pop("whole") == [0], log[-3000:]
+    whole = contents(out / "whole")
+    for point, code in codes.items():
+        assert code == [-9, 0], log[-3000:]
+        assert contents(out / point) == whole, point
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.checkpoints.reader import Checkpoint, Entry
+from clmerge.weights.factored import Product
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -131,6 +132,16 @@ class AdapterCheckpoint(Checkpoint):
             scale=scale,
             entry=Entry(shape[::-1] if turned else shape, dtype),
         )
+
+    def products(self) -> dict[str, Product]:
+        """Return the factors of every matrix that the adapter adds a product to, as they are stored."""
+        return {
+            name.removeprefix(self.prefix): Product(
+                self._factors.tensor(found.right), self._factors.tensor(found.left), found.scale
+            )
+            for name, found in self._products.items()
+            if not found.turned and len(found.entry.shape) == 2
+        }
 
     def _rank(self, product: _Product) -> int:
         return self._factors.entries[product.left].shape[0 if product.turned else 1]

@@ -1,7 +1,7 @@
 """Run ``clmerge fit`` in children that kill themselves (SIGKILL) at chosen instants, and resume every one of them.
 
 A child is forked from a process that has imported everything, so that a dozen runs cost seconds. Called as
-``kill_driver.py CONFIG OUT``; writes ``OUT/whole`` (never killed) and ``OUT/POINT`` for every kill point, and
+``kill_driver.py CONFIG OUT [POINT ...]``; writes ``OUT/whole`` (never killed), ``OUT/POINT`` for the kill points, and
 ``OUT/codes.json`` with the exit codes of the killed and of the resumed process.
 """
 
@@ -100,7 +100,8 @@ def forked(work) -> int:
 def main() -> None:
     config, out = sys.argv[1], Path(sys.argv[2])
     codes = {"whole": [forked(lambda: fit.main(["--config", config, "--run_dir", str(out / "whole")]))]}
-    for point, (owner, name, wrap) in POINTS.items():
+    for point in sys.argv[3:] or POINTS:
+        owner, name, wrap = POINTS[point]
         folder = str(out / point)
 
         def killed(owner=owner, name=name, wrap=wrap, folder=folder) -> int:

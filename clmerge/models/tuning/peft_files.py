@@ -1,0 +1,108 @@
+"""LoRA adapters on disk in PEFT's format: written from adapted modules, and read into ordinary ones."""
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+from torch import nn
+
+from clmerge.checkpoints import open_checkpoint
+from clmerge.checkpoints.adapter import CONFIG, WEIGHTS, AdapterCheckpoint
+from clmerge.models.tuning.lora import add_lora
+from clmerge.models.tuning.low_rank import LoRALinear, LowRank
+from clmerge.weights import save_tensors, write_json_atomic
+from clmerge.weights.parametrization import parametrized
+from clmerge.weights.swap import assign, full_copy
+
+
+def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the factors of a module as PEFT saves a LoRA adapter; PEFT loads them into the module without clmerge.
+
+    The factors are what was trained since the task began (under the start policy ``base``: the whole task vector);
+    what earlier tasks folded into the weights, and what else was trained, a head for instance, is not in the files.
+
+    Args:
+        module: A module with LoRA in linear layers; names in the file are relative to it.
+        folder: Gets ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+    Raises:
+        ValueError: If there are no factors, or an attention module has some: PEFT (0.21) adds those of an output
+            projection twice. Save the dense weights of such a model.
+    """
+    found = {path.removesuffix("."): part for path, part in parametrized(module).items() if isinstance(part, LowRank)}
+    packed = [path for path, part in found.items() if not isinstance(part, LoRALinear) or path.endswith("out_proj")]
+    if packed or not found:
+        got = f"{packed[0]!r}, an attention module's" if packed else "none"
+        raise ValueError(
+            f"expected low-rank factors of linear layers alone in {type(module).__name__}, got {got}; save the dense "
+            "weights, which every tool loads"
+        )
+    tensors, ranks, alphas = {}, {}, {}
+    for path, part in found.items():
+        a, b = part.factors("weight")
+        ranks[path], alphas[path] = len(a), part.lora_scale * len(a)
+        tensors[f"base_model.model.{path}.lora_A.weight"] = full_copy(a)
+        tensors[f"base_model.model.{path}.lora_B.weight"] = full_copy(b)
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {re.escape(path): other for path, other in ranks.items() if other != rank},
+        "alpha_pattern": {re.escape(path): other for path, other in alphas.items() if other != alpha},
+        # A regular expression, which must match whole names: a list would match the ends of other names, too.
+        "target_modules": "|".join(re.escape(path) for path in found),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+    save_tensors(Path(folder) / WEIGHTS[0], tensors, {"format": "pt"})
+    write_json_atomic(Path(folder) / CONFIG, config)
+
+
+def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
+    """Give a module the factors of an adapter that PEFT or ``save_adapter`` wrote; they can be trained further.
+
+    Args:
+        module: The base model, without factors; the adapter's names are relative to it.
+        folder: With ``adapter_config.json`` and the weights.
+
+    Returns:
+        Names of the weights that have factors now.
+
+    Raises:
+        ValueError: If the folder holds no plain LoRA adapter, or one with more than factors of linear layers and
+            packed attention projections of this module.
+    """
+    opened = open_checkpoint(folder)
+    if not isinstance(opened, AdapterCheckpoint):
+        raise ValueError(f"expected a folder with {CONFIG} and an adapter, got {opened.kind} in {folder}")
+    products = opened.products()
+    if others := [name for name in opened.entries if name not in products]:
+        raise ValueError(
+            f"expected an adapter of LoRA factors alone, got also {others[0]!r} in {folder}; merge it into its "
+            "base with PEFT (merge_and_unload)"
+        )
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    for name, found in products.items():
+        if shapes.get(name) != found.shape:
+            raise ValueError(
+                f"expected {name!r} of shape {found.shape} in {type(module).__name__}, as the adapter in {folder} has "
+                f"it, got {shapes.get(name, 'none of that name')}; load it into the model it was made for"
+            )
+    for name, found in products.items():
+        rank = found.a.shape[-2]
+        add_lora(module, f"^{re.escape(name)}$", rank=rank, alpha=found.scale * rank, among=[name])
+        path, _, own = name.rpartition(".")
+        layer = module.get_submodule(path)
+        assert isinstance(layer, LowRank)
+        a, b = layer.factors(own)
+        # One A for all slices of a packed projection.
+        values = {"a": found.a.expand(a.shape), "b": found.b.reshape(b.shape)}
+        assign({"a": a, "b": b}, values)
+    return list(products)
