@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clmerge.branching import BranchedTask, branch_label
 from clmerge.callbacks import MergeCallback
-from clmerge.callbacks.progress import trainable_line
+from clmerge.callbacks.progress import matrix_lines, trainable_line
 from clmerge.callbacks.provided import PROVIDED, provided
 from clmerge.evaluation import Rows, accuracy_on, evaluate
 from clmerge.lightning_compat import quiet_lightning
@@ -175,6 +175,8 @@ class Learner:
         results = self._restore(run)
         if run.writes:
             print(trainable_line(self.module), file=sys.stderr, flush=True)
+            for line in matrix_lines(self.module, self.merge.mergers):
+                print(line, file=sys.stderr, flush=True)
         told = loggers if run.writes else ()  # the Trainer's part of logging needs the same loggers on every rank
         success = False
         try:

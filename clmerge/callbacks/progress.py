@@ -2,13 +2,16 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from clmerge.merging import Merger
 from clmerge.modules import ContinualClassifier
+from clmerge.weights.parametrization import merged_parameters
 
 
 class EpochSeed(Callback):
@@ -65,3 +68,11 @@ def trainable_line(module: ContinualClassifier) -> str:
     total = sum(parameter.numel() for parameter in own.values())
     share = f"{trained:,} of {total:,} parameters of the backbone ({trained / total:.2%})"
     return f"{module.tuning}: training {share}, merging {len(module.trained_names)} tensors"
+
+
+def matrix_lines(module: ContinualClassifier, mergers: Mapping[str, Merger]) -> list[str]:
+    """Say for every merger that decomposes matrices which parameters it takes for one, in one line."""
+    merged = merged_parameters(module, module.trained_names)
+    shapes = {name: tuple(tensor.shape) for name, tensor in merged.items()}
+    found = {name: merger.matrices(shapes) for name, merger in mergers.items()}
+    return [f"{name}: decomposes {'; '.join(lines)}" for name, lines in found.items() if lines]

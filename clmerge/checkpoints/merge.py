@@ -129,6 +129,9 @@ class CheckpointMerge:
         what = ", the weights themselves" if self.origin == "zero" else ""
         merged = sum(sizes[name] for name in self.policy.merged)
         lines.append(f"merges  {merged:,} entries of {len(self.models)} models{what}")
+        for merger, names in self._work():
+            shapes = {name: self.base.entries[name].shape for name in names}
+            lines += [f"matrix  {line}" for line in merger.matrices(shapes)]
         lines.append(f"writes  {self.nbytes / 1e6:,.1f} MB, safetensors")
         lines.append(f"memory  {max(costs) / 2**20:,.1f} MiB: {_PASSES[costs[max(costs)]]}")
         return "\n".join(lines)

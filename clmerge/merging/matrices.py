@@ -1,5 +1,7 @@
 """What spectral rules take for a matrix."""
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -30,8 +32,8 @@ class Matrices:
 
     Example:
         >>> matrices = Matrices(exclude=["embed*"], split_qkv=True)
-        >>> matrices.listed({"embed": (9, 4), "attn.qkv.weight": (12, 4), "fc.weight": (8, 4), "fc.bias": (8,)})
-        ['attn.qkv.weight: 3 x (4, 4)', 'fc.weight: (8, 4)']
+        >>> matrices.listed({"embed": (9, 4), "qkv.weight": (12, 4), "fc.0.weight": (8, 4), "fc.1.weight": (8, 4)})
+        ['qkv.weight: 3 x (4, 4)', 'fc.*.weight: (8, 4), 2 times']
     """
 
     def __init__(
@@ -81,17 +83,17 @@ class Matrices:
         return list(tensor.chunk(count)) if count else []
 
     def listed(self, shapes: Shapes) -> list[str]:
-        """Return one line for every parameter that is treated as a matrix, for printing.
+        """Return lines that say which parameters are treated as matrices; names that differ in numbers share a line.
 
         Args:
             shapes: Shapes of all parameters by name.
         """
-        lines = []
+        found: Counter[str] = Counter()
         for name, shape in shapes.items():
-            count = self.count(name, shape)
-            if count:
-                lines.append(f"{name}: {shape}" if count == 1 else f"{name}: {count} x {(shape[0] // count, shape[1])}")
-        return lines
+            if count := self.count(name, shape):
+                size = f"{shape}" if count == 1 else f"{count} x {(shape[0] // count, shape[1])}"
+                found[f"{re.sub(r'(?<![^.])[0-9]+(?![^.])', '*', name)}: {size}"] += 1
+        return [line if times == 1 else f"{line}, {times} times" for line, times in found.items()]
 
 
 def _is_matrix(shape: tuple[int, ...]) -> bool:

@@ -159,6 +159,14 @@ class Merger(Configured, Scoped, ABC):
 
     # What every rule has
 
+    def matrices(self, shapes: Shapes) -> list[str]:
+        """Return lines, for printing, that say what the rule decomposes as matrices; none for rules that do not.
+
+        Args:
+            shapes: Shapes of the parameters by name.
+        """
+        return []
+
     def update(
         self,
         task_vector: State,

@@ -80,6 +80,10 @@ class Pipeline(Merger):
         return self._finished(self._inner.task_view(task))
 
     @override
+    def matrices(self, shapes: Shapes) -> list[str]:
+        return self._inner.matrices(shapes)
+
+    @override
     def use_bank(self, bank: TaskVectorBank) -> None:
         self._inner.use_bank(bank)
 

@@ -29,12 +29,8 @@ class _Spectral(Merger):
         # Patterns are checked against all names, so a rule that has some must see the whole model.
         self.scope = "model" if self.include is not None or self.exclude else "parameter"
 
+    @override
     def matrices(self, shapes: Shapes) -> list[str]:
-        """Return one line for every parameter that is treated as a matrix, for printing.
-
-        Args:
-            shapes: Shapes of the parameters by name.
-        """
         return self._matrices.listed(shapes)
 
     @override

@@ -6,7 +6,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.tiny import ForeignModule, toy_loader
 
-from clmerge.callbacks.progress import EpochLines, EpochSeed
+from clmerge.callbacks.progress import EpochLines, EpochSeed, matrix_lines
+from clmerge.merging import IsoC, MagMax
 
 
 class Draws(Callback):
@@ -129,3 +130,10 @@ def test_the_time_is_that_of_the_epoch(capsys, monkeypatch):
     monkeypatch.setattr("clmerge.callbacks.progress.time", SimpleNamespace(perf_counter=lambda: next(now)))
     fit(EpochLines("cats"), epochs=2)
     assert re.findall(r"cats: .* (\d+\.\d) s", capsys.readouterr().err) == ["2.5", "1.0"]
+
+
+def test_what_rules_take_for_a_matrix_is_said():
+    model = ForeignModule()
+    model.trained_names = [name for name, _ in model.named_parameters()]
+    lines = matrix_lines(model, {"magmax": MagMax(), "iso_c": IsoC()})
+    assert lines == ["iso_c: decomposes net.*.weight: (6, 4); net.*.weight: (3, 6)"]

@@ -58,6 +58,9 @@ def test_dry_run_writes_nothing(files, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "memory" in printed
     assert "a pass for the thresholds" in printed
+    assert "matrix" not in printed
+    assert main(arguments(files, "--merger", "IsoC", "--dry-run")) == 0
+    assert "matrix  w: (9, 7)\n" in capsys.readouterr().out
 
 
 def test_a_recipe_is_the_same(files, tmp_path, capsys):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from clmerge.merging import IsoC, Matrices
+from clmerge.merging import IsoC, MagMax, Matrices, Pipeline
 
 SHAPES = {
     "positional_embedding": (9, 4),
@@ -23,6 +23,15 @@ def test_patterns_choose_and_the_choice_is_listed():
     merger = IsoC(include=["attn.*", "visual.*"], exclude=["*.out_proj.*"], split_qkv=True)
     assert merger.matrices(SHAPES) == ["attn.in_proj_weight: 3 x (4, 4)", "visual.proj: (4, 6)"]
     assert IsoC().matrices({"attn.in_proj_weight": (12, 4)}) == ["attn.in_proj_weight: (12, 4)"]
+
+
+def test_blocks_of_one_kind_share_a_line_and_rules_without_matrices_have_none():
+    blocks = {f"blocks.{index}.mlp.0.weight": (8, 4) for index in range(12)}
+    shapes = blocks | {"blocks.3.attn.qkv.weight": (12, 4), "layer1x.weight": (2, 2)}
+    wanted = ["blocks.*.mlp.*.weight: (8, 4), 12 times", "blocks.*.attn.qkv.weight: (12, 4)", "layer1x.weight: (2, 2)"]
+    assert IsoC().matrices(shapes) == wanted
+    assert Pipeline(IsoC()).matrices(shapes) == wanted
+    assert MagMax().matrices(shapes) == []
 
 
 def test_only_fused_shapes_are_split():
