@@ -158,10 +158,10 @@ class Learner:
             artifacts: Whether W&B gets base, task vectors and merged models as artifacts in the end.
 
         Raises:
-            ValueError: If task vectors shall become artifacts but are not kept.
+            ValueError: If task vectors shall become artifacts and there will be none.
         """
-        if artifacts and not self.keep_task_vectors:
-            raise ValueError("expected keep_task_vectors=true to log artifacts, got false: there would be none")
+        if artifacts:
+            self.require_task_vectors()
         progress = sys.stderr.isatty() if progress is None else progress
         trainers = Trainers(trainer, run, loggers, progress=progress)
         quiet_lightning()
@@ -178,29 +178,38 @@ class Learner:
             for line in matrix_lines(self.module, self.merge.mergers):
                 print(line, file=sys.stderr, flush=True)
         told = loggers if run.writes else ()  # the Trainer's part of logging needs the same loggers on every rank
+        deployed = self.merge.deploy if self.mergers else EXPERT
         success = False
         try:
             if not run.manifest.results:
                 self._evaluate_zero_shot(run, trainers, results)
             for task in range(results.num_finished):
                 # A killed run's loggers may lack what the manifest has.
-                log_task(told, results, task, deployed=self.merge.deploy)
+                log_task(told, results, task, deployed=deployed)
             for task in range(run.manifest.evaluated, len(self.tasks)):
                 if run.manifest.trained == task:
                     self._train(run, trainers, results, task)
                 self._evaluate(run, trainers, results, task)
-                log_task(told, results, task, deployed=self.merge.deploy)
+                log_task(told, results, task, deployed=deployed)
                 if report is not None:
                     report(results)
             if not run.manifest.finished:
                 self._finish(run, results)
-            log_summary(told, results, deployed=self.merge.deploy)
+            log_summary(told, results, deployed=deployed)
             if artifacts:
                 log_artifacts(told, run, results)
             success = True
         finally:
             finish_loggers(told, success=success)
         return results
+
+    def require_task_vectors(self) -> None:
+        """Raise a ValueError unless the run will keep task vectors."""
+        if not (self.keep_task_vectors and self.mergers):
+            raise ValueError(
+                "expected a run that keeps task vectors, for logging.artifacts, got "
+                + ("keep_task_vectors=false; set it to true" if self.mergers else "a frozen backbone, which has none")
+            )
 
     # One task ----------------------------------------------------------------------------------------------------
 

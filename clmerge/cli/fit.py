@@ -210,8 +210,8 @@ def _run(arguments: Sequence[str], *, resume: str | None) -> int:
         learner = Learner(
             objects.stream, objects.model, objects.mergers, objects.data, seed=config.seed, **vars(objects.learner)
         )
-        if objects.logging.artifacts and not learner.keep_task_vectors:
-            raise ValueError("expected --learner.keep_task_vectors=true with --logging.artifacts=true, got false")
+        if objects.logging.artifacts:
+            learner.require_task_vectors()
         if resume is not None:
             run = RunFolder.open(resume, writes=is_main)
         else:

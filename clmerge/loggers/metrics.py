@@ -32,7 +32,7 @@ def task_metrics(results: Results, deployed: str | None = None) -> dict[str, flo
 
     Args:
         results: What the run found so far, at least one finished task.
-        deployed: The model that stands for the run. Default: the first merger.
+        deployed: The model that stands for the run. Default: the first merger, if there is any.
 
     Returns:
         Names to numbers; undefined figures are left out.
@@ -65,13 +65,13 @@ def _latest(figure: float | list[float]) -> float:
 
 
 def deployed_model(results: Results, deployed: str | None = None) -> str | None:
-    """Return the model that stands for the run: the one that is named, or the first merger if there is any.
+    """Return the model that stands for the run: the one that is named, else the first merger, else the un-merged one.
 
     Raises:
         ValueError: If the run has no model of that name.
     """
     if deployed is None:
-        return next(iter(results.mergers), None)
+        return next(iter([*results.mergers, *results.models]), None)
     if deployed not in results.models:
         raise ValueError(f"expected one of the models {results.models}, got {deployed!r}")
     return deployed

@@ -190,7 +190,16 @@ def test_a_typo_names_the_nearest_option_and_writes_nothing(config, tmp_path, ca
         (["--mergers", "GreedySoup", "--stream.val_fraction=0"], "set stream.val_fraction above 0"),
         (["--learner.epochs=[1,2,3]"], "expected epochs for each of the 2 tasks, got 3"),
         (["--mergers", "[MagMax, MagMax]"], "twice"),
-        (["--logging.artifacts=true", "--learner.keep_task_vectors=false"], "--learner.keep_task_vectors=true"),
+        (["--logging.artifacts=true", "--learner.keep_task_vectors=false"], "keep_task_vectors=false; set it to true"),
+        (
+            [
+                "--logging.artifacts=true",
+                "--model.tuning=Frozen",
+                "--model.head=LinearHead",
+                "--model.loss_classes=seen",
+            ],
+            "frozen",
+        ),
         (
             [
                 *("--stream.source", "TorchvisionSource"),
