@@ -12,8 +12,9 @@ from clmerge.models.tuning.lora import BLOCKS, add_lora
 from clmerge.models.tuning.low_rank import LowRank
 from clmerge.models.tuning.tangent import TangentModule
 from clmerge.models.tuning.tuning import Tuning
-from clmerge.weights.factored import product
+from clmerge.weights.factored import Product, product
 from clmerge.weights.selection import select_parameters
+from clmerge.weights.swap import full_copy
 from clmerge.weights.task_vector import State, accumulator_dtype
 
 
@@ -125,6 +126,15 @@ class LowRankTangentModule(TangentModule):
             dtype = accumulator_dtype(tau[name])
             moved[name] = tau[name].to(dtype) + product(base[a].to(dtype), tau[b].to(dtype), scale)
         return moved
+
+    @override
+    def low_rank(self, base: State) -> dict[str, Product]:
+        own, tau, found = self._base(), self.tau(), {}
+        for name, start in base.items():
+            a, b, scale = self._factors[name]
+            if not tau[name].any() and torch.equal(own[name].to(start.device), start.to(own[name].dtype)):
+                found[name] = Product(full_copy(own[a], start.device), full_copy(tau[b], start.device), scale)
+        return found
 
     @override
     def state(self, base: State, tau: State) -> dict[str, Tensor]:

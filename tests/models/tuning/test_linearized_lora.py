@@ -12,7 +12,7 @@ from clmerge.models import LinearizedLoRA, LowRankTangentModule, OpenClip, Tange
 from clmerge.run_folder import RunFolder
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
 from clmerge.weights import TaskVectorBank, load_tensors
-from clmerge.weights.parametrization import merged_parameters, read_task_vector, renew, state_of
+from clmerge.weights.parametrization import merged_parameters, read_factors, read_task_vector, renew, state_of
 from clmerge.weights.swap import assign, own_tensors
 
 IMAGES = torch.randn(3, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -113,6 +113,16 @@ def test_task_vectors_of_any_rank_are_read_and_written(clip):
     for name, tau in read_task_vector(linear, base).items():
         assert torch.equal(tau, merged[name])
     torch.testing.assert_close(linear(IMAGES), expansion(plain, merged), rtol=1e-6, atol=1e-8)
+
+
+def test_task_vectors_are_kept_as_factors_while_they_are_low_rank(clip):
+    plain, linear = encoders(clip)
+    base = {name: plain.get_parameter(name).detach() for name in linear.names()}
+    factors, vector = read_factors(linear, base), read_task_vector(linear, base)
+    assert set(factors) == set(base)
+    assert all(torch.equal(factors[name].dense(), tau) for name, tau in vector.items())
+    renew(linear, seed=0, task=1)
+    assert not read_factors(linear, base)
 
 
 def test_a_new_task_goes_on_from_what_was_learnt_with_the_same_a(clip):
