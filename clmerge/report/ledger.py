@@ -74,16 +74,17 @@ def _merged(entry: Entry) -> Merged:
 
 
 def _facts(run: Run) -> Iterable[tuple[str, str]]:
-    config, learner, model = run.config, run.config.get("learner", {}), run.config.get("model", {})
+    if not run.path.is_dir():
+        yield "Folder", f"{run.path}, which is not there: neither its configuration nor its task vectors can be shown"
     yield "Tasks", f"{run.num_finished} of {len(run.tasks)}"
     if run.seed is not None:
         yield "Seed", str(run.seed)
-    if stream := config.get("stream"):
+    if stream := run.section("stream"):
         yield "Stream", _class(stream)
-    if backbone := model.get("backbone"):
+    if backbone := run.section("model").get("backbone"):
         name = backbone.get("init_args", {}).get("name") if isinstance(backbone, dict) else None
         yield "Backbone", _class(backbone) + (f" {name}" if name else "")
-    if policy := learner.get("start_policy"):
+    if policy := run.section("learner").get("start_policy"):
         yield "Start policy", str(policy)
     if base := run.bank.base:
         yield "Base model", base

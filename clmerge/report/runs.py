@@ -70,6 +70,11 @@ class Run:
         """The task vectors it kept."""
         return TaskVectorBank(self.path / "bank")
 
+    def section(self, name: str) -> Mapping[str, Any]:
+        """Return one part of the configuration; empty if there is none."""
+        found = self.config.get(name)
+        return found if isinstance(found, dict) else {}
+
     @cached_property
     def num_parameters(self) -> int | None:
         """Entries of one task vector, None if none was kept."""

@@ -106,7 +106,7 @@ def _reasons(study: Study, setting: Setting, ranking: Sequence[Entry]) -> Iterab
         yield f"That is {_lead(lead)} the runner-up, {second.name}{_where(study, best, second, setting)}."
     expert, zero = study.reference(best, EXPERT), study.reference(best, ZERO_SHOT)
     against = []
-    in_sequence = all(run.config.get("learner", {}).get("start_policy") == "previous" for run in best.runs)
+    in_sequence = all(run.section("learner").get("start_policy") == "previous" for run in best.runs)
     unmerged = "fine-tuning one task after another" if in_sequence else "the model fine-tuned last"
     for entry, what in ((expert, unmerged), (zero, "the zero-shot model")):
         if entry is not None and entry.figure("average_accuracy", setting).is_defined:

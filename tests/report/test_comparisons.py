@@ -7,7 +7,7 @@ from support.run_folders import write_run
 from clmerge.report import read_study
 from clmerge.report.diagnostics import diagnostic_figures
 from clmerge.report.figures import common_figures, make_figures
-from clmerge.report.ledger import merged_of
+from clmerge.report.ledger import merged_of, sources_of
 from clmerge.report.page import make_views, render_page
 from clmerge.report.png import draw
 from clmerge.report.searches import chosen_of, order_spread
@@ -52,9 +52,12 @@ def test_a_run_and_its_comparison_are_one_run(tmp_path):
 def test_comparisons_whose_runs_are_gone_are_grouped_as_they_say(tmp_path):
     write_comparison(tmp_path, num_runs=2)
     for index in range(2):
-        (tmp_path / f"run{index}" / "config.yaml").unlink()
+        (tmp_path / f"run{index}").rename(tmp_path / f"elsewhere{index}")
     study = read_study([tmp_path / "compare"])
     assert len(study.mergers[0].runs) == 2
+    facts = [source.facts for source in sources_of(study)]
+    assert all("which is not there" in found["Folder"] for found in facts)
+    assert [found["Seed"] for found in facts] == ["0", "1"]
 
 
 def test_searches_are_drawn_with_what_was_chosen(tmp_path):

@@ -151,7 +151,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_a_browser_opens_the_page_without_an_error_and_sorts(page, tmp_path):
+@pytest.mark.parametrize("width", [500, 1280])
+def test_a_browser_opens_the_page_without_an_error_and_sorts(page, tmp_path, width):
     document, _, text = page
     probe = """<script>
       const sortable = document.querySelector(".task_agnostic .sortable");
@@ -168,7 +169,11 @@ def test_a_browser_opens_the_page_without_an_error_and_sorts(page, tmp_path):
     text = re.sub(r"script-src 'sha256-[^']+'", "script-src 'unsafe-inline'", text)
     (tmp_path / "probe.html").write_text(text.replace("</body>", probe + "</body>"))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,900", f"file://{tmp_path / 'probe.html'}"]
+    command += [
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--window-size={width},900",
+        f"file://{tmp_path / 'probe.html'}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
     found = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))

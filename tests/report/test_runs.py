@@ -1,9 +1,12 @@
 import json
 
 import pytest
+import torch
 from support.run_folders import write_run
 
 from clmerge.report.runs import read_runs
+from clmerge.weights import TaskVectorBank
+from clmerge.weights.factored import Product
 
 
 def test_a_run_is_read_with_what_lies_beside_its_results(tmp_path):
@@ -13,6 +16,14 @@ def test_a_run_is_read_with_what_lies_beside_its_results(tmp_path):
     assert run.models == document["models"]
     assert run.num_parameters == 23
     assert repr(run.rules["ties"].merger).startswith("TIES(density=0.1")
+
+
+def test_parameters_that_are_stored_as_factors_count_in_full(tmp_path):
+    write_run(tmp_path / "run", bank=False)
+    factors = Product(torch.ones(1, 5), torch.ones(4, 1), 0.5)
+    tau = {"a.weight": factors.dense(), "b": torch.ones(3)}
+    TaskVectorBank(tmp_path / "run" / "bank").append(0, tau, factors={"a.weight": factors})
+    assert read_runs(tmp_path / "run")[0].num_parameters == 23
 
 
 def test_a_run_of_rules_from_elsewhere_has_no_rules_and_imports_nothing(tmp_path):
