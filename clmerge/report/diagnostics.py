@@ -205,9 +205,6 @@ def _end(choose: Callable[..., float], rows: Rows) -> float:
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
-    """Leave out the dotted parts that all names begin with."""
-    parts = [name.split(".") for name in names]
-    same = 0
-    while len(names) > 1 and all(len(part) > same + 1 and part[same] == parts[0][same] for part in parts):
-        same += 1
-    return [".".join(part[same:]) for part in parts]
+    """Keep the last two parts of dotted names if that still tells them apart."""
+    short = [".".join(name.split(".")[-2:]) for name in names]
+    return short if len(set(short)) == len(names) else list(names)

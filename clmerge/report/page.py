@@ -20,7 +20,7 @@ from clmerge.report.figures import make_figures, ranked
 from clmerge.report.heat import draw_grid
 from clmerge.report.ledger import merged_of, report_versions, sources_of
 from clmerge.report.searches import chosen_of
-from clmerge.report.study import REFERENCES, Entry, Spread, Study
+from clmerge.report.study import REFERENCES, Entry, Study
 from clmerge.report.tables import Column, best_of, columns, table_csv
 from clmerge.report.text import percent, plural, show
 from clmerge.report.verdict import Verdict, judge
@@ -137,16 +137,10 @@ def _cell(entry: Entry, column: Column, best: float) -> Cell:
     return Cell(
         column,
         percent(spread.mean) if share else show(spread.mean, column.unit),
-        _deviation(spread, column),
+        percent(spread.std) if share and not math.isnan(spread.std) else "",
         repr(spread.mean) if spread.is_defined else "",
         entry.is_merger and spread.mean == best,
     )
-
-
-def _deviation(spread: Spread, column: Column) -> str:
-    if math.isnan(spread.std) or (column.unit == "bytes" and spread.std == 0):
-        return ""
-    return percent(spread.std) if column.unit == "share" else show(spread.std, column.unit)
 
 
 def _subtitle(study: Study) -> str:

@@ -104,17 +104,24 @@ def _reasons(study: Study, setting: Setting, ranking: Sequence[Entry]) -> Iterab
         second = ranking[1]
         lead = average.mean - second.figure("average_accuracy", setting).mean
         yield f"That is {_lead(lead)} the runner-up, {second.name}{_where(study, best, second, setting)}."
-    expert, zero = study.reference(best, EXPERT), study.reference(best, ZERO_SHOT)
-    against = []
+    yield from _against_references(study, best, setting)
+    yield from _forgetting(setting, ranking)
+
+
+def _against_references(study: Study, best: Entry, setting: Setting) -> Iterable[str]:
     in_sequence = all(run.section("learner").get("start_policy") == "previous" for run in best.runs)
     unmerged = "fine-tuning one task after another" if in_sequence else "the model fine-tuned last"
-    for entry, what in ((expert, unmerged), (zero, "the zero-shot model")):
+    ends: dict[str, Spread] = {}
+    for model, what in ((EXPERT, unmerged), (ZERO_SHOT, "the zero-shot model")):
+        entry = study.reference(best, model)
         if entry is not None and entry.figure("average_accuracy", setting).is_defined:
-            gain = average.mean - entry.figure("average_accuracy", setting).mean
-            against.append(f"{points(gain, signed=True)} points against {what}")
-    if against:
-        yield f"That is {' and '.join(against)}."
-    yield from _forgetting(setting, ranking)
+            ends[what] = entry.figure("average_accuracy", setting)
+    if ends:
+        shown = " and ".join(f"{what} at {show_spread(spread)}" for what, spread in ends.items())
+        yield f"Without merging, {shown.replace(' at ', ' ends at ', 1)}."
+    average = best.figure("average_accuracy", setting).mean
+    if better := [what for what, spread in ends.items() if spread.mean > average]:
+        yield f"So no merger does better than {' or '.join(better)}."
 
 
 def _forgetting(setting: Setting, ranking: Sequence[Entry]) -> Iterable[str]:

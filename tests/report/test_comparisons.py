@@ -112,7 +112,7 @@ def test_diagnostics_are_drawn_as_they_are(tmp_path):
         "representation_bias",
     ]
     assert figures["cosine"].chart.grids[0].cells[0][2].mean == 0.25
-    assert figures["layers_cosine"].chart.rows == ["0", "1"]
+    assert figures["layers_cosine"].chart.rows == ["blocks.0", "blocks.1"]
     assert figures["layers_cosine"].chart.grids[0].cells[0][0].mean == 0.25  # the undefined one is no zero
     barriers = figures["barriers"].chart.panels
     assert [panel.lines[0].entry.name for panel in barriers] == ["expert", "magmax", "expert"]

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -32,6 +33,18 @@ def test_the_sampling_error_is_that_of_independent_binomials(tmp_path):
     rows = [document["models"][m]["task_agnostic"]["R"][-1] for m in ("magmax", "ties")]
     variance = sum(p * (1 - p) / n for row in rows for p, n in zip(row, [100, 101, 102], strict=True)) / 9
     assert sampling_error(magmax, ties, [100, 101, 102], "task_agnostic") == pytest.approx(math.sqrt(variance))
+
+
+def test_a_reference_that_is_better_is_named(tmp_path):
+    document = write_run(tmp_path / "run")
+    document["models"]["zero_shot"]["task_agnostic"]["average_accuracy"] = [0.5, 0.5, 1.0]
+    (tmp_path / "run" / "results.json").write_text(json.dumps(document))
+    study = read_study([tmp_path / "run"])
+    reasons = " ".join(judge(study, "task_agnostic").reasons)
+    expert = document["models"]["expert"]["task_agnostic"]["average_accuracy"][-1]
+    assert f"fine-tuning one task after another ends at {100 * expert:.1f} %" in reasons
+    assert "the zero-shot model at 100.0 %. So no merger does better than the zero-shot model." in reasons
+    assert "no merger does better" not in " ".join(judge(study, "task_aware").reasons)
 
 
 def test_a_small_lead_is_called_one(tmp_path):
