@@ -6,7 +6,7 @@ Reads from --data: caltech101_64.zip (caltech101_64/{train,test}/CLASS/*.jpg), M
 layout, kmnist10k.npz, notmnist10k.npz and pneumoniamnist.npz in MedMNIST's. Writes to --work:
 
     caltech/pretrain/{train,test}/CLASS   the 41 classes with most images, for pretraining alone
-    caltech/stream/{train,test}/CLASS     the 60 others, the stream
+    caltech/stream/{train,test}/CLASS     the 60 others, the stream, with up to 8 test images each
     caltech/vit.safetensors               timm's `test_vit3` at 64 px, trained to tell the 41 classes apart
     grey/NAME.npz                         five data sets of small grey images, cut to 1500 images for training each
 """
@@ -33,6 +33,7 @@ ARCHITECTURE = "test_vit3"
 SIZE = 64
 NUM_PRETRAIN = 41
 NUM_TRAIN, NUM_TEST = 1500, 500
+NUM_CALTECH_TEST = 8  # per class of the stream: every run evaluates all of them after every task
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 GARMENTS = ["T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 
@@ -43,8 +44,12 @@ def split_caltech(archive: Path, work: Path) -> None:
         names = [name for name in file.namelist() if name.endswith(".jpg")]
         counts = Counter(name.split("/")[2] for name in names if name.split("/")[1] == "train")
         large = {name for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:NUM_PRETRAIN]}
-        for name in names:
+        seen: Counter[tuple[str, str]] = Counter()
+        for name in sorted(names):
             _, split, class_name, image = name.split("/")
+            seen[split, class_name] += 1
+            if split == "test" and class_name not in large and seen[split, class_name] > NUM_CALTECH_TEST:
+                continue
             target = work / ("pretrain" if class_name in large else "stream") / split / class_name / image
             target.parent.mkdir(parents=True, exist_ok=True)
             with file.open(name) as source, target.open("wb") as sink:
