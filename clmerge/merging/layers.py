@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 from typing_extensions import override
 
@@ -62,12 +63,12 @@ class LiNeS(Finisher):
     norm and the projection, as in the released code.
 
     The paper sets alpha in multi-task merging from the norms, ``alpha = |sum(tau_t)|_1 / |tau_merged|_1 / T``, which is
-    ``alpha=None`` here: the pipeline then keeps the sum beside what its reducer keeps, 4 bytes per parameter. For
+    ``alpha="auto"`` here: the pipeline then keeps the sum beside what its reducer keeps, 4 bytes per parameter. For
     ``TaskArithmetic(scale)`` that is ``1 / (T * scale)``. There it searches beta from 0.1 to 1.5; for a single task
     ``alpha = g`` and ``beta = 1 - g``, and the default is that with g = 0.5.
 
     Args:
-        alpha: Coefficient of the first block and of what is in no block; None takes it from the norms.
+        alpha: Coefficient of the first block and of what is in no block; ``"auto"`` takes it from the norms.
         beta: What the last block's coefficient is larger by.
         num_blocks: L, for vectors that leave out the last blocks. Default: one more than the largest index, for every
             tower (what comes before the block in the name) by itself.
@@ -85,18 +86,25 @@ class LiNeS(Finisher):
     name = "lines"
 
     def __init__(
-        self, alpha: float | None = 0.5, beta: float = 0.5, *, num_blocks: int | None = None, block: str = BLOCK
+        self,
+        alpha: float | Literal["auto"] = 0.5,
+        beta: float = 0.5,
+        *,
+        num_blocks: int | None = None,
+        block: str = BLOCK,
     ) -> None:
-        self.alpha = alpha
+        if isinstance(alpha, str) and alpha != "auto":
+            raise ValueError(f"expected a number or 'auto' as alpha, got {alpha!r}")
+        self.alpha: float | Literal["auto"] = alpha
         self.beta = beta
         self.num_blocks = num_blocks
         self.block = block
-        self.uses_sum = alpha is None
+        self.uses_sum = alpha == "auto"
         check_block_pattern(block)
 
     @override
     def finish_beside(self, vector: TaskVector, total: State, num_tasks: int) -> TaskVector:
-        if self.alpha is not None:
+        if self.alpha != "auto":
             return self.finish(vector)
         norm = l1_norm(vector)
         return self._scaled(vector, l1_norm(total) / norm / num_tasks if norm else 0.0)
@@ -106,11 +114,11 @@ class LiNeS(Finisher):
         """Finish a merged vector.
 
         Raises:
-            ValueError: If alpha is None, which takes a pipeline; if there are no blocks, a tower has a single one, or
+            ValueError: If alpha is "auto", which takes a pipeline; if there are no blocks, a tower has a single one, or
                 there are more than ``num_blocks``.
         """
-        if self.alpha is None:
-            raise ValueError("expected the sum of the task vectors for alpha=None, got none; finish in a Pipeline")
+        if self.alpha == "auto":
+            raise ValueError("expected the sum of the task vectors for alpha='auto', got none; finish in a Pipeline")
         return self._scaled(vector, self.alpha)
 
     def _scaled(self, vector: TaskVector, alpha: float) -> TaskVector:

@@ -66,7 +66,7 @@ def test_patterns_without_an_index_are_refused(block, message):
 
 
 def automatic(reducer=None, sparsifier=None, tasks=range(4)):
-    merger = Pipeline(reducer, sparsifier=sparsifier, finisher=LiNeS(alpha=None, beta=0.8))
+    merger = Pipeline(reducer, sparsifier=sparsifier, finisher=LiNeS(alpha="auto", beta=0.8))
     for task in tasks:
         merger.update(VECTORS[task], task=task)
     return merger
@@ -116,6 +116,8 @@ def test_automatic_alpha_survives_joining_saving_and_taking_out():
 
 def test_automatic_alpha_takes_a_pipeline_that_does_not_score():
     with pytest.raises(ValueError, match="Pipeline"):
-        LiNeS(alpha=None).finish({"blocks.0.w": torch.ones(1), "blocks.1.w": torch.ones(1)})
+        LiNeS(alpha="auto").finish({"blocks.0.w": torch.ones(1), "blocks.1.w": torch.ones(1)})
+    with pytest.raises(ValueError, match="a number or 'auto'"):
+        LiNeS(alpha="norm")
     with pytest.raises(ValueError, match="set its alpha"):
         automatic(GreedySoup(), tasks=())
