@@ -91,7 +91,8 @@ def _tip(chart: HeatChart, grid: Grid, row: int, column: int, spread: Spread) ->
 def _diagonal(chart: HeatChart, grid: Grid, layout: _Layout) -> Iterable[Markup]:
     for row in range(len(grid.cells) if chart.diagonal else 0):
         x, y = layout.left + layout.width * row, _TOP + layout.height * row
-        yield tag("rect", x=x, y=y, width=layout.width, height=layout.height, class_="diagonal")
+        for style in ("diagonal halo", "diagonal"):  # dark on white, to be seen on any colour
+            yield tag("rect", x=x, y=y, width=layout.width, height=layout.height, class_=style)
 
 
 def _row_labels(chart: HeatChart, layout: _Layout) -> Iterable[Markup]:
