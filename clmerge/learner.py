@@ -175,7 +175,7 @@ class Learner:
         results = self._restore(run)
         if run.writes:
             print(trainable_line(self.module), file=sys.stderr, flush=True)
-            for line in matrix_lines(self.module, self.merge.mergers):
+            for line in matrix_lines(self.module, self.mergers) if self.mergers else ():  # a frozen backbone has none
                 print(line, file=sys.stderr, flush=True)
         told = loggers if run.writes else ()  # the Trainer's part of logging needs the same loggers on every rank
         deployed = self.merge.deploy if self.mergers else EXPERT
