@@ -1,5 +1,6 @@
 """Mergers: streaming rules that fold one task vector at a time into the running model. Pure tensor code."""
 
+from clmerge.merging.adapters import adapter_of, mean_of_factors, negate_adapter, sum_adapters, truncate_adapter
 from clmerge.merging.became import BECAME
 from clmerge.merging.breadcrumbs import Breadcrumbs, BreadcrumbsMask
 from clmerge.merging.by_task import ByTask
@@ -39,6 +40,7 @@ from clmerge.merging.stock import ModelStock
 from clmerge.merging.subtraction import ExtSub
 from clmerge.merging.tall import TALL, Consensus
 from clmerge.merging.ties import TIES
+from clmerge.merging.truncate import TruncateRank
 from clmerge.merging.tsvm import TSVM
 from clmerge.merging.tunable_magmax import TunableMagMax
 from clmerge.merging.weighted import WeightedAverage
@@ -98,9 +100,15 @@ __all__ = [
     "TaskArithmetic",
     "TrimModel",
     "TrimTensor",
+    "TruncateRank",
     "TunableMagMax",
     "WeightAverage",
     "WeightedAverage",
     "WiSEFT",
+    "adapter_of",
+    "mean_of_factors",
+    "negate_adapter",
     "registered_mergers",
+    "sum_adapters",
+    "truncate_adapter",
 ]

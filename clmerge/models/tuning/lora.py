@@ -1,7 +1,7 @@
 """LoRA: frozen weights plus a trained product of two thin factors, in linear layers and attention."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -11,7 +11,10 @@ from clmerge.models.backbone import Backbone
 from clmerge.models.tuning.adapted import adapt
 from clmerge.models.tuning.low_rank import LoRALinear, LoRAMultiheadAttention, LowRank
 from clmerge.models.tuning.tuning import Tuning
+from clmerge.weights.factored import Product
+from clmerge.weights.parametrization import parametrized
 from clmerge.weights.selection import select_parameters
+from clmerge.weights.swap import assign
 
 BLOCKS = r"\.(attn|mlp)\."
 """The linear maps of a transformer's blocks, as open_clip and timm call them."""
@@ -120,6 +123,47 @@ def add_lora(
         assert isinstance(layer, LowRank)
         layer.renew(None)
     return chosen
+
+
+def get_adapter(module: nn.Module) -> dict[str, Product]:
+    """Return the factors of a module by the names of its weights; the tensors are the module's own."""
+    found: dict[str, Product] = {}
+    for prefix, part in parametrized(module).items():
+        if isinstance(part, LowRank):
+            found |= {prefix + name: Product(*part.factors(name), part.lora_scale) for name in part.names()}
+    return found
+
+
+def set_adapter(module: nn.Module, adapter: Mapping[str, Product]) -> list[str]:
+    """Give weights of a module the factors of an adapter, in place; they can be trained further.
+
+    Args:
+        module: A module whose named weights have no factors yet.
+        adapter: Factors by weight name, of an adapter file or a merge of several.
+
+    Returns:
+        Names of the weights that have factors now.
+
+    Raises:
+        ValueError: If the module lacks one of the weights, in that shape and without factors; it is unchanged then.
+    """
+    possible = _possible(module)
+    for name, found in adapter.items():
+        shape = tuple(module.get_parameter(name).shape) if name in possible else "no such linear map"
+        if shape != found.shape:
+            raise ValueError(
+                f"expected {name!r} of shape {found.shape} in {type(module).__name__}, as the adapter has it, got "
+                f"{shape}; load it into the model it was made for"
+            )
+    for name, found in adapter.items():
+        rank = found.a.shape[-2]
+        add_lora(module, f"^{re.escape(name)}$", rank=rank, alpha=found.scale * rank, among=[name])
+        layer, own = possible[name]
+        assert isinstance(layer, LowRank)
+        a, b = layer.factors(own)
+        # One A for all slices of a packed projection, if the adapter was made for the whole of it.
+        assign({"a": a, "b": b}, {"a": found.a.expand(a.shape), "b": found.b.reshape(b.shape)})
+    return list(adapter)
 
 
 def _possible(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:

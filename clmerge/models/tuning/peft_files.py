@@ -9,11 +9,11 @@ from torch import nn
 
 from clmerge.checkpoints import open_checkpoint
 from clmerge.checkpoints.adapter import CONFIG, WEIGHTS, AdapterCheckpoint
-from clmerge.models.tuning.lora import add_lora
+from clmerge.models.tuning.lora import set_adapter
 from clmerge.models.tuning.low_rank import LoRALinear, LowRank
 from clmerge.weights import save_tensors, write_json_atomic
 from clmerge.weights.parametrization import parametrized
-from clmerge.weights.swap import assign, full_copy
+from clmerge.weights.swap import full_copy
 
 
 def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -88,21 +88,4 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> list[str]
             f"expected an adapter of LoRA factors alone, got also {others[0]!r} in {folder}; merge it into its "
             "base with PEFT (merge_and_unload)"
         )
-    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    for name, found in products.items():
-        if shapes.get(name) != found.shape:
-            raise ValueError(
-                f"expected {name!r} of shape {found.shape} in {type(module).__name__}, as the adapter in {folder} has "
-                f"it, got {shapes.get(name, 'none of that name')}; load it into the model it was made for"
-            )
-    for name, found in products.items():
-        rank = found.a.shape[-2]
-        add_lora(module, f"^{re.escape(name)}$", rank=rank, alpha=found.scale * rank, among=[name])
-        path, _, own = name.rpartition(".")
-        layer = module.get_submodule(path)
-        assert isinstance(layer, LowRank)
-        a, b = layer.factors(own)
-        # One A for all slices of a packed projection.
-        values = {"a": found.a.expand(a.shape), "b": found.b.reshape(b.shape)}
-        assign({"a": a, "b": b}, values)
-    return list(products)
+    return set_adapter(module, products)

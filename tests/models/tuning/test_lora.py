@@ -9,8 +9,9 @@ from torch.func import functional_call, jvp
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from clmerge.merging import sum_adapters, truncate_adapter
 from clmerge.models import LoRA, OpenClip, Timm
-from clmerge.models.tuning.lora import add_lora
+from clmerge.models.tuning.lora import add_lora, get_adapter, set_adapter
 from clmerge.models.tuning.low_rank import LoRALinear, LoRAMultiheadAttention
 from clmerge.weights.factored import product
 from clmerge.weights.parametrization import folded, merged_parameters, read_task_vector, renew, state_of
@@ -294,3 +295,25 @@ def test_a_layer_gets_factors_once():
     add_lora(net, "0")
     with pytest.raises(ValueError, match="its linear maps are none"):
         add_lora(net, "0")
+
+
+def test_a_merged_adapter_is_put_into_a_model(folder):
+    adapters, taus = [], []
+    for seed in (1, 2):
+        model, size = clip_tower(folder)
+        add_lora(model, r"\.(attn|mlp)\.", rank=2, alpha=4)
+        base = {name: t.detach().clone() for name, t in merged_parameters(model, ["*.attn.*weight"]).items()}
+        shake(model, seed=seed)
+        adapters.append(get_adapter(model))
+        taus.append(read_task_vector(model, base))
+    fresh, size = clip_tower(folder)
+    merged = sum_adapters(adapters)
+    assert set_adapter(fresh, merged) == list(merged)
+    for name, tensor in read_task_vector(fresh, base).items():
+        torch.testing.assert_close(tensor, taus[0][name] + taus[1][name])
+    assert torch.isfinite(fresh(images(size))).all()
+    small, _ = clip_tower(folder)
+    set_adapter(small, truncate_adapter(merged, 2))
+    assert next(p for n, p in small.named_parameters() if "lora_A_in_proj_weight" in n).shape == (3, 2, 8)
+    with pytest.raises(ValueError, match=r"in_proj_weight' of shape \(24, 8\).*got no such linear map"):
+        set_adapter(small, merged)
