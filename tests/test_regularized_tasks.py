@@ -12,7 +12,7 @@ from support.tiny import tiny_clip
 
 from clmerge import ContinualClassifier, Learner
 from clmerge.merging import WeightAverage
-from clmerge.models import Frozen, LinearHead, OpenClip, ZeroShotHead
+from clmerge.models import Frozen, Full, LinearHead, LoRA, OpenClip, ZeroShotHead
 from clmerge.regularizers import EWC, L2, FeatureDistance, LwF
 from clmerge.run_folder import RunFolder
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
@@ -28,11 +28,14 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr("clmerge.learner.save_plots", lambda results, folder: [])
 
 
-def learner(clip, *regularizers, head=None, loss="all", start_policy="previous", num_tasks=2, lr=3e-3, **options):
+def learner(
+    clip, *regularizers, head=None, loss="all", start_policy="previous", num_tasks=2, lr=3e-3, tuning=None, **options
+):
     torch.manual_seed(0)
     module = ContinualClassifier(
         OpenClip(clip),
         head or ZeroShotHead(),
+        tuning=tuning,
         loss_classes=loss,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
         regularizers=list(regularizers),
@@ -98,9 +101,9 @@ def test_a_resumed_run_ends_with_the_same_bits(clip, tmp_path):
 # What it is for ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["base", "previous", "merged"])
-def test_all_regularizers_together_run_under_every_start_policy_and_count_their_bytes(clip, tmp_path, policy):
-    one = learner(clip, *(make() for make in REGULARIZERS.values()), start_policy=policy)
+@pytest.mark.parametrize(("policy", "tuning"), [("base", Full), ("previous", Full), ("merged", LoRA)])
+def test_all_regularizers_together_run_under_every_start_policy_and_count_their_bytes(clip, tmp_path, policy, tuning):
+    one = learner(clip, *(make() for make in REGULARIZERS.values()), start_policy=policy, tuning=tuning())
     run(one, tmp_path / "run")
     sizes = json.loads((tmp_path / "run" / "results.json").read_text())["bytes"]
     assert set(sizes) == {f"regularizer.{name}" for name in ("l2", "ewc", "ita", "iel", "lwf", "features")}

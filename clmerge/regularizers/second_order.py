@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.regularizers.regularizer import FisherOf, Regularizer, Step, check_strength, current_weights, flat, named
-from clmerge.weights.parametrization import own_names, parametrized, state_of
+from clmerge.weights.parametrization import state_of
 from clmerge.weights.swap import swapped
 
 if TYPE_CHECKING:
@@ -121,11 +121,7 @@ class IEL(_AroundBase):
         now = current_weights(module)
         base, past = named(self.base, now), named(self.past, now)
         mean = {name: (past[name] + (weight - base[name])) / self._num_tasks for name, weight in now.items()}
-        inside = {prefix + name for prefix, part in parametrized(module).items() for name in part.names()}
-        own = own_names(module)
-        # Of ordinary parameters state_of gives values without gradients.
-        plain = {own[name]: base[name] + tau for name, tau in mean.items() if name not in inside}
-        return {**state_of(module, base, mean), **plain}
+        return state_of(module, base, mean)
 
     @override
     def penalty(self, step: Step) -> Tensor:

@@ -48,7 +48,8 @@ class Parametrized(nn.Module, ABC):
             tau: What is added to them; the same names.
 
         Returns:
-            Value by own name, in the base's dtype. Parameters that are not named keep their values.
+            Value by own name, in the base's dtype; differentiable by ``tau``. Parameters that are not named keep their
+            values.
         """
 
     @abstractmethod
@@ -198,6 +199,7 @@ def state_of(
 
     Returns:
         Values to swap in, to assign, or for ``functional_call``; without ``torch.compile``'s ``_orig_mod.``.
+        Differentiable by ``tau``.
 
     Raises:
         RuntimeError: If the module lacks one of the names.

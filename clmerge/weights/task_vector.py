@@ -87,7 +87,7 @@ def apply_task_vector(
         sources: What the two are called in error messages.
 
     Returns:
-        One fresh tensor for every name of ``base``, in its dtype and on its device.
+        One fresh tensor for every name of ``base``, in its dtype and on its device; differentiable by ``tau``.
 
     Raises:
         ValueError: If ``tau`` has a name or a shape that ``base`` does not have.
@@ -110,7 +110,7 @@ def apply_task_vector(
             continue
         check_same_shape(name, tau[name], start, (sources[1], sources[0]))
         dtype = accumulator_dtype(tau[name], start)
-        total = start.to(dtype) + tau[name].detach().to(device=start.device, dtype=dtype)
+        total = start.to(dtype) + tau[name].to(device=start.device, dtype=dtype)
         merged[name] = total.to(start.dtype)
     return merged
 

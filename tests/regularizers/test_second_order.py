@@ -1,6 +1,7 @@
 import pytest
 import torch
 from support.small_classifier import (
+    SmallBackbone,
     batch,
     end,
     made_up_fisher,
@@ -13,7 +14,10 @@ from support.small_classifier import (
 )
 from torch.func import functional_call
 
-from clmerge.regularizers import IEL, ITA, regularized_loss
+from clmerge.models import LinearHead, LoRA
+from clmerge.modules import ContinualClassifier
+from clmerge.regularizers import IEL, ITA, current_weights, regularized_loss
+from clmerge.regularizers.regularizer import named
 
 
 def train_on(module, tasks):
@@ -123,3 +127,47 @@ def test_iel_in_the_first_task_counts_two_tasks_as_the_authors_do():
     value = module.regularizers[0].penalty(step_of(module))
     expected = sum(float((fisher[n] * (now[n] - base[n]).square()).sum()) for n in now) / 4
     assert float(value.detach()) == pytest.approx(expected, rel=1e-12)
+
+
+def test_iel_trains_low_rank_factors_through_the_composed_model():
+    """The gradient by a factor is that by the dense weights, pulled back by hand: dB = dW A^T, dA = B^T dW."""
+    module = ContinualClassifier(
+        SmallBackbone(),
+        LinearHead(),
+        loss_classes="seen",
+        tuning=LoRA(rank=2, alpha=2.0, targets="0|2"),
+        regularizers=[IEL(0.5)],
+    )
+    module.begin_stream(4)
+    module.double()
+    fisher = {name: torch.ones_like(value) for name, value in current_weights(module).items()}
+    for task in range(2):
+        start(module, [task], lambda: fisher)
+        generator = torch.Generator().manual_seed(task)
+        with torch.no_grad():
+            for name, parameter in module.backbone.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+        if task == 0:
+            end(module)
+    dense = {name: value.detach().requires_grad_() for name, value in current_weights(module).items()}
+    (iel,) = module.regularizers
+    images, labels = batch(), torch.tensor([0, 1, 0, 1, 0, 1])
+    loss, terms = regularized_loss(module, images, labels)
+    lora = module.backbone.model[0]
+    a, b = lora.lora_A_weight, lora.lora_B_weight
+    by_a, by_b = torch.autograd.grad(loss + terms["iel"], [a, b])
+
+    plain = SmallBackbone().double()
+    plain.load_state_dict({n: p for n, p in module.backbone.state_dict().items() if "lora_" not in n})
+    base, past = (named(kept, dense) for kept in (iel.base, iel.past))
+    composed = {n.removeprefix("backbone."): base[n] + (past[n] + w - base[n]) / 2 for n, w in dense.items()}
+    features = functional_call(plain, composed, (images,))
+    tau = {n: w - base[n] for n, w in dense.items()}
+    term = 0.5 * sum((t * (t / 4 - past[n] / 2)).sum() for n, t in tau.items())
+    (by_weight,) = torch.autograd.grad(
+        module.loss(module.head(features), labels) + term, [dense["backbone.model.0.weight"]]
+    )
+    scale = lora.lora_scale
+    torch.testing.assert_close(by_b, scale * by_weight @ a.detach().T)
+    torch.testing.assert_close(by_a, scale * b.detach().T @ by_weight)
