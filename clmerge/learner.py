@@ -13,10 +13,12 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from clmerge.branching import BranchedTask, branch_label
+from clmerge.calibration import CalibratedModels, Calibration
 from clmerge.callbacks import MergeCallback
 from clmerge.callbacks.progress import matrix_lines, trainable_line
 from clmerge.callbacks.provided import PROVIDED, provided
 from clmerge.evaluation import Rows, accuracy_on, evaluate
+from clmerge.final_models import save_models
 from clmerge.lightning_compat import quiet_lightning
 from clmerge.loggers import finish_loggers, log_artifacts, log_summary, log_task
 from clmerge.merging import Merger, Statistics, WeightAverage
@@ -29,8 +31,7 @@ from clmerge.streams import Stream, StreamDataModule
 from clmerge.streams.splits import derived_seed
 from clmerge.task_statistics import measure
 from clmerge.trainers import TrainerFactory, Trainers
-from clmerge.weights import save_tensors
-from clmerge.weights.parametrization import folded, running_statistics
+from clmerge.weights.parametrization import running_statistics
 
 
 class Learner:
@@ -61,6 +62,8 @@ class Learner:
             bytes per trained parameter and task on disk; mergers that need them all then keep no copies in memory.
         statistics_images: Training images per task that Fisher information, Gram matrices and losses are measured on,
             for mergers that require them.
+        calibrations: What is done to merged models after every task, for example ``[SampleTuning]``; each gives models
+            of its own, ``magmax+tuned``.
         seed: Seed of initialisation, order of samples, augmentation and dropout, each fixed per task.
 
     Raises:
@@ -86,6 +89,7 @@ class Learner:
         accumulators: Literal["cpu", "model"] = "cpu",
         keep_task_vectors: bool = True,
         statistics_images: int = 256,
+        calibrations: list[Calibration] | None = None,
         seed: int = 0,
     ) -> None:
         self.stream = stream
@@ -118,6 +122,7 @@ class Learner:
             seed=seed,
             save_state=False,  # the run folder keeps accumulators; in every epoch's checkpoint they would be a burden
         )
+        self.calibrated = CalibratedModels(calibrations or [], module, data, seed=seed)
         self.regularized = RegularizedTasks(module, data, num_images=statistics_images, seed=seed)
         # A frozen backbone leaves nothing to merge: the head alone is trained, if at all, and evaluated.
         self.mergers = self.merge.mergers if module.trained_names else {}
@@ -194,7 +199,7 @@ class Learner:
                 if report is not None:
                     report(results)
             if not run.manifest.finished:
-                self._finish(run, results)
+                self._finish(run, trainers, results)
             log_summary(told, results, deployed=deployed)
             if artifacts:
                 log_artifacts(told, run, results)
@@ -238,11 +243,14 @@ class Learner:
         results.bytes |= self.regularized.end(trainer.strategy.root_device)
         results.add_seconds("train", time.perf_counter() - started - self.merge.seconds)
         results.add_seconds("merge", self.merge.seconds)
+        if self.calibrated:
+            results.bytes |= self.calibrated.collect(self._merged(), task, trainer.strategy.root_device)
         run.manifest.results = results.to_dict()
         trainer.strategy.barrier("trained")
         if self.keep_task_vectors:
             run.keep_unmerged(task, self._unmerged())
-        run.commit_state(task, self.module.state_dict(), self.merge.accumulators())
+        kept = self.merge.accumulators() | {"calibration": self.calibrated.state_dict()}
+        run.commit_state(task, self.module.state_dict(), kept)
 
     def _train_branches(self, run: RunFolder, trainers: Trainers, task: int) -> Trainer:
         """Train a task in branches, commit each, and merge what the last round gave."""
@@ -298,8 +306,8 @@ class Learner:
 
     def _evaluate(self, run: RunFolder, trainers: Trainers, results: Results, task: int) -> None:
         started = time.perf_counter()
-        merged = {name: self.merge.merged_vector(name) for name in self.mergers}
-        weights = {name: self.merge.state_with(vector, self.module) for name, vector in merged.items()}
+        weights = self._merged()
+        weights |= self.calibrated.models(weights, task, trainers.device) if self.calibrated else {}
         # theta_0 + tau is what the bank can give back: compare finds the same bits.
         expert = self.merge.weights_with(self.merge.task_vector(self.module), self.module)
         rows = self._rows(trainers, f"evaluating {len(weights) + 1} models", {**weights, EXPERT: expert})
@@ -322,19 +330,12 @@ class Learner:
         run.manifest.results = results.to_dict()
         run.commit()
 
-    def _finish(self, run: RunFolder, results: Results) -> None:
-        prefix = "backbone.model."
-        with folded(self.module.backbone):
-            whole = dict(self.module.backbone.model.state_dict())
+    def _finish(self, run: RunFolder, trainers: Trainers, results: Results) -> None:
+        more: dict[str, dict[str, Tensor]] = {}
+        if self.calibrated:  # on all ranks
+            more |= self.calibrated.final(self._merged(), len(self.tasks) - 1, trainers.device)
         if run.writes:
-            for name, merger in self.mergers.items():
-                merged = {key.removeprefix(prefix): value for key, value in self.merge.merged_state(name).items()}
-                metadata = {"merger": repr(merger), "tuning": repr(self.module.tuning)}
-                save_tensors(run.model(name), {**whole, **merged}, metadata=metadata)
-            if self.merge.deploy == EXPERT:
-                save_tensors(run.model(EXPERT), whole, metadata={"merger": "none: the last task's un-merged model"})
-            if not self.module.head.open_vocabulary:
-                save_tensors(run.model("head"), self.module.head.state_dict())
+            save_models(run, self.module, self.merge, list(self.mergers), more)
             save_plots(results, run.plots)
         run.manifest.finished = True
         run.manifest.results = results.to_dict()
@@ -355,6 +356,7 @@ class Learner:
             self.module.resume_tasks([task.classes for task in tasks[: found.trained]])
             self.module.load_state_dict(weights)
             self.merge.load_accumulators(accumulators)
+            self.calibrated.load_state_dict(accumulators.get("calibration", {}))
         return results
 
     def _rows(self, trainers: Trainers, label: str, weights: Mapping[str, Mapping[str, Tensor] | None]) -> Rows:
@@ -366,6 +368,11 @@ class Learner:
             task_classes=[task.classes for task in self.tasks],
             num_classes=len(self.stream.class_names),
         )
+
+    def _merged(self) -> dict[str, dict[str, Tensor]]:
+        """Return the weights of every merged model, by the module's own names."""
+        vectors = {name: self.merge.merged_vector(name) for name in self.mergers}
+        return {name: self.merge.state_with(vector, self.module) for name, vector in vectors.items()}
 
     def _unmerged(self) -> dict[str, Tensor]:
         """Return what is trained but never merged: a head that learns its classes, and running statistics."""

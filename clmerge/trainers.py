@@ -1,9 +1,11 @@
 """The Trainers of a run: a new one with fresh callbacks for every fit and every evaluation."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
@@ -30,6 +32,11 @@ class Trainers:
         self.run = run
         self.loggers = loggers
         self.progress = progress
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where this process trains and evaluates."""
+        return self.for_evaluation("").strategy.root_device
 
     def for_evaluation(self, label: str) -> Trainer:
         """Return a Trainer that tests and logs nothing.

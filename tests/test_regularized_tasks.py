@@ -189,13 +189,14 @@ def test_a_frozen_backbone_has_nothing_to_regularize(clip):
 
 
 SCRIPT = """
-import sys
+import os, sys
 from pathlib import Path
+import torch
 from lightning.pytorch import Trainer
 from test_regularized_tasks import REGULARIZERS, learner
-from support.tiny import tiny_clip
+from clmerge.calibration import SampleTuning
 from clmerge.run_folder import RunFolder
-
+from clmerge.sharpness import SAM
 from clmerge.weights import fingerprint
 
 out = Path(sys.argv[1])
@@ -208,11 +209,13 @@ def build(**given):
     return trainer
 
 ranks = []
-one = learner(sys.argv[2], *(make() for make in REGULARIZERS.values()), num_tasks=2)
-
-main = "LOCAL_RANK" not in __import__("os").environ
+steps = [SampleTuning(per_class=1, epochs=1)]
+one = learner(sys.argv[2], *(make() for make in REGULARIZERS.values()), num_tasks=2, calibrations=steps)
+one.module.optimizer_factory = SAM
+main = "LOCAL_RANK" not in os.environ
 one.fit(RunFolder.create(out / "run") if main else RunFolder(out / "run", writes=False), trainer=build)
-(out / f"rank{ranks[0]}").write_text(fingerprint(one.module.state_dict()))
+tuned = one.calibrated.models(one._merged(), 1, torch.device("cpu"))["weight_average+tuned"]
+(out / f"rank{ranks[0]}").write_text(fingerprint(one.module.state_dict()) + fingerprint(tuned))
 """
 
 

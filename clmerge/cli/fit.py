@@ -85,6 +85,7 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     from torch.optim import Optimizer
 
     import clmerge.streams
+    from clmerge.calibration import Calibration
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
     from clmerge.learner import Learner
     from clmerge.merging import Merger
@@ -98,7 +99,7 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     set_parsing_settings(docstring_parse_attribute_docstrings=False)
     Logging.__dataclass_fields__["extra"].type = list[lightning_loggers.Logger]
     Logging.__annotations__["extra"] = list[lightning_loggers.Logger]
-    models = (Backbone, Head, Tuning, Regularizer, Optimizer)
+    models = (Backbone, Head, Tuning, Regularizer, Calibration, Optimizer)
     bases = (Merger, Stream, DataSource, *models, Callback, lightning_loggers.Logger)
     CommandParser.class_names = known_subclasses(bases)
     parser = CommandParser(

@@ -12,9 +12,10 @@ from support.small_classifier import (
     term,
     weights,
 )
+from support.tiny import tiny_clip
 from torch.func import functional_call
 
-from clmerge.models import LinearHead, LoRA
+from clmerge.models import IA3, Adapters, Full, LinearHead, Linearized, LinearizedLoRA, LoRA, OpenClip
 from clmerge.modules import ContinualClassifier
 from clmerge.regularizers import IEL, ITA, current_weights, regularized_loss
 from clmerge.regularizers.regularizer import named
@@ -171,3 +172,22 @@ def test_iel_trains_low_rank_factors_through_the_composed_model():
     scale = lora.lora_scale
     torch.testing.assert_close(by_b, scale * by_weight @ a.detach().T)
     torch.testing.assert_close(by_a, scale * b.detach().T @ by_weight)
+
+
+@pytest.mark.parametrize("tuning", [Full, LoRA, IA3, Adapters, Linearized, LinearizedLoRA])
+def test_iel_of_one_task_is_the_task_itself_in_every_mode_of_tuning(tmp_path, tuning):
+    torch.manual_seed(0)
+    module = ContinualClassifier(OpenClip(tiny_clip(tmp_path)), LinearHead(), tuning=tuning(), regularizers=[IEL(0.0)])
+    module.begin_stream(2)
+    module.begin_task([0, 1])
+    fisher = {name: torch.ones_like(value) for name, value in current_weights(module).items()}
+    module.regularizers[0].begin_task(module, lambda: fisher)
+    trained = [parameter for parameter in module.backbone.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 0, 1])
+    composed, plain = regularized_loss(module, images, labels)[0], module.loss(module(images), labels)
+    torch.testing.assert_close(composed, plain)
+    for one, other in zip(*(torch.autograd.grad(loss, trained) for loss in (composed, plain)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
