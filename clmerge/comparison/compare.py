@@ -1,5 +1,6 @@
 """Compare mergers on one finished run: search, merge, evaluate, hold against references."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,7 +140,7 @@ def _count_references(found: Comparison) -> None:
     """Say what the references keep: the weights of a model that is deployed, of every expert, or nothing."""
     weights = 4 * found.run.num_parameters
     num_tasks = len(found.run.tasks)
-    grows = [weights * t for t in range(1, num_tasks + 1)]
+    grows = list(itertools.accumulate(found.run.bank.path(task).stat().st_size for task in range(num_tasks)))
     kept = {
         ZERO_SHOT: [0] * num_tasks,
         EXPERT: [weights] * num_tasks,

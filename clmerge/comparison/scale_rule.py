@@ -45,7 +45,7 @@ class ScaleRule:
         best: The best of them after every task.
 
     Attributes:
-        used: The scale after every task.
+        used: The scale after every task; None where the merger's default depends on its parts.
 
     Example:
         >>> from clmerge.merging import TaskArithmetic
@@ -57,7 +57,7 @@ class ScaleRule:
     def __init__(self, merger: Merger, scales: Sequence[float], best: Sequence[float]) -> None:
         self.merger = merger
         self.best = list(best)
-        self.used = [float(vars(merger)["scale"])]
+        self.used: list[float | None] = [vars(merger)["scale"]]
         for t in range(2, len(best) + 1):
             a, b = fit_rule(self.best[: t - 1])
             self.used.append(min(max(a * t**b, min(scales)), max(scales)))

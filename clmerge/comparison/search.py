@@ -30,7 +30,7 @@ class Search:
         method: ``grid``, or ``differential_evolution`` where there are more than two parameters.
 
     Raises:
-        ValueError: If the run has tasks without validation images.
+        ValueError: If the run has tasks without validation images, or the merger refuses a point of the grid.
     """
 
     def __init__(self, run: StoredRun, name: str, merger: Merger, grid: Mapping[str, Sequence[Any]]) -> None:
@@ -42,6 +42,11 @@ class Search:
             )
         self.run, self.name, self.merger = run, name, merger
         self.grid = {parameter: list(values) for parameter, values in grid.items()}
+        for values in points(self.grid):
+            try:
+                with_values(merger, values)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"expected settings that {name!r} can have, got {values}: {error}") from error
         self.method = "grid" if len(self.grid) <= MAX_GRID_DIMENSIONS else "differential_evolution"
         self.tried: list[tuple[Values, list[float]]] = []
 

@@ -103,6 +103,15 @@ def test_growing_heads_are_those_of_their_task(tmp_path, head):
     ]
 
 
+@pytest.mark.parametrize("mode", ["LoRA", "Linearized"])
+def test_every_mode_of_tuning_is_evaluated_as_it_was_trained(tmp_path, mode):
+    run = make_run(tmp_path, "--mergers", "TIES", "Fisher", f"--model.tuning={mode}")
+    compare(run)
+    fitted, found = json.loads((run / "results.json").read_text()), document(run / "compare")
+    for model in ("ties", "fisher", "expert", "zero_shot"):
+        assert found["models"][model] == fitted["models"][model]
+
+
 def test_the_document_has_what_its_page_says(run):
     compare(run, "--mergers", "MagMax", "OPCM", "--scale", "0.3:0.9:0.3", "--orders", "3", "--scale-rule")
     found = document(run / "compare")
@@ -120,7 +129,9 @@ def test_the_document_has_what_its_page_says(run):
     compared = found["compare"]
     assert set(compared["bytes_kept"]) == set(compared["figures"]) == set(models)
     assert set(compared["settings"]) == set(compared["merge_seconds"]) == set(models[:4])
-    assert compared["bytes_kept"]["task_oracle"] == [4 * compared["runs"][0]["num_parameters"] * t for t in (1, 2, 3)]
+    sizes = [path.stat().st_size for path in sorted((run / "bank").iterdir())]
+    assert compared["bytes_kept"]["task_oracle"] == [sum(sizes[:t]) for t in (1, 2, 3)]
+    assert compared["bytes_kept"]["magmax"] == [4 * compared["runs"][0]["num_parameters"]] * 3
     results = Results.from_dict(found)
     assert results.best_merger() in models[:4]
     for model in models:

@@ -1,0 +1,42 @@
+import pytest
+
+from clmerge.comparison.grid import grids, parse_values, points, with_values
+from clmerge.merging import DARE, OPCM, TIES, MagMax
+
+
+def test_ranges_hold_both_ends_without_rounding_errors():
+    assert parse_values("0.1:1.5:0.1") == [round(0.1 * i, 1) for i in range(1, 16)]
+    assert parse_values("1:3:1") == [1, 2, 3]
+    assert parse_values("0.5:0.5:1.0") == [0.5]
+    assert parse_values("0.2,1,true,null,sum") == [0.2, 1, True, None, "sum"]
+
+
+@pytest.mark.parametrize("text", ["1:2", "2:1:0.5", "1:2:0", "1:2:-1", "a:b:c", "1:2:3:4"])
+def test_malformed_ranges_are_refused(text):
+    with pytest.raises(ValueError, match="expected"):
+        parse_values(text)
+
+
+def test_scale_goes_to_mergers_that_have_one_and_names_may_be_classes():
+    mergers = {"ties_density0.1": TIES(density=0.1), "ties": TIES(), "dop": OPCM()}
+    found = grids(mergers, "1,2", ["TIES.density=0.1,0.2", "ties.scale=3"])
+    assert found["ties"] == {"scale": [3], "density": [0.1, 0.2]}
+    assert found["ties_density0.1"] == {"scale": [1, 2], "density": [0.1, 0.2]}
+
+
+def test_a_merger_of_which_nothing_is_tried_is_left_out():
+    assert grids({"magmax": MagMax(), "ties": TIES()}, None, ["TIES.density=0.1"]) == {"ties": {"density": [0.1]}}
+
+
+@pytest.mark.parametrize("assignment", ["TIES.density", "TIES=1", "density=1", "TIES.density=", "TIES.densty=1"])
+def test_malformed_assignments_are_refused(assignment):
+    with pytest.raises(ValueError, match="expected"):
+        grids({"ties": TIES()}, None, [assignment])
+
+
+def test_other_settings_stay():
+    merger = DARE(drop_rate=0.5, seed=7)
+    changed = with_values(merger, {"drop_rate": 0.1})
+    assert changed.settings() == {**merger.settings(), "drop_rate": 0.1}
+    assert changed is not merger
+    assert len(points({"a": [1, 2, 3], "b": [1, 2]})) == 6
