@@ -24,7 +24,7 @@ from clmerge.merging.linear import TaskArithmetic, WeightAverage
 from clmerge.merging.magmax import MagMax
 from clmerge.merging.matrices import Matrices
 from clmerge.merging.mats import MaTS
-from clmerge.merging.merger import Merger, Score, Statistics
+from clmerge.merging.merger import Merger
 from clmerge.merging.metagpt import MetaGPT
 from clmerge.merging.opcm import OPCM
 from clmerge.merging.pcb import PCB
@@ -36,6 +36,7 @@ from clmerge.merging.regmean import RegMean
 from clmerge.merging.slerp import SLERP
 from clmerge.merging.soup import GreedySoup
 from clmerge.merging.sparsify import RandomDrop, Sparsifier, TrimModel, TrimTensor
+from clmerge.merging.step import Score, Statistics
 from clmerge.merging.stock import ModelStock
 from clmerge.merging.subtraction import ExtSub
 from clmerge.merging.tall import TALL, Consensus

@@ -6,8 +6,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, device_of, float_dtype, slot_blocks
-from clmerge.merging.merger import Merger, Step
+from clmerge.merging.merger import Merger
 from clmerge.merging.statistics import diagonal_of
+from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
 

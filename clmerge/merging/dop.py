@@ -8,8 +8,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots
-from clmerge.merging.merger import Step
 from clmerge.merging.spectral import _Spectral
+from clmerge.merging.step import Step
 
 _BETAS = (0.9, 0.999)  # of Adam, like _EPSILON
 _EPSILON = 1e-8

@@ -9,7 +9,8 @@ from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, device_of, float_dtype, slot_blocks
 from clmerge.merging.bits import BitWriter, unpack_bits
-from clmerge.merging.merger import Merger, Step
+from clmerge.merging.merger import Merger
+from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State, TaskVector
 
 Rescaler = Literal["l1", "tensor_mean"]

@@ -8,9 +8,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots
-from clmerge.merging.merger import Step
 from clmerge.merging.spectral import _Spectral, live_svd
 from clmerge.merging.statistics import tensors_of
+from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
 

@@ -4,8 +4,8 @@ import math
 
 from typing_extensions import override
 
-from clmerge.merging.merger import Step
 from clmerge.merging.norms import squared_norm
+from clmerge.merging.step import Step
 from clmerge.merging.weighted_sum import WeightedSum
 from clmerge.weights.task_vector import State
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots
-from clmerge.merging.merger import Step
 from clmerge.merging.statistics import positive_number_of
+from clmerge.merging.step import Step
 from clmerge.merging.weighted_sum import Share, WeightedSum
 from clmerge.weights.task_vector import State
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, copied, device_of, float_dtype, slot_blocks
-from clmerge.merging.merger import Merger, Step
+from clmerge.merging.merger import Merger
+from clmerge.merging.step import Step
 
 IN_OUT = ("proj", "*.proj", "text_projection", "*.text_projection")
 """CLIP's projections, which are used as ``x @ proj``: their shape is (in, out), not (out, in)."""

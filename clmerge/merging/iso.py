@@ -8,8 +8,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots
-from clmerge.merging.merger import Step
 from clmerge.merging.spectral import _Spectral, live_svd
+from clmerge.merging.step import Step
 
 
 class IsoC(_Spectral):

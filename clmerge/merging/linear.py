@@ -7,8 +7,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots
-from clmerge.merging.merger import Merger, Step
+from clmerge.merging.merger import Merger
 from clmerge.merging.scope import Scope
+from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
 

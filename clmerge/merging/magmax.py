@@ -7,7 +7,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots
-from clmerge.merging.merger import Merger, Step
+from clmerge.merging.merger import Merger
+from clmerge.merging.step import Step
 
 
 def fold_max_magnitude(winner: Tensor, tau: Tensor) -> None:

@@ -9,9 +9,9 @@ from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots
 from clmerge.merging.gram import IN_OUT
-from clmerge.merging.merger import Step
 from clmerge.merging.regmean import RegMean
 from clmerge.merging.statistics import tensors_of
+from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
 _SOLVED = 1e-28  # squared residual, as a share of that of zero: float64 does not get further

@@ -1,54 +1,20 @@
 """The contract of every merge rule: an accumulator that folds task vectors in, one task at a time."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from clmerge.merging.accumulators import (
-    SlotDtypes,
-    Slots,
-    allocate,
-    copied,
-    device_of,
-    float_dtype,
-    slot_blocks,
-    widen,
-)
+from clmerge.merging.accumulators import SlotDtypes, Slots, allocate, copied, device_of, float_dtype, slot_blocks, widen
 from clmerge.merging.checks import Shapes, check_base, check_finite, check_shapes, is_finite, read_shapes
 from clmerge.merging.configured import Configured
 from clmerge.merging.scope import Scope, Scoped
 from clmerge.merging.sparsify import Sparsifier
+from clmerge.merging.step import Score, Statistics, Step
 from clmerge.weights.bank import TaskVectorBank
 from clmerge.weights.task_vector import State, TaskVector
-
-Score = Callable[[TaskVector], float]
-"""Held-out accuracy of theta0 + vector; higher is better."""
-
-Statistics = Mapping[str, State | float]
-"""What was measured on a task beside its vector, by name: tensors by parameter name, or one number."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one update knows beside the task vector.
-
-    Attributes:
-        task: Index of the task; it seeds random rules.
-        position: How many task vectors were merged before this one.
-        score: The held-out metric, for rules that require it.
-        statistics: What else was measured on the task, for rules that require it.
-        sign: 1 to fold the vector in, -1 to take it out again.
-    """
-
-    task: int
-    position: int
-    score: Score | None = None
-    statistics: Statistics = field(default_factory=dict)
-    sign: int = 1
 
 
 class Merger(Configured, Scoped, ABC):
@@ -57,8 +23,7 @@ class Merger(Configured, Scoped, ABC):
     ``compute()`` after t updates is the rule applied to tasks 1..t, for every t. A subclass keeps its
     constructor arguments under their own names, says which accumulators every parameter has, and writes two
     short functions: ``_fold_block`` takes a piece of a task vector in, ``_read_block`` reads the merged piece
-    out. Subclasses are the
-    registry: a class that exists is found by ``registered_mergers``.
+    out. Subclasses are the registry: a class that exists is found by ``registered_mergers``.
 
     Attributes:
         name: Short name in results and file names.

@@ -9,9 +9,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots
-from clmerge.merging.merger import Step
 from clmerge.merging.norms import squared_norm, vector_norm
 from clmerge.merging.spectral import _Spectral, live_svd
+from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
 ZeroDiagonal = Literal["paper", "released"]

@@ -6,8 +6,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, slot_blocks
-from clmerge.merging.merger import Merger, Step
+from clmerge.merging.merger import Merger
 from clmerge.merging.randomness import seeded_uniform
+from clmerge.merging.step import Step
 
 
 class RandomMix(Merger):

@@ -9,8 +9,8 @@ from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots
 from clmerge.merging.gram import IN_OUT, _Gram, ridge_solution
-from clmerge.merging.merger import Step
 from clmerge.merging.statistics import tensors_of
+from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
 

@@ -7,8 +7,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, slot_blocks
-from clmerge.merging.merger import Merger, Step
+from clmerge.merging.merger import Merger
 from clmerge.merging.norms import inner_product, squared_norm
+from clmerge.merging.step import Step
 
 _PARALLEL = 0.9995  # cosines beyond it are interpolated linearly, as in mergekit: the sine of the angle vanishes
 

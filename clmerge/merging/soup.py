@@ -8,7 +8,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots
-from clmerge.merging.merger import Merger, Score, Step
+from clmerge.merging.merger import Merger
+from clmerge.merging.step import Score, Step
 from clmerge.weights.task_vector import State, TaskVector
 
 

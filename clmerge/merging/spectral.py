@@ -9,7 +9,8 @@ from typing_extensions import override
 
 from clmerge.merging.checks import Shapes
 from clmerge.merging.matrices import Matrices
-from clmerge.merging.merger import Merger, Step
+from clmerge.merging.merger import Merger
+from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from clmerge.merging.checks import is_finite
-from clmerge.merging.merger import Step
+from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
 

@@ -7,8 +7,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, slot_blocks
-from clmerge.merging.merger import Merger, Step
+from clmerge.merging.merger import Merger
 from clmerge.merging.norms import squared_norm
+from clmerge.merging.step import Step
 
 _NO_DIRECTION = 1e-30  # norms below it are zero: their reciprocal is not a float32
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots, device_of, float_dtype, slot_blocks
-from clmerge.merging.merger import Step
+from clmerge.merging.step import Step
 from clmerge.merging.stored import _Stored
 from clmerge.weights.task_vector import State, TaskVector
 

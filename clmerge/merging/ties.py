@@ -9,8 +9,9 @@ from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, float_dtype, slot_blocks
 from clmerge.merging.linear import task_weight
-from clmerge.merging.merger import Merger, Step
+from clmerge.merging.merger import Merger
 from clmerge.merging.sparsify import Sparsifier, TrimModel, TrimTensor, keep_from
+from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
 Trim = Literal["model", "tensor"]

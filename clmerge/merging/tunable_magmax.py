@@ -8,8 +8,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots
-from clmerge.merging.merger import Step
 from clmerge.merging.randomness import seeded_uniform
+from clmerge.merging.step import Step
 from clmerge.merging.stored import _Stored
 from clmerge.weights.task_vector import State
 

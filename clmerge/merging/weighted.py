@@ -7,9 +7,9 @@ from typing import Literal
 from typing_extensions import override
 
 from clmerge.merging.linear import task_weight
-from clmerge.merging.merger import Step
 from clmerge.merging.norms import vector_norm
 from clmerge.merging.statistics import number_of, positive_number_of
+from clmerge.merging.step import Step
 from clmerge.merging.weighted_sum import WeightedSum
 from clmerge.weights.task_vector import State
 

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from clmerge.merging.merger import Step
 from clmerge.merging.statistics import number_of, positive_number_of
+from clmerge.merging.step import Step
 
 
 def step(value):
