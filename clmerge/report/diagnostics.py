@@ -24,6 +24,16 @@ def diagnostic_figures(study: Study) -> list[Figure]:
     return figures
 
 
+def measured_on(study: Study) -> str:
+    """Say which images the diagnostics were measured on; empty if none were needed."""
+    found = ((study.diagnosed.diagnostics if study.diagnosed else None) or {}).get("models")
+    if not found:
+        return ""
+    split = {"val": "validation ", "test": "test "}.get(found.get("split"), "")
+    reading = str(found["setting"]).replace("_", "-")
+    return f"What takes images was measured on {sum(found['images'])} {split}images, {reading}."
+
+
 def _vectors(found: Mapping[str, Any], tasks: Sequence[str]) -> Iterable[Figure]:
     whole, layers, matrices = found["whole"], found["layers"], found["matrices"]
     yield Figure(

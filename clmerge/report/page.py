@@ -16,6 +16,7 @@ from matplotlib.colors import to_hex
 from clmerge.report import svg
 from clmerge.report.charts import Figure, HeatChart, LineChart
 from clmerge.report.citations import bibtex
+from clmerge.report.diagnostics import measured_on
 from clmerge.report.figures import make_figures, ranked
 from clmerge.report.heat import draw_grid
 from clmerge.report.ledger import merged_of, report_versions, sources_of
@@ -95,6 +96,7 @@ def render_page(
         views=views,
         common=common,
         diagnostics=diagnostics,
+        measured_on=measured_on(study),
         searches=chosen_of(study),
         several_runs=len(study.runs) > 1,
         ledger=merged_of(study),

@@ -6,6 +6,9 @@ from support.tiny import tiny_clip
 from wandb_reader import find_runs
 
 from clmerge.cli import main
+from clmerge.report import read_study
+from clmerge.report.diagnostics import diagnostic_figures
+from clmerge.report.figures import common_figures
 from clmerge.results import Results, validate
 
 CONFIG = """
@@ -208,6 +211,11 @@ def test_runs_are_told_apart_and_aggregated(run, tmp_path, capsys):
     assert entry["task_agnostic"]["average_accuracy"]["mean"][-1] == pytest.approx((a + b) / 2)
     assert entry["task_agnostic"]["average_accuracy"]["std"][-1] == pytest.approx(abs(a - b) / 2**0.5)
     assert Results.from_dict(found).to_dict()["models"] == found["models"]
+    study = read_study([tmp_path / "out"])  # the page says the same
+    assert [e.name for e in study.mergers] == ["magmax (start_policy=previous)", "magmax (start_policy=base)"]
+    shown = study.mergers[0].figure("average_accuracy", "task_agnostic")
+    aggregate = entry["task_agnostic"]["average_accuracy"]
+    assert (shown.mean, shown.std) == (aggregate["mean"][-1], aggregate["std"][-1])
 
 
 def test_a_joint_run_is_a_reference(run, tmp_path):
@@ -276,6 +284,9 @@ def test_diagnose_says_why_with_the_chosen_settings(run, capsys):
         errors = diagnosed["models"]["models"][search["model"]]["error"]
         assert [1 - error for error in errors] == pytest.approx(chosen["accuracy"])
     assert "run: diagnosing on task 3 of 3" in capsys.readouterr().err
+    study = read_study([run / "compare"])
+    figures = {figure.name for figure in (*common_figures(study), *diagnostic_figures(study))}
+    assert {"searches", "cosine", "layers_norm", "effective_rank", "barriers", "disagreement"} <= figures
 
 
 def test_a_comparison_goes_to_wandb_when_asked(run, tmp_path, monkeypatch, capsys):

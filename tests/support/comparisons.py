@@ -72,6 +72,7 @@ def make_diagnostics(num_tasks=3, models=("base", "expert", "magmax")):
         },
         "models": {
             "setting": "task_agnostic",
+            "split": "val",
             "images": [10 for _ in row],
             "positions": [0.0, 0.5, 1.0],
             "models": {
