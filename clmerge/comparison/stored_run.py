@@ -5,9 +5,11 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence, Set
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from clmerge.callbacks.running_merge import RunningMerge
@@ -99,6 +101,11 @@ class StoredRun:
         """Whether every task has validation images."""
         return all(len(self.stream.dataset(task.index, "val")) for task in self.tasks)
 
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the run's Trainers put the module."""
+        return self.trainers.for_evaluation("").strategy.root_device
+
     def enter(self, task: int) -> None:
         """Give the module the head and the running statistics that it had after a task.
 
@@ -108,6 +115,7 @@ class StoredRun:
         Raises:
             ValueError: If the run has not kept them.
         """
+        self.module.to(self.device)  # a Trainer leaves it on the CPU
         self.data.task = task
         self.module.resume_tasks([t.classes for t in self.tasks[: task + 1]])
         file = self.folder.unmerged(task)
@@ -117,7 +125,7 @@ class StoredRun:
                 raise ValueError(
                     f"expected the head of task {task} in {file}, got none: run `clmerge fit` anew to keep it"
                 )
-            self.module.head = copy.deepcopy(self._blank_head)
+            self.module.head = copy.deepcopy(self._blank_head).to(self.device)
         own = own_names(self.module)
         kept = {own.get(name, name): tensor for name, tensor in kept.items()}
         if unexpected := self.module.load_state_dict(kept, strict=False).unexpected_keys:
