@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from clmerge.callbacks.evaluation_swap import EvaluationSwap
 from clmerge.callbacks.provided import provided
-from clmerge.callbacks.ranks import check_same_on_all_ranks
+from clmerge.callbacks.ranks import check_same_on_all_ranks, refuse_sharding
 from clmerge.callbacks.running_merge import Buffers, RunningMerge, check_choice
 from clmerge.lightning_compat import refuse_unsupported_strategy
 from clmerge.merging import Merger, Statistics
@@ -169,6 +169,7 @@ class MergeCallback(RunningMerge, EvaluationSwap):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         refuse_unsupported_strategy(trainer)
+        refuse_sharding(trainer, pl_module)
         if stage == "fit":  # before Lightning restores a checkpoint: what a checkpoint holds wins over the start policy
             self.apply_start_policy(pl_module)
 

@@ -1,11 +1,13 @@
-"""Whether all processes of a distributed run merged alike."""
+"""What processes of a distributed run must have in common, and what they must not do."""
 
 from collections.abc import Sequence
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from clmerge.weights import State, fingerprint
+from clmerge.weights.parametrization import parametrized
 
 
 def check_same_on_all_ranks(trainer: Trainer, vectors: Sequence[State]) -> None:
@@ -22,3 +24,18 @@ def check_same_on_all_ranks(trainer: Trainer, vectors: Sequence[State]) -> None:
             f"expected the same merged weights on all {trainer.world_size} ranks, got different ones: "
             "the ranks trained different models"
         )
+
+
+def refuse_sharding(trainer: Trainer, module: LightningModule) -> None:
+    """Refuse FSDP2 for modes of tuning whose layers compute their weights where these are asked for.
+
+    Raises:
+        RuntimeError: If there is such a layer; the message names the strategy to use instead.
+    """
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        for prefix, part in parametrized(module).items():
+            if not part.shardable:
+                raise RuntimeError(
+                    f"expected ordinary layers under ModelParallelStrategy, got {type(part).__name__} at "
+                    f"{prefix.rstrip('.')!r}, which FSDP2 cannot shard; use strategy='ddp'"
+                )

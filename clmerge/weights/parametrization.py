@@ -27,6 +27,9 @@ class Parametrized(nn.Module, ABC):
     answers_for_children: ClassVar[bool] = True
     """Whether parametrized modules inside of this one are its own matter: they are not asked themselves then."""
 
+    shardable: ClassVar[bool] = True
+    """Whether FSDP2 may shard it: it takes parameters for what ``getattr`` gives under their names."""
+
     @abstractmethod
     def names(self) -> Sequence[str]:
         """Return the dense names of the weights that the inner parameters move."""

@@ -14,6 +14,7 @@ from support.tiny import ForeignModule, toy_loader
 
 from clmerge.callbacks import MergeCallback
 from clmerge.merging import PCB, TIES, Ethos, Fisher, MagMax, TaskArithmetic, WeightAverage
+from clmerge.models import add_lora
 from clmerge.weights import TaskVectorBank, save_tensors
 
 
@@ -401,6 +402,7 @@ from torch.distributed.fsdp import fully_shard
 from support.tiny import ForeignModule, toy_loader
 from clmerge.callbacks import MergeCallback
 from clmerge.merging import TIES, MagMax
+from clmerge.models import add_lora
 from clmerge.weights import fingerprint, save_tensors
 
 class Sharded(ForeignModule):
@@ -414,6 +416,8 @@ torch.manual_seed(0)
 kind, out = sys.argv[1:]
 sharded = kind == "fsdp2"
 model = Sharded() if sharded else ForeignModule()
+if kind.endswith("lora"):
+    add_lora(model.net, "weight", rank=2)
 merge = MergeCallback([MagMax(), TIES(density=0.5)], start_policy="merged")
 for task in range(2):
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if sharded else "ddp"
@@ -429,7 +433,7 @@ if trainer.is_global_zero:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "ddp lora"])
 def test_two_processes_merge_what_one_process_with_the_whole_batch_merges(tmp_path, kind):
     (tmp_path / "script.py").write_text(SCRIPT)
     out = tmp_path / "merged.safetensors"
@@ -446,6 +450,8 @@ def test_two_processes_merge_what_one_process_with_the_whole_batch_merges(tmp_pa
 
     torch.manual_seed(0)
     model = ForeignModule()
+    if kind.endswith("lora"):
+        add_lora(model.net, "weight", rank=2)
     merge = MergeCallback([MagMax(), TIES(density=0.5)], start_policy="merged")
     for task in range(2):
         make_trainer(merge).fit(model, toy_loader(task, batch_size=24))

@@ -24,6 +24,7 @@ class Adapted(Parametrized):
     """
 
     answers_for_children = False
+    shardable = False
     settings: ClassVar[tuple[str, ...]] = ()
     plain_class: type[nn.Module]
 
