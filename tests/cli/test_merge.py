@@ -1,4 +1,8 @@
+import contextlib
 import json
+import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clmerge.cli import main
+from clmerge.cli.merge import progress
 from clmerge.merging import TIES
 from clmerge.weights import apply_task_vector, task_vector
 
@@ -205,3 +210,52 @@ def test_shards(files, tmp_path, capsys):
     assert main([*command, "--overwrite"]) == 0
     assert main([*command[:-1], "huge"]) == 1
     assert "expected a size such as 5GB or 500MiB, got 'huge'" in capsys.readouterr().err
+
+
+def on_a_terminal(action, monkeypatch):
+    """Do something with a terminal for stderr; return what it was sent."""
+    master, slave = pty.openpty()
+    os.set_blocking(master, False)
+    found = bytearray()
+    with monkeypatch.context() as patch, os.fdopen(slave, "w") as stderr:
+        patch.setenv("TERM", "xterm")
+        patch.setenv("COLUMNS", "100")
+        for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+            patch.delenv(name, raising=False)
+        patch.setattr(sys, "stderr", stderr)
+        action()
+        with contextlib.suppress(BlockingIOError):
+            while piece := os.read(master, 1 << 16):
+                found.extend(piece)
+    os.close(master)
+    return found.decode()
+
+
+def test_a_terminal_shows_a_bar_with_bytes_per_second(monkeypatch):
+    def slowly():
+        with progress("merging", 10_000_000) as on_bytes:
+            for _ in range(3):
+                on_bytes(2_000_000)
+                time.sleep(0.15)
+
+    shown = on_a_terminal(slowly, monkeypatch)
+    plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown)
+    assert re.search(r"merging [\u2501\u2578\u257a ]+ [246]\.0/10\.0 MB [\d.]+ MB/s", plain)
+    assert re.search(r"merging: 6\.0 MB in 0\.\d s, \d+ MB/s\r?\n$", plain)
+
+
+def test_a_merge_on_a_terminal_shows_the_bar(files, tmp_path, monkeypatch):
+    command = arguments(files, "--merger", "MagMax", "--out", str(tmp_path / "out.safetensors"))
+    shown = on_a_terminal(lambda: main(command), monkeypatch)
+    assert "\x1b[2K" in shown  # the bar is wiped away at the end
+    assert "merging: 40 %" not in shown
+    assert shown.endswith("MB/s\r\n")
+
+
+def test_without_a_terminal_there_are_plain_lines(capsys):
+    with progress("merging", 10_000_000) as on_bytes:
+        for _ in range(10):
+            on_bytes(1_000_000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:-1] == ["merging: 30 %", "merging: 50 %", "merging: 80 %"]
+    assert re.fullmatch(r"merging: 10\.0 MB in 0\.\d s, [\d,]+ MB/s", lines[-1])
