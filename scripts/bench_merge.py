@@ -1,11 +1,12 @@
 """Measure what merging costs: CPU seconds and peak anonymous memory of every contender, each in its own process.
 
-python scripts/bench_merge.py [--tasks 2 8] [--blocks 12] [--only TEXT] [--folder DIR] [--rounds 1]
+python scripts/bench_merge.py [--tasks 2 8] [--blocks 12] [--only TEXT ...] [--folder DIR] [--rounds 1]
 
 Makes synthetic checkpoints of a ViT-B/32 image tower (87.8 M float32 parameters; --blocks makes it smaller), runs the
 contenders one after another, and prints a Markdown table. "read and write" imports torch, reads every input once and
-writes one output: no merge can cost less. Contenders that are not installed are skipped and named.
-FusionBench, whose TIES holds all models several times over, is left out.
+writes one output: no merge can cost less; "read, hash and write" computes the SHA-256 of all files, too, as clmerge
+does for its ledger. Contenders that are not installed are skipped and named. FusionBench's TIES holds all models
+several times over: eight of full size take more than 24 GB.
 """
 
 import argparse
@@ -39,6 +40,12 @@ for model in models:
             tensor = file.get_tensor(name)
             buffer[: tensor.numel()].copy_(tensor.view(-1))
 save_file(theta, out)
+"""
+HASHING = """
+import hashlib
+for path in (base, *models, out):
+    with open(path, "rb") as file:
+        hashlib.file_digest(file, "sha256")
 """
 
 
@@ -123,16 +130,18 @@ def contenders() -> tuple[list[Contender], list[str]]:
     found = [
         Contender("import torch", (python, "-c", "import torch, safetensors.torch"), takes_options=False),
         Contender("read and write", (python, "-c", BASELINE), takes_options=False),
+        Contender("read, hash and write", (python, "-c", BASELINE + HASHING), takes_options=False),
         *(Contender(f"clmerge {name}, no hash", (*merge, *rule, "--no-hash")) for name, rule in rules.items()),
         *(Contender(f"clmerge {name}", (*merge, *rule)) for name, rule in rules.items()),
     ]
     absent = []
-    if importlib.util.find_spec("mergekit") is not None:
-        for method in ("task_arithmetic", "ties"):
-            script = (python, __file__, "--mergekit", method)
-            found.append(Contender(f"mergekit {method}", script, takes_options=False))
-    else:
-        absent.append("mergekit")
+    for package, methods in PEERS.items():
+        if importlib.util.find_spec(package) is None:
+            absent.append(package)
+            continue
+        for method in methods:
+            script = (python, __file__, "--peer", package, method)
+            found.append(Contender(f"{package} {method}", script, takes_options=False))
     return found, absent
 
 
@@ -149,6 +158,32 @@ def run_mergekit(method: str, out: Path, base: Path, models: list[Path]) -> None
     recipe = out.with_suffix(".json")  # JSON is YAML, too
     recipe.write_text(json.dumps(config), encoding="utf-8")
     main([str(recipe), str(out), "--safe-serialization"], standalone_mode=True)
+
+
+def run_fusion_bench(method: str, out: Path, base: Path, models: list[Path]) -> None:
+    """Merge by FusionBench's algorithms, which take modules in memory, with the settings that match."""
+    from fusion_bench.method.magmax import MagMaxAlgorithm
+    from fusion_bench.method.task_arithmetic import TaskArithmeticAlgorithm
+    from fusion_bench.method.ties_merging import TiesMergingAlgorithm
+    from safetensors.torch import load_file
+
+    def module(path: Path) -> torch.nn.Module:
+        # Names of parameters have no dots.
+        tensors = {name.replace(".", "/"): torch.nn.Parameter(tensor) for name, tensor in load_file(path).items()}
+        return torch.nn.ParameterDict(tensors)
+
+    algorithm = {
+        "task_arithmetic": lambda: TaskArithmeticAlgorithm(scaling_factor=0.3),
+        "magmax": lambda: MagMaxAlgorithm(scaling_factor=0.5),
+        "ties": lambda: TiesMergingAlgorithm(scaling_factor=1.0, threshold=20, remove_keys=[], merge_func="mean"),
+    }[method]()
+    pool = {"_pretrained_": module(base)} | {path.stem: module(path) for path in models}
+    merged = algorithm.run(pool).state_dict()
+    save_file({name.replace("/", "."): tensor.detach().contiguous() for name, tensor in merged.items()}, out)
+
+
+PEERS = {"mergekit": ("task_arithmetic", "ties"), "fusion_bench": ("task_arithmetic", "magmax", "ties")}
+RUN_PEER = {"mergekit": run_mergekit, "fusion_bench": run_fusion_bench}
 
 
 def measure(arguments: list[str], environment: dict[str, str]) -> Cost:
@@ -210,13 +245,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, nargs="+", default=[2, 8], help="numbers of models (default: 2 8)")
     parser.add_argument("--blocks", type=int, default=12, help="transformer blocks of the model (default: 12)")
-    parser.add_argument("--only", default="", help="only contenders whose name has this text, and read and write")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="only contenders whose name has one of these texts, and read and write"
+    )
     parser.add_argument("--folder", type=Path, help="where checkpoints are made and kept (default: a temporary folder)")
     parser.add_argument("--rounds", type=int, default=1, help="runs of which the one with the least CPU counts")
     parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of every contender (default: 1)")
     options = parser.parse_args()
     chosen, absent = contenders()
-    chosen = [one for one in chosen if options.only in one.name or one.name == "read and write"]
+    chosen = [one for one in chosen if any(text in one.name for text in options.only) or one.name == "read and write"]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -238,8 +275,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--mergekit"]:
-        chosen_method, written, *inputs = sys.argv[2:]
-        run_mergekit(chosen_method, Path(written), Path(inputs[0]), [Path(name) for name in inputs[1:]])
+    if sys.argv[1:2] == ["--peer"]:
+        chosen_peer, chosen_method, written, *inputs = sys.argv[2:]
+        RUN_PEER[chosen_peer](chosen_method, Path(written), Path(inputs[0]), [Path(name) for name in inputs[1:]])
     else:
         main()

@@ -206,7 +206,7 @@ class CheckpointMerge:
         if self.origin == "base":
             start = self.base.tensor(name)
             dtype = accumulator_dtype(start, tau)
-            tau = start.to(dtype) + tau.to(dtype)
+            tau = tau.to(dtype).add_(start.to(dtype))
         return tau.to(self.entries[name].dtype)
 
     def _check_base(self) -> None:

@@ -1,7 +1,8 @@
 """Merge task vectors that are on disk, one parameter at a time: memory does not grow with the number of tasks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from math import prod
 from typing import Literal, Protocol
 
@@ -19,7 +20,7 @@ from clmerge.merging.threshold import kth_of_pieces, sample_step
 from clmerge.merging.ties import TIES, sum_of_signs
 from clmerge.weights.task_vector import LazyVector, State
 
-_PIECE = 1 << 19
+_PIECE = 1 << 20
 
 Passes = Literal["entry", "parameter", "thresholds", "model"]
 """How a rule is streamed: in pieces, parameter by parameter, in pieces after a pass for thresholds, or as a whole."""
@@ -146,7 +147,9 @@ class _Flat:
         self.task = task
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (self.vectors.read(self.task, name).reshape(-1) for name in self.vectors.names)
+        for name in self.vectors.names:
+            for piece in _pieces(self.vectors.shape(name)):
+                yield self.vectors.read(self.task, name, piece)
 
 
 def _trim_density(merger: Merger) -> float:
@@ -180,13 +183,27 @@ def _pieces(shape: tuple[int, ...]) -> list[slice]:
     return [slice(start, min(start + _PIECE, numel)) for start in range(0, max(numel, 1), _PIECE)]
 
 
+def _by_piece(vectors: Vectors, name: str, merged: Callable[[slice], Tensor]) -> Tensor:
+    """Merge a parameter piece by piece."""
+    shape = vectors.shape(name)
+    whole: Tensor | None = None
+    for piece in _pieces(shape):
+        part = merged(piece)
+        if whole is None:
+            whole = part.new_empty(prod(shape))
+        whole[piece] = part
+    assert whole is not None, "an empty parameter has one piece"
+    return whole.view(shape)
+
+
 def _by_entry(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:
     for name in vectors.names:
-        parts = []
-        for piece in _pieces(vectors.shape(name)):
+
+        def merged(piece: slice, name: str = name) -> Tensor:
             _fold(merger, vectors, name, piece)
-            parts.append(merger.compute()[name])
-        yield name, torch.cat(parts).view(vectors.shape(name))
+            return merger.compute()[name]
+
+        yield name, _by_piece(vectors, name, merged)
     merger.reset()
 
 
@@ -228,35 +245,32 @@ def _ties(merger: TIES, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:
     """
     surplus = 0
     guesses: dict[str, bool] = {}
+
+    def merged(name: str, piece: slice, positive: bool) -> Tensor:
+        nonlocal surplus
+        _fold(merger, vectors, name, piece)
+        for block, _ in slot_blocks(merger._slots[name]):
+            total = merger._total(block)
+            surplus += sum_of_signs([total])
+            if name not in guesses and _undecided(block, total):
+                guesses[name] = positive
+        return _read(merger, name, positive)
+
     for name in vectors.names:
-        guess = surplus > 0
-        parts = []
-        for piece in _pieces(vectors.shape(name)):
-            _fold(merger, vectors, name, piece)
-            slots = merger._slots[name]
-            surplus += sum_of_signs(merger._total(block) for block, _ in slot_blocks(slots))
-            if name not in guesses and _undecided(merger, slots):
-                guesses[name] = guess
-            parts.append(_read(merger, name, guess))
-        yield name, torch.cat(parts).view(vectors.shape(name))
-    for name in [name for name, guess in guesses.items() if guess != (surplus > 0)]:
-        parts = []
-        for piece in _pieces(vectors.shape(name)):
-            _fold(merger, vectors, name, piece)
-            parts.append(_read(merger, name, surplus > 0))
-        yield name, torch.cat(parts).view(vectors.shape(name))
+        yield name, _by_piece(vectors, name, partial(merged, name, positive=surplus > 0))
+    positive = surplus > 0
+    for name in [name for name, guess in guesses.items() if guess != positive]:
+        yield name, _by_piece(vectors, name, partial(merged, name, positive=positive))
     merger.reset()
 
 
-def _undecided(merger: TIES, slots: Slots) -> bool:
-    """Return whether any entry depends on the sign that zero sums take."""
-    for block, _ in slot_blocks(slots):
-        first, second = (merger._read_block(block, sign) for sign in (1, 0))
-        # Bits, for a zero has a sign, too.
-        bits = torch.int32 if first.dtype == torch.float32 else torch.int64
-        if not torch.equal(first.view(bits), second.view(bits)):
-            return True
-    return False
+def _undecided(block: Slots, total: Tensor) -> bool:
+    """Return whether any entry depends on the sign that zero sums take: its positive and negative parts differ."""
+    kind = "max" if "pos_max" in block else "sum"
+    # Numbers instead of flags: on a CPU comparisons that give flags, and any(), take five times as long.
+    zero = torch.eq(total, 0, out=torch.empty_like(total))
+    differ = torch.ne(block[f"pos_{kind}"], block[f"neg_{kind}"], out=torch.empty_like(total))
+    return bool(zero.dot(differ))
 
 
 def _read(merger: TIES, name: str, positive: bool) -> Tensor:

@@ -147,9 +147,10 @@ class TIES(Merger):
         slots["pos_sum"].add_(positive)
         slots["neg_sum"].add_(negative)
         if self.merge == "mean":
-            counted = torch.int16 if self.weights is None else tau.dtype
-            slots["pos_count"].add_(positive.sign_().to(counted), alpha=weight)
-            slots["neg_count"].sub_(negative.sign_().to(counted), alpha=weight)
+            # Counts are integers; weights are added up as they are.
+            signs = tau.sign_().to(torch.int16) if self.weights is None else tau.sign_()
+            slots["pos_count"].add_(signs.clamp(min=0), alpha=weight)
+            slots["neg_count"].sub_(signs.clamp_(max=0), alpha=weight)
 
     @override
     def _join_block(self, slots: Slots, other: Slots) -> None:
