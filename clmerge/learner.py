@@ -28,6 +28,7 @@ from clmerge.regularized_tasks import RegularizedTasks
 from clmerge.results import EXPERT, ZERO_SHOT, Results, is_reference
 from clmerge.run_folder import RunFolder
 from clmerge.streams import Stream, StreamDataModule
+from clmerge.streams.replay import replay_memory
 from clmerge.streams.splits import derived_seed
 from clmerge.task_statistics import measure
 from clmerge.trainers import TrainerFactory, Trainers
@@ -241,6 +242,9 @@ class Learner:
                 "without training; set trainer.max_epochs to 1 or more"
             )
         results.bytes |= self.regularized.end(trainer.strategy.root_device)
+        if self.data.replay:
+            kept = replay_memory(self.stream, task + 1, self.data.replay, None, seed=self.data.seed)
+            results.bytes["replay"] = kept.nbytes
         results.add_seconds("train", time.perf_counter() - started - self.merge.seconds)
         results.add_seconds("merge", self.merge.seconds)
         if self.calibrated:

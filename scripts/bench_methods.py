@@ -74,6 +74,7 @@ WAYS = {
     "LoRA, base": Way("lora_task_arithmetic", tuple(FEW), rate="lora"),
     "LoRA, previous": Way("lora_task_arithmetic", tuple(FEW), policy="previous", rate="lora"),
     "linearized LoRA, base": Way("l_lora", tuple(FEW), rate="lora"),
+    "LoRA, sum, tuned": Way("chitale_lora", rate="lora"),
     "ITA, base": Way("ita", tuple(FEW)),
     "SAM, base": Way("sam_merging", tuple(FEW)),
     "EWC": Way("ewc", expert="EWC"),
@@ -229,16 +230,18 @@ def kept_bytes(folder: Path, model: str) -> float:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     results = json.loads((folder / "results.json").read_text())
     kept = 0.0
-    numbers = results.get("bytes_kept", {})
+    numbers = results["bytes"]
     if model not in ("expert", "zero_shot"):
         bank = TaskVectorBank(folder / "bank")
         num_params = sum(tensor.numel() for tensor in bank[0].values())
         for plain in config["mergers"]:
             name = plain["class_path"].rsplit(".", 1)[-1]
-            if getattr(clmerge.merging, name).name == model:
+            if getattr(clmerge.merging, name).name == model.partition("+")[0]:
                 merger = _built({"class_path": name, "init_args": plain.get("init_args") or {}})
                 kept += merger.state_size(num_params, len(bank)) + 4 * num_params  # and theta_0
-    return kept + sum(numbers.values())
+    name, _, calibration = model.partition("+")
+    prefix = "calibration." if calibration else ("regularizer.", "replay")
+    return kept + sum(number for key, number in numbers.items() if key.startswith(prefix))
 
 
 def mean_std(values: list[float]) -> str:

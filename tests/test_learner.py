@@ -251,6 +251,8 @@ def test_replay_keeps_more_of_earlier_tasks_than_sequential_fine_tuning(clip, tm
             RunFolder.create(tmp_path / name),
             trainer=lambda **given: build_trainer(**{"max_epochs": 4, "limit_train_batches": 1.0} | given),
         )
+        wanted = {"replay": 10 * 4 * 3 * 8 * 8} if data.get("replay") == 40 else {}
+        assert results.bytes | wanted == results.bytes
         return results.matrix("expert")[1]
 
     sequential, replayed, joint = last("sequential"), last("replay", replay=40), last("joint", replay="all")

@@ -72,12 +72,9 @@ class Images(Dataset[tuple[Any, int]]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the images as they are decoded: one for each of three channels of a pixel."""
-        return sum(
-            3 * image.width * image.height
-            for part in self.parts
-            for image in (part.plan.images.image(index) for index in part.plan.indices)
-        )
+        """Bytes of the decoded images, three a pixel; all of one data set count as large as its first."""
+        first = [(len(part), part.plan.images.image(part.plan.indices[0])) for part in self.parts]
+        return sum(3 * number * image.width * image.height for number, image in first)
 
     def __len__(self) -> int:
         return len(self._places)
