@@ -243,8 +243,8 @@ class Learner:
             )
         results.bytes |= self.regularized.end(trainer.strategy.root_device)
         if self.data.replay:
-            kept = replay_memory(self.stream, task + 1, self.data.replay, None, seed=self.data.seed)
-            results.bytes["replay"] = kept.nbytes
+            memory = replay_memory(self.stream, task + 1, self.data.replay, None, seed=self.data.seed)
+            results.bytes["replay"] = memory.nbytes
         results.add_seconds("train", time.perf_counter() - started - self.merge.seconds)
         results.add_seconds("merge", self.merge.seconds)
         if self.calibrated:
