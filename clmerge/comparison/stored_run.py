@@ -189,6 +189,7 @@ class StoredRun:
             image_memory: MiB of images that are kept in memory instead.
         """
         self.scratch = folder
+        self.data.cache_eval = True
         self.data.cache_mb = image_memory
         self.data.keep_images(folder)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from clmerge.streams.images import ImageDataset
+
+_SHARE_OF_DISK = 0.5
 
 
 class CachedImages(Dataset[tuple[Tensor, int]]):
@@ -21,11 +24,13 @@ class CachedImages(Dataset[tuple[Tensor, int]]):
     Args:
         images: ``(num_images, channels, height, width)``.
         targets: global class ids, length ``num_images``.
+        on_disk: whether the images are a mapped file and take no memory of their own.
     """
 
-    def __init__(self, images: Tensor, targets: list[int]) -> None:
+    def __init__(self, images: Tensor, targets: list[int], *, on_disk: bool = False) -> None:
         self.images = images
         self.targets = targets
+        self.on_disk = on_disk
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -34,13 +39,16 @@ class CachedImages(Dataset[tuple[Tensor, int]]):
         return self.images[index], self.targets[index]
 
 
-def cached(dataset: ImageDataset, max_bytes: int, file: Path | None = None) -> CachedImages | None:
+def cached(
+    dataset: ImageDataset, max_bytes: int, file: Path | None = None, *, num_workers: int = 0
+) -> CachedImages | None:
     """Transform all images once and keep them, if they fit and if the transform is not random.
 
     Args:
         dataset: images with their evaluation transform.
         max_bytes: room there is in memory.
-        file: where images go that do not fit into memory (default: they are not kept).
+        file: where images go that do not fit into memory, if the disk has room (default: they are not kept).
+        num_workers: processes that decode images for the file.
 
     Returns:
         The kept images; None if they do not fit, are not tensors of one shape, or come out different the
@@ -52,18 +60,20 @@ def cached(dataset: ImageDataset, max_bytes: int, file: Path | None = None) -> C
     if not isinstance(first, Tensor) or not torch.equal(first, again):
         return None
     shape = (len(dataset), *first.shape)
-    if first.nbytes * len(dataset) <= max_bytes:
-        images = first.new_empty(shape)
-    elif file is not None:
+    size = first.nbytes * len(dataset)
+    if size <= max_bytes:
+        images, num_workers = first.new_empty(shape), 0
+    # A mapped file grows when it is written to, and a full disk would then kill the process.
+    elif file is not None and size < shutil.disk_usage(file.parent).free * _SHARE_OF_DISK:
         images = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=first.dtype).view(shape)
     else:
         return None
-    for index in range(len(dataset)):
-        image = dataset[index][0]
+    loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, generator=torch.Generator())
+    for index, (image, _) in enumerate(loader):
         if image.shape != first.shape:
             return None
         images[index] = image
-    return CachedImages(images, dataset.targets)
+    return CachedImages(images, dataset.targets, on_disk=size > max_bytes)
 
 
 class TaskImages(Dataset[tuple[Any, int, int]]):

@@ -202,9 +202,9 @@ class StreamDataModule(LightningDataModule):
             return images
         key = (split, task)
         if key not in self._cache:
-            used = sum(kept.images.nbytes for kept in self._cache.values() if kept is not None)
+            used = sum(kept.images.nbytes for kept in self._cache.values() if kept is not None and not kept.on_disk)
             file = None if self._image_files is None else self._image_files / f"{split}_{task:03d}.bin"
-            self._cache[key] = cached(images, self.cache_mb * 2**20 - used, file)
+            self._cache[key] = cached(images, self.cache_mb * 2**20 - used, file, num_workers=self.num_workers)
         return self._cache[key] or images
 
     def _eval_loader(

@@ -1,3 +1,5 @@
+from collections import namedtuple
+
 import pytest
 import torch
 from torchvision import transforms
@@ -24,6 +26,23 @@ def test_images_that_do_not_fit_are_not_kept(stream):
     data = stream.dataset(0, "test", transforms.ToTensor())
     assert cached(data, BYTES * len(data)) is not None
     assert cached(data, BYTES * len(data) - 1) is None
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_that_do_not_fit_may_wait_in_a_file(stream, tmp_path, num_workers):
+    data = stream.dataset(0, "test", transforms.ToTensor())
+    kept = cached(data, 100, tmp_path / "images.bin", num_workers=num_workers)
+    assert kept.on_disk
+    assert (tmp_path / "images.bin").stat().st_size == BYTES * len(data)
+    assert torch.equal(kept.images, cached(data, 10**7).images)
+    assert not cached(data, 10**7, tmp_path / "other.bin").on_disk
+    assert not (tmp_path / "other.bin").exists()
+
+
+def test_a_disk_without_room_is_left_alone(stream, tmp_path, monkeypatch):
+    usage = namedtuple("Usage", "total used free")(10**6, 10**6 - 100, 100)
+    monkeypatch.setattr("clmerge.streams.cache.shutil.disk_usage", lambda folder: usage)
+    assert cached(stream.dataset(0, "test", transforms.ToTensor()), 100, tmp_path / "images.bin") is None
 
 
 def test_random_transforms_other_types_and_changing_shapes_are_not_kept(stream):

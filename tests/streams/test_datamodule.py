@@ -256,3 +256,25 @@ def test_stream_and_task_are_checked():
 def test_numbers_out_of_range(options):
     with pytest.raises(ValueError, match="or more"):
         StreamDataModule(**options)
+
+
+@pytest.mark.parametrize("cache_mb", [0, 64])
+def test_kept_images_are_decoded_once_whatever_task_is_trained(tmp_path, cache_mb):
+    decoded = []
+
+    def counted(image):
+        decoded.append(1)
+        return transforms.functional.to_tensor(image)
+
+    data = StreamDataModule(64, cache_mb=cache_mb)
+    stream = ClassIncremental(SklearnDigits(), num_tasks=2)
+    data.setup_stream(stream, None, counted)
+    data.keep_images(tmp_path)
+    seen = []
+    for task in (0, 1, 0):
+        data.task = task
+        before = len(decoded)
+        seen.append([batch[0] for split in ("val", "test") for batch in data.eval_dataloader(split)])
+        assert (len(decoded) == before) == (len(seen) > 1)
+    assert all(torch.equal(a, b) for batches in seen[1:] for a, b in zip(seen[0], batches, strict=True))
+    assert len(list(tmp_path.iterdir())) == (0 if cache_mb else 4)
