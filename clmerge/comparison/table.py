@@ -108,12 +108,18 @@ def _costs(models: Sequence[str], compared: Mapping[str, Any]) -> dict[str, str]
 
 
 def _search_note(search: Mapping[str, Any]) -> str:
-    values = ", ".join(f"{name}={value}" for name, value in search["chosen"].items())
+    values = ", ".join(_chosen(name, value, search["parameters"][name]) for name, value in search["chosen"].items())
     score = percent(search["score"])
     note = f"{search['model']}: {values} chosen of {len(search['points'])} by {score} % on validation images"
     if search["rule"] is None:
         return note
-    return f"{note}; best scale after task t: {search['rule']['a']:.3g} * t^{search['rule']['b']:.3g}"
+    return f"{note}; best scale after task t: {search['rule']['a']:.2f} * t^{search['rule']['b']:.2f}"
+
+
+def _chosen(name: str, value: Any, values: Sequence[Any]) -> str:
+    """Return a chosen value, with a hint where a wider range may hold a better one."""
+    numbers = len(values) > 1 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    return f"{name}={value}" + " (at the edge of what was tried)" * (numbers and value in (min(values), max(values)))
 
 
 def _order_note(model: str, part: Mapping[str, Any], setting: Setting) -> str:

@@ -30,6 +30,7 @@ def comparison(tmp_path, name, *, seed, matrix, start="previous", tasks=("a", "b
     results.set_zero_shot([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
     settings = {"ties": {"merger": "TIES", "search": 0}}
     search = {"model": "ties", "run": name, "chosen": {"scale": 1}, "points": [{}], "score": 0.5, "rule": None}
+    search["parameters"] = {"scale": [1, 2]}
     kept = {model: [40, 40, 40] for model in ("ties", "expert", "zero_shot")}
     return Comparison(run, results, settings, kept, {"ties": [0.1, 0.1, 0.1]}, [search])
 
@@ -63,6 +64,7 @@ def test_seeds_are_aggregated_figure_by_figure(tmp_path):
     row = next(line for line in lines if line.startswith("ties"))
     assert "(2 runs)" in row
     assert "70.0 +-4.7" in row
+    assert any("scale=1 (at the edge of what was tried)" in line for line in lines)
 
 
 def test_runs_with_other_orders_of_classes_share_places_not_names(tmp_path):
