@@ -63,8 +63,7 @@ class Learner:
             bytes per trained parameter and task on disk; mergers that need them all then keep no copies in memory.
         statistics_images: Training images per task that Fisher information, Gram matrices and losses are measured on,
             for mergers that require them.
-        calibrations: What is done to merged models after every task, for example ``[SampleTuning]``; each gives models
-            of its own, ``magmax+tuned``.
+        calibrations: What is done to merged models after every task; each gives models of its own, ``magmax+tuned``.
         seed: Seed of initialisation, order of samples, augmentation and dropout, each fixed per task.
 
     Raises:
@@ -253,8 +252,8 @@ class Learner:
         trainer.strategy.barrier("trained")
         if self.keep_task_vectors:
             run.keep_unmerged(task, self._unmerged())
-        kept = self.merge.accumulators() | {"calibration": self.calibrated.state_dict()}
-        run.commit_state(task, self.module.state_dict(), kept)
+        accumulators = self.merge.accumulators() | {"calibration": self.calibrated.state_dict()}
+        run.commit_state(task, self.module.state_dict(), accumulators)
 
     def _train_branches(self, run: RunFolder, trainers: Trainers, task: int) -> Trainer:
         """Train a task in branches, commit each, and merge what the last round gave."""
@@ -311,7 +310,7 @@ class Learner:
     def _evaluate(self, run: RunFolder, trainers: Trainers, results: Results, task: int) -> None:
         started = time.perf_counter()
         weights = self._merged()
-        weights |= self.calibrated.models(weights, task, trainers.device) if self.calibrated else {}
+        weights |= self.calibrated.models(weights, task, trainers.device)
         # theta_0 + tau is what the bank can give back: compare finds the same bits.
         expert = self.merge.weights_with(self.merge.task_vector(self.module), self.module)
         rows = self._rows(trainers, f"evaluating {len(weights) + 1} models", {**weights, EXPERT: expert})
@@ -335,9 +334,7 @@ class Learner:
         run.commit()
 
     def _finish(self, run: RunFolder, trainers: Trainers, results: Results) -> None:
-        more: dict[str, dict[str, Tensor]] = {}
-        if self.calibrated:  # on all ranks
-            more |= self.calibrated.final(self._merged(), len(self.tasks) - 1, trainers.device)
+        more = dict(self.calibrated.final(self._merged(), len(self.tasks) - 1, trainers.device))  # on all ranks
         if run.writes:
             save_models(run, self.module, self.merge, list(self.mergers), more)
             save_plots(results, run.plots)
@@ -375,8 +372,7 @@ class Learner:
 
     def _merged(self) -> dict[str, dict[str, Tensor]]:
         """Return the weights of every merged model, by the module's own names."""
-        vectors = {name: self.merge.merged_vector(name) for name in self.mergers}
-        return {name: self.merge.state_with(vector, self.module) for name, vector in vectors.items()}
+        return {name: self.merge.state_with(self.merge.merged_vector(name), self.module) for name in self.mergers}
 
     def _unmerged(self) -> dict[str, Tensor]:
         """Return what is trained but never merged: a head that learns its classes, and running statistics."""
