@@ -195,7 +195,7 @@ def _verify(path: str) -> int:
     if differences:
         print(f"{path} is NOT what its ledger says")
         return 1
-    hashed = "" if ledger.result_sha256 else " (its ledger has no SHA-256 of the inputs)"
+    hashed = "" if all(file.sha256 for file in ledger.files) else " (its ledger has no SHA-256 of the inputs)"
     print(f"{path} is what its ledger says, bit for bit{hashed}")
     return 0
 

@@ -27,7 +27,8 @@ class CommandParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and the nearest valid word, without the usage, and exit with 2."""
         text = (message if ex is None else str(ex)).strip()
-        options = [action.dest for action in self._actions if action.dest not in ("help", "==SUPPRESS==")]
+        given = (option for action in self._actions for option in action.option_strings)
+        options = [option.removeprefix("--") for option in given if option.startswith("--") and option != "--help"]
         if "Did you mean" not in text and (near := suggestion(text, options, self.class_names)):
             text = f"{text}\nDid you mean {near}?"
         if not self.exit_on_error:  # a parser of one class's arguments, inside of the command's
@@ -61,7 +62,7 @@ def suggestion(message: str, options: Sequence[str], classes: Sequence[str]) -> 
         >>> suggestion("Expected a dot import path string: TEIS", [], ["MagMax", "TIES"])
         'TIES'
     """
-    if found := re.search(r"unrecognized arguments: --([\w.]+)", message):
+    if found := re.search(r"unrecognized arguments: --([\w.-]+)", message):
         near = _nearest(found[1], options)
         return near and f"--{near}"
     if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):

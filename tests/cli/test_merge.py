@@ -122,6 +122,7 @@ def test_an_existing_file_is_kept_unless_told_otherwise(files, tmp_path, capsys)
         (["--merger", "TEIS"], "Did you mean TIES?"),
         (["--merger", "TIES", "--merger.densty=0.2"], "Did you mean density?"),
         (["--merger", "TIES", "--ot", "x"], "Did you mean --out?"),
+        (["--merger", "TIES", "--shardsize=5GB"], "Did you mean --shard-size?"),
         (["--merger", "TIES"], "got no --out"),
         (["--merger", "TIES", "--verify", "x"], "expected --verify alone"),
     ],
@@ -205,6 +206,7 @@ def test_shards(files, tmp_path, capsys):
     command = arguments(files, "--merger", "MagMax", "--out", out, "--shard-size", "100B")
     assert main(command) == 0
     assert main(["merge", "--verify", out]) == 0
+    assert capsys.readouterr().out.endswith("is what its ledger says, bit for bit\n")
     assert main(command) == 1
     assert "pass --overwrite" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
