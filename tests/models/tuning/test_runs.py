@@ -41,8 +41,9 @@ def run(built, folder):
     return built.fit(RunFolder.create(folder), trainer=trainer)
 
 
-@pytest.mark.parametrize("family", ["open_clip", "timm"])
-@pytest.mark.parametrize("tuning", [LoRA(rank=2), IA3()], ids=["lora", "ia3"])
+@pytest.mark.parametrize(
+    ("family", "tuning"), [("open_clip", LoRA(rank=2)), ("timm", LoRA(rank=2)), ("open_clip", IA3())], ids=repr
+)
 def test_the_final_models_are_dense_and_load_into_the_backbone_alone(tmp_path, family, tuning, capsys):
     backbone = OpenClip(tiny_clip(tmp_path / "clip")) if family == "open_clip" else Timm("test_vit", image_size=32)
     keys = set(backbone.model.state_dict())
