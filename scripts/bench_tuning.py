@@ -152,14 +152,12 @@ def main() -> int:
         print(f"\n{model}, batch {options.batch}, torch {torch.__version__}, {options.threads} thread(s)\n")
         print("| mode | step, ms | ratio | compiled, ms | ratio | evaluation | compiled | peak, MB | ratio |")
         print("|---|---|---|---|---|---|---|---|---|")
+        whole = memory["full"]
         for mode in modes:
             step, ratio, _, evaluation = eager[mode]
-            quick, quick_ratio, _, quick_evaluation = fast.get(mode, [float("nan")] * 4)
-            print(
-                f"| {mode} | {step:.0f} | {ratio:.2f} | {quick:.0f} | {quick_ratio:.2f} | {evaluation:.2f} "
-                f"| {quick_evaluation:.2f} | {memory[mode]:.0f} | {memory[mode] / memory['full']:.2f} |",
-                flush=True,
-            )
+            compiled = [f"{fast[mode][0]:.0f}", *(f"{fast[mode][i]:.2f}" for i in (1, 3))] if fast else ["-"] * 3
+            cells = [f"{step:.0f}", f"{ratio:.2f}", *compiled[:2], f"{evaluation:.2f}", compiled[2]]
+            print(f"| {' | '.join([mode, *cells, f'{memory[mode]:.0f}', f'{memory[mode] / whole:.2f}'])} |")
     return 0
 
 
