@@ -2,6 +2,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from support.tiny import tiny_clip
 from wandb_reader import find_runs
 
@@ -10,6 +11,7 @@ from clmerge.report import read_study
 from clmerge.report.diagnostics import diagnostic_figures
 from clmerge.report.figures import common_figures
 from clmerge.results import Results, validate
+from clmerge.weights import load_tensors
 
 CONFIG = """
 name: small
@@ -90,12 +92,16 @@ def test_models_that_fit_evaluated_come_out_with_the_same_bits(run, capsys):
     assert "task 2/3: 8 models, test images" in shown.err
 
 
-@pytest.mark.parametrize("head", ["LinearHead", "CosineHead"])
-def test_growing_heads_are_those_of_their_task(tmp_path, head):
-    run = make_run(tmp_path, "--mergers", "MagMax", "Fisher", head=head)
-    compare(run, "--mergers", "Fisher", "MagMax")
+@pytest.mark.parametrize("buffers", ["mean", "base"])
+def test_growing_heads_and_running_statistics_are_those_of_their_task(tmp_path, buffers):
+    arguments = ["--mergers", "MagMax", "Fisher", "PAINT", f"--learner.buffers={buffers}"]
+    run = make_run(tmp_path, *arguments, "--model.backbone=support.toy_backbone.Normed", head="CosineHead")
+    kept = [load_tensors(run / "unmerged" / f"task_{task:03d}.safetensors") for task in (0, 2)]
+    assert len(kept[0]["head.known"]) < len(kept[1]["head.known"])
+    assert not torch.equal(*(state["backbone.model.2.running_mean"] for state in kept))
+    compare(run, "--mergers", "PAINT", "Fisher", "MagMax")
     fitted, found = json.loads((run / "results.json").read_text()), document(run / "compare")
-    for model in ("magmax", "fisher", "expert"):
+    for model in ("magmax", "fisher", "paint", "expert"):
         assert found["models"][model] == fitted["models"][model]
     assert found["baseline"] is None
     rows = found["models"]["ensemble"]["task_agnostic"]["R"]

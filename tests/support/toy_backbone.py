@@ -1,6 +1,7 @@
 """An image encoder of a few dozen weights, with everything that behaves differently in training."""
 
 from torch import nn
+from torchvision import transforms
 
 from clmerge.models import Backbone
 
@@ -15,3 +16,11 @@ class ToyBackbone(Backbone):
 
     def forward(self, images):
         return self.model(images)
+
+
+class Normed(ToyBackbone):
+    """The same for small digits, with a transform to tensors."""
+
+    def __init__(self) -> None:
+        super().__init__(size=8)
+        self.train_transform = self.eval_transform = transforms.ToTensor()
