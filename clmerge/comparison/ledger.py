@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+import clmerge
 from clmerge.results import SETTINGS
 from clmerge.weights import write_json_atomic
 
@@ -57,7 +58,7 @@ class Ledger:
 
     @staticmethod
     def key(run: str, model: str, split: str, tasks: Sequence[int]) -> str:
-        """Return the key of a row: equal for equal results.
+        """Return the key of a row: equal for equal results of one version of clmerge.
 
         Args:
             run: Identity of the run.
@@ -65,7 +66,9 @@ class Ledger:
             split: The images it was evaluated on.
             tasks: The tasks that were merged, in order.
         """
-        return hashlib.sha256(json.dumps([run, model, split, list(tasks)]).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps([clmerge.__version__, run, model, split, list(tasks)]).encode()).hexdigest()[
+            :32
+        ]
 
     def __contains__(self, key: str) -> bool:
         return key in self._rows

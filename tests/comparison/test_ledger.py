@@ -31,6 +31,12 @@ def test_keys_differ_in_everything_that_matters():
     assert len({key, *others}) == 6
 
 
+def test_rows_of_another_version_are_computed_again(monkeypatch):
+    key = Ledger.key("run", "MagMax(scale=0.5)", "test", [0])
+    monkeypatch.setattr("clmerge.__version__", "9.9")
+    assert Ledger.key("run", "MagMax(scale=0.5)", "test", [0]) != key
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": {"task_agnostic": [1]}}'])
 def test_a_damaged_file_is_named(tmp_path, text):
     (tmp_path / "rows.json").write_text(text)
