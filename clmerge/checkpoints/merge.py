@@ -169,6 +169,7 @@ class CheckpointMerge:
         ):
             for name, tensor in self.stream(on_bytes):
                 output.put(name, tensor)
+                del tensor  # else it would be held while the next is merged
             if hashes:
                 for file in self.ledger.files:
                     file.sha256 = sums[file.path].result()
@@ -194,6 +195,7 @@ class CheckpointMerge:
                     theta = self._applied(name, tau)
                     for one in (name, *further.get(name, [])):
                         yield one, theta
+                    del tau, theta  # else they would be held while the next is merged
         except ValueError as error:
             sources = "\n".join(f"  task {task}: {model.source}" for task, model in enumerate(self.models))
             raise ValueError(f"{error}\nThe tasks are:\n{sources}") from error

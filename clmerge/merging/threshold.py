@@ -52,7 +52,7 @@ def kth_largest_magnitude(tensors: Sequence[Tensor], k: int) -> Threshold:
     flat = [tensor.detach().reshape(-1) for tensor in tensors]
     dtype = accumulator_dtype(*flat)
     if total <= _SMALL:
-        return _selected([tensor.to(dtype).abs() for tensor in flat], k)
+        return _selected(torch.cat([tensor.to(dtype).abs() for tensor in flat]), k)
     step = sample_step(total)
     return kth_of_pieces(flat, [tensor[::step] for tensor in flat], dtype, total, k)
 
@@ -84,11 +84,10 @@ def kth_of_pieces(
     return _by_sample(flat, sample, dtype, total, k) or _by_digits(flat, dtype, k)
 
 
-def _selected(magnitudes: list[Tensor], k: int) -> Threshold:
+def _selected(magnitudes: Tensor, k: int) -> Threshold:
     """Select directly: a copy of everything, and time proportional to it."""
-    everything = torch.cat(magnitudes)
-    value = everything.kthvalue(everything.numel() - k + 1).values
-    return Threshold(float(value), int((everything >= value).sum()) - k)
+    value = magnitudes.kthvalue(magnitudes.numel() - k + 1).values
+    return Threshold(float(value), int((magnitudes >= value).sum()) - k)
 
 
 def _by_sample(
@@ -104,18 +103,22 @@ def _by_sample(
     if inside > 4 * margin * sample.numel():  # many equal entries: the candidates would fill the memory
         return None
 
-    num_above = 0
-    candidates = []
+    # One buffer for all candidates, of about 2 * margin * total. Kept block by block they would lie between the blocks'
+    # temporaries and keep malloc from using that memory again: a merge would hold up to half a MiB per block in holes.
+    candidates = sample.new_empty(min(int(8 * margin * total), total))
+    num_above = num_candidates = 0
     for tensor in flat:
         for (piece,) in blocks(tensor):
-            magnitudes = piece.to(dtype).abs()
-            above, inside_bracket = _split(magnitudes, low, high)
+            above, inside_bracket = _split(piece.to(dtype).abs(), low, high)
+            start, num_candidates = num_candidates, num_candidates + inside_bracket.numel()
+            if num_candidates > candidates.numel():
+                return None
+            candidates[start:num_candidates] = inside_bracket
             num_above += above
-            candidates.append(inside_bracket)
     rank = k - num_above
-    if not 1 <= rank <= sum(found.numel() for found in candidates):
+    if not 1 <= rank <= num_candidates:
         return None
-    return _selected(candidates, rank)
+    return _selected(candidates[:num_candidates], rank)
 
 
 def _split(magnitudes: Tensor, low: float, high: float) -> tuple[int, Tensor]:

@@ -1,4 +1,5 @@
 import json
+import weakref
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from clmerge.checkpoints.ledger import KEY, configured_from
 from clmerge.checkpoints.merge import CheckpointMerge
 from clmerge.checkpoints.verify import verify
+from clmerge.checkpoints.writer import SafetensorsWriter
 from clmerge.merging import DARE, TIES, MagMax, Pipeline, Scale, TrimModel, TrimTensor
 from clmerge.weights import TaskVectorBank, apply_task_vector, fingerprint, load_metadata, task_vector
 
@@ -199,3 +201,20 @@ def test_a_ledger_names_classes_of_mergers_only():
         configured_from({"class_path": "Path", "init_args": {}})
     with pytest.raises(ValueError, match="expected a merger"):
         configured_from({"class_path": "TrimModel", "init_args": TrimModel().settings()})
+
+
+@pytest.mark.parametrize("merger", [MagMax(), TIES(0.4), TIES(0.4, trim="tensor")])
+def test_a_merged_parameter_is_not_held_while_the_next_is_merged(merger, base, models, tmp_path, monkeypatch):
+    merged, put = [], SafetensorsWriter.put
+
+    def watched(self, name, tensor):
+        merged.append(weakref.ref(tensor))
+        put(self, name, tensor)
+
+    def on_bytes(count):
+        assert [one() for one in merged if one() is not None] == []
+
+    monkeypatch.setattr(SafetensorsWriter, "put", watched)
+    job = CheckpointMerge(base, models=written(models, tmp_path), merger=merger)
+    job.run(tmp_path / "out.safetensors", on_bytes=on_bytes)
+    assert len(merged) > 1

@@ -1,6 +1,10 @@
+import weakref
+
 import pytest
 import torch
 
+from clmerge.merging import threshold
+from clmerge.merging.blocks import CPU_BLOCK
 from clmerge.merging.threshold import _by_sample, kth_largest_magnitude
 
 SHAPES = [(17,), (0,), (3, 5), (300_001,)]
@@ -50,3 +54,28 @@ def test_a_sample_that_misleads_costs_only_time(factor):
     for k in (tau.numel() // 5, tau.numel() // 2):
         assert kth_largest_magnitude([tau], k) == (ordered[k - 1].item(), 0)
     assert _by_sample([tau], [tau[::step]], torch.float32, tau.numel(), tau.numel() // 5) is None
+
+
+def test_more_candidates_than_the_sample_promises_are_not_collected():
+    tau = torch.linspace(0.67, 0.68, 64**3)  # beside the median of what is sampled, which is spread much wider
+    step = 65
+    tau[::step] = torch.randn(len(tau[::step]), generator=torch.Generator().manual_seed(0))
+    k = tau.numel() // 2
+    assert _by_sample([tau], [tau[::step]], torch.float32, tau.numel(), k) is None
+    value = tau.abs().sort(descending=True).values[k - 1].item()
+    assert kth_largest_magnitude([tau], k).value == value
+
+
+def test_no_candidates_are_kept_between_the_temporaries_of_blocks(monkeypatch):
+    found, split = [], threshold._split
+
+    def watched(*arguments):
+        assert sum(one() is not None for one in found) <= 1, "only those of the block before"
+        above, inside = split(*arguments)
+        found.append(weakref.ref(inside))
+        return above, inside
+
+    monkeypatch.setattr(threshold, "_split", watched)
+    tau = torch.randn(5 * CPU_BLOCK * torch.get_num_threads(), generator=torch.Generator().manual_seed(0))
+    assert kth_largest_magnitude([tau], 1000).value == tau.abs().sort(descending=True).values[999].item()
+    assert len(found) >= 5
