@@ -221,6 +221,19 @@ def figures_of(folder: Path, model: str) -> dict[str, float]:
     }
 
 
+def oracle(folder: Path) -> dict[str, float]:
+    """Return the figures of sending every image to the expert of its own task, from a run of independent experts."""
+    matrices = json.loads((folder / "results.json").read_text())["models"]["expert"]
+    agnostic, aware = (
+        [matrices[kind]["R"][task][task] for task in range(len(matrices[kind]["R"]))]
+        for kind in ("task_agnostic", "task_aware")
+    )
+    found = figures_of(folder, "expert")
+    found |= {"average accuracy": 100 * sum(agnostic) / len(agnostic), "task-aware": 100 * sum(aware) / len(aware)}
+    found |= {"forgetting": 0.0, "BWT": 0.0, "MB kept": sum(f.stat().st_size for f in folder.glob("bank/*")) / 1e6}
+    return found
+
+
 def kept_bytes(folder: Path, model: str) -> float:
     """Return the bytes that must be kept between tasks beside the model in training."""
     import clmerge.merging
@@ -260,6 +273,8 @@ def table(stream: str, ways: list[str], seeds: list[int], work: Path) -> str:
             rate = RATES[stream][WAYS[way].rate]
             folder = work / "runs" / f"{stream}-{re.sub('[^a-zA-Z]+', '_', way)}-{seed}-{rate:g}"
             models = json.loads((folder / "results.json").read_text())["models"]
+            if way == "full, base":
+                rows.setdefault("experts, told the task", []).append(oracle(folder))
             for model in models:
                 expert = WAYS[way].expert
                 if model == "zero_shot":
