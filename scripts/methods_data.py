@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 ARCHITECTURE = "test_vit3"
 SIZE = 64
 NUM_PRETRAIN = 41
-NUM_TRAIN, NUM_TEST = 1500, 500
+NUM_TRAIN, NUM_TEST = 1500, 200
 NUM_CALTECH_TEST = 8  # per class of the stream: every run evaluates all of them after every task
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 GARMENTS = ["T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
