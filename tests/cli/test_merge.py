@@ -163,7 +163,8 @@ def test_help_is_quick(capsys):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 from clmerge.checkpoints import vectors
 read = vectors.CheckpointVectors.read
 def slowly(self, task, name, piece=None):
