@@ -237,7 +237,7 @@ def oracle(folder: Path) -> dict[str, float]:
 def kept_bytes(folder: Path, model: str) -> float:
     """Return the bytes that must be kept between tasks beside the model in training."""
     import clmerge.merging
-    from clmerge.checkpoints.ledger import _built
+    from clmerge.checkpoints.ledger import configured_from
     from clmerge.weights import TaskVectorBank
 
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -250,7 +250,7 @@ def kept_bytes(folder: Path, model: str) -> float:
         for plain in config["mergers"]:
             name = plain["class_path"].rsplit(".", 1)[-1]
             if getattr(clmerge.merging, name).name == model.partition("+")[0]:
-                merger = _built({"class_path": name, "init_args": plain.get("init_args") or {}})
+                merger = configured_from({"class_path": name, "init_args": plain.get("init_args") or {}})
                 kept += merger.state_size(num_params, len(bank)) + 4 * num_params  # and theta_0
     name, _, calibration = model.partition("+")
     prefix = "calibration." if calibration else ("regularizer.", "replay")
