@@ -384,7 +384,7 @@ class Learner:
         """Measure what mergers may require of the task that was just trained."""
         assert isinstance(module, ContinualClassifier)
         return measure(
-            frozenset[str]().union(*(m.requires for m in self.merge.mergers.values())) - {"score"} - PROVIDED,
+            self.merge.required_statistics - PROVIDED,
             module,
             self.data,
             self.data.task,

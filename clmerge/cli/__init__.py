@@ -4,6 +4,7 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 
 import clmerge
 
@@ -44,5 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(f"clmerge: expected a command ({', '.join(COMMANDS)}), got {command!r}{hint}", file=sys.stderr)
         return 2
+    if any(argument in ("-h", "--help") for argument in arguments[1:]):
+        print((Path(__file__).parent / "help" / f"{command}.txt").read_text(encoding="utf-8"), end="")
+        return 0
     run: Callable[[Sequence[str]], int] = import_module(f"clmerge.cli.{command}").main
     return run(arguments[1:])

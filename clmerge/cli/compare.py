@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from clmerge.cli.parser import CommandParser
     from clmerge.comparison.stored_run import StoredRun
 
-HELP = Path(__file__).parent / "help" / "compare.txt"
 EPILOG = """\
 examples:
   clmerge compare runs/digits --mergers MagMax TIES TaskArithmetic TSVM
@@ -74,9 +73,6 @@ def main(argv: Sequence[str]) -> int:
     """Run ``clmerge compare``; return the exit code."""
     from clmerge.cli.fit import spread_mergers
 
-    if any(argument in ("-h", "--help") for argument in argv):
-        print(HELP.read_text(encoding="utf-8"), end="")
-        return 0
     parser = build_parser()
     config = parser.parse_args(spread_mergers(argv))
     if config.orders < 0 or config.memory <= 0 or config.image_memory < 0:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from clmerge.results import Results
     from clmerge.run_folder import RunFolder
 
-HELP = Path(__file__).parent / "help" / "fit.txt"
 # Lightning starts the other ranks of a DDP run by the same command; they must find the folder that rank zero chose.
 RUN_DIR_VARIABLE = "CLMERGE_RUN_DIR"
 # Arguments of the Trainer that the learner sets itself.
@@ -134,9 +133,6 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
 def main(argv: Sequence[str]) -> int:
     """Run ``clmerge fit``; return the exit code."""
     arguments = spread_mergers(argv)
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(HELP.read_text(encoding="utf-8"), end="")
-        return 0
     resumed = resume_folder(arguments)
     if isinstance(resumed, str):
         return _run(["--config", str(Path(resumed) / "config.yaml")], resume=resumed)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from clmerge.cli.parser import CommandParser
 
-HELP = Path(__file__).parent / "help" / "merge.txt"
 USAGE = """\
 clmerge merge --base B --models A1 A2 ... --merger RULE --out FILE [options]
        clmerge merge --recipe FILE [options]
@@ -88,9 +87,6 @@ def build_parser() -> "CommandParser":
 
 def main(argv: Sequence[str]) -> int:
     """Run ``clmerge merge``; return the exit code."""
-    if any(argument in ("-h", "--help") for argument in argv):
-        print(HELP.read_text(encoding="utf-8"), end="")
-        return 0
     parser = build_parser()
     try:
         arguments = [*_translated(argv)]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from clmerge.cli.parser import CommandParser
 
-HELP = Path(__file__).parent / "help" / "report.txt"
 EPILOG = """\
 examples:
   clmerge report runs/quickstart --out report.html
@@ -47,9 +46,6 @@ def build_parser() -> "CommandParser":
 
 def main(argv: Sequence[str]) -> int:
     """Run ``clmerge report``; return the exit code."""
-    if any(argument in ("-h", "--help") for argument in argv):
-        print(HELP.read_text(encoding="utf-8"), end="")
-        return 0
     parser = build_parser()
     config = parser.parse_args(list(argv))
     if config.format == "html" and (config.out is None or Path(config.out).suffix.lower() not in (".html", ".htm")):
