@@ -2,11 +2,12 @@
 
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 import clmerge
+from clmerge.cli.signals import run_until_stopped
 
 COMMANDS = {
     "fit": "train a stream of tasks, merge after every task, evaluate all tasks after every task",
@@ -31,7 +32,7 @@ options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, 1 if it failed, or 2 if it was called wrongly."""
+    """Run a command; return 0, 1 if it failed, 2 if it was called wrongly, or 128 + the signal that stopped it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
@@ -48,5 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(argument in ("-h", "--help") for argument in arguments[1:]):
         print((Path(__file__).parent / "help" / f"{command}.txt").read_text(encoding="utf-8"), end="")
         return 0
-    run: Callable[[Sequence[str]], int] = import_module(f"clmerge.cli.{command}").main
-    return run(arguments[1:])
+
+    def run() -> int:
+        found: int = import_module(f"clmerge.cli.{command}").main(arguments[1:])
+        return found
+
+    return run_until_stopped(command, run)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clmerge.cli.signals import Stopped
+
 if TYPE_CHECKING:
     from clmerge.cli.parser import CommandParser
     from clmerge.comparison.stored_run import StoredRun
@@ -84,9 +86,9 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"clmerge compare: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("clmerge compare: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    except Stopped as stop:
+        stop.hint = "the same command goes on from here"
+        raise
 
 
 def _compare(config: Any, mergers: Any) -> int:

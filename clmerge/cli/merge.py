@@ -1,11 +1,12 @@
 """``clmerge merge``: merge checkpoints of any size into one safetensors file."""
 
 import contextlib
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from clmerge.cli.signals import Stopped
 
 if TYPE_CHECKING:
     from clmerge.cli.parser import CommandParser
@@ -105,14 +106,13 @@ def main(argv: Sequence[str]) -> int:
     if config.threads < 1:
         parser.error(f"expected --threads of 1 or more, got {config.threads}")
     try:
-        with _terminated_like_interrupted():
-            return _verify(config.verify) if config.verify is not None else _merge(parser, config)
+        return _verify(config.verify) if config.verify is not None else _merge(parser, config)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"clmerge merge: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("clmerge merge: interrupted; nothing was written", file=sys.stderr)
-        return 130
+    except Stopped as stop:
+        stop.hint = "nothing was written"
+        raise
 
 
 def _translated(argv: Sequence[str]) -> Iterator[str]:
@@ -247,21 +247,3 @@ def progress(action: str, total: int | None) -> Iterator[Callable[[int], None]]:
     seconds = time.perf_counter() - started
     speed = f"{count / 1e6:,.1f} MB in {seconds:.1f} s, {count / 1e6 / max(seconds, 1e-9):,.0f} MB/s"
     print(f"{action}: {speed}", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that the half-written file is removed."""
-
-    def stop(number: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread: whoever runs there decides
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,5 +1,6 @@
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ def test_a_comparison_that_was_interrupted_goes_on(run, monkeypatch, capsys):
         add(self, rows)
         calls.append(rows)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Ledger, "add", killed)
     assert main([*arguments, "--out", str(run / "killed")]) == 130
