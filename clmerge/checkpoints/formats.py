@@ -3,19 +3,18 @@
 import difflib
 import json
 import os
-import pickle
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from clmerge.checkpoints.adapter import CONFIG, WEIGHTS, AdapterCheckpoint
+from clmerge.checkpoints.pickled import StandIn, StoredTensor, UnreadTensor
 from clmerge.checkpoints.reader import Checkpoint, SafetensorsCheckpoint, TorchCheckpoint
+from clmerge.checkpoints.torch_file import TorchFile
 
 _TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".tar"}
 # Where training scripts keep the weights inside of what they save.
@@ -55,8 +54,8 @@ def open_models(paths: Iterable[str | os.PathLike[str]]) -> list[Checkpoint]:
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open one checkpoint: a file, or a folder in Hugging Face's layout.
 
-    Wrappers' prefixes (``module.``, ``_orig_mod.``) are taken off the names. Nothing is unpickled but tensors and
-    primitives.
+    Wrappers' prefixes (``module.``, ``_orig_mod.``) are taken off the names. Nothing of a pickle is executed: only
+    its containers, primitives and tensors are read.
 
     Args:
         path: A ``.safetensors`` file, what ``torch.save`` wrote (``.pt``, ``.pth``, ``.bin``, Lightning's ``.ckpt``),
@@ -136,8 +135,8 @@ def _from_file(path: Path) -> Checkpoint:
     if path.name.endswith(".index.json"):
         return _from_index(path, path)
     if path.suffix in _TORCH_SUFFIXES:
-        state, kind = _torch_state(path)
-        return TorchCheckpoint(path, [path], [state], kind)
+        state, kind, ignored = _torch_state(path)
+        return TorchCheckpoint(path, [path], [state], kind, ignored)
     suffixes = ", ".join((".safetensors", ".index.json", *sorted(_TORCH_SUFFIXES)))
     raise ValueError(f"expected a checkpoint ({suffixes}) or a folder with one, got {path}")
 
@@ -155,43 +154,56 @@ def _from_index(index: Path, source: Path) -> Checkpoint:
     if files and files[0].suffix == ".safetensors":
         checkpoint = SafetensorsCheckpoint(source, files, f"safetensors in {len(files)} shards")
     else:
-        checkpoint = TorchCheckpoint(
-            source, files, [_torch_state(file)[0] for file in files], f"torch.save in {len(files)} shards"
-        )
+        states = [_torch_state(file) for file in files]
+        ignored = [path for state in states for path in state[2]]
+        kind = f"torch.save in {len(files)} shards"
+        checkpoint = TorchCheckpoint(source, files, [state[0] for state in states], kind, ignored)
     if missing := [name for name in weights if name not in checkpoint.entries]:
         raise ValueError(f"expected {missing[0]!r} in {weights[missing[0]]} as {index} says, got a file without it")
     checkpoint.files.append(index)
     return checkpoint
 
 
-def _torch_state(path: Path) -> tuple[Mapping[str, Tensor], str]:
-    try:
-        # Files of before PyTorch 1.6 cannot be mapped.
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"expected tensors and primitives in {path}, got other objects, which are never unpickled; save "
-            f"its state dict alone. torch says: {str(error).splitlines()[0]}"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"expected a file that torch.save wrote, got {path}: {error}") from error
+def _torch_state(path: Path) -> tuple[dict[str, Tensor], str, list[str]]:
+    """Return the tensors that are meant, the format in words, and the classes whose objects were left out."""
+    file = TorchFile(path)
+    loaded = file.content
     if isinstance(loaded, Mapping):
         if "pytorch-lightning_version" in loaded and isinstance(loaded.get("state_dict"), Mapping):
-            return _only_tensors(loaded["state_dict"]), "Lightning checkpoint"
-        if not _only_tensors(loaded):
+            return _tensors_of(file, loaded["state_dict"]), "Lightning checkpoint", file.ignored
+        if not _holds_tensors(loaded):
             for key in _WEIGHTS_UNDER:
-                if isinstance(loaded.get(key), Mapping) and (state := _only_tensors(loaded[key])):
-                    return state, f"torch.save, under {key!r}"
-        if state := _only_tensors(loaded):
-            return state, "torch.save"
+                if isinstance(loaded.get(key), Mapping) and _holds_tensors(loaded[key]):
+                    return _tensors_of(file, loaded[key]), f"torch.save, under {key!r}", file.ignored
+        if _holds_tensors(loaded):
+            return _tensors_of(file, loaded), "torch.save", file.ignored
+    what = f"an object of {loaded.path}" if isinstance(loaded, StandIn) else type(loaded).__name__
+    keys = f" with {', '.join(sorted(str(key)[:40] for key in loaded)[:5])}" if isinstance(loaded, Mapping) else ""
     raise ValueError(
-        f"expected a state dict in {path}, alone or under one of {', '.join(_WEIGHTS_UNDER)}, got "
-        f"{type(loaded).__name__}{f' with {sorted(map(str, loaded))[:5]}' if isinstance(loaded, Mapping) else ''}"
+        f"expected a state dict in {path}, alone or under one of {', '.join(_WEIGHTS_UNDER)}, got {what}{keys}; save "
+        "the state_dict() of the model"
     )
 
 
-def _only_tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
+def _holds_tensors(state: Mapping[Any, Any]) -> bool:
+    return any(
+        isinstance(name, str) and isinstance(value, StoredTensor | UnreadTensor) for name, value in state.items()
+    )
+
+
+def _tensors_of(file: TorchFile, state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    found = {}
+    for name, value in state.items():
+        if isinstance(name, str) and isinstance(value, UnreadTensor):
+            raise ValueError(
+                f"expected dense tensors in {file.path}, got {name!r}, which is kept as {value.how}; save it dense"
+            )
+        if isinstance(name, str) and isinstance(value, StoredTensor):
+            try:
+                found[name] = file.tensor(value)
+            except ValueError as error:
+                raise ValueError(f"{error} (of {name!r})") from error
+    return found
 
 
 def _listed(folder: Path) -> list[Path]:

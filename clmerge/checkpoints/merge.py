@@ -125,6 +125,7 @@ class CheckpointMerge:
         lines = [f"merger  {part}" for part in self.parts]
         lines.append(f"base    {_described(self.base)}")
         lines += [f"task {task:<3}{_described(model)}" for task, model in enumerate(self.models)]
+        lines += [line for model in (self.base, *self.models) for line in _left_out(model)]
         lines += ["", *describe_rows(self.policy.rows), ""]
         what = ", the weights themselves" if self.origin == "zero" else ""
         merged = sum(sizes[name] for name in self.policy.merged)
@@ -234,6 +235,12 @@ def _described(checkpoint: Checkpoint) -> str:
     prefix = f", without {checkpoint.prefix!r}" if checkpoint.prefix else ""
     size = f"{len(checkpoint)} tensors, {checkpoint.nbytes / 1e6:,.1f} MB"
     return f"{checkpoint.source} ({checkpoint.kind}{task}: {size}{prefix})"
+
+
+def _left_out(checkpoint: Checkpoint) -> list[str]:
+    shown = ", ".join(checkpoint.ignored[:5])
+    more = f" and {len(checkpoint.ignored) - 5} more" if len(checkpoint.ignored) > 5 else ""
+    return [f"ignored objects of {shown}{more} in {checkpoint.source}"] if shown else []
 
 
 @contextmanager

@@ -65,6 +65,7 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         task: Name of the task, if the file says so.
         base: Fingerprint of the base model of a task vector, if the file says so.
         prefix: What was taken off the front of all names.
+        ignored: Classes whose objects in the file were left out, and not executed.
     """
 
     def __init__(self, source: Path, kind: str, files: Sequence[Path], entries: dict[str, Entry]) -> None:
@@ -77,6 +78,7 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         self.task = ""
         self.base: str | None = None
         self.prefix = ""
+        self.ignored: list[str] = []
         self._added: dict[str, str] = {}
 
     @abstractmethod
@@ -211,19 +213,28 @@ class SafetensorsCheckpoint(Checkpoint):
 
 
 class TorchCheckpoint(Checkpoint):
-    """The state dict of a file that ``torch.save`` wrote, opened with ``weights_only=True``.
+    """The state dict of a file that ``torch.save`` wrote.
 
     Args:
         source: The file or folder that was named.
         files: The files.
         states: The state dict of every file.
         kind: The format, in words.
+        ignored: Classes whose objects in the files were left out.
     """
 
-    def __init__(self, source: Path, files: Sequence[Path], states: Sequence[Mapping[str, Tensor]], kind: str) -> None:
+    def __init__(
+        self,
+        source: Path,
+        files: Sequence[Path],
+        states: Sequence[Mapping[str, Tensor]],
+        kind: str,
+        ignored: Sequence[str] = (),
+    ) -> None:
         self._tensors = {name: tensor.detach() for state in states for name, tensor in state.items()}
         entries = {name: Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()}
         super().__init__(source, kind, files, entries)
+        self.ignored = list(dict.fromkeys(ignored))
 
     @override
     def memory(self, name: str) -> object | None:

@@ -84,8 +84,7 @@ def test_a_missing_file_names_the_nearest(tmp_path, base):
 
 def test_objects_are_never_unpickled(tmp_path):
     torch.save({"w": torch.zeros(1), "hook": pytest.raises}, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match=r"bad\.pt, got other objects, which are never unpickled"):
-        open_checkpoint(tmp_path / "bad.pt")
+    assert open_checkpoint(tmp_path / "bad.pt").ignored == ["_pytest.raises.raises"]
 
 
 def test_damaged_files_are_named(tmp_path, base):
@@ -103,7 +102,7 @@ def test_damaged_files_are_named(tmp_path, base):
 
 def test_what_is_no_state_dict_is_refused(tmp_path):
     torch.save({"epoch": 1}, tmp_path / "empty.pt")
-    with pytest.raises(ValueError, match=r"expected a state dict in .*with \['epoch'\]"):
+    with pytest.raises(ValueError, match=r"expected a state dict in .*with epoch"):
         open_checkpoint(tmp_path / "empty.pt")
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(ValueError, match=r"got .*notes\.txt"):

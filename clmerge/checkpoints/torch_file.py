@@ -1,0 +1,156 @@
+"""A file that ``torch.save`` wrote, of any version from 0.4 on: its objects, and tensors as views of a memory map."""
+
+import os
+import struct
+import zipfile
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clmerge.checkpoints.pickled import Pickle, StoredTensor, unpickled
+
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # with which files of before PyTorch 1.6 begin
+_LOCAL = struct.Struct("<4s22xHH")  # of a record's own header: signature, lengths of name and extra field
+_DENSE = 1 << 26  # bytes of a tensor that may be larger than its file, as one that was expanded is
+
+
+class TorchFile:
+    """What ``torch.save`` wrote, without running any of it.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        path: The file.
+        content: Its object, with ``StoredTensor`` for tensors and ``StandIn`` for objects of classes.
+        ignored: Classes whose objects were left out.
+
+    Raises:
+        ValueError: If it is none, or is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                is_zip = file.read(4) == b"PK\x03\x04"
+            found = self._open_zip() if is_zip else self._open_legacy()
+        except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, struct.error) as error:
+            raise ValueError(
+                f"expected a file that torch.save wrote, got {path}: {error}; save or copy it again"
+            ) from error
+        self.content: Any = found.value
+        self.ignored = found.ignored
+        self._size = path.stat().st_size
+        self._memory = torch.UntypedStorage.from_file(os.fspath(path), False, self._size)
+        self._aligned: dict[str, torch.UntypedStorage] = {}
+
+    def tensor(self, found: StoredTensor) -> Tensor:
+        """Return a tensor: a view of the file, not to be written to.
+
+        Raises:
+            ValueError: If the file does not hold what it says.
+        """
+        storage, item = found.storage, found.storage.dtype.itemsize
+        if storage.key not in self._records:
+            raise ValueError(f"expected its data in {self.path}, got no record {storage.key!r}; save or copy it again")
+        start, nbytes = self._records[storage.key]
+        if nbytes // item != storage.total or start + nbytes > self._size:
+            raise ValueError(
+                f"expected {storage.total * item:,} bytes of data in {self.path}, got a record of "
+                f"{min(nbytes, self._size - start):,}; save or copy it again"
+            )
+        numel = prod(found.shape)
+        last = found.offset + sum((side - 1) * step for side, step in zip(found.shape, found.stride, strict=True))
+        if numel and (last + 1) * found.dtype.itemsize > storage.numel * item:
+            raise ValueError(
+                f"expected a tensor within its data in {self.path}, got shape {found.shape} with stride "
+                f"{found.stride}, which reaches beyond its {storage.numel:,} entries; save or copy it again"
+            )
+        if numel * found.dtype.itemsize > max(self._size, _DENSE):
+            raise ValueError(
+                f"expected tensors that are no larger than {self.path}, got one of shape {found.shape}, which repeats "
+                "what is stored; save a contiguous copy"
+            )
+        if not numel:
+            return torch.empty(found.shape, dtype=found.dtype)
+        if (start + storage.start * item) % found.dtype.itemsize:
+            whole = self._aligned.setdefault(storage.key, self._memory[start : start + nbytes].clone())
+        else:
+            whole = self._memory[start : start + nbytes]
+        part = whole[storage.start * item : (storage.start + storage.numel) * item]
+        return torch.empty(0, dtype=found.dtype).set_(part, found.offset, found.shape, found.stride)
+
+    def _open_zip(self) -> Pickle:
+        with zipfile.ZipFile(self.path) as archive, self.path.open("rb") as file:
+            self._records: dict[str, tuple[int, int]] = {}
+            others: dict[str, zipfile.ZipInfo] = {}
+            prefix = None
+            for info in archive.infolist():
+                folder, _, name = info.filename.partition("/")
+                prefix = folder if prefix is None else prefix
+                if folder != prefix or name in others:
+                    raise ValueError(f"the record {info.filename!r}, which is there twice or in another folder")
+                others[name] = info
+            if "data.pkl" not in others:
+                raise ValueError("a zip archive without data.pkl")
+            if "constants.pkl" in others:
+                raise ValueError("TorchScript, which is code; save the state_dict of the module it was made from")
+            if "byteorder" in others and self._bytes(file, others["byteorder"]) != b"little":
+                raise ValueError("numbers with their largest byte first")
+            for name, info in others.items():
+                if name.startswith("data/"):
+                    self._records[name.removeprefix("data/")] = self._place(file, info)
+            return unpickled(self._bytes(file, others["data.pkl"]))
+
+    def _place(self, file: Any, info: zipfile.ZipInfo) -> tuple[int, int]:
+        """Return where the data of a record is, and how long it is."""
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise ValueError(f"the record {info.filename!r} compressed or encrypted")
+        file.seek(info.header_offset)
+        signature, name, extra = _LOCAL.unpack(file.read(_LOCAL.size))
+        if signature != b"PK\x03\x04":
+            raise ValueError(f"no record {info.filename!r} where the archive says that it is")
+        return info.header_offset + _LOCAL.size + name + extra, info.file_size
+
+    def _bytes(self, file: Any, info: zipfile.ZipInfo) -> bytes:
+        start, size = self._place(file, info)
+        file.seek(start)
+        data: bytes = file.read(size)
+        if len(data) != size:
+            raise ValueError(f"the end of the file within {info.filename!r}")
+        return data
+
+    def _open_legacy(self) -> Pickle:
+        data = self.path.read_bytes()
+        magic = _plain(data, 0)
+        if magic.value != _MAGIC:
+            raise ValueError("something else")
+        protocol = _plain(data, magic.end)
+        if protocol.value != _PROTOCOL:
+            raise ValueError(f"version {str(protocol.value)[:20]} of the format")
+        system = unpickled(data, protocol.end)
+        found = unpickled(data, system.end)
+        keys = unpickled(data, found.end)
+        if not isinstance(keys.value, list):
+            raise ValueError("no list of storages")
+        self._records = {}
+        position = keys.end
+        for key in map(str, keys.value):
+            [numel] = struct.unpack_from("<q", data, position)
+            if key not in found.items or numel < 0:
+                raise ValueError(f"the storage {key!r}, which no tensor uses or which is damaged")
+            nbytes = numel * found.items[key]
+            self._records[key] = position + 8, nbytes
+            position += 8 + nbytes
+        return found
+
+
+def _plain(data: bytes, start: int) -> Pickle:
+    try:
+        return unpickled(data, start)
+    except ValueError:
+        raise ValueError("neither a zip archive nor the older format of torch.save") from None
