@@ -26,12 +26,11 @@ examples:
 
 def build_parser() -> "CommandParser":
     """Return the parser of ``clmerge compare``; imports torch."""
-    from jsonargparse import set_parsing_settings
-
+    from clmerge.cli.named_code import set_policy
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
     from clmerge.merging import Finisher, Merger, Sparsifier
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=False)
+    set_policy()
     CommandParser.class_names = known_subclasses((Merger, Sparsifier, Finisher))
     parser = CommandParser(
         prog="clmerge compare",
@@ -65,7 +64,12 @@ def build_parser() -> "CommandParser":
     parser.add_argument("--out", type=str | None, default=None, help="Folder to write to (default: RUN/compare).")
     parser.add_argument("--memory", type=float, default=4.0, help=memory_help)
     parser.add_argument("--image-memory", type=int, default=1024, help=images_help)
+    allow_help = (
+        "Packages beside clmerge, torch, Lightning, timm, open_clip, avalanche, torchvision and torchmetrics whose "
+        "code the runs' configurations may name; that code is run."
+    )
     wandb_help = "Log what was found to W&B, into the project of the first run."
+    parser.add_argument("--allow", type=str, nargs="+", default=[], metavar="PACKAGE", help=allow_help)
     parser.add_argument("--wandb", action="store_true", help=wandb_help)
     parser.add_argument("--json", action="store_true", help="Print the document instead of the table.")
     return parser
@@ -107,8 +111,8 @@ def _compare(config: Any, mergers: Any) -> int:
     out = Path(config.out) if config.out is not None else _default_out(config.runs)
     found: list[Comparison] = []
     for path, name in zip(config.runs, names, strict=True):
-        run, own = open_run(path, name=name)
-        joint = None if config.joint is None else open_run(config.joint, name="joint")[0]
+        run, own = open_run(path, name=name, allow=config.allow)
+        joint = None if config.joint is None else open_run(config.joint, name="joint", allow=config.allow)[0]
         mergers = mergers or own
         request = Request(
             name_mergers(mergers),
@@ -176,16 +180,17 @@ def _scratch_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(scratch)
 
 
-def open_run(path: str, *, name: str) -> "tuple[StoredRun, list[Any]]":
+def open_run(path: str, *, name: str, allow: Sequence[str] = ()) -> "tuple[StoredRun, list[Any]]":
     """Open a finished run; return it and the mergers that rode on it.
 
     Args:
         path: The run folder.
         name: What it is called in results.
+        allow: Packages whose code the run's configuration may name, beside the known ones.
 
     Raises:
         FileNotFoundError: If there is no run.
-        ValueError: If it is not finished, or has kept no task vectors.
+        ValueError: If it is not finished, has kept no task vectors, or names code of other packages.
     """
     from lightning.pytorch import seed_everything
 
@@ -197,9 +202,8 @@ def open_run(path: str, *, name: str) -> "tuple[StoredRun, list[Any]]":
     folder = RunFolder.open(path, writes=False)
     if not folder.config.is_file():
         raise FileNotFoundError(f"expected the configuration of a run of `clmerge fit` in {folder.config}, got none")
-    single = ("--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto", "--logging.extra=[]")
     parser = build_fit_parser()
-    config = parser.parse_args(["--config", str(folder.config), *single])
+    config = _read_config(parser, folder.config, allow)
     seed_everything(config.seed, workers=True, verbose=False)
     objects = parser.instantiate(config)
     objects.data.seed = config.seed
@@ -214,6 +218,28 @@ def open_run(path: str, *, name: str) -> "tuple[StoredRun, list[Any]]":
         progress=sys.stderr.isatty(),
     )
     return run, objects.mergers
+
+
+def _read_config(parser: "CommandParser", file: Path, allow: Sequence[str]) -> Any:
+    """Parse the configuration of a run for one process and without its loggers; import what is known or allowed."""
+    from jsonargparse import ArgumentError
+
+    from clmerge.cli.named_code import KNOWN_PACKAGES, importing_only, refused_path
+
+    single = ("--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto")
+    unwanted = ("--logging.extra=[]", "--trainer.profiler=null")  # they write where they are told to
+    parser.exit_on_error = False
+    try:
+        with importing_only([*KNOWN_PACKAGES, *allow]):
+            return parser.parse_args(["--config", str(file), *single, *unwanted])
+    except ArgumentError as error:
+        if (refused := refused_path(str(error))) is None:
+            raise ValueError(f"expected the configuration of a run of `clmerge fit` in {file}, got: {error}") from error
+        named, key = refused
+        raise ValueError(
+            f"expected classes of {', '.join(KNOWN_PACKAGES)} in {file}, got {named} at {key}, which was neither "
+            f"imported nor run; if you trust it: --allow {named.partition('.')[0]}"
+        ) from error
 
 
 def _run_names(paths: Sequence[str]) -> list[str]:

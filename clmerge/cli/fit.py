@@ -78,13 +78,13 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     Args:
         trainer: Whether the Trainer's arguments are options; the help leaves their three hundred lines to Lightning.
     """
-    from jsonargparse import set_parsing_settings
     from lightning.pytorch import Callback, Trainer
     from lightning.pytorch import loggers as lightning_loggers
     from torch.optim import Optimizer
 
     import clmerge.streams
     from clmerge.calibration import Calibration
+    from clmerge.cli.named_code import set_policy
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
     from clmerge.learner import Learner
     from clmerge.merging import Merger
@@ -95,7 +95,7 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
 
     for name in clmerge.streams.__all__:
         getattr(clmerge.streams, name)  # loaded lazily, and only loaded classes may be named
-    set_parsing_settings(docstring_parse_attribute_docstrings=False)
+    set_policy()
     Logging.__dataclass_fields__["extra"].type = list[lightning_loggers.Logger]
     Logging.__annotations__["extra"] = list[lightning_loggers.Logger]
     models = (Backbone, Head, Tuning, Regularizer, Calibration, Optimizer)
@@ -249,10 +249,11 @@ def _save_config(parser: "CommandParser", config: Any, run: "RunFolder") -> None
 
 def trainer_factory(config: Any) -> Any:
     """Return what builds a new Trainer of a parsed configuration, callbacks included, whenever it is called."""
-    from jsonargparse import ArgumentParser
     from lightning.pytorch import Trainer
 
-    builder = ArgumentParser()
+    from clmerge.cli.parser import CommandParser
+
+    builder = CommandParser(exit_on_error=False)
     builder.add_class_arguments(Trainer, "trainer", skip=_OWNED_BY_LEARNER, instantiate=False)
     builder_config = builder.parse_object({"trainer": config.trainer.as_dict()})
 

@@ -28,14 +28,13 @@ examples:
 
 def build_parser() -> "CommandParser":
     """Return the parser of ``clmerge merge``; imports torch."""
-    from jsonargparse import set_parsing_settings
-
     from clmerge.checkpoints.groups import Group
     from clmerge.checkpoints.vectors import Origin
+    from clmerge.cli.named_code import set_policy
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
     from clmerge.merging import Finisher, Merger, Sparsifier
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=False)
+    set_policy()
     CommandParser.class_names = known_subclasses((Merger, Sparsifier, Finisher))
     parser = CommandParser(
         prog="clmerge merge",

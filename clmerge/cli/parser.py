@@ -4,10 +4,12 @@ import difflib
 import re
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from typing_extensions import override
+
+from clmerge.cli.named_code import refuse_functions, refused_path
 
 
 class CommandFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -33,8 +35,21 @@ class CommandParser(ArgumentParser):
             text = f"{text}\nDid you mean {near}?"
         if not self.exit_on_error:  # a parser of one class's arguments, inside of the command's
             super().error(text, ex)
+        if refused := refused_path(text):
+            path, key = refused
+            text = f"expected no code that runs commands in a configuration, got {path} at {key}; it was not imported"
         self.exit(2, f"{self.prog}: {text}\nOptions: {self.prog} --help\n")
         raise AssertionError("exit returned")
+
+    @override
+    def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
+        """Build what the configuration says; only classes are built.
+
+        Raises:
+            ValueError: If a ``class_path`` names anything but a class.
+        """
+        refuse_functions(namespace)
+        return super().instantiate(namespace, *args, **kwargs)
 
 
 def known_subclasses(bases: Iterable[type]) -> list[str]:

@@ -107,6 +107,7 @@ class OpenClip(Backbone):
             )
             if file is not None and source.startswith(_SOURCES):
                 open_clip.load_checkpoint(self.model, file)
+        _refuse_remote_code(source)
         vocabulary = None if folder is None else folder / "bpe_simple_vocab.txt.gz"
         brings_vocabulary = vocabulary is not None and vocabulary.is_file()
         self._tokenize: Callable[[Sequence[str]], Tensor] = open_clip.get_tokenizer(
@@ -227,6 +228,18 @@ def _check_name(name: str, known: list[str], library: str) -> None:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f"; for a folder write 'local-dir:{name}'" if Path(name).is_dir() else ""
         raise ValueError(f"expected a model of {library}, got {name!r}; nearest: {', '.join(near) or 'none'}{hint}")
+
+
+def _refuse_remote_code(source: str) -> None:
+    """Refuse a model whose configuration asks for code of its tokenizer from elsewhere; open_clip would run it."""
+    import open_clip
+
+    config = open_clip.get_model_config(source) or {}
+    if config.get("text_cfg", {}).get("tokenizer_kwargs", {}).get("trust_remote_code"):
+        raise ValueError(
+            f"expected a model without code of its own, got {source!r}, whose configuration sets trust_remote_code for "
+            "its tokenizer; nothing was run. Take that entry out if the tokenizer works without it"
+        )
 
 
 def _check_tag(name: str, tag: str) -> None:

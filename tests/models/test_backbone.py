@@ -118,6 +118,15 @@ def test_a_folder_without_a_vocabulary_uses_that_of_open_clip(tmp_path):
     assert torch.equal(backbone.encode_text(PROMPTS), backbone.model.encode_text(tokens))
 
 
+def test_a_folder_whose_tokenizer_brings_code_is_refused(tmp_path):
+    name = tiny_clip(tmp_path)
+    config = json.loads(json.dumps(TINY_CLIP))
+    config["model_cfg"]["text_cfg"] |= {"hf_tokenizer_name": "own", "tokenizer_kwargs": {"trust_remote_code": True}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="trust_remote_code for its tokenizer; nothing was run"):
+        OpenClip(name)
+
+
 def test_text_is_encoded_without_a_gradient(tiny):
     backbone = OpenClip(tiny)
     assert not backbone.encode_text(PROMPTS).requires_grad
