@@ -135,12 +135,11 @@ class AdapterCheckpoint(Checkpoint):
 
     def products(self) -> dict[str, Product]:
         """Return the factors of every matrix that the adapter adds a product to, as they are stored."""
+        stored = ((name, self._products.get(self.stored(name))) for name in self.entries)
         return {
-            name.removeprefix(self.prefix): Product(
-                self._factors.tensor(found.right), self._factors.tensor(found.left), found.scale
-            )
-            for name, found in self._products.items()
-            if not found.turned and len(found.entry.shape) == 2
+            name: Product(self._factors.tensor(found.right), self._factors.tensor(found.left), found.scale)
+            for name, found in stored
+            if found is not None and not found.turned and len(found.entry.shape) == 2
         }
 
     def _rank(self, product: _Product) -> int:
@@ -148,7 +147,7 @@ class AdapterCheckpoint(Checkpoint):
 
     @override
     def is_difference(self, name: str) -> bool:
-        return self._stored(name) not in self._whole
+        return self.stored(name) not in self._whole
 
     @override
     def _read(self, name: str) -> Tensor:

@@ -4,7 +4,6 @@ import difflib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from clmerge.checkpoints.adapter import CONFIG, WEIGHTS, AdapterCheckpoint
+from clmerge.checkpoints.names import clean_names
 from clmerge.checkpoints.pickled import StandIn, StoredTensor, UnreadTensor
 from clmerge.checkpoints.reader import Checkpoint, SafetensorsCheckpoint, TorchCheckpoint
 from clmerge.checkpoints.torch_file import TorchFile
@@ -19,7 +19,6 @@ from clmerge.checkpoints.torch_file import TorchFile
 _TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".tar"}
 # Where training scripts keep the weights inside of what they save.
 _WEIGHTS_UNDER = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema", "weights")
-_WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
 _IN_FOLDERS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _BANK_FILE = re.compile(r"task_\d{3,}\.safetensors")
@@ -54,8 +53,8 @@ def open_models(paths: Iterable[str | os.PathLike[str]]) -> list[Checkpoint]:
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open one checkpoint: a file, or a folder in Hugging Face's layout.
 
-    Wrappers' prefixes (``module.``, ``_orig_mod.``) are taken off the names. Nothing of a pickle is executed: only
-    its containers, primitives and tensors are read.
+    Wrappers (``_orig_mod.`` anywhere, ``module.`` before every name) are taken out of the names. Nothing of a pickle
+    is executed: only its containers, primitives and tensors are read.
 
     Args:
         path: A ``.safetensors`` file, what ``torch.save`` wrote (``.pt``, ``.pth``, ``.bin``, Lightning's ``.ckpt``),
@@ -75,32 +74,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         checkpoint = AdapterCheckpoint(checkpoint, path.parent)
     if not checkpoint.entries:
         raise ValueError(f"expected a checkpoint with tensors, got none in {path}")
-    for wrapper in _WRAPPERS * 2:
-        if all(name.startswith(wrapper) for name in checkpoint.entries):
-            checkpoint.without_prefix(wrapper)
+    clean_names(checkpoint)
     return checkpoint
-
-
-def align_names(checkpoint: Checkpoint, base: Checkpoint) -> None:
-    """Take a prefix off a model's names if that makes them the base's, as with Lightning's ``model.``.
-
-    Args:
-        checkpoint: The model; changed in place.
-        base: The checkpoint that has the wanted names.
-    """
-    if any(name in base.entries for name in checkpoint.entries):
-        return
-    by_last: dict[str, list[str]] = {}
-    for name in base.entries:
-        by_last.setdefault(name.rpartition(".")[2], []).append(name)
-    votes: Counter[str] = Counter()
-    for name in checkpoint.entries:
-        ends = (wanted for wanted in by_last.get(name.rpartition(".")[2], []) if name.endswith(f".{wanted}"))
-        votes.update(name.removesuffix(wanted) for wanted in ends)
-    if votes:
-        prefix, count = max(votes.items(), key=lambda item: (item[1], -len(item[0])))
-        if 2 * count > min(len(base), len(checkpoint)):
-            checkpoint.without_prefix(prefix)
 
 
 def _from_folder(folder: Path) -> Checkpoint:

@@ -1,17 +1,19 @@
 """Merge checkpoints, out of core."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from clmerge.checkpoints.formats import align_names, open_checkpoint, open_models
+from clmerge.checkpoints.formats import open_checkpoint, open_models
 from clmerge.checkpoints.groups import Group, assign
 from clmerge.checkpoints.ledger import UNKNOWN, Ledger, as_plain, input_files, versions
+from clmerge.checkpoints.names import align_names
 from clmerge.checkpoints.output import check_target, new_output
 from clmerge.checkpoints.policy import Policy, decide, describe_rows
 from clmerge.checkpoints.reader import Checkpoint, Entry, float_dtype
@@ -19,7 +21,7 @@ from clmerge.checkpoints.vectors import CheckpointVectors, Origin
 from clmerge.checkpoints.writer import sha256_of
 from clmerge.merging import Merger
 from clmerge.merging.out_of_core import merge_out_of_core, passes_of, working_memory
-from clmerge.weights.task_vector import accumulator_dtype, fingerprint
+from clmerge.weights.task_vector import LazyVector, accumulator_dtype, fingerprint
 
 OnBytes = Callable[[int], None]
 _PASSES = {
@@ -68,7 +70,7 @@ class CheckpointMerge:
             raise ValueError(f"expected the weights of a base model, got the task vector {self.base.source}")
         self.models = open_models(models)
         for model in self.models:
-            align_names(model, self.base)
+            align_names(model, self.base, self.base.source)
         wanted = None if dtype is None else float_dtype(dtype)
         self.entries = {
             name: Entry(entry.shape, wanted or entry.dtype) if entry.dtype.is_floating_point else entry
@@ -214,27 +216,45 @@ class CheckpointMerge:
 
     def _check_base(self) -> None:
         """Refuse task vectors that were taken from another base model."""
-        seen: dict[frozenset[str], set[str]] = {}
+        known: dict[tuple[str, ...], set[str]] = {}
         for model in self.models:
-            names = frozenset(model.entries)
-            if model.base is None or not names <= self.base.keys():
-                continue
-            if names not in seen:
-                tensors = {name: self.base.tensor(name) for name in names}
-                # Training may have cast the weights it started from.
-                seen[names] = {fingerprint(tensors), fingerprint({name: t.float() for name, t in tensors.items()})}
-            if model.base not in seen[names]:
+            if model.base is None or model.left_out or not model.entries.keys() <= self.base.keys():
+                continue  # the fingerprint is that of tensors that the base does not have
+            stored = {model.stored(name): name for name in model.entries}
+            prints = known.setdefault((*stored, *stored.values()), set())
+            # Training may have cast the weights it started from.
+            for dtype in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                if model.base in prints:
+                    break
+                prints.add(fingerprint(_Cast(self.base, stored, dtype)))
+            if model.base not in prints:
                 raise ValueError(
                     f"expected task vectors of the base {self.base.source}, got {model.source} of base model "
                     f"{model.base[:12]}...; name the checkpoint that the run began with"
                 )
 
 
+class _Cast(LazyVector):
+    """Tensors of a checkpoint under other names and in another dtype, one in memory at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str], dtype: torch.dtype | None) -> None:
+        self._checkpoint, self._names, self._dtype = checkpoint, names, dtype
+
+    @override
+    def names(self) -> Iterable[str]:
+        return self._names
+
+    @override
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._checkpoint.tensor(self._names[name])
+        return tensor if self._dtype is None else tensor.to(self._dtype)
+
+
 def _described(checkpoint: Checkpoint) -> str:
     task = f", {checkpoint.task}" if checkpoint.task else ""
-    prefix = f", without {checkpoint.prefix!r}" if checkpoint.prefix else ""
+    names = "".join(f", names {how}" for how in checkpoint.renamed)
     size = f"{len(checkpoint)} tensors, {checkpoint.nbytes / 1e6:,.1f} MB"
-    return f"{checkpoint.source} ({checkpoint.kind}{task}: {size}{prefix})"
+    return f"{checkpoint.source} ({checkpoint.kind}{task}: {size}{names})"
 
 
 def _left_out(checkpoint: Checkpoint) -> list[str]:

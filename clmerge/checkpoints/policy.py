@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from clmerge.checkpoints.reader import Checkpoint
+from clmerge.checkpoints.reader import Checkpoint, Entry
 from clmerge.checkpoints.tied import resolve_ties, twins
 
 # Statistics of batch normalisation: floating-point, but not parameters.
@@ -107,8 +107,12 @@ def decide(
         rows += _extra_rows(model, base)
     further = {name: tied[name] for row in rows if row.action == "tied" for name in row.names}
     policy = Policy(groups.get(_MERGED, []), further, rows)
-    if not policy.merged:
-        raise ValueError(_nothing_left(base, models))
+    wanted = [
+        name
+        for name, entry in base.entries.items()
+        if entry.dtype.is_floating_point and name not in left and not _is_left_out(name, include, exclude)
+    ]
+    _check_fit(base, models, wanted, [*policy.merged, *policy.tied])
     if strict and policy.problems:
         text = "\n".join(f"  {line}" for line in describe_rows(policy.problems))
         raise ValueError(
@@ -143,7 +147,7 @@ def _treatment(
         return "copied", "integer, bool or complex", "", False
     if any(fnmatchcase(name, pattern) for pattern in _STATISTICS):
         return "copied", "running statistics", "", False
-    if (include and not any(fnmatchcase(name, p) for p in include)) or any(fnmatchcase(name, p) for p in exclude):
+    if _is_left_out(name, include, exclude):
         return "copied", "left out by --include or --exclude", "", False
     if models and all(model.is_task_vector and name not in model.entries for model in models):
         return "copied", "in no task vector", "", False
@@ -161,26 +165,61 @@ def _treatment(
     return *_MERGED[:2], "", False
 
 
+def _is_left_out(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    included = not include or any(fnmatchcase(name, pattern) for pattern in include)
+    return not included or any(fnmatchcase(name, pattern) for pattern in exclude)
+
+
 def _extra_rows(model: Checkpoint, base: Checkpoint) -> list[Row]:
     """Return the rows of what only a model has; a further name of a tensor that is in the base is no problem."""
     extras = [name for name in model.entries if name not in base.entries]
     same = twins(model) if extras and not model.rest_is_zero else {}
     groups = {same.get(name, name) for name in model.entries if name in base.entries}
     known = [name for name in extras if same.get(name, name) in groups]
-    unknown = [name for name in extras if name not in known]
+    unknown = [*(name for name in extras if name not in known), *model.left_out]
+    # The fingerprint in a task vector is that of all its tensors.
+    unchecked = ", so whether it began with this base cannot be checked" if model.base else ""
     rows = [Row("ignored", f"one tensor with another that the base has, of {model.source}", known)]
-    rows.append(Row("ignored", f"not in the base, of {model.source}", unknown, is_problem=True))
+    rows.append(Row("ignored", f"not in the base, of {model.source}{unchecked}", unknown, is_problem=True))
     return [row for row in rows if row.names]
 
 
-def _nothing_left(base: Checkpoint, models: Sequence[Checkpoint]) -> str:
+def _check_fit(base: Checkpoint, models: Sequence[Checkpoint], wanted: Sequence[str], merged: Sequence[str]) -> None:
+    """Refuse models of another architecture, of which at most a few tensors happen to fit the base's.
+
+    Args:
+        base: The base model.
+        models: The models.
+        wanted: What may be merged of the base.
+        merged: What is.
+    """
     for model in models:
-        if not any(name in base.entries for name in model.entries):
-            return (
-                f"expected a model with the base's tensors, got {model.source} with {next(iter(model.entries))!r} and "
-                f"so on, where {base.source} has {next(iter(base.entries))!r}; use models of one architecture"
+        offered = [name for name, entry in model.entries.items() if entry.dtype.is_floating_point]
+        fitting = _fitting(model, base, wanted)
+        smaller = min((base, wanted), (model, offered), key=lambda side: _numel(*side))
+        if 10 * len(fitting) < min(len(wanted), len(offered)) or 10 * _numel(base, fitting) < _numel(*smaller):
+            ours, theirs = (", ".join(map(repr, names[:_SHOWN])) for names in (offered, wanted))
+            raise ValueError(
+                f"expected a model with the base's tensors, got {model.source}, of which {len(fitting)} of "
+                f"{len(offered)} fit: it has {ours}, and {base.source} has {theirs}; use models of one architecture, "
+                "or leave out with --exclude what is meant to differ"
             )
-    return (
-        f"expected at least one floating-point tensor in {base.source} and in every model, got none; widen "
-        "--include or use models of one architecture"
-    )
+    least = min((_numel(base, _fitting(model, base, wanted)) for model in models), default=0)
+    if not merged or 10 * _numel(base, merged) < least:
+        raise ValueError(
+            f"expected floating-point tensors that {base.source} and every model have, got {len(merged)} of them; "
+            "widen --include or use models of one architecture"
+        )
+
+
+def _fitting(model: Checkpoint, base: Checkpoint, wanted: Sequence[str]) -> list[str]:
+    """Return the tensors of the base that a model has in the same shape."""
+    return [name for name in wanted if name in model.entries and _fits(model.entries[name], base.entries[name])]
+
+
+def _fits(entry: Entry, wanted: Entry) -> bool:
+    return entry.shape == wanted.shape and entry.dtype.is_floating_point
+
+
+def _numel(checkpoint: Checkpoint, names: Sequence[str]) -> int:
+    return sum(checkpoint.entries[name].numel for name in names)

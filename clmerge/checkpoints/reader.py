@@ -1,7 +1,7 @@
 """A checkpoint that is open: names, shapes and dtypes at once, tensors one at a time from a memory map."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -64,8 +64,10 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         rest_is_zero: Whether a task vector is zero where it has no tensor, as an adapter is.
         task: Name of the task, if the file says so.
         base: Fingerprint of the base model of a task vector, if the file says so.
-        prefix: What was taken off the front of all names.
         ignored: Classes whose objects in the file were left out, and not executed.
+        aliases: Names that the file says are those of one of its tensors, which it keeps under another.
+        renamed: How the names differ from those in the file, in words.
+        left_out: Tensors that have no name any more, by their names in the file.
     """
 
     def __init__(self, source: Path, kind: str, files: Sequence[Path], entries: dict[str, Entry]) -> None:
@@ -77,9 +79,11 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         self.rest_is_zero = False
         self.task = ""
         self.base: str | None = None
-        self.prefix = ""
         self.ignored: list[str] = []
-        self._added: dict[str, str] = {}
+        self.aliases: dict[str, str] = {}
+        self.renamed: list[str] = []
+        self.left_out: list[str] = []
+        self._in_file: dict[str, str] = {}
 
     @abstractmethod
     def _read(self, name: str) -> Tensor:
@@ -94,18 +98,18 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         """Return one tensor, on the CPU; it must not be written to.
 
         Args:
-            name: Its name, without ``prefix``.
+            name: Its name.
             piece: The entries that are wanted of the flat tensor. Default: all, in its shape.
         """
-        stored = self._stored(name)
+        stored = self.stored(name)
         return self._read(stored) if piece is None else self._read_piece(stored, piece)
+
+    def stored(self, name: str) -> str:
+        """Return the name that a tensor has in the file."""
+        return self._in_file.get(name, name)
 
     def memory(self, name: str) -> object | None:
         """Return what names of one tensor have in common in the file; None if the format does not say."""
-        return None
-
-    def stored_alias(self, name: str) -> str | None:
-        """Return under which name the file keeps a tensor that it says it has under another; None if it does not."""
         return None
 
     def add_name(self, name: str, present: str) -> None:
@@ -116,10 +120,20 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
             present: One that there is.
         """
         self.entries[name] = self.entries[present]
-        self._added[name] = self._stored(present)
+        self._in_file[name] = self.stored(present)
 
-    def _stored(self, name: str) -> str:
-        return self._added.get(name) or self.prefix + name
+    def rename(self, new_name: Callable[[str], str | None]) -> None:
+        """Give every tensor another name; those whose new name is None are left out.
+
+        Args:
+            new_name: The new name by the old; no two are the same.
+        """
+        names = {name: new_name(name) for name in self.entries}
+        self.left_out += [self.stored(name) for name, new in names.items() if new is None]
+        self._in_file = {new: self.stored(name) for name, new in names.items() if new is not None}
+        self.entries = {new: self.entries[name] for name, new in names.items() if new is not None}
+        aliases = ((new_name(name), names.get(kept)) for name, kept in self.aliases.items())
+        self.aliases = {name: kept for name, kept in aliases if name is not None and kept is not None}
 
     def is_difference(self, name: str) -> bool:
         """Return whether a tensor is a difference to the base, not a weight."""
@@ -128,17 +142,6 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
     def _read_piece(self, name: str, piece: slice) -> Tensor:
         """Return a flat piece of a stored tensor by its name in the file."""
         return self._read(name).reshape(-1)[piece]
-
-    def without_prefix(self, prefix: str) -> None:
-        """Take ``prefix`` off the front of the names; tensors whose names do not have it keep theirs no longer.
-
-        Args:
-            prefix: For example ``"module."``.
-        """
-        self.entries = {
-            name.removeprefix(prefix): entry for name, entry in self.entries.items() if name.startswith(prefix)
-        }
-        self.prefix += prefix
 
     @override
     def __getitem__(self, name: str) -> Tensor:
@@ -196,12 +199,8 @@ class SafetensorsCheckpoint(Checkpoint):
             self.kind = "task vector"
             self.task = self.metadata["name"]
             self.base = self.metadata["base"] or None
-
-    @override
-    def stored_alias(self, name: str) -> str | None:
         # save_model of the safetensors package writes the names it leaves out into the header.
-        kept = self.metadata.get(self.prefix + name, "").removeprefix(self.prefix)
-        return kept if kept in self.entries else None
+        self.aliases = {name: kept for name, kept in self.metadata.items() if kept in entries and name not in entries}
 
     @override
     def _read(self, name: str) -> Tensor:

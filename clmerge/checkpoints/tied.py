@@ -26,9 +26,9 @@ def resolve_ties(base: Checkpoint, models: Sequence[Checkpoint]) -> dict[str, st
     """
     found = twins(base)
     for model in models:
-        for name in base.entries:
-            if name not in model.entries and (stored := model.stored_alias(name)):
-                model.add_name(name, stored)
+        for name, kept in model.aliases.items():
+            if name in base.entries and name not in model.entries:
+                model.add_name(name, kept)
         if found:
             own = {} if model.rest_is_zero else twins(model)
             found = {name: leader for name, leader in found.items() if _agree(model, own, name, leader)}

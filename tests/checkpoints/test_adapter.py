@@ -6,8 +6,8 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from clmerge.checkpoints import open_checkpoint
-from clmerge.checkpoints.formats import align_names
 from clmerge.checkpoints.merge import CheckpointMerge
+from clmerge.checkpoints.names import align_names
 from clmerge.checkpoints.verify import verify
 from clmerge.merging import TIES, MagMax, TaskArithmetic
 
@@ -147,7 +147,7 @@ def test_saved_modules_and_biases_are_weights(base, theta, tmp_path):
 
 def test_names_are_aligned_with_the_base(base, tmp_path):
     opened = open_checkpoint(adapter(tmp_path / "a", factors("model.net.0", 8, 5) | factors("model.net.1", 6, 8)))
-    align_names(opened, open_checkpoint(base))
+    align_names(opened, open_checkpoint(base), "the base")
     assert opened.keys() == {"net.0.weight", "net.1.weight"}
     assert_close(opened["net.1.weight"], 2 * product(factors("net.1", 6, 8), "net.1"))
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from clmerge.checkpoints import open_checkpoint, open_models
-from clmerge.checkpoints.formats import align_names
+from clmerge.checkpoints.names import align_names
 from clmerge.weights import TaskVectorBank, fingerprint, task_vector
 
 
@@ -50,7 +50,7 @@ KINDS = ["safetensors", "hugging face", "sharded", "pt", "old pt", "nested", "li
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_format_gives_the_same_tensors(kind, theta, base, tmp_path):
     checkpoint = open_checkpoint(saved(kind, theta, tmp_path))
-    align_names(checkpoint, open_checkpoint(base))
+    align_names(checkpoint, open_checkpoint(base), "the base")
     assert checkpoint.keys() == theta.keys()
     for name, tensor in theta.items():
         assert checkpoint.entries[name].shape == tuple(tensor.shape)
