@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -72,7 +72,9 @@ class AdapterCheckpoint(Checkpoint):
     def __init__(self, weights: Checkpoint, folder: Path) -> None:
         config = _read_config(folder / CONFIG)
         found = {name: match for name in weights.entries if (match := _FACTOR.fullmatch(name))}
-        if others := [name for name in weights.entries if name not in found and ".lora_" in name]:
+        # Only beside factors: a module may be called lora_head, and be saved whole.
+        around = tuple({f"{match['module']}.lora_" for match in found.values()})
+        if others := [name for name in weights.entries if name not in found and name.startswith(around)]:
             raise ValueError(f"expected the factors A and B alone in {weights.source}, got {others[0]!r}; {_ADVICE}")
         self._factors = weights
         self._products: dict[str, _Product] = {}
@@ -178,6 +180,16 @@ class AdapterCheckpoint(Checkpoint):
         for row in range(begin, end, height):
             torch.mm(left[row : row + height], right, out=rows[row - begin : row - begin + height])
         return rows.mul_(product.scale)[first - begin : last - begin]
+
+
+def has_factors(names: Iterable[str]) -> bool:
+    """Return whether tensors of these names are factors as PEFT calls them.
+
+    Example:
+        >>> has_factors(["net.lora_head.weight"]), has_factors(["net.0.lora_A.weight"])
+        (False, True)
+    """
+    return any(_FACTOR.fullmatch(name) for name in names)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clmerge.checkpoints.adapter import CONFIG, WEIGHTS, AdapterCheckpoint
+from clmerge.checkpoints.adapter import CONFIG, WEIGHTS, AdapterCheckpoint, has_factors
 from clmerge.checkpoints.names import clean_names
 from clmerge.checkpoints.pickled import StandIn, StoredTensor, UnreadTensor
 from clmerge.checkpoints.reader import Checkpoint, SafetensorsCheckpoint, TorchCheckpoint
@@ -68,7 +68,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"expected a checkpoint, got {path}, which does not exist{_nearest_file(path)}")
     checkpoint = _from_folder(path) if path.is_dir() else _from_file(path)
-    if path.is_file() and any(".lora_" in name for name in checkpoint.entries):
+    if path.is_file() and has_factors(checkpoint.entries):
         if not (path.parent / CONFIG).is_file():
             raise ValueError(f"expected {CONFIG} beside the adapter {path}, got none; copy it there")
         checkpoint = AdapterCheckpoint(checkpoint, path.parent)

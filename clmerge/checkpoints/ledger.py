@@ -39,7 +39,8 @@ class Ledger:
 
     Attributes:
         merger: Class and settings, seeds included; None if tensors of no group stay the base's.
-        base: Path of the base model, as an absolute path.
+        base: Path of the base model, as an absolute path; a link is named, not what it points to, which may have a
+            name that says nothing (as in Hugging Face's cache).
         models: Paths of the models, in the order of their tasks.
         files: Every file that was read.
         include: Patterns of what is merged.
@@ -87,7 +88,7 @@ def versions() -> dict[str, str]:
 
 def input_files(checkpoints: Sequence[Checkpoint]) -> list[InputFile]:
     """List the files of checkpoints, each once, with a SHA-256 that is still unknown."""
-    files = dict.fromkeys(file.resolve() for checkpoint in checkpoints for file in checkpoint.files)
+    files = dict.fromkeys(file.absolute() for checkpoint in checkpoints for file in checkpoint.files)
     return [InputFile(str(file), file.stat().st_size, UNKNOWN) for file in files]
 
 

@@ -136,7 +136,7 @@ def existing(path: str | os.PathLike[str], *, sharded: bool) -> Path | None:
     """Return what a merge would replace: the file, or the first file with weights in the folder."""
     path = Path(path)
     if not sharded:
-        return path if path.exists() else None
+        return path if path.exists() or path.is_symlink() else None
     return next((file for file in sorted(path.iterdir()) if _is_weights(file.name)), None) if path.is_dir() else None
 
 
@@ -148,7 +148,7 @@ def check_target(path: Path, ledger: Ledger, *, nbytes: int, shard_bytes: int | 
         )
     if shard_bytes is not None and (path.suffix == ".safetensors" or path.is_file()):
         raise ValueError(f"expected a folder to write shards to, got {path}; leave --shard-size out to write one file")
-    for file in map(Path, [file.path for file in ledger.files]):
+    for file in (Path(file.path).resolve() for file in ledger.files):
         if path.resolve() in (file, file.parent if shard_bytes is not None else file):
             raise ValueError(f"expected an output beside the inputs, got {path} with the input {file}; name another")
     there = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())

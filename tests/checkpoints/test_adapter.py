@@ -242,3 +242,32 @@ def test_peft_merge_and_unload(use_rslora, tmp_path):
     assert found.keys() == merged.keys()
     assert sum(not torch.equal(found[name], tensor) for name, tensor in torch.load(tmp_path / "base.pt").items()) == 14
     assert_close(found, dict(merged), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("saved", ["lora_head", "ia3_gate", "lora_A_probe"])
+def test_a_saved_module_may_be_called_like_a_factor(saved, theta, tmp_path):
+    head, bias = drawn(4, 8, seed=3), drawn(4, seed=4)
+    tensors = factors("net.0", 8, 5) | {f"{saved}.weight": head, f"{saved}.bias": bias}
+    path = adapter(tmp_path / "a", tensors, modules_to_save=[saved])
+    whole = theta | {f"{saved}.weight": torch.zeros(4, 8), f"{saved}.bias": torch.zeros(4)}
+    save_file(whole, tmp_path / "base.safetensors")
+    job = CheckpointMerge(tmp_path / "base.safetensors", models=[path], merger=TaskArithmetic(1.0), strict=True)
+    job.run(tmp_path / "out.safetensors")
+    merged = load_file(tmp_path / "out.safetensors")
+    assert_close(merged[f"{saved}.weight"], head)
+    assert_close(merged[f"{saved}.bias"], bias)
+    assert_close(merged["net.0.weight"], theta["net.0.weight"] + 2 * product(tensors, "net.0"))
+
+
+def test_a_target_may_be_called_like_a_factor(tmp_path):
+    tensors = factors("net.lora_proj", 8, 5) | {"net.lora_proj.base_layer.bias": drawn(8)}
+    opened = open_checkpoint(adapter(tmp_path / "a", tensors, bias="lora_only"))
+    assert_close(opened["net.lora_proj.weight"], 2 * product(tensors, "net.lora_proj"))
+    assert_close(opened["net.lora_proj.bias"], drawn(8))
+
+
+def test_a_whole_model_with_a_module_of_such_a_name_is_no_adapter(tmp_path):
+    save_file({"body.weight": drawn(3, 3), "lora_head.weight": drawn(2, 3)}, tmp_path / "model.safetensors")
+    opened = open_checkpoint(tmp_path / "model.safetensors")
+    assert not opened.is_task_vector
+    assert opened.keys() == {"body.weight", "lora_head.weight"}
