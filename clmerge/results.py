@@ -2,21 +2,20 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from clmerge.metrics.continual import Array, Row
 from clmerge.metrics.matrix import AccuracyMatrix, Figures, check_row
+from clmerge.results_contract import SCHEMA, SETTINGS, Setting, validate
 
-Setting: TypeAlias = Literal["task_agnostic", "task_aware"]
-
-SCHEMA = 1
-SETTINGS: tuple[Setting, ...] = ("task_agnostic", "task_aware")
 EXPERT = "expert"
 ZERO_SHOT = "zero_shot"
 TASK_ORACLE = "task_oracle"
 ENSEMBLE = "ensemble"
 JOINT = "joint"
 REFERENCES = (EXPERT, ZERO_SHOT, TASK_ORACLE, ENSEMBLE, JOINT)
+
+__all__ = ["REFERENCES", "SCHEMA", "SETTINGS", "Results", "Setting", "is_reference", "validate"]
 
 
 def is_reference(model: str) -> bool:
@@ -299,57 +298,6 @@ class Results:
         if model not in self._rows:
             raise ValueError(f"expected one of the models {self.models}, got {model!r}")
         return self._rows[model][setting]
-
-
-def validate(document: Mapping[str, Any]) -> None:
-    """Check a ``results.json`` document against the contract.
-
-    Args:
-        document: The parsed file.
-
-    Raises:
-        ValueError: If something is missing, misshapen, or not finite; the message names the place.
-    """
-    if document.get("schema") != SCHEMA:
-        raise ValueError(
-            f"expected results with schema {SCHEMA}, got {document.get('schema')!r}; "
-            "they were written by another version of clmerge"
-        )
-    missing = [key for key in ("tasks", "classes", "models", "seconds") if key not in document]
-    if missing:
-        raise ValueError(
-            f"expected results to have the keys 'tasks', 'classes', 'models', 'seconds'; {missing} missing"
-        )
-    num_tasks = len(document["tasks"])
-    num_rows: dict[str, int] = {}
-    for model, settings in document["models"].items():
-        for setting in SETTINGS:
-            where = f"models.{model}.{setting}"
-            if setting not in settings:
-                raise ValueError(f"expected results to have {where}, got only {sorted(settings)}")
-            absent = sorted(Figures.__required_keys__ - settings[setting].keys())
-            if absent:
-                raise ValueError(f"expected {where} to have every figure; {absent} missing")
-            rows = settings[setting]["R"]
-            if len(rows) > num_tasks or any(len(row) != num_tasks for row in rows):
-                raise ValueError(
-                    f"expected {where}.R to have at most {num_tasks} rows of {num_tasks} numbers, "
-                    f"got rows of {[len(row) for row in rows]}"
-                )
-            num_rows[where] = len(rows)
-            for name, value in settings[setting].items():
-                _check_numbers(value, f"{where}.{name}")
-    if len(set(num_rows.values())) > 1:
-        raise ValueError(f"expected all matrices to have one row per finished task, got {num_rows}")
-    _check_numbers(list(document["seconds"].values()), "seconds")
-
-
-def _check_numbers(value: object, where: str) -> None:
-    if isinstance(value, list):
-        for item in value:
-            _check_numbers(item, where)
-    elif value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
-        raise ValueError(f"expected {where} to hold finite numbers or null, got {value!r}")
 
 
 def _to_json(value: Any) -> Any:

@@ -193,7 +193,7 @@ def broken(path, value):
     ("path", "value", "message"),
     [
         (["schema"], 2, "schema 1, got 2"),
-        (["models", "magmax"], {"task_agnostic": {}}, r"models\.magmax\.task_agnostic to have every figure"),
+        (["models", "magmax"], {"task_agnostic": {}}, r"models\.magmax to have task_aware, missing"),
         (["models", "magmax", "task_agnostic", "R", 1], [0.5], r"models\.magmax\.task_agnostic\.R"),
         (
             ["models", "magmax", "task_agnostic", "forgetting"],
@@ -201,7 +201,31 @@ def broken(path, value):
             r"task_agnostic\.forgetting .* got nan",
         ),
         (["models", "magmax", "task_agnostic", "last"], "0.5", r"task_agnostic\.last .* got '0.5'"),
-        (["models", "magmax", "task_aware", "R"], [], "one row per finished task"),
+        (["models", "magmax", "task_aware", "R"], [], "3 items, one per finished task, got 0"),
+        (["tasks"], 3, "tasks to be a list, got 3"),
+        (["tasks"], [], "tasks to be a list of one or more"),
+        (["tasks", 1], None, r"tasks\[1\] to be text, got None"),
+        (["tasks", 1], "task 1", "tasks to be different names"),
+        (["classes", 0], "cat", r"classes\[0\] to be a list, got 'cat'"),
+        (["classes"], [[]], "classes to be a list of 3, got 1"),
+        (["samples"], [1, True, 3], r"samples\[1\] to be a whole number"),
+        (["models"], [], "models to be an object"),
+        (["models", "magmax"], 3, r"models\.magmax to be an object, got 3"),
+        (["models", "a b\n"], 3, r"models\['a b\\n'\] to be an object"),
+        (
+            ["models", "magmax", "task_aware", "R", 0, 2],
+            1.5,
+            r"magmax\.task_aware\.R\[0\]\[2\] .*from 0 to 1, got 1\.5",
+        ),
+        (["models", "magmax", "task_aware", "average_accuracy"], 0.5, r"average_accuracy to be a list, got 0\.5"),
+        (["models", "magmax", "task_aware", "average_accuracy"], [0.5], r"average_accuracy to have 3 items"),
+        (["models", "magmax", "task_aware", "last"], [0.5], r"task_aware\.last .* got \[0\.5\]"),
+        (["models", "magmax", "task_aware", "last"], True, r"task_aware\.last .* got True"),
+        (["models", "magmax", "task_aware", "last"], 10**400, r"task_aware\.last .* got 1000"),
+        (["seconds"], None, "seconds to be an object"),
+        (["seconds", "train"], -1.0, r"seconds\.train .* of 0 or more"),
+        (["bytes"], {"bank": 0.5}, r"bytes\.bank"),
+        (["baseline"], {"task_agnostic": [0.5] * 3}, "baseline to have task_aware"),
         (["seconds", "train"], math.inf, "seconds"),
     ],
 )
@@ -216,12 +240,12 @@ def test_validate_names_the_place(path, value, message):
 def test_validate_names_missing_keys():
     found = document()
     del found["models"], found["seconds"]
-    with pytest.raises(ValueError, match=r"\['models', 'seconds'\] missing"):
+    with pytest.raises(ValueError, match="the document to have models and seconds, missing"):
         validate(found)
     del found["schema"]
     with pytest.raises(ValueError, match="schema 1, got None"):
         validate(found)
     aware = document()
     del aware["models"]["expert"]["task_aware"]
-    with pytest.raises(ValueError, match=r"models\.expert\.task_aware"):
+    with pytest.raises(ValueError, match=r"models\.expert to have task_aware, missing"):
         validate(aware)
