@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 import clmerge
+from clmerge.names import file_name
 from clmerge.weights import atomic_path, load_tensors, save_tensors, write_json_atomic
 
 SCHEMA = 1
@@ -149,7 +150,7 @@ class RunFolder:
 
     def model(self, name: str) -> Path:
         """Final weights of one merger."""
-        return self.path / "model" / f"{name}.safetensors"
+        return self.path / "model" / f"{file_name(name)}.safetensors"
 
     def keep_unmerged(self, task: int, state: Mapping[str, Tensor]) -> None:
         """Keep what goes with a task's vector in the bank: its head and running statistics, where there are any."""

@@ -9,8 +9,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from clmerge.names import shorten
 from clmerge.results import Results, Setting, is_reference
 
+_NAME_LENGTH = 60
 _FIGURES = ("average", "forget", "BWT")
 _HINTS = {
     "task_agnostic": "task-agnostic: all classes compete",
@@ -118,20 +120,21 @@ def _cells(results: Results, setting: Setting, width: int) -> _Cells:
         raise ValueError("expected results with at least one finished task, got none; add rows first")
     best = results.best_merger(setting)
     models = results.models
-    names = [f"{model} *" if model == best else model for model in models]
+    names = [shorten(model, _NAME_LENGTH) + " *" * (model == best) for model in models]
     accuracies = [results.matrix(model, setting)[-1, :done].tolist() for model in models]
     figures = [_latest_figures(results, model, setting) for model in models]
     notes = [_HINTS[setting], *(["* best merger by average accuracy"] if best else [])]
 
-    short = all(len(name) <= 6 for name in results.tasks[:done])
-    headings = results.tasks[:done] if short else [f"T{task + 1}" for task in range(done)]
+    tasks = [shorten(name, _NAME_LENGTH) for name in results.tasks[:done]]
+    short = all(len(name) <= 6 for name in tasks)
+    headings = tasks if short else [f"T{task + 1}" for task in range(done)]
     rows = _rows(names, accuracies, figures)
     if _width([["model", *headings, *_FIGURES], *rows]) > width:
         headings = ["first", "latest", "worst"]
         rows = _rows(names, [[row[0], row[-1], min(row, key=_nan_first)] for row in accuracies], figures)
         notes.append(f"first, latest and worst of the {done} tasks seen so far")
     elif not short:
-        notes.append(", ".join(f"{h} {name}" for h, name in zip(headings, results.tasks, strict=False)))
+        notes.append(", ".join(f"{h} {name}" for h, name in zip(headings, tasks, strict=True)))
     title = f"Accuracy in % after task {done} of {results.num_tasks}, {setting.replace('_', '-')}"
     return _Cells(title, notes, ["model", *headings, *_FIGURES], rows, models, best)
 

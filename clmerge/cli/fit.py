@@ -193,6 +193,7 @@ def _run(arguments: Sequence[str], *, resume: str | None) -> int:
 
     from clmerge.learner import Learner
     from clmerge.loggers import describe_run
+    from clmerge.names import file_name
     from clmerge.run_folder import RunFolder
 
     parser = build_parser()
@@ -212,7 +213,7 @@ def _run(arguments: Sequence[str], *, resume: str | None) -> int:
         if resume is not None:
             run = RunFolder.open(resume, writes=is_main)
         else:
-            default = config.run_dir or f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+            default = config.run_dir or f"runs/{file_name(config.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
             run = RunFolder.create(default if is_main else os.environ[RUN_DIR_VARIABLE], writes=is_main)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"clmerge fit: {error}", file=sys.stderr)

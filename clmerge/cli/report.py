@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from clmerge.names import visible
+
 if TYPE_CHECKING:
     from clmerge.cli.parser import CommandParser
 
@@ -55,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _report(config)
     except (ValueError, OSError) as error:
-        print(f"clmerge report: {error}", file=sys.stderr)
+        print(f"clmerge report: {visible(str(error))}", file=sys.stderr)
         return 1
 
 
@@ -67,17 +69,19 @@ def _report(config: Any) -> int:
     study = read_study(config.runs)
     for run in config.runs:
         if (Path(run) / "compare" / "results.json").is_file() and str(Path(run) / "compare") not in config.runs:
-            print(f"clmerge report: {run}/compare holds a comparison: name it as well to see it", file=sys.stderr)
+            print(
+                f"clmerge report: {visible(run)}/compare holds a comparison: name it as well to see it", file=sys.stderr
+            )
     for note in study.notes:
         print(f"clmerge report: {note}", file=sys.stderr)
     if config.format == "html":
         files = write_report(study, config.out, title=config.title)
-        print(f"page      {files[-1]}\nfigures   {files[0].parent}")
+        print(f"page      {visible(str(files[-1]))}\nfigures   {visible(str(files[0].parent))}")
         return 0
     text = "\n".join(paper_table(study, setting, config.format) for setting in SETTINGS)
     if config.out is None:
         print(text, end="")
     else:
         write_text_atomic(config.out, text)
-        print(f"table     {config.out}")
+        print(f"table     {visible(config.out)}")
     return 0

@@ -7,9 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from clmerge.names import shorten
 from clmerge.results import Setting, is_reference
 from clmerge.tables import align, percent
 
+_NAME_LENGTH = 80
 _NOTES = {
     "A": "A1, A2, ...: average accuracy in % on the tasks so far, after each task",
     "worst": "worst: lowest accuracy on a task; gap: how far below the tasks' own experts; norm.: share of theirs",
@@ -56,7 +58,10 @@ def comparison_lines(document: Mapping[str, Any], setting: Setting) -> tuple[lis
         *(f"A{t + 1}" for t in range(num_tasks)),
         *[key for key in rows[0] if key not in ("model", "A")],
     ]
-    cells = [[row["model"] + " *" * (i == best), *row.pop("A"), *list(row.values())[1:]] for i, row in enumerate(rows)]
+    cells = [
+        [shorten(row["model"], _NAME_LENGTH) + " *" * (i == best), *row.pop("A"), *list(row.values())[1:]]
+        for i, row in enumerate(rows)
+    ]
     table = align([headings, *cells])
     title = f"After task {num_tasks} of {num_tasks}, {setting.replace('_', '-')}"
     notes = [*_NOTES.values(), "* best merger by average accuracy after the last task"]
@@ -110,7 +115,8 @@ def _costs(models: Sequence[str], compared: Mapping[str, Any]) -> dict[str, str]
 def _search_note(search: Mapping[str, Any]) -> str:
     values = ", ".join(_chosen(name, value, search["parameters"][name]) for name, value in search["chosen"].items())
     score = percent(search["score"])
-    note = f"{search['model']}: {values} chosen of {len(search['points'])} by {score} % on validation images"
+    name = shorten(search["model"], _NAME_LENGTH)
+    note = f"{name}: {values} chosen of {len(search['points'])} by {score} % on validation images"
     if search["rule"] is None:
         return note
     return f"{note}; best scale after task t: {search['rule']['a']:.2f} * t^{search['rule']['b']:.2f}"
@@ -123,11 +129,12 @@ def _chosen(name: str, value: Any, values: Sequence[Any]) -> str:
 
 
 def _order_note(model: str, part: Mapping[str, Any], setting: Setting) -> str:
+    name = shorten(model, _NAME_LENGTH)
     if part["order_free"]:
-        return f"{model}: the order of tasks does not matter"
+        return f"{name}: the order of tasks does not matter"
     found = part[setting]
     spread = f"{percent(found['mean'])} +- {percent(found['std'])} %"
-    return f"{model}: {spread} over {len(found['accuracy'])} orders of the experts"
+    return f"{name}: {spread} over {len(found['accuracy'])} orders of the experts"
 
 
 def _percent(value: float | None) -> str:

@@ -13,6 +13,7 @@ and the same with ``cl_task_aware`` for the task-aware reading.
 import math
 from typing import Final
 
+from clmerge.names import shown
 from clmerge.results import Results, Setting
 
 TASK_KEY: Final = "cl/task"
@@ -54,10 +55,22 @@ def task_metrics(results: Results, deployed: str | None = None) -> dict[str, flo
             values = {name: _latest(figures[name]) for name in FIGURES}
             if model == deployed:
                 metrics |= {f"{prefix}/{name}": value for name, value in values.items()}
-            metrics |= {f"{prefix}_{name}/{model}": value for name, value in values.items()}
+            metrics |= {f"{prefix}_{name}/{part_of_key(model)}": value for name, value in values.items()}
             row = zip(results.tasks, figures["R"][-1], strict=True)
-            metrics |= {f"{prefix}_accuracy_{model}/{task}": accuracy for task, accuracy in row}
+            metrics |= {
+                f"{prefix}_accuracy_{part_of_key(model)}/{part_of_key(task)}": accuracy for task, accuracy in row
+            }
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+def part_of_key(name: str) -> str:
+    """Return a name as a part of a metric's: without a slash, which would open a section, and as it is shown.
+
+    Example:
+        >>> part_of_key("indoor/kitchen")
+        'indoor_kitchen'
+    """
+    return shown(name).replace("/", "_")
 
 
 def _latest(figure: float | list[float]) -> float:

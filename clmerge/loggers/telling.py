@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from clmerge.loggers import weights_and_biases
 from clmerge.loggers.facts import RunFacts
-from clmerge.loggers.metrics import TASK_KEY, deployed_model, task_metrics
+from clmerge.loggers.metrics import TASK_KEY, deployed_model, part_of_key, task_metrics
 from clmerge.results import ZERO_SHOT, Results
 from clmerge.run_folder import RunFolder
 
@@ -70,7 +70,11 @@ def log_task(
         from clmerge.plots import plot_matrix
 
         moving = [model for model in results.models if model != ZERO_SHOT]
-        _show(loggers, {f"cl_matrix/{model}": partial(plot_matrix, results, model) for model in moving}, task_index + 1)
+        _show(
+            loggers,
+            {f"cl_matrix/{part_of_key(model)}": partial(plot_matrix, results, model) for model in moving},
+            task_index + 1,
+        )
     for logger in loggers:
         logger.save()
 

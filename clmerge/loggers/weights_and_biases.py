@@ -24,7 +24,7 @@ from urllib.request import getproxies, proxy_bypass
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from clmerge.loggers.metrics import PREFIXES, TASK_KEY
+from clmerge.loggers.metrics import PREFIXES, TASK_KEY, part_of_key
 from clmerge.results import Results
 from clmerge.run_folder import RunFolder
 from clmerge.weights import TaskVectorBank, load_metadata, write_json_atomic
@@ -165,7 +165,7 @@ def log_tables(run: "Run", results: Results) -> None:
         run,
         results.num_finished,
         {
-            f"{prefix}_matrix_table/{model}": wandb.Table(
+            f"{prefix}_matrix_table/{part_of_key(model)}": wandb.Table(
                 columns=["after_task", "on_task", "task", "accuracy"],
                 data=[
                     [row + 1, column + 1, results.tasks[column], None if math.isnan(accuracy) else accuracy]
@@ -207,8 +207,9 @@ def log_searches(run: "Run", searches: Sequence[Mapping[str, Any]]) -> None:
         columns = list(search["parameters"])
         rows = [[*(point["values"][name] for name in columns), point["score"]] for point in search["points"]]
         # Two searches of one merger are about different runs; their models have different names.
-        run.log({f"cl_search/{search['model']}": wandb.Table(columns=[*columns, "validation_score"], data=rows)})
-        summarise(run, {f"cl_search/{search['model']}/{name}": value for name, value in search["chosen"].items()})
+        key = f"cl_search/{part_of_key(search['model'])}"
+        run.log({key: wandb.Table(columns=[*columns, "validation_score"], data=rows)})
+        summarise(run, {f"{key}/{name}": value for name, value in search["chosen"].items()})
 
 
 def summarise(run: "Run", summary: Mapping[str, Any]) -> None:

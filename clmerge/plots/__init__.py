@@ -5,14 +5,16 @@ figures are left alone. All axes show percent on a fixed range from 0 to 100: pi
 be laid side by side.
 """
 
+import io
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from clmerge.names import file_name
 from clmerge.plots.curves import plot_average_accuracy, plot_final_accuracy, plot_forgetting_curves
 from clmerge.plots.matrices import plot_matrices, plot_matrix
 from clmerge.results import EXPERT, SETTINGS, ZERO_SHOT, Results
-from clmerge.weights import atomic_path
+from clmerge.weights import write_bytes_atomic
 
 __all__ = [
     "plot_average_accuracy",
@@ -21,6 +23,7 @@ __all__ = [
     "plot_matrices",
     "plot_matrix",
     "save_plots",
+    "to_png",
 ]
 
 DPI = 130
@@ -47,7 +50,7 @@ def save_plots(results: Results, folder: str | Path) -> list[Path]:
     if not results.num_finished:
         raise ValueError("expected results with at least one finished task, got none; add rows first")
     moving = [model for model in results.models if model != ZERO_SHOT]
-    files = _save({f"matrix_{model}": plot_matrix(results, model) for model in moving}, Path(folder))
+    pictures = {Path(folder, f"matrix_{file_name(model)}.png"): plot_matrix(results, model) for model in moving}
     for setting in SETTINGS:
         best = results.best_merger(setting)
         pair = [model for model in (best, EXPERT) if model is not None and model in moving]
@@ -57,14 +60,17 @@ def save_plots(results: Results, folder: str | Path) -> list[Path]:
             "average_accuracy": plot_average_accuracy(results, setting=setting),
             "final_accuracy": plot_final_accuracy(results, setting=setting),
         }
-        files += _save(figures, Path(folder) if setting == "task_agnostic" else Path(folder, setting))
-    return files
+        target = Path(folder) if setting == "task_agnostic" else Path(folder, setting)
+        pictures |= {target / f"{name}.png": figure for name, figure in figures.items()}
+    # All are drawn before the first is written: a folder never holds some of them.
+    drawn = {file: to_png(figure) for file, figure in pictures.items()}
+    for file, data in drawn.items():
+        write_bytes_atomic(file, data)
+    return list(drawn)
 
 
-def _save(figures: dict[str, Figure], folder: Path) -> list[Path]:
-    files = []
-    for name, figure in figures.items():
-        files.append(folder / f"{name}.png")
-        with atomic_path(files[-1]) as temporary:
-            figure.savefig(temporary, format="png", dpi=DPI)
-    return files
+def to_png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DPI)
+    return file.getvalue()

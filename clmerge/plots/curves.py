@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from clmerge.metrics.continual import average_accuracy
-from clmerge.plots.style import DARK, GREY, LIGHT, add_legend, darker, label_tasks, look, shorten, style_axes
+from clmerge.plots.lettering import label, lettered
+from clmerge.plots.style import DARK, GREY, LIGHT, add_legend, darker, label_tasks, look, style_axes
 from clmerge.results import Results, Setting
 
 
@@ -34,7 +35,7 @@ def plot_forgetting_curves(results: Results, *, setting: Setting = "task_agnosti
             continue
         style_axes(panel, results.num_tasks)
         panel.axvline(task + 1, color=GREY, linewidth=0.8, zorder=1)
-        panel.set_title(shorten(results.tasks[task], 22), fontsize=9, color=DARK)
+        panel.set_title(label(results.tasks[task], 22), fontsize=9, color=DARK)
         # The last row of panels may be short; the panels above its gap then carry the tick labels.
         panel.tick_params(labelbottom=task + num_columns >= results.num_tasks)
         for model in reversed(results.models):
@@ -55,7 +56,7 @@ def plot_forgetting_curves(results: Results, *, setting: Setting = "task_agnosti
     figure.supxlabel("after task", fontsize=10)
     figure.supylabel(f"accuracy in %, {setting.replace('_', '-')}", fontsize=10)
     add_legend(figure, results, "lines")
-    return figure
+    return lettered(figure)
 
 
 def plot_average_accuracy(results: Results, *, setting: Setting = "task_agnostic") -> Figure:
@@ -82,7 +83,7 @@ def plot_average_accuracy(results: Results, *, setting: Setting = "task_agnostic
     for model, height in _spread(ends, gap=5.5).items():
         color = look(results, model)[0]
         panel.annotate(
-            f"{shorten(model, 28)} {ends[model]:.1f}",
+            f"{label(model, 28)} {ends[model]:.1f}",
             xy=(results.num_finished, ends[model]),
             xytext=(1.02, height),
             textcoords=panel.get_yaxis_transform(),
@@ -94,7 +95,7 @@ def plot_average_accuracy(results: Results, *, setting: Setting = "task_agnostic
         )
     panel.set_xlabel("after task")
     panel.set_ylabel(f"average accuracy on tasks seen so far in %\n{setting.replace('_', '-')}")
-    return figure
+    return lettered(figure)
 
 
 def plot_final_accuracy(results: Results, *, setting: Setting = "task_agnostic") -> Figure:
@@ -141,7 +142,7 @@ def plot_final_accuracy(results: Results, *, setting: Setting = "task_agnostic")
     label_tasks(panel, results)
     panel.set_ylabel(f"accuracy after task {results.num_finished} in %\n{setting.replace('_', '-')}")
     add_legend(figure, results, "bars" if bars else "dots")
-    return figure
+    return lettered(figure)
 
 
 def _spread(heights: dict[str, float], *, gap: float) -> dict[str, float]:

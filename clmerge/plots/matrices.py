@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from clmerge.metrics.continual import Array
-from clmerge.plots.style import DARK, GREY, ink_on, label_tasks
+from clmerge.plots.lettering import label, lettered
+from clmerge.plots.style import DARK, GREY, MODEL_LENGTH, ink_on, label_tasks
 from clmerge.results import Results, Setting
 
 
@@ -55,12 +56,12 @@ def plot_matrices(results: Results, models: Sequence[str], *, setting: Setting =
     panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
     for index, (panel, model, matrix) in enumerate(zip(panels, models, matrices, strict=True)):
         _draw_matrix(panel, results, matrix, label_rows=index == 0)
-        panel.set_title(model, fontsize=11, color=DARK)
+        panel.set_title(label(model, MODEL_LENGTH), fontsize=11, color=DARK)
     scale = ScalarMappable(Normalize(0, 100), "viridis")
     bar = figure.colorbar(scale, ax=list(panels), fraction=0.03, pad=0.02, aspect=30)
     bar.set_label(f"accuracy in %, {setting.replace('_', '-')}")
     bar.outline.set_visible(False)
-    return figure
+    return lettered(figure)
 
 
 def _draw_matrix(panel: Axes, results: Results, matrix: Array, *, label_rows: bool) -> None:

@@ -8,8 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
+from clmerge.plots.lettering import label
 from clmerge.results import EXPERT, ZERO_SHOT, Results
 
+MODEL_LENGTH = 40  # letters of a model's name that legends and titles show
 DARK, GREY, LIGHT = "#222222", "#767676", "#E4E4E4"
 # The palette of Okabe and Ito, told apart with any kind of colour blindness, and two more.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#8C6D31")
@@ -43,8 +45,9 @@ def add_legend(figure: Figure, results: Results, kind: Literal["lines", "bars", 
     handles: list[Line2D | Rectangle] = []
     for model in results.models:
         color, dash, marker = look(results, model)
+        name = label(model, MODEL_LENGTH)
         if kind == "bars":
-            handles.append(Rectangle((0, 0), 1, 1, color=color, label=model))
+            handles.append(Rectangle((0, 0), 1, 1, color=color, label=name))
         elif kind == "dots":
             handles.append(
                 Line2D(
@@ -55,13 +58,13 @@ def add_legend(figure: Figure, results: Results, kind: Literal["lines", "bars", 
                     marker=marker,
                     markersize=6,
                     markeredgewidth=1.5,
-                    label=model,
+                    label=name,
                 )
             )
         else:
-            handles.append(Line2D([], [], color=color, linestyle=dash, linewidth=1.8, label=model))
+            handles.append(Line2D([], [], color=color, linestyle=dash, linewidth=1.8, label=name))
     # A handle with its gaps is 0.7 inch wide, a letter of 9 points about 0.08.
-    widest = 0.7 + 0.08 * max(map(len, results.models), default=0)
+    widest = 0.7 + 0.08 * max((len(str(handle.get_label())) for handle in handles), default=0)
     columns = max(1, min(len(handles), int(figure.get_figwidth() / widest)))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
 
@@ -84,14 +87,14 @@ def style_axes(panel: Axes, num_tasks: int) -> None:
 
 def label_tasks(panel: Axes, results: Results) -> None:
     """Write the tasks' names under the horizontal axis, slanted if long, every fifth number if many."""
-    names = [shorten(name, 18) for name in results.tasks]
+    names = [label(name, 18) for name in results.tasks]
     if results.num_tasks > 25:
         numbers = range(1, results.num_tasks + 1)
         names = [str(number) if number == 1 or number % 5 == 0 else "" for number in numbers]
     panel.set_xticks(range(results.num_tasks), names, fontsize=8.5 if results.num_tasks <= 10 else 7.5)
     if max(map(len, names)) > (7 if results.num_tasks <= 10 else 3):
-        for label in panel.get_xticklabels():
-            label.set(rotation=45, ha="right", rotation_mode="anchor")
+        for tick in panel.get_xticklabels():
+            tick.set(rotation=45, ha="right", rotation_mode="anchor")
 
 
 def ink_on(background: tuple[float, float, float, float]) -> str:
@@ -105,8 +108,3 @@ def darker(color: str) -> str:
     """Return a colour that is readable as small text on white."""
     red, green, blue = to_rgb(color)
     return to_hex((0.7 * red, 0.7 * green, 0.7 * blue))
-
-
-def shorten(name: str, length: int) -> str:
-    """Cut a name that is longer than ``length`` characters."""
-    return name if len(name) <= length else name[: length - 2].rstrip() + ".."

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from clmerge.plots import DPI
+from clmerge.plots import to_png
 from clmerge.report.charts import Figure
 from clmerge.report.diagnostics import diagnostic_figures
 from clmerge.report.figures import common_figures
@@ -13,7 +13,7 @@ from clmerge.report.runs import read_runs
 from clmerge.report.study import Study, make_study
 from clmerge.report.tables import paper_table
 from clmerge.results import SETTINGS
-from clmerge.weights import atomic_path, write_text_atomic
+from clmerge.weights import write_bytes_atomic
 
 __all__ = ["make_study", "paper_table", "read_study", "write_report"]
 
@@ -47,22 +47,22 @@ def write_report(study: Study, out: str | Path, *, title: str | None = None) -> 
     folder = page.with_name(f"{page.stem}_figures")
     views = make_views(study)
     common, diagnostics = common_figures(study), diagnostic_figures(study)
-    files = _write_figures([*common, *diagnostics], folder)
+    files = _draw_figures([*common, *diagnostics], folder)
     for view in views:
         target = folder if view.setting == SETTINGS[0] else folder / view.setting
-        write_text_atomic(target / "models.csv", view.table_csv)
-        files += [target / "models.csv", *_write_figures(view.figures, target)]
+        files[target / "models.csv"] = view.table_csv.encode()
+        files |= _draw_figures(view.figures, target)
     name = title or ", ".join(dict.fromkeys(run.name for run in study.runs))
-    write_text_atomic(page, render_page(study, views, common, diagnostics, title=name, folder=folder.name))
-    return [*files, page]
+    files[page] = render_page(study, views, common, diagnostics, title=name, folder=folder.name).encode()
+    # Nothing is written until all is drawn: a failure leaves no part of a report behind.
+    for file, data in files.items():
+        write_bytes_atomic(file, data)
+    return list(files)
 
 
-def _write_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
-    files = []
+def _draw_figures(figures: Sequence[Figure], folder: Path) -> dict[Path, bytes]:
+    files = {}
     for figure in figures:
-        table, picture = folder / f"{figure.name}.csv", folder / f"{figure.name}.png"
-        write_text_atomic(table, figure.chart.to_csv())
-        with atomic_path(picture) as temporary:
-            draw(figure.chart).savefig(temporary, format="png", dpi=DPI)
-        files += [table, picture]
+        files[folder / f"{figure.name}.csv"] = figure.chart.to_csv().encode()
+        files[folder / f"{figure.name}.png"] = to_png(draw(figure.chart))
     return files

@@ -3,11 +3,17 @@
 import csv
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from clmerge.names import visible
 from clmerge.report.study import Entry, Spread
+
+# What makes a spreadsheet compute a cell, ASCII and full-width; control characters are written out before.
+_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+_NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
 
 Unit: TypeAlias = Literal["share", "bytes", "seconds", "number"]
 """A share is shown in percent."""
@@ -180,9 +186,21 @@ def _exact(value: float) -> list[str]:
 
 
 def to_csv(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as CSV text."""
+    r"""Return rows as CSV text in which no cell is a formula to a spreadsheet.
+
+    Text that begins like one has a quotation mark before it, which spreadsheets take for "this is text"; numbers stay
+    as they are.
+
+    Example:
+        >>> to_csv(["a", "b"], [["=1+1", "-0.5"]])
+        "a,b\\n'=1+1,-0.5\\n"
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(heading)
-    writer.writerows(rows)
+    writer.writerows([_harmless(cell) for cell in row] for row in (heading, *rows))
     return text.getvalue()
+
+
+def _harmless(cell: str) -> str:
+    cell = visible(cell)
+    return f"'{cell}" if cell.startswith(_FORMULA) and not _NUMBER.fullmatch(cell) else cell

@@ -82,7 +82,8 @@ def _facts(run: Run) -> Iterable[tuple[str, str]]:
     if stream := run.section("stream"):
         yield "Stream", _class(stream)
     if backbone := run.section("model").get("backbone"):
-        name = backbone.get("init_args", {}).get("name") if isinstance(backbone, dict) else None
+        arguments = backbone.get("init_args") if isinstance(backbone, dict) else None
+        name = arguments.get("name") if isinstance(arguments, dict) else None
         yield "Backbone", _class(backbone) + (f" {name}" if name else "")
     if policy := run.section("learner").get("start_policy"):
         yield "Start policy", str(policy)

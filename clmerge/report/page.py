@@ -85,7 +85,11 @@ def render_page(
         folder: Name of the folder beside the page with the figures as files.
     """
     environment = Environment(
-        loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=svg.legible,
     )
     environment.filters["data_uri"] = lambda text: f"data:text/csv;charset=utf-8,{quote(text)}"
     script = (_FOLDER / "page.js").read_text(encoding="utf-8")

@@ -12,7 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from clmerge.plots.style import DARK, GREY, LIGHT, ink_on, look_at, shorten
+from clmerge.plots.lettering import label, lettered
+from clmerge.plots.style import DARK, GREY, LIGHT, MODEL_LENGTH, ink_on, look_at
 from clmerge.report.charts import Grid, HeatChart, Line, LineChart, Panel, Unit
 from clmerge.report.text import show
 
@@ -28,7 +29,7 @@ def _draw_lines(chart: LineChart) -> Figure:
     num_rows = math.ceil(count / num_columns)
     width = 3.6 * num_columns + 0.8
     # A handle with its gaps is 0.7 inch wide, a letter of 9 points about 0.08; a line of the legend is 0.2 high.
-    widest = 0.7 + 0.08 * max(len(entry.name) for entry in chart.entries)
+    widest = 0.7 + 0.08 * max(min(len(entry.name), MODEL_LENGTH) for entry in chart.entries)
     columns = max(1, min(len(chart.entries), int(width / widest)))
     height = 2.7 * num_rows + 0.6 + 0.21 * math.ceil(len(chart.entries) / columns)
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -41,13 +42,17 @@ def _draw_lines(chart: LineChart) -> Figure:
     for entry in chart.entries:
         color, dash, marker = look_at(entry.look, entry.model)
         line = "" if chart.dots else dash
-        handles.append(Line2D([], [], color=color, linestyle=line, marker=marker, markersize=5, label=entry.name))
+        handles.append(
+            Line2D(
+                [], [], color=color, linestyle=line, marker=marker, markersize=5, label=label(entry.name, MODEL_LENGTH)
+            )
+        )
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
-    return figure
+    return lettered(figure)
 
 
 def _draw_panel(chart: LineChart, panel: Panel, axes: Axes) -> None:
-    axes.set_title(shorten(panel.title, 34), fontsize=10, color=DARK)
+    axes.set_title(label(panel.title, 34), fontsize=10, color=DARK)
     axes.grid(axis="y", color=LIGHT, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8.5, color=GREY)
@@ -108,7 +113,7 @@ def _draw_heatmaps(chart: HeatChart) -> Figure:
     bar.set_label(f"{chart.value_name} in %" if chart.unit == "share" else chart.value_name)
     bar.ax.yaxis.set_major_formatter(_formatter(chart.unit))
     bar.outline.set_visible(False)
-    return figure
+    return lettered(figure)
 
 
 def _draw_grid(chart: HeatChart, grid: Grid, panel: Axes) -> None:
@@ -127,15 +132,15 @@ def _draw_grid(chart: HeatChart, grid: Grid, panel: Axes) -> None:
             outline.set_clip_on(False)
             panel.add_patch(outline)
     step = 1 if len(chart.columns) <= 20 else 5
-    names = [shorten(name, 14) if index % step == 0 else "" for index, name in enumerate(chart.columns)]
+    names = [label(name, 14) if index % step == 0 else "" for index, name in enumerate(chart.columns)]
     panel.set_xticks(range(len(names)), names, fontsize=7.5)
     if max(map(len, names)) > 4:
-        for label in panel.get_xticklabels():
-            label.set(rotation=45, ha="right", rotation_mode="anchor")
-    panel.set_yticks(range(len(chart.rows)), [shorten(name, 14) for name in chart.rows], fontsize=7.5)
+        for tick in panel.get_xticklabels():
+            tick.set(rotation=45, ha="right", rotation_mode="anchor")
+    panel.set_yticks(range(len(chart.rows)), [label(name, 14) for name in chart.rows], fontsize=7.5)
     panel.set_xlabel(chart.column_name, fontsize=9)
     panel.set_ylabel(chart.row_name, fontsize=9)
-    panel.set_title(shorten(grid.title, 34), fontsize=10, color=DARK)
+    panel.set_title(label(grid.title, 34), fontsize=10, color=DARK)
     panel.tick_params(length=0)
     for spine in panel.spines.values():
         spine.set_visible(False)

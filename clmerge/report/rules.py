@@ -51,7 +51,9 @@ def configured_rules(config: Mapping[str, Any]) -> dict[str, Rule]:
 
     A run with a rule from elsewhere gives nothing, since the names of the others may depend on it.
     """
-    specifications = config.get("mergers") or []
+    specifications = config.get("mergers")
+    if not isinstance(specifications, list):
+        return {}
     try:
         mergers = [configured_from(_plain(specification)) for specification in specifications]
     except (ValueError, TypeError):
@@ -63,6 +65,8 @@ def _plain(value: Any) -> Any:
     """Bring a part of a configuration into the form that a ledger has: bare class names, arguments always there."""
     if isinstance(value, Mapping) and "class_path" in value:
         arguments = value.get("init_args") or {}
+        if not isinstance(arguments, Mapping):
+            raise TypeError(f"expected the arguments of a class by name, got {arguments!r}")
         return {
             "class_path": str(value["class_path"]).rpartition(".")[2],
             "init_args": {key: _plain(item) for key, item in arguments.items()},

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from clmerge.comparison.contract import validate_comparison
+from clmerge.names import shown
 from clmerge.report.rules import Rule, configured_rules, rule_of
 from clmerge.results import SETTINGS, ZERO_SHOT, Results, Setting, validate
 from clmerge.weights import TaskVectorBank
@@ -38,6 +40,8 @@ class Run:
         group: What ``clmerge compare`` calls runs that differ from it in nothing but seeds; None if it does not say.
         seed: Its seed.
         diagnostics: Document of ``clmerge.diagnostics`` about it; None if there is none.
+        is_comparison: Whether ``clmerge compare`` wrote what was read.
+        tuned: Models whose settings a search chose.
     """
 
     path: Path
@@ -54,11 +58,13 @@ class Run:
     group: str | None = None
     seed: int | None = None
     diagnostics: Mapping[str, Any] | None = None
+    is_comparison: bool = False
+    tuned: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
-        """What the folder is called."""
-        return self.path.name
+        """What the folder is called, as it is shown."""
+        return shown(self.path.name)
 
     @property
     def num_finished(self) -> int:
@@ -107,7 +113,7 @@ class Run:
         return replace(self, models=earlier["models"], compared={}, searches=(), diagnostics=None)
 
     def joined(self, other: "Run") -> "Run":
-        """Return the run with the models of another look at it; where both have one, it is the same."""
+        """Return the run with the models of another look at it; where both have one, this one's counts."""
         kinds = {kind: {**other.compared.get(kind, {}), **found} for kind, found in self.compared.items()}
         return replace(
             self,
@@ -116,9 +122,36 @@ class Run:
             seconds={**other.seconds, **self.seconds},
             rules={**other.rules, **self.rules},
             compared={**other.compared, **kinds},
-            searches=self.searches + other.searches,
+            searches=self.searches + tuple(search for search in other.searches if search not in self.searches),
             group=other.group if self.group is None else self.group,
             diagnostics=self.diagnostics or other.diagnostics,
+            tuned=self.tuned | other.tuned,
+        )
+
+    def renamed(self, names: Mapping[str, str]) -> "Run":
+        """Return the run with some of its models called otherwise, wherever it tells of them."""
+        if not names:
+            return self
+
+        def by_model(found: Mapping[str, Any]) -> dict[str, Any]:
+            return {names.get(model, model): value for model, value in found.items()}
+
+        diagnostics = self.diagnostics
+        if diagnostics and (measured := diagnostics.get("models")):
+            ends = ("from", "to")
+            segments = [{**s, **{end: names.get(s[end], s[end]) for end in ends}} for s in measured["segments"]]
+            measured = {**measured, "models": by_model(measured["models"]), "segments": segments}
+            diagnostics = {**diagnostics, "models": measured}
+        return replace(
+            self,
+            models=by_model(self.models),
+            rules=by_model(self.rules),
+            compared={kind: by_model(found) for kind, found in self.compared.items()},
+            searches=tuple(
+                {**search, "model": names.get(search["model"], search["model"])} for search in self.searches
+            ),
+            diagnostics=diagnostics,
+            tuned=frozenset(names.get(model, model) for model in self.tuned),
         )
 
 
@@ -148,12 +181,14 @@ def read_runs(folder: str | Path) -> list[Run]:
         raise FileNotFoundError(f"expected a run folder, got {path}, which {what}")
     advice = f"; clmerge fit --resume {path} writes it anew" if started else "; run clmerge compare again"
     document = _read_json(file, advice)
+    compared = document.get("compare") is not None
     try:
         validate(document)
-        runs = _compared(file, document) if document.get("compare") else [_fitted(file, document)]
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        text = f"{error!r}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"expected the results of a run in {file}, got something else: {text}{advice}") from error
+        if compared:
+            validate_comparison(document)
+    except ValueError as error:
+        raise ValueError(f"expected the results of a run in {file}, got something else: {error}{advice}") from error
+    runs = _compared(file, document) if compared else [_fitted(file, document)]
     if not all(run.num_finished for run in runs):
         raise ValueError(f"expected a run with at least one finished task, got {path}, which has none yet")
     return runs
@@ -177,7 +212,7 @@ def _fitted(file: Path, document: Mapping[str, Any]) -> Run:
         document["seconds"],
         config,
         rules=configured_rules(config),
-        seed=config.get("seed"),
+        seed=_seed(config),
     )
     return replace(run, is_finished=run.num_finished == len(run.tasks) and bool(manifest.get("finished", True)))
 
@@ -195,6 +230,12 @@ def _compared(file: Path, document: Mapping[str, Any]) -> list[Run]:
         config = _read_yaml(path / CONFIG)
         kinds = {kind: compare.get(kind) or {} for kind in ("bytes_kept", "merge_seconds", "figures")}
         kinds["orders"] = (compare.get("orders") or {}).get("models", {})
+        searches = tuple(
+            {**search, "model": search["model"].removesuffix(suffix)}
+            for search in compare["searches"]
+            if search["run"] == entry["name"]
+        )
+        searched = frozenset(search["model"] for search in searches)
         run = Run(
             path,
             (file, path / CONFIG),
@@ -205,13 +246,11 @@ def _compared(file: Path, document: Mapping[str, Any]) -> list[Run]:
             config,
             rules={own[m]: rule for m in own if m in settings and (rule := rule_of(settings[m])) is not None},
             compared={kind: {own[m]: found[m] for m in own if m in found} for kind, found in kinds.items()},
-            searches=tuple(
-                {**search, "model": search["model"].removesuffix(suffix)}
-                for search in compare["searches"]
-                if search["run"] == entry["name"]
-            ),
+            searches=searches,
             group=entry["group"],
             seed=entry["seed"],
+            is_comparison=True,
+            tuned=frozenset(own[m] for m in own if m in settings and settings[m].get("search") is not None) | searched,
         )
         diagnosed = compare.get("diagnostics") or {}
         runs.append(
@@ -224,6 +263,11 @@ def _compared(file: Path, document: Mapping[str, Any]) -> list[Run]:
     return runs
 
 
+def _seed(config: Mapping[str, Any]) -> int | None:
+    seed = config.get("seed")
+    return seed if isinstance(seed, int) else None
+
+
 def _samples(document: Mapping[str, Any]) -> tuple[int, ...] | None:
     return None if document.get("samples") is None else tuple(document["samples"])
 
@@ -231,7 +275,7 @@ def _samples(document: Mapping[str, Any]) -> tuple[int, ...] | None:
 def _read_json(file: Path, advice: str) -> Mapping[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON in {file}, which is damaged: {error}{advice}") from error
     if not isinstance(found, dict):
         raise ValueError(f"expected a JSON object in {file}, got {type(found).__name__}{advice}")
@@ -243,6 +287,6 @@ def _read_yaml(file: Path) -> Mapping[str, Any]:
         return {}
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"expected a configuration in YAML in {file}, which is damaged: {error}") from error
     return found if isinstance(found, dict) else {}

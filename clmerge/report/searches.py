@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from clmerge.names import file_name
 from clmerge.report.charts import Figure, Line, LineChart, Panel
 from clmerge.report.runs import Run, number
 from clmerge.report.study import UNDEFINED, Entry, Spread, Study
@@ -114,7 +115,9 @@ def _dots(entry: Entry, searches: list[Mapping[str, Any]]) -> Iterable[Figure]:
             panels.append(Panel(parameter, [Line(entry, dots, chosen=chosen)]))
     if panels:
         chart = LineChart(panels, "value", "accuracy", dots=True)
-        yield Figure(f"search_{entry.model}", f"What validation images say of {entry.name}", _SENTENCE, chart)
+        yield Figure(
+            f"search_{file_name(entry.model)}", f"What validation images say of {entry.name}", _SENTENCE, chart
+        )
 
 
 def _rules(study: Study) -> Iterable[Figure]:

@@ -5,11 +5,12 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from clmerge.names import shown
+from clmerge.report.looks import join_looks
 from clmerge.report.rules import Rule
 from clmerge.report.runs import Run, number
 from clmerge.results import EXPERT, ZERO_SHOT, Setting
@@ -187,11 +188,7 @@ def make_study(runs: Sequence[Run]) -> Study:
         )
     common = min(run.num_finished for run in runs)
     notes = [*_unfinished(runs, common)]
-    looks: dict[Path, Run] = {}
-    for run in runs:
-        cut_run = run.until(common)
-        looks[run.path] = looks[run.path].joined(cut_run) if run.path in looks else cut_run
-    cut = tuple(looks.values())
+    cut = tuple(join_looks([run.until(common) for run in runs]))
     groups = _groups(cut)
     tasks, note = _task_names(cut)
     return Study(cut, tuple(_entries(groups)), tuple(tasks), tuple(notes + note))
@@ -200,11 +197,15 @@ def make_study(runs: Sequence[Run]) -> Study:
 def _entries(groups: Mapping[str, Sequence[Run]]) -> Iterable[Entry]:
     mergers: list[Entry] = []
     references: list[Entry] = []
+    taken: set[str] = set()
     for group, runs in groups.items():
         rules = {model: rule for run in runs for model, rule in run.rules.items()}
         for model in dict.fromkeys(model for run in runs for model in run.models):
             having = tuple(run for run in runs if model in run.models)
-            name = f"{model} ({group})" if group else model
+            name = shown(model) + (f" ({shown(group)})" if group else "")
+            while name in taken:  # other names can look the same
+                name += "'"
+            taken.add(name)
             if model in REFERENCES:
                 references.append(Entry(name, model, having))
             else:
@@ -268,7 +269,7 @@ def _unfinished(runs: Sequence[Run], common: int) -> Iterable[str]:
 def _task_names(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
     names = list(runs[0].tasks)
     if all(list(run.tasks) == names for run in runs):
-        return names, []
+        return [shown(name) for name in names], []
     numbered = [f"task {index + 1}" for index in range(len(names))]
     return numbered, ["The runs have different tasks, or call them differently: tasks are numbered below."]
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from markupsafe import Markup, escape
 
+from clmerge.names import visible
 from clmerge.report.charts import Line, LineChart, Panel
 from clmerge.report.scales import Scale, scale_of, ticks
 from clmerge.report.study import EXPERT, ZERO_SHOT, Entry
@@ -41,11 +42,19 @@ def tag(name: str, *children: object, **attributes: object) -> Markup:
         '<text class="x" font-size="3">a &lt; b</text>'
     """
     given = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(short(value))}"'
+        f' {key.rstrip("_").replace("_", "-")}="{escape(legible(short(value)))}"'
         for key, value in attributes.items()
         if value is not None
     )
-    return Markup(f"<{name}{given}>{''.join(map(escape, children))}</{name}>")
+    return Markup(f"<{name}{given}>{''.join(escape(legible(child)) for child in children)}</{name}>")
+
+
+def legible(value: object) -> object:
+    """Return text without what a page must not hold: control characters and marks that turn the line are written out.
+
+    Markup and everything that is no text is returned as it is.
+    """
+    return visible(value, keep="\n\t") if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def draw_panel(chart: LineChart, panel: Panel) -> Markup:

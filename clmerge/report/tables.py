@@ -1,10 +1,12 @@
 """The table that compares all models: for the page, for CSV, and in Markdown and LaTeX for papers."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from clmerge.names import visible
 from clmerge.report.charts import Unit, numbers_of, to_csv
 from clmerge.report.figures import ranked
 from clmerge.report.searches import order_spread
@@ -193,9 +195,26 @@ def escape_latex(text: str) -> str:
         "~": r"\textasciitilde{}",
         "^": r"\textasciicircum{}",
         "±": r"$\pm$",
-        "\n": " ",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        # After the end of a row these would be arguments of it.
+        "[": "{[}",
+        "*": "{*}",
     }
-    return "".join(special.get(character, character) for character in text)
+    return "".join(special.get(character, character) for character in visible(text))
+
+
+def escape_markdown(text: str) -> str:
+    r"""Return text in which Markdown's special characters stand for themselves, those of GitHub's tables included.
+
+    An underscore inside of a word is left alone, since it is plain there.
+
+    Example:
+        >>> print(escape_markdown("ties_density0.1"), escape_markdown("a|b *c* $x^2$ _d_"))
+        ties_density0.1 a\|b \*c\* \$x^2\$ \_d\_
+    """
+    return re.sub(r"([\\`*\[\]<>|~$&!#]|(?<!\w)_|_(?!\w))", r"\\\1", visible(text))
 
 
 def _task_column(study: Study, setting: Setting, task: int) -> Column:
@@ -212,8 +231,8 @@ def _task_column(study: Study, setting: Setting, task: int) -> Column:
 
 def _markdown(caption: str, names: Sequence[str], wanted: Sequence[Column], cells: Sequence[Sequence[str]]) -> str:
     lines = [
-        ["model", *(_escape_pipe(column.title) for column in wanted)],
-        *([_escape_pipe(name), *row] for name, row in zip(names, cells, strict=True)),
+        ["model", *(escape_markdown(column.title) for column in wanted)],
+        *([escape_markdown(name), *row] for name, row in zip(names, cells, strict=True)),
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
@@ -224,7 +243,10 @@ def _markdown(caption: str, names: Sequence[str], wanted: Sequence[Column], cell
         )
         for line in lines
     ]
-    return "\n".join([f"| {rows[0]} |", f"|{rule}|", *(f"| {row} |" for row in rows[1:]), "", caption]) + "\n"
+    return (
+        "\n".join([f"| {rows[0]} |", f"|{rule}|", *(f"| {row} |" for row in rows[1:]), "", escape_markdown(caption)])
+        + "\n"
+    )
 
 
 def _latex(
@@ -292,12 +314,8 @@ def _names_of(wanted: Sequence[Column], study: Study) -> str:
     return f" {', '.join(pairs)}." if pairs else ""
 
 
-def _escape_pipe(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
 def _last(spreads: Sequence[Spread]) -> Spread:
     return spreads[-1] if spreads else UNDEFINED
 
 
-__all__ = ["Column", "Format", "best_of", "columns", "escape_latex", "paper_table", "table_csv"]
+__all__ = ["Column", "Format", "best_of", "columns", "escape_latex", "escape_markdown", "paper_table", "table_csv"]

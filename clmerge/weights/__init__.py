@@ -6,6 +6,7 @@ from clmerge.weights.io import (
     load_metadata,
     load_tensors,
     save_tensors,
+    write_bytes_atomic,
     write_json_atomic,
     write_text_atomic,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "save_tensors",
     "select_parameters",
     "task_vector",
+    "write_bytes_atomic",
     "write_json_atomic",
     "write_text_atomic",
 ]

@@ -101,8 +101,18 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
         path: The file to write.
         text: Its new content.
     """
+    write_bytes_atomic(path, text.encode())
+
+
+def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write bytes; a reader sees the old file or the new one, never a part.
+
+    Args:
+        path: The file to write.
+        data: Its new content.
+    """
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.write_bytes(data)
 
 
 def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:

@@ -1,0 +1,72 @@
+"""Several folders that tell of the same run: which of their models are the same, and one run of it all."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clmerge.report.runs import Run
+from clmerge.results import is_reference
+
+TUNED = "tuned"
+
+
+def join_looks(looks: Sequence[Run]) -> list[Run]:
+    """Join what folders tell of the same run; the order in which they are given changes no name and no number.
+
+    Mergers of one name are told apart where they are not the same: one whose settings ``clmerge compare`` searched is
+    ``NAME (tuned)`` beside one with settings of its own, and different settings are named, ``NAME (density=0.2)``.
+    Seeds of mergers tell nothing apart. Where two folders have the same model, the run's own folder counts.
+
+    Args:
+        looks: Runs as :func:`clmerge.report.runs.read_runs` returns them.
+
+    Returns:
+        One run per run folder, in the order in which they are first named.
+    """
+    joined: dict[Path, Run] = {run.path: run for run in reversed(looks)}
+    found: dict[Path, Run] = {}
+    for look in sorted(_told_apart(looks), key=lambda look: (look.is_comparison, str(look.files[0]))):
+        found[look.path] = found[look.path].joined(look) if look.path in found else look
+    return [found[path] for path in reversed(joined)]
+
+
+def _told_apart(looks: Sequence[Run]) -> list[Run]:
+    variants: dict[str, dict[str, Mapping[str, Any]]] = {}  # settings by their text, by model
+    plain = {model for look in looks for model in look.models if model not in look.tuned}
+    for look in looks:
+        for model, rule in look.rules.items():
+            if model not in look.tuned:
+                variants.setdefault(model, {})[_key(rule.settings)] = rule.settings
+    renamed = []
+    for look in looks:
+        names = {}
+        for model in look.models:
+            if is_reference(model):
+                continue
+            several = variants.get(model, {})
+            if model in look.tuned and model in plain:
+                names[model] = f"{model} ({TUNED})"
+            elif model not in look.tuned and model in look.rules and len(several) > 1:
+                names[model] = f"{model} ({_differences(look.rules[model].settings, list(several.values()))})"
+        renamed.append(look.renamed(names))
+    return renamed
+
+
+def _key(settings: Mapping[str, Any]) -> str:
+    return json.dumps(_without_seeds(settings), sort_keys=True, default=str)
+
+
+def _differences(settings: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    differing = [key for key in settings if key != "seed" and any(_differ(settings, other, key) for other in others)]
+    return ", ".join(f"{key}={settings[key]}" for key in differing)
+
+
+def _differ(settings: Mapping[str, Any], other: Mapping[str, Any], key: str) -> bool:
+    return _key({key: settings[key]}) != _key({key: other.get(key)})
+
+
+def _without_seeds(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_seeds(item) for key, item in value.items() if key != "seed"}
+    return value
