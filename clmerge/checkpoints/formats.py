@@ -4,31 +4,31 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from clmerge.checkpoints.adapter import CONFIG, WEIGHTS, AdapterCheckpoint, has_factors
+from clmerge.checkpoints.choice import KNOWN, choose_set, keep_chosen
 from clmerge.checkpoints.names import clean_names
 from clmerge.checkpoints.pickled import StandIn, StoredTensor, UnreadTensor
 from clmerge.checkpoints.reader import Checkpoint, SafetensorsCheckpoint, TorchCheckpoint
 from clmerge.checkpoints.torch_file import TorchFile
 
 _TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".tar"}
-# Where training scripts keep the weights inside of what they save.
-_WEIGHTS_UNDER = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema", "weights")
 _IN_FOLDERS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _BANK_FILE = re.compile(r"task_\d{3,}\.safetensors")
 
 
-def open_models(paths: Iterable[str | os.PathLike[str]]) -> list[Checkpoint]:
+def open_models(paths: Iterable[str | os.PathLike[str]], weights: str | None = None) -> list[Checkpoint]:
     """Open the models to merge; a run folder or a task-vector bank stands for all of its tasks.
 
     Args:
         paths: Files and folders.
+        weights: As ``open_checkpoint`` takes it.
 
     Raises:
         FileNotFoundError: If a path does not exist.
@@ -46,11 +46,11 @@ def open_models(paths: Iterable[str | os.PathLike[str]]) -> list[Checkpoint]:
                 f"({path / 'model'}/NAME.safetensors) instead"
             )
         else:
-            found.append(open_checkpoint(path))
+            found.append(open_checkpoint(path, weights))
     return found
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], weights: str | None = None) -> Checkpoint:
     """Open one checkpoint: a file, or a folder in Hugging Face's layout.
 
     Wrappers (``_orig_mod.`` anywhere, ``module.`` before every name) are taken out of the names. Nothing of a pickle
@@ -59,15 +59,18 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Args:
         path: A ``.safetensors`` file, what ``torch.save`` wrote (``.pt``, ``.pth``, ``.bin``, Lightning's ``.ckpt``),
             an index of sharded files, or a folder with one of these; a LoRA adapter of PEFT, file or folder.
+        weights: Which set is read of a file that holds several: what it has it under, or the first part of its
+            tensors' names. Default: averaged weights (``state_dict_ema``, ``model_ema``) if it has some, else
+            ``state_dict``, ``model_state_dict``, ``model``, ``module``, ``weights``, or what is not nested.
 
     Raises:
         FileNotFoundError: If there is nothing at ``path``.
-        ValueError: If it is in no format that can be read.
+        ValueError: If it is in no format that can be read, or holds several sets of weights of other names.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"expected a checkpoint, got {path}, which does not exist{_nearest_file(path)}")
-    checkpoint = _from_folder(path) if path.is_dir() else _from_file(path)
+    checkpoint = _from_folder(path, weights) if path.is_dir() else _from_file(path, weights)
     if path.is_file() and has_factors(checkpoint.entries):
         if not (path.parent / CONFIG).is_file():
             raise ValueError(f"expected {CONFIG} beside the adapter {path}, got none; copy it there")
@@ -75,28 +78,31 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not checkpoint.entries:
         raise ValueError(f"expected a checkpoint with tensors, got none in {path}")
     clean_names(checkpoint)
+    if weights is not None:
+        keep_chosen(checkpoint, weights)
+        clean_names(checkpoint)
     return checkpoint
 
 
-def _from_folder(folder: Path) -> Checkpoint:
+def _from_folder(folder: Path, weights: str | None) -> Checkpoint:
     if (folder / CONFIG).is_file():
         for name in WEIGHTS:
             if (folder / name).is_file():
-                return AdapterCheckpoint(_from_file(folder / name), folder)
+                return AdapterCheckpoint(_from_file(folder / name, weights), folder)
         raise ValueError(
             f"expected one of {', '.join(WEIGHTS)} beside {CONFIG}, got neither in {folder}; copy it there"
         )
     for index in _INDEXES:
         if (folder / index).is_file():
-            return _from_index(folder / index, folder)
+            return _from_index(folder / index, folder, weights)
     for name in _IN_FOLDERS:
         if (folder / name).is_file():
-            opened = _from_file(folder / name)
+            opened = _from_file(folder / name, weights)
             opened.source, opened.kind = str(folder), f"folder with {name}"
             return opened
     found = [file for file in _listed(folder) if file.suffix in {".safetensors", *_TORCH_SUFFIXES}]
     if len(found) == 1:
-        return _from_file(found[0])
+        return _from_file(found[0], weights)
     names = ", ".join(sorted(file.name for file in found)[:5]) or "no checkpoint at all"
     raise ValueError(
         f"expected a folder with one checkpoint ({', '.join(_IN_FOLDERS)} or an index), got {names} in {folder}; "
@@ -104,24 +110,23 @@ def _from_folder(folder: Path) -> Checkpoint:
     )
 
 
-def _from_file(path: Path) -> Checkpoint:
+def _from_file(path: Path, weights: str | None) -> Checkpoint:
     if path.suffix == ".safetensors":
         return SafetensorsCheckpoint(path, [path])
     if path.name.endswith(".index.json"):
-        return _from_index(path, path)
+        return _from_index(path, path, weights)
     if path.suffix in _TORCH_SUFFIXES:
-        state, kind, ignored = _torch_state(path)
-        return TorchCheckpoint(path, [path], [state], kind, ignored)
+        return _from_torch(path, [path], weights)
     suffixes = ", ".join((".safetensors", ".index.json", *sorted(_TORCH_SUFFIXES)))
     raise ValueError(f"expected a checkpoint ({suffixes}) or a folder with one, got {path}")
 
 
-def _from_index(index: Path, source: Path) -> Checkpoint:
+def _from_index(index: Path, source: Path, weights: str | None) -> Checkpoint:
     try:
-        weights: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"expected an index with a weight_map, got {index}: {error!r}; copy it again") from error
-    files = [index.parent / name for name in sorted(set(weights.values()))]
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
     for file in files:
         if file.parent != index.parent or not file.is_file():
             raise ValueError(f"expected the shards that {index} lists beside it, got no {file}; copy all shards")
@@ -129,35 +134,49 @@ def _from_index(index: Path, source: Path) -> Checkpoint:
     if files and files[0].suffix == ".safetensors":
         checkpoint = SafetensorsCheckpoint(source, files, f"safetensors in {len(files)} shards")
     else:
-        states = [_torch_state(file) for file in files]
-        ignored = [path for state in states for path in state[2]]
-        kind = f"torch.save in {len(files)} shards"
-        checkpoint = TorchCheckpoint(source, files, [state[0] for state in states], kind, ignored)
-    if missing := [name for name in weights if name not in checkpoint.entries]:
-        raise ValueError(f"expected {missing[0]!r} in {weights[missing[0]]} as {index} says, got a file without it")
+        checkpoint = _from_torch(source, files, weights)
+        checkpoint.kind = f"torch.save in {len(files)} shards"
+    if missing := [name for name in weight_map if name not in checkpoint.entries]:
+        raise ValueError(f"expected {missing[0]!r} in {weight_map[missing[0]]} as {index} says, got a file without it")
     checkpoint.files.append(index)
     return checkpoint
 
 
-def _torch_state(path: Path) -> tuple[dict[str, Tensor], str, list[str]]:
-    """Return the tensors that are meant, the format in words, and the classes whose objects were left out."""
-    file = TorchFile(path)
-    loaded = file.content
-    if isinstance(loaded, Mapping):
-        if "pytorch-lightning_version" in loaded and isinstance(loaded.get("state_dict"), Mapping):
-            return _tensors_of(file, loaded["state_dict"]), "Lightning checkpoint", file.ignored
-        if not _holds_tensors(loaded):
-            for key in _WEIGHTS_UNDER:
-                if isinstance(loaded.get(key), Mapping) and _holds_tensors(loaded[key]):
-                    return _tensors_of(file, loaded[key]), f"torch.save, under {key!r}", file.ignored
-        if _holds_tensors(loaded):
-            return _tensors_of(file, loaded), "torch.save", file.ignored
+def _from_torch(source: Path, paths: Sequence[Path], weights: str | None) -> Checkpoint:
+    files = [TorchFile(path) for path in paths]
+    chosen = [_chosen(file, weights) for file in files]
+    states = [_tensors_of(file, state) for file, (_, state) in zip(files, chosen, strict=True)]
+    is_lightning = any("pytorch-lightning_version" in file.content for file in files)
+    kind = "Lightning checkpoint" if is_lightning else "torch.save"
+    checkpoint = TorchCheckpoint(source, paths, states, kind, [path for file in files for path in file.ignored])
+    checkpoint.sets = list(dict.fromkeys(key for file in files for key in _sets(file)))
+    if weights_read := chosen[0][0] if chosen else None:
+        checkpoint.weights = weights_read
+        others = ", ".join(repr(key) for key in checkpoint.sets if key != weights_read)
+        checkpoint.kind += f", under {weights_read!r}" + (f" (there are also {others})" if others else "")
+    return checkpoint
+
+
+def _chosen(file: TorchFile, weights: str | None) -> tuple[str | None, Mapping[Any, Any]]:
+    """Return the state dict that is meant, and what the file has it under."""
+    loaded, sets = file.content, _sets(file)
+    if (key := choose_set(sets, weights)) is not None:
+        return key, loaded[key]
+    if isinstance(loaded, Mapping) and _holds_tensors(loaded):
+        return None, loaded
     what = f"an object of {loaded.path}" if isinstance(loaded, StandIn) else type(loaded).__name__
     keys = f" with {', '.join(sorted(str(key)[:40] for key in loaded)[:5])}" if isinstance(loaded, Mapping) else ""
+    advice = f"choose one with --weights {next(iter(sets))}" if sets else "save the state_dict() of the model"
     raise ValueError(
-        f"expected a state dict in {path}, alone or under one of {', '.join(_WEIGHTS_UNDER)}, got {what}{keys}; save "
-        "the state_dict() of the model"
+        f"expected a state dict in {file.path}, alone or under one of {', '.join(KNOWN)}, got {what}{keys}; {advice}"
     )
+
+
+def _sets(file: TorchFile) -> list[str]:
+    """Return the names under which a file holds mappings with tensors."""
+    content = file.content if isinstance(file.content, Mapping) else {}
+    items = ((key, value) for key, value in content.items() if isinstance(key, str) and isinstance(value, Mapping))
+    return [key for key, value in items if _holds_tensors(value)]
 
 
 def _holds_tensors(state: Mapping[Any, Any]) -> bool:

@@ -26,11 +26,12 @@ UNKNOWN = "0" * 64  # as long as the SHA-256 that takes its place
 
 @dataclass
 class InputFile:
-    """A file that was read: where it was, and the SHA-256 of its bytes (None with ``--no-hash``)."""
+    """A file that was read: where it was, the SHA-256 of its bytes (None with ``--no-hash``), which weights of it."""
 
     path: str
     bytes: int
     sha256: str | None
+    weights: str = ""
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Ledger:
         origin: Whether task vectors were merged (``"base"``) or weights (``"zero"``).
         dtype: Of the result's floating-point tensors; None is the base's.
         shards: SHA-256 of every shard by file name (None with ``--no-hash``).
+        weights: Which set was asked for of files that hold several.
     """
 
     merger: dict[str, Any] | None
@@ -69,6 +71,7 @@ class Ledger:
     origin: Origin = "base"
     dtype: str | None = None
     shards: dict[str, str | None] = field(default_factory=dict)
+    weights: str | None = None
     schema: int = SCHEMA
 
     def metadata(self) -> dict[str, str]:
@@ -88,8 +91,8 @@ def versions() -> dict[str, str]:
 
 def input_files(checkpoints: Sequence[Checkpoint]) -> list[InputFile]:
     """List the files of checkpoints, each once, with a SHA-256 that is still unknown."""
-    files = dict.fromkeys(file.absolute() for checkpoint in checkpoints for file in checkpoint.files)
-    return [InputFile(str(file), file.stat().st_size, UNKNOWN) for file in files]
+    files = {file.absolute(): one.weights for one in checkpoints for file in one.files}
+    return [InputFile(str(file), file.stat().st_size, UNKNOWN, weights) for file, weights in files.items()]
 
 
 def read_ledger(path: str | os.PathLike[str]) -> Ledger:

@@ -45,6 +45,7 @@ class CheckpointMerge:
         include: Glob patterns of what is merged. Default: everything.
         exclude: Glob patterns of what is copied from the base.
         strict: Refuse tensors that do not match.
+        weights: Which set is read of files that hold several, as ``open_checkpoint`` takes it.
 
     Raises:
         FileNotFoundError: If an input does not exist.
@@ -63,12 +64,15 @@ class CheckpointMerge:
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         strict: bool = False,
+        weights: str | None = None,
     ) -> None:
         self.origin: Origin = origin
-        self.base = open_checkpoint(base)
+        self.base = open_checkpoint(base, weights)
         if self.base.is_task_vector:
             raise ValueError(f"expected the weights of a base model, got the task vector {self.base.source}")
-        self.models = open_models(models)
+        self.models = open_models(models, weights)
+        if weights is not None and all(one.weights != weights for one in (self.base, *self.models)):
+            raise ValueError(f"expected a checkpoint that holds weights {weights!r}, got none; leave --weights out")
         for model in self.models:
             align_names(model, self.base, self.base.source)
         wanted = None if dtype is None else float_dtype(dtype)
@@ -98,6 +102,7 @@ class CheckpointMerge:
             include=list(include),
             exclude=list(exclude),
             strict=strict,
+            weights=weights,
             threads=torch.get_num_threads(),
             versions=versions(),
         )

@@ -1,6 +1,5 @@
 """Names of one architecture in several spellings: wrappers are taken out, prefixes are taken off or put before."""
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 
 from torch import Tensor
@@ -67,16 +66,18 @@ def align_names(checkpoint: Checkpoint, wanted: Mapping[str, Tensor], owner: str
 
 def _prefix(ours: Mapping[str, str], theirs: Collection[str], tensors: Mapping[str, Tensor], owner: str) -> str:
     """Return what is before most names of ours that end like one of theirs; nothing if that is not most of them."""
-    votes: Counter[str] = Counter()
+    ends: dict[str, set[str]] = {"": set()}
     for name in ours:
-        votes.update(prefix for prefix in _prefixes(name) if name[len(prefix) :] in theirs)
-    if not votes:
+        for prefix in _prefixes(name):
+            if name[len(prefix) :] in theirs:
+                ends.setdefault(prefix, set()).add(name[len(prefix) :])
+    # Names that agree as they are keep agreeing: a tower under another name is no prefix of the whole.
+    whole = {prefix: found for prefix, found in ends.items() if found >= ends[""]}
+    best = max(whole, key=lambda prefix: (len(whole[prefix]), -len(prefix)))
+    if not best or 2 * len(whole[best]) <= min(len(ours), len(theirs)):
         return ""
-    best = max(votes, key=lambda prefix: (votes[prefix], -len(prefix)))
-    if not best or 2 * votes[best] <= min(len(ours), len(theirs)):
-        return ""
-    for other in votes:
-        if votes[other] == votes[best] and not _are_equal(ours, theirs, tensors, best, other):
+    for other in whole:
+        if len(whole[other]) == len(whole[best]) and not _are_equal(ours, theirs, tensors, best, other):
             raise ValueError(
                 f"expected one set of weights in {owner}, got different ones below {best!r} and {other!r}; choose one "
                 f"with --weights {best[:-1]}"

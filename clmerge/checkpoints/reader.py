@@ -64,6 +64,8 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         rest_is_zero: Whether a task vector is zero where it has no tensor, as an adapter is.
         task: Name of the task, if the file says so.
         base: Fingerprint of the base model of a task vector, if the file says so.
+        weights: Name of the set of weights that is read, where the file names it.
+        sets: Names of all sets of weights in the file.
         ignored: Classes whose objects in the file were left out, and not executed.
         aliases: Names that the file says are those of one of its tensors, which it keeps under another.
         renamed: How the names differ from those in the file, in words.
@@ -79,6 +81,8 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         self.rest_is_zero = False
         self.task = ""
         self.base: str | None = None
+        self.weights = ""
+        self.sets: list[str] = []
         self.ignored: list[str] = []
         self.aliases: dict[str, str] = {}
         self.renamed: list[str] = []
@@ -219,6 +223,8 @@ class TorchCheckpoint(Checkpoint):
         files: The files.
         states: The state dict of every file.
         kind: The format, in words.
+        weights: Name of the set of weights that is read, where the file names it.
+        sets: Names of all sets of weights in the file.
         ignored: Classes whose objects in the files were left out.
     """
 

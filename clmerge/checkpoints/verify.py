@@ -53,7 +53,11 @@ def verify(path: str | os.PathLike[str], *, on_bytes: OnBytes = lambda count: No
         include=ledger.include,
         exclude=ledger.exclude,
         strict=ledger.strict,
+        weights=ledger.weights,
     )
+    for then, now in zip(ledger.files, job.ledger.files, strict=False):
+        if (then.path, then.weights) != (now.path, now.weights):
+            found.append(f"the merge read {then.weights!r} of {then.path}, which is now read as {now.weights!r}")
     written = open_checkpoint(path)
     if written.entries.keys() != job.entries.keys():
         return [*found, f"{path} has other tensors than {ledger.base}"], ledger

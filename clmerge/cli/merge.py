@@ -58,6 +58,10 @@ def build_parser() -> "CommandParser":
     include_help = "Glob patterns of tensors to merge (default: all floating-point ones)."
     exclude_help = "Glob patterns of tensors to copy from the base instead, for example 'head.*'."
     strict_help = "Refuse missing, extra and mismatched tensors, which are otherwise copied from the base."
+    weights_help = (
+        "Which set of weights is read of files that hold several, such as state_dict or ema_model (default: averaged "
+        "weights if there are some: state_dict_ema, model_ema; then state_dict, model and the like)."
+    )
     no_hash_help = "Leave the SHA-256 of inputs and result out of the ledger, which then says so."
     shard_help = "Write --out as a folder in Hugging Face's layout, in files of at most this size, for example 5GB."
     threads_help = "Threads that merge; another one computes the SHA-256 meanwhile."
@@ -72,6 +76,7 @@ def build_parser() -> "CommandParser":
     parser.add_argument("--shard-size", type=str | None, default=None, help=shard_help)
     parser.add_argument("--include", type=str, nargs="+", default=[], help=include_help)
     parser.add_argument("--exclude", type=str, nargs="+", default=[], help=exclude_help)
+    parser.add_argument("--weights", type=str | None, default=None, help=weights_help)
     parser.add_argument("--strict", action="store_true", help=strict_help)
     parser.add_argument(
         "--dry-run", action="store_true", help="Print what would be done and what it takes; write nothing."
@@ -168,6 +173,7 @@ def _merge(parser: "CommandParser", config: Any) -> int:
         include=config.include,
         exclude=config.exclude,
         strict=config.strict,
+        weights=config.weights,
     )
     print(job.describe(), flush=True)
     for row in job.policy.problems:
