@@ -19,13 +19,14 @@ from clmerge.callbacks.progress import matrix_lines, trainable_line
 from clmerge.callbacks.provided import PROVIDED, provided
 from clmerge.evaluation import Rows, accuracy_on, evaluate
 from clmerge.final_models import save_models
+from clmerge.learner_checks import check_learner
 from clmerge.lightning_compat import quiet_lightning
 from clmerge.loggers import finish_loggers, log_artifacts, log_summary, log_task
 from clmerge.merging import Merger, Statistics, WeightAverage
 from clmerge.modules import ContinualClassifier
 from clmerge.plots import save_plots
 from clmerge.regularized_tasks import RegularizedTasks
-from clmerge.results import EXPERT, ZERO_SHOT, Results, is_reference
+from clmerge.results import EXPERT, ZERO_SHOT, Results
 from clmerge.run_folder import RunFolder
 from clmerge.streams import Stream, StreamDataModule
 from clmerge.streams.replay import replay_memory
@@ -67,8 +68,7 @@ class Learner:
         seed: Seed of initialisation, order of samples, augmentation and dropout, each fixed per task.
 
     Raises:
-        ValueError: If a merger needs a score and the stream holds no validation images out, if ``epochs`` does not
-            have one number per task, or if images are replayed with a loss that leaves their classes out.
+        ValueError: If settings do not fit the stream, the model or each other; see ``check_learner``.
     """
 
     def __init__(
@@ -94,16 +94,9 @@ class Learner:
     ) -> None:
         self.stream = stream
         self.tasks = stream.tasks  # reads the labels: missing data is found before anything is written
-        if data.replay and module.loss_classes == "current":
-            raise ValueError(
-                f"expected loss_classes 'seen' or 'all' with data.replay={data.replay}, got 'current', which leaves "
-                "out the classes of earlier tasks"
-            )
         self.module = module
         self.data = data
         self.seed = seed
-        if epochs is not None and len(epochs) != len(self.tasks):
-            raise ValueError(f"expected epochs for each of the {len(self.tasks)} tasks, got {len(epochs)} numbers")
         self.epochs = epochs
         self.branches, self.rounds = branches, rounds
         self.branch_merger = branch_merger or WeightAverage()
@@ -126,21 +119,7 @@ class Learner:
         self.regularized = RegularizedTasks(module, data, num_images=statistics_images, seed=seed)
         # A frozen backbone leaves nothing to merge: the head alone is trained, if at all, and evaluated.
         self.mergers = self.merge.mergers if module.trained_names else {}
-        if taken := [name for name in self.merge.mergers if is_reference(name)]:
-            raise ValueError(f"expected another name for a merger than {taken[0]!r}, a reference model's name")
-        if branches < 1 or rounds < 1 or (rounds > 1 and branches == 1):
-            raise ValueError(
-                f"expected 1 branch or more and 1 round or more, of several branches each, got {branches} branches and "
-                f"{rounds} rounds"
-            )
-        if branches > 1 and (wanted := self.branch_merger.requires | self.merge.required_statistics & {"adam"}):
-            raise ValueError(f"expected mergers for branches that need task vectors alone, got one that needs {wanted}")
-        needy = [name for name, merger in self.mergers.items() if "score" in merger.requires]
-        if needy and not all(len(stream.dataset(task.index, "val")) for task in self.tasks):
-            raise ValueError(
-                f"expected validation images for merger {needy[0]!r}, got a stream that holds none out; "
-                "set stream.val_fraction above 0"
-            )
+        check_learner(self)
 
     def fit(
         self,

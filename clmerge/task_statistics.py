@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from clmerge.merging import Statistics
 from clmerge.merging.collectors import diagonal_fisher, gram_matrices
+from clmerge.merging.mask_nodes import mask_node_fisher
 from clmerge.merging.output_factors import output_gram_matrices
 from clmerge.modules import ContinualClassifier
 from clmerge.streams import StreamDataModule
@@ -45,10 +46,10 @@ def measure(
 ) -> Statistics:
     """Return the statistics of one task that are ``needed``.
 
-    ``samples`` and ``steps`` are counts. ``fisher`` and ``output_gram`` (labels drawn from the model) and ``gram`` come
-    from ``num_images`` training images of the task, drawn by seed, with the dense weights in ordinary layers whatever
-    the mode of tuning; ``loss`` is the mean loss of the module as it is on the same images. Every process measures on
-    the same images, so that all ranks merge alike.
+    ``samples`` and ``steps`` are counts. ``fisher``, ``mask_fisher`` and ``output_gram`` (labels drawn from the model)
+    and ``gram`` come from ``num_images`` training images of the task, drawn by seed, with the dense weights in ordinary
+    layers whatever the mode of tuning; ``loss`` is the mean loss of the module as it is, the task's expert, on the same
+    images. Every process measures on the same images, so that all ranks merge alike.
 
     Args:
         needed: Names of statistics.
@@ -72,7 +73,7 @@ def measure(
         with torch.no_grad():
             known = torch.isfinite(module(next(iter(batches))[0].to(device))[0]).nonzero()[:, 0]
         images = [batch[0].to(device) for batch in batches]
-        if needed & {"fisher", "gram", "output_gram"}:
+        if needed & {"fisher", "mask_fisher", "gram", "output_gram"}:
             with folded(module):  # whatever is trained in their place, these are about the dense weights
                 statistics |= _of_weights(needed, _KnownLogits(module, known), images, base, seed=seed, task=task)
         if "loss" in needed:
@@ -93,6 +94,10 @@ def _of_weights(
     if "fisher" in needed:
         found["fisher"] = diagonal_fisher(
             wrapped, images, names, labels="sampled", seed=derived_seed(seed, "fisher", task)
+        )
+    if "mask_fisher" in needed:
+        found["mask_fisher"] = mask_node_fisher(
+            wrapped, images, names, labels="sampled", seed=derived_seed(seed, "mask_fisher", task)
         )
     if "gram" in needed:
         found["gram"] = gram_matrices(wrapped, images, names)

@@ -13,8 +13,10 @@ from clmerge.merging import (
     FedNova,
     Fisher,
     GreedySoup,
+    GroupScale,
     MagMax,
     MaTS,
+    Pipeline,
     RegMean,
     TaskArithmetic,
     WeightAverage,
@@ -288,3 +290,22 @@ def test_a_head_alone_can_be_trained(clip, tmp_path):
     assert results.models == ["expert"]
     assert all(torch.equal(before[name], value) for name, value in learner.module.backbone.state_dict().items())
     assert (tmp_path / "run" / "model" / "head.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"mergers": [TaskArithmetic(weights=[1.0, 2.0])]},
+            "'task_arithmetic': expected one entry for each of the 3 tasks",
+        ),
+        ({"mergers": [Pipeline(finisher=GroupScale({"no.such": 1.0}))]}, "'pipeline': .* got 'no.such'"),
+        (
+            {"mergers": [MagMax()], "branches": 2, "rounds": 2, "branch_merger": TIES(weights=[1.0, 1.0])},
+            "'branch_merger': expected one entry for each of the 4 tasks",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_the_stream_are_refused_when_the_learner_is_made(clip, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_learner(clip, **options)

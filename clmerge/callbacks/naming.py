@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from clmerge.callbacks.provided import PROVIDED
 from clmerge.merging import Merger
+from clmerge.weights.task_vector import State
 
 
 def name_mergers(mergers: Merger | Sequence[Merger] | Mapping[str, Merger]) -> dict[str, Merger]:
@@ -49,3 +50,23 @@ def check_requirements(mergers: Mapping[str, Merger], *, score: bool, statistics
                 f"expected statistics= for merger {name!r}, which requires {needed}, got none: pass a function "
                 "that measures them on the task's data"
             )
+
+
+def check_settings(mergers: Mapping[str, Merger], parameters: State, num_tasks: int) -> None:
+    """Refuse mergers whose settings do not fit, before anything is trained or read.
+
+    Args:
+        mergers: Mergers by name.
+        parameters: What will be merged; only names and shapes count.
+        num_tasks: How many tasks there will be, as far as is known.
+
+    Raises:
+        ValueError: If a setting has too few entries, or a pattern that matches nothing.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    for name, merger in mergers.items():
+        try:
+            merger.check_tasks(num_tasks)
+            merger.check_names(shapes)
+        except ValueError as error:
+            raise ValueError(f"merger {name!r}: {error}") from error

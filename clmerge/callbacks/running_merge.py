@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from clmerge.callbacks.naming import check_requirements, name_mergers
+from clmerge.callbacks.naming import check_requirements, check_settings, name_mergers
 from clmerge.merging import Merger, Statistics
 from clmerge.merging.checks import is_finite
 from clmerge.results import EXPERT
@@ -96,6 +96,7 @@ class RunningMerge:
 
         Raises:
             RuntimeError: If the model has other parameters than theta_0.
+            ValueError: If a merger's settings fit neither its parameters nor the task that comes now.
         """
         selected = merged_parameters(model, include, exclude)
         if not self.base:
@@ -106,6 +107,7 @@ class RunningMerge:
                 f"{type(model).__name__}, the first {extra[0]!r}; leave them out with exclude=, or freeze them"
             )
         self._check_model(model)
+        check_settings(self.mergers, self.base, self.num_tasks + 1)
         if self.buffers == "base" and not self._buffers:
             self._buffers = running_statistics(model)
 

@@ -49,7 +49,7 @@ class CheckpointMerge:
 
     Raises:
         FileNotFoundError: If an input does not exist.
-        ValueError: If an input cannot be read or does not fit the base.
+        ValueError: If an input cannot be read or does not fit the base, or a rule's settings do not fit the models.
     """
 
     def __init__(
@@ -91,6 +91,10 @@ class CheckpointMerge:
             patterns=[pattern for part in parts for pattern in part.match],
         )
         self.parts = [part for part in assign(self.policy.merged, groups, merger) if part.names]
+        for part in self.parts:
+            if part.merger is not None:
+                part.merger.check_tasks(len(self.models))
+                part.merger.check_names({name: self.base.entries[name].shape for name in part.names})
         self.ledger = Ledger(
             merger=None if merger is None else as_plain(merger),
             groups=[as_plain(group) for group in groups],

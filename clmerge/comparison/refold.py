@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from clmerge.callbacks.naming import check_settings
 from clmerge.callbacks.provided import PROVIDED
 from clmerge.callbacks.running_merge import RunningMerge
 from clmerge.comparison.grid import with_values
@@ -69,8 +70,10 @@ def check_mergers(run: StoredRun, mergers: Mapping[str, Merger]) -> None:
     """Refuse mergers that require what cannot be measured again, before anything is computed.
 
     Raises:
-        ValueError: If a merger requires Adam's second moments, or validation images that the stream does not have.
+        ValueError: If a merger requires Adam's second moments, or validation images that the stream does not have, or
+            its settings do not fit the run's parameters and tasks.
     """
+    check_settings(mergers, run.base, len(run.tasks))
     for name, merger in mergers.items():
         if "adam" in merger.requires:
             raise ValueError(

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from clmerge.callbacks.naming import check_settings
 from clmerge.comparison.grid import Values, points, with_values
 from clmerge.comparison.ledger import Ledger
 from clmerge.comparison.refold import sweep
@@ -44,9 +45,10 @@ class Search:
         self.grid = {parameter: list(values) for parameter, values in grid.items()}
         for values in points(self.grid):
             try:
-                with_values(merger, values)
+                candidate = with_values(merger, values)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"expected settings that {name!r} can have, got {values}: {error}") from error
+            check_settings({name: candidate}, run.base, len(run.tasks))
         self.method = "grid" if len(self.grid) <= MAX_GRID_DIMENSIONS else "differential_evolution"
         self.tried: list[tuple[Values, list[float]]] = []
 

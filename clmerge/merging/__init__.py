@@ -14,6 +14,7 @@ from clmerge.merging.fedatt import FedAtt
 from clmerge.merging.fednova import FedNova
 from clmerge.merging.finish import ClipNorm, Finisher, Scale
 from clmerge.merging.fisher import UGM, Fisher
+from clmerge.merging.fisher_mask_nodes import FisherMaskNodes
 from clmerge.merging.grouped import GroupScale
 from clmerge.merging.interpolation import PAINT, WiSEFT
 from clmerge.merging.iso import IsoC
@@ -75,6 +76,7 @@ __all__ = [
     "FedNova",
     "Finisher",
     "Fisher",
+    "FisherMaskNodes",
     "GreedySoup",
     "GroupScale",
     "IsoC",

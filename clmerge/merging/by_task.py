@@ -25,6 +25,7 @@ class ByTask(Sparsifier):
     """
 
     name = "by_task"
+    per_task = ("parts",)
     scope: Scope = "parameter"
 
     def __init__(self, parts: list[Sparsifier]) -> None:

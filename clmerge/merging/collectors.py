@@ -1,7 +1,7 @@
 """What precision and Gram rules need of a task's data: exact diagonal Fisher and Gram matrices of layer inputs."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -57,11 +57,42 @@ def diagonal_fisher(
         {'weight': tensor([[1.],
                 [1.]])}
     """
+    chosen = chosen_parameters(module, parameters)
+    return mean_of_squares(module, batches, chosen, labels=labels, chunk_size=chunk_size, seed=seed)
+
+
+def mean_of_squares(
+    module: nn.Module,
+    batches: Iterable[Batch],
+    chosen: Mapping[str, Tensor],
+    *,
+    of: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda gradients: gradients,
+    labels: Literal["model", "true", "sampled"] = "model",
+    chunk_size: int = 4,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Average the squares of something that is linear in the gradients of single examples.
+
+    Args:
+        module: As for ``diagonal_fisher``, like what is not listed here.
+        batches: Inputs, or inputs and labels.
+        chosen: The parameters that gradients are taken of, by name.
+        of: What is squared: from gradients (examples, ...) by parameter to values (examples, ...) by any name. Default:
+            the gradients themselves.
+        labels: What the classes are taken from.
+        chunk_size: Examples at a time.
+        seed: Seeds ``"sampled"``.
+
+    Returns:
+        Mean over examples by name, float32 (float64 for float64 parameters), on their device.
+
+    Raises:
+        ValueError: As for ``diagonal_fisher``.
+    """
     if labels not in ("model", "true", "sampled"):
         raise ValueError(f"expected labels 'model', 'true' or 'sampled', got {labels!r}")
     if chunk_size < 1:
         raise ValueError(f"expected a chunk of 1 example or more, got {chunk_size}")
-    chosen = chosen_parameters(module, parameters)
     rest = {name: tensor.detach() for name, tensor in module.named_parameters() if name not in chosen}
     generator = torch.Generator().manual_seed(seed)
     num_examples = 0
@@ -75,7 +106,7 @@ def diagonal_fisher(
 
     # Fused attention kernels have no rule for a batch of weights.
     with eval_mode(module), _plain_attention(), torch.inference_mode(False), torch.enable_grad():
-        fisher = {name: torch.zeros_like(tensor, dtype=accumulator_dtype(tensor)) for name, tensor in chosen.items()}
+        fisher: dict[str, Tensor] = {}
         for batch in batches:
             inputs, targets = split(batch, module_device(module))
             num_examples += len(inputs)
@@ -86,9 +117,10 @@ def diagonal_fisher(
                 outputs, pull = _pullback(log_probabilities, copies, xs)
                 ys = targets[start : start + chunk_size] if targets is not None else None
                 for cotangent, weight in drawn(outputs, ys, labels, generator):
-                    for name, gradient in pull(cotangent).items():
-                        squares = gradient.to(fisher[name].dtype).square()
-                        fisher[name] += torch.tensordot(weight.to(squares.dtype), squares, dims=1)
+                    for name, value in of(pull(cotangent)).items():
+                        squares = value.to(accumulator_dtype(value)).square()
+                        total = torch.tensordot(weight.to(squares.dtype), squares, dims=1)
+                        fisher[name] = fisher[name].add_(total) if name in fisher else total
     if not num_examples:
         raise ValueError("expected at least one example to compute the Fisher information from, got none")
     return {name: total.div_(num_examples) for name, total in fisher.items()}

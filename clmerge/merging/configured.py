@@ -2,16 +2,60 @@
 
 import inspect
 import re
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 
 class Configured:
     """Base of mergers, sparsifiers and finishers: every constructor argument is kept under its own name.
 
     That one convention gives ``settings()``, ``label`` and ``repr`` to every subclass.
+
+    Attributes:
+        per_task: Constructor arguments that, where they are a list, have one entry per task index.
     """
 
     name: str = ""
+    per_task: ClassVar[tuple[str, ...]] = ()
+
+    def _own_parts(self) -> "Iterator[Configured]":
+        """Yield the rules and parts among the constructor arguments."""
+        for argument in inspect.signature(type(self)).parameters:
+            value = getattr(self, argument)
+            yield from (item for item in (value if isinstance(value, list | tuple) else [value]) if _is_part(item))
+
+    def check_tasks(self, num_tasks: int) -> None:
+        """Refuse a setting, of this or of a part, that has not an entry for every task.
+
+        Call it before the tasks are trained: the update of a task without an entry fails only afterwards.
+
+        Args:
+            num_tasks: How many tasks there will be.
+
+        Raises:
+            ValueError: If there are more tasks than entries.
+        """
+        for argument in self.per_task:
+            value = getattr(self, argument)
+            if isinstance(value, list | tuple) and len(value) < num_tasks:
+                raise ValueError(
+                    f"expected one entry for each of the {num_tasks} tasks in {argument} of {type(self).__name__}, got "
+                    f"{len(value)}: {list(value)}; give {num_tasks}"
+                )
+        for part in self._own_parts():
+            part.check_tasks(num_tasks)
+
+    def check_names(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse a pattern, of this or of a part, that matches no parameter; call it before anything is trained.
+
+        Args:
+            shapes: Shapes of the parameters that will be merged, by name.
+
+        Raises:
+            ValueError: If a setting does not fit these names.
+        """
+        for part in self._own_parts():
+            part.check_names(shapes)
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor arguments as plain values.
@@ -35,6 +79,10 @@ class Configured:
     def __repr__(self) -> str:
         arguments = (f"{name}={getattr(self, name)!r}" for name in inspect.signature(type(self)).parameters)
         return f"{type(self).__name__}({', '.join(arguments)})"
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, Configured)
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.merger import Merger
+from clmerge.merging.orientation import from_output_rows, output_rows
 from clmerge.merging.pipeline import Pipeline
 from clmerge.merging.randomness import seeded_uniform
 from clmerge.merging.sparsify import Rescale, Sparsifier
@@ -41,9 +42,10 @@ def keep_probabilities(rows: Tensor, density: float, window: float) -> Tensor:
 class MagnitudeDrop(Sparsifier):
     """Drop entries at random, small ones more often than large ones (DELLA's MagPrune, arXiv 2406.11617).
 
-    In every row along the last dimension (vectors are one row) the keep probability rises evenly with the rank of the
-    magnitude, from ``1 - drop_rate - window / 2`` to ``1 - drop_rate + window / 2``. The mask depends on seed, task,
-    parameter name and the ranks alone.
+    In every row, the weights of one output (vectors are one row), the keep probability rises evenly with the rank of
+    the magnitude, from ``1 - drop_rate - window / 2`` to ``1 - drop_rate + window / 2``. The row of a convolution is
+    all that one output channel has; CLIP's ``proj`` and ``text_projection``, whose shape is (in, out), have their
+    outputs in columns. The mask depends on seed, task, parameter name and the ranks alone.
 
     Args:
         drop_rate: Share of the entries that is dropped, in [0, 1).
@@ -72,13 +74,13 @@ class MagnitudeDrop(Sparsifier):
 
     @override
     def sparsify(self, name: str, tau: Tensor, task: int, plan: None) -> Tensor:
-        kept = torch.empty(tau.shape, dtype=tau.dtype, device=tau.device)
         if not tau.numel():
-            return kept
-        columns = tau.shape[-1] if tau.dim() else 1
+            return tau.clone()
         uniform = seeded_uniform(tau, seed=self.seed, task=task, name=name, purpose="della")
-        tensors = (tau.reshape(-1, columns), uniform.view(-1, columns), kept.view(-1, columns))
-        height = max(1, _BLOCK // columns)
+        nodes = output_rows(name, tau)
+        kept = torch.empty_like(nodes)
+        tensors = (nodes, output_rows(name, uniform), kept)
+        height = max(1, _BLOCK // nodes.shape[1])
         for rows, drawn, out in zip(*(torch.split(tensor, height) for tensor in tensors), strict=True):
             probabilities = keep_probabilities(rows, 1 - self.drop_rate, self.window)
             mask = drawn < probabilities
@@ -87,7 +89,7 @@ class MagnitudeDrop(Sparsifier):
                 out.div_(probabilities)
         if self.rescale == "l1" and (rest := float(kept.abs().sum(dtype=torch.float64))):
             kept.mul_(float(tau.abs().sum(dtype=torch.float64)) / rest)
-        return kept
+        return from_output_rows(name, kept, tuple(tau.shape)).contiguous()
 
 
 class DELLA(Pipeline):

@@ -1,6 +1,7 @@
 """Precision rules: every entry of every task counts as much as the task's data say about it."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,7 @@ from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, device_of, float_dtype, slot_blocks
 from clmerge.merging.merger import Merger
+from clmerge.merging.orientation import IN_OUT, from_output_rows, output_rows
 from clmerge.merging.scope import Scope
 from clmerge.merging.statistics import diagonal_of
 from clmerge.merging.step import Step
@@ -76,12 +78,15 @@ class Fisher(_Precision):
 
     Args:
         floor: Least Fisher information of an entry, above 0. The released code has 1e-6, for some models only.
-        granularity: ``"entry"`` is the paper's rule; ``"row"`` gives every row of a matrix, an output of its
-            layer, the mean information of its entries, which is less noisy.
+        granularity: ``"entry"`` is the paper's rule; ``"row"`` gives all weights of one output of a layer the mean
+            information of them, which is less noisy. (Fisher information of mask nodes is another rule:
+            ``FisherMaskNodes``.)
         normalize: Divide each task's Fisher by its norm over all parameters, as the released code does, so that
             every task weighs the same in total. The floor comes after that.
         statistic: Name of the statistic with the precision: ``"fisher"``, or ``"adam"`` for Adam's second moments
             (``clmerge.merging.adam``), which take no data.
+        transposed: Patterns of matrices of shape (in, out), for rows. Default: CLIP's ``proj`` and
+            ``text_projection``.
         scale: Scaling coefficient; 1 is the paper's rule.
 
     Raises:
@@ -108,6 +113,7 @@ class Fisher(_Precision):
         granularity: Literal["entry", "row"] = "entry",
         normalize: bool = False,
         statistic: str = "fisher",
+        transposed: Sequence[str] = IN_OUT,
         scale: float = 1.0,
     ) -> None:
         super().__init__(statistic)
@@ -118,6 +124,7 @@ class Fisher(_Precision):
         self.floor = floor
         self.granularity = granularity
         self.normalize = normalize
+        self.transposed = tuple(transposed)
         if normalize:
             self.scope = "model"
         self.scale = scale
@@ -126,11 +133,18 @@ class Fisher(_Precision):
     def _plan(self, vector: State, step: Step) -> dict[str, Tensor]:
         fisher = diagonal_of(step, vector, self.statistic)
         if self.granularity == "row":
-            fisher = {name: _by_row(tensor) for name, tensor in fisher.items()}
+            fisher = {name: self._by_row(name, tensor) for name, tensor in fisher.items()}
         if self.normalize:
             norm = sum(float(tensor.double().square().sum()) for tensor in fisher.values()) ** 0.5
             fisher = {name: tensor / norm for name, tensor in fisher.items()} if norm else fisher
         return fisher
+
+    def _by_row(self, name: str, fisher: Tensor) -> Tensor:
+        if fisher.ndim < 2:
+            return fisher
+        rows = output_rows(name, fisher, self.transposed)
+        means = rows.mean(dim=1, keepdim=True).expand(rows.shape)
+        return from_output_rows(name, means, tuple(fisher.shape), self.transposed)
 
     @override
     def _weights(self, fisher: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,9 +205,3 @@ class UGM(_Precision):
     def _read_block(self, slots: Slots, overview: Any) -> Tensor:
         information = slots["fisher"].clamp(min=0)
         return slots["weighted"] * self.scale / (information * self.scale + self.prior)
-
-
-def _by_row(fisher: Tensor) -> Tensor:
-    if fisher.ndim < 2:
-        return fisher
-    return fisher.flatten(1).mean(1).reshape(-1, *[1] * (fisher.ndim - 1)).expand(fisher.shape)

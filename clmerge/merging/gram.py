@@ -1,7 +1,6 @@
 """What the Gram rules share: a matrix equation per weight matrix, from sums over the tasks."""
 
 from abc import abstractmethod
-from fnmatch import fnmatchcase
 from typing import Any, Self
 
 import torch
@@ -10,10 +9,8 @@ from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, copied, device_of, float_dtype, slot_blocks
 from clmerge.merging.merger import Merger
+from clmerge.merging.orientation import IN_OUT, outputs_first
 from clmerge.merging.step import Step
-
-IN_OUT = ("proj", "*.proj", "text_projection", "*.text_projection")
-"""CLIP's projections, which are used as ``x @ proj``: their shape is (in, out), not (out, in)."""
 
 
 class _Gram(Merger):
@@ -50,7 +47,7 @@ class _Gram(Merger):
 
     def _oriented(self, name: str, tensor: Tensor) -> Tensor:
         """Turn an (in, out) parameter to (out, in), or back."""
-        return tensor.t() if any(fnmatchcase(name, pattern) for pattern in self.transposed) else tensor
+        return outputs_first(name, tensor, self.transposed)
 
     @override
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:

@@ -1,5 +1,6 @@
 """Coefficients for groups of parameters, by patterns of their names."""
 
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -14,7 +15,8 @@ class GroupScale(Finisher):
 
     A pattern is a shell glob over the whole parameter name, in which ``*`` also matches dots; the first that matches
     counts. That covers coefficients per module type or modality (DAMC, MAM), patches of the shallow layers alone
-    (RWS: ``{"*.blocks.[0-3].*": 1.0}, default=0``) and vectors that are added to a part of the model.
+    (RWS: ``{"*blocks.[0-3].*": 1.0}, default=0``; open_clip's ``resblocks`` and timm's ``blocks`` match) and vectors
+    that are added to a part of the model.
 
     Args:
         coefficients: Coefficient by pattern, in the order in which they are tried.
@@ -34,19 +36,27 @@ class GroupScale(Finisher):
         self.default = default
 
     @override
+    def check_names(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._check(shapes)
+
+    def _check(self, names: Iterable[str]) -> None:
+        names = list(names)
+        for pattern in self.coefficients:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                close = get_close_matches(pattern, names, n=3, cutoff=0.5) or names[:3]
+                raise ValueError(
+                    f"expected patterns that match a merged parameter, got {pattern!r}; the nearest names are "
+                    f"{', '.join(map(repr, close))}"
+                )
+
+    @override
     def finish(self, vector: TaskVector) -> TaskVector:
         """Finish a merged vector.
 
         Raises:
             ValueError: If a pattern matches no parameter.
         """
-        for pattern in self.coefficients:
-            if not any(fnmatchcase(name, pattern) for name in vector):
-                close = get_close_matches(pattern, list(vector), n=3, cutoff=0.5) or list(vector)[:3]
-                raise ValueError(
-                    f"expected patterns that match a merged parameter, got {pattern!r}; the nearest names are "
-                    f"{', '.join(map(repr, close))}"
-                )
+        self._check(vector)
         for name, tensor in vector.items():
             matching = (scale for pattern, scale in self.coefficients.items() if fnmatchcase(name, pattern))
             tensor.mul_(next(matching, self.default))

@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots
 from clmerge.merging.kept import _KeptSpectral
+from clmerge.merging.orientation import outputs_first
 from clmerge.merging.spectral import live_svd
 from clmerge.merging.ties import TIES, MergeKind, Trim
 from clmerge.weights.task_vector import TaskVector
@@ -17,9 +18,10 @@ class KnOTS(_KeptSpectral):
     """Merge the coordinates of the task matrices in a common basis with TIES (arXiv 2410.19735).
 
     With ``U S [V_1 ... V_T]`` the singular value decomposition of the task matrices side by side, task t has the
-    coordinates ``S V_t`` in the basis ``U``. TIES merges the coordinates, and the result times ``U`` is the merged
-    matrix. Other parameters are averaged; the paper has none, for it merges LoRA updates (give them as dense
-    matrices).
+    coordinates ``S V_t`` in the basis ``U``, one of outputs: matrices are (out, in), and CLIP's ``proj`` and
+    ``text_projection``, which are stored the other way round, are turned. TIES merges the coordinates, and the result
+    times ``U`` is the merged matrix. Other parameters are averaged; the paper has none, for it merges LoRA updates
+    (give them as dense matrices).
 
     The singular values are multiplied in before TIES looks at the coordinates, as in the authors' configurations.
 
@@ -84,7 +86,10 @@ class KnOTS(_KeptSpectral):
             matrices = self._task_matrices(name, slots)
             if matrices:
                 dtype = slots["task0"].dtype
-                bases[name] = [live_svd(torch.cat(taus, dim=1), dtype)[0] for taus in matrices]
+                bases[name] = [
+                    live_svd(torch.cat([outputs_first(name, tau) for tau in taus], dim=1), dtype)[0]
+                    for taus in matrices
+                ]
         if not bases:
             return {}
         self._ties.reset()
@@ -104,7 +109,7 @@ class KnOTS(_KeptSpectral):
         for name, own in bases.items():
             pieces = self._matrices.pieces(name, self._tau(position, name))
             for index, (basis, piece) in enumerate(zip(own, pieces, strict=True)):
-                found[_key(name, index)] = basis.t() @ piece.double()
+                found[_key(name, index)] = basis.t() @ outputs_first(name, piece.double())
         return found
 
     @override
@@ -113,7 +118,8 @@ class KnOTS(_KeptSpectral):
         count = len(self._matrices.pieces(name, taus[0]))
         if not count:
             return torch.stack(taus).mean(dim=0) * self.scale
-        return torch.cat([overview[_key(name, index)] for index in range(count)]).mul_(self.scale).to(taus[0].dtype)
+        merged = torch.cat([overview[_key(name, index)] for index in range(count)]).mul_(self.scale)
+        return outputs_first(name, merged).to(taus[0].dtype).contiguous()
 
 
 def _key(name: str, index: int) -> str:

@@ -40,20 +40,27 @@ class LayerScale(Finisher):
         check_block_pattern(block)
 
     @override
+    def check_names(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._indices(shapes)
+
+    @override
     def finish(self, vector: TaskVector) -> TaskVector:
         """Finish a merged vector.
 
         Raises:
             ValueError: If there are no blocks, or not as many as coefficients.
         """
-        indices = block_indices(vector, self.block)
+        return _times(vector, {n: self.coefficients[i] for n, i in self._indices(vector).items()}, self.default)
+
+    def _indices(self, names: Iterable[str]) -> dict[str, int]:
+        indices = block_indices(names, self.block)
         depth = 1 + max(indices.values())
         if depth != len(self.coefficients):
             raise ValueError(
                 f"expected one coefficient for each of the {depth} blocks of the merged parameters, got "
                 f"{len(self.coefficients)}"
             )
-        return _times(vector, {name: self.coefficients[index] for name, index in indices.items()}, self.default)
+        return indices
 
 
 class LiNeS(Finisher):
@@ -103,6 +110,10 @@ class LiNeS(Finisher):
         check_block_pattern(block)
 
     @override
+    def check_names(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._coefficients(shapes, 0.0)
+
+    @override
     def finish_beside(self, vector: TaskVector, total: State, num_tasks: int) -> TaskVector:
         if self.alpha != "auto":
             return self.finish(vector)
@@ -122,7 +133,10 @@ class LiNeS(Finisher):
         return self._scaled(vector, self.alpha)
 
     def _scaled(self, vector: TaskVector, alpha: float) -> TaskVector:
-        indices = block_indices(vector, self.block)
+        return _times(vector, self._coefficients(vector, alpha), alpha)
+
+    def _coefficients(self, all_names: Iterable[str], alpha: float) -> dict[str, float]:
+        indices = block_indices(all_names, self.block)
         towers: dict[str, list[str]] = {}
         for name in indices:
             towers.setdefault(_tower(name, self.block), []).append(name)
@@ -136,7 +150,7 @@ class LiNeS(Finisher):
                     f"{tower!r}; set num_blocks to the depth of the network"
                 )
             coefficients.update({name: alpha + self.beta * indices[name] / (depth - 1) for name in names})
-        return _times(vector, coefficients, alpha)
+        return coefficients
 
 
 def block_indices(names: Iterable[str], block: str = BLOCK) -> dict[str, int]:

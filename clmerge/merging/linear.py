@@ -96,6 +96,7 @@ class TaskArithmetic(_Sum):
     name = "task_arithmetic"
     summary = "scaled sum of the task vectors; weights make negation, analogies and extrapolation"
     source = "2212.04089"
+    per_task = ("weights",)
 
     def __init__(self, scale: float = 0.3, *, weights: Sequence[float] | None = None) -> None:
         super().__init__()

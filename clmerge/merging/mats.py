@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots
-from clmerge.merging.gram import IN_OUT
+from clmerge.merging.orientation import IN_OUT
 from clmerge.merging.regmean import RegMean
 from clmerge.merging.statistics import tensors_of
 from clmerge.merging.step import Step

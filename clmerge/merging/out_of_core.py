@@ -244,23 +244,27 @@ def _ties(merger: TIES, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:
     it would make a difference a guess is written first, and the parameter is merged again if it was wrong.
     """
     surplus = 0
-    guesses: dict[str, bool] = {}
+    guesses: dict[str, int] = {}
 
-    def merged(name: str, piece: slice, positive: bool) -> Tensor:
+    def elected() -> int:
+        # Without a majority, only the largest magnitude is another than with a negative one.
+        return 1 if surplus > 0 else 0 if merger.merge == "max" and not surplus else -1
+
+    def merged(name: str, piece: slice, sign: int) -> Tensor:
         nonlocal surplus
         _fold(merger, vectors, name, piece)
         for block, _ in slot_blocks(merger._slots[name]):
             total = merger._total(block)
             surplus += sum_of_signs([total])
             if name not in guesses and _undecided(block, total):
-                guesses[name] = positive
-        return _read(merger, name, positive)
+                guesses[name] = sign
+        return _read(merger, name, sign)
 
     for name in vectors.names:
-        yield name, _by_piece(vectors, name, partial(merged, name, positive=surplus > 0))
-    positive = surplus > 0
-    for name in [name for name, guess in guesses.items() if guess != positive]:
-        yield name, _by_piece(vectors, name, partial(merged, name, positive=positive))
+        yield name, _by_piece(vectors, name, partial(merged, name, sign=elected()))
+    sign = elected()
+    for name in [name for name, guess in guesses.items() if guess != sign]:
+        yield name, _by_piece(vectors, name, partial(merged, name, sign=sign))
     merger.reset()
 
 
@@ -273,8 +277,8 @@ def _undecided(block: Slots, total: Tensor) -> bool:
     return bool(zero.dot(differ))
 
 
-def _read(merger: TIES, name: str, positive: bool) -> Tensor:
-    merged = merger._read(name, merger._slots[name], int(positive))
+def _read(merger: TIES, name: str, sign: int) -> Tensor:
+    merged = merger._read(name, merger._slots[name], sign)
     if not is_finite(merged):
         raise RuntimeError(f"expected finite sums, got an overflow in {name!r} of {merger!r}; scale it down")
     return merged

@@ -8,7 +8,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots
-from clmerge.merging.gram import IN_OUT, _Gram, ridge_solution
+from clmerge.merging.gram import _Gram, ridge_solution
+from clmerge.merging.orientation import IN_OUT
 from clmerge.merging.statistics import tensors_of
 from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State

@@ -1,6 +1,6 @@
 """What the rules that decompose matrices share: the choice of matrices and careful linear algebra."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,11 @@ class _Spectral(Merger):
     @override
     def matrices(self, shapes: Shapes) -> list[str]:
         return self._matrices.listed(shapes)
+
+    @override
+    def check_names(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().check_names(shapes)
+        self._matrices.check(dict(shapes))
 
     @override
     def _plan(self, vector: State, step: Step) -> Any:

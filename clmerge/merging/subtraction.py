@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, float_dtype
 from clmerge.merging.merger import Merger
+from clmerge.merging.orientation import from_output_rows, output_rows
 from clmerge.merging.step import Step
 
 Shared = Literal["both", "expert"]
@@ -19,9 +20,10 @@ class ExtSub(Merger):
     """Take the deficiency of further models out of an expert (Ext-Sub, arXiv 2308.08090), as an exact stream.
 
     The first task vector is the expert, the later ones are anti-experts, trained on what is to be unlearned. For every
-    row of a matrix the direction they share is the sum of their unit vectors; what an anti-expert has beside it is its
-    deficiency, and the result is ``expert - strength * sum(deficiencies)``. One task is the expert itself. A parameter
-    of one dimension or none is one row; of three or more, a row is what belongs to one index of the first.
+    row of a matrix, the weights of one output, the direction they share is the sum of their unit vectors; what an
+    anti-expert has beside it is its deficiency, and the result is ``expert - strength * sum(deficiencies)``. One task
+    is the expert itself. A parameter of one dimension or none is one row; of three or more, a row is what belongs to
+    one index of the first. CLIP's ``proj`` and ``text_projection``, of shape (in, out), have their outputs in columns.
 
     The released code divides by zero where a row of either is zero; here such rows share nothing, and neither do
     opposite ones. State: 8 bytes per parameter. The order matters, because the first is the expert.
@@ -64,24 +66,18 @@ class ExtSub(Merger):
             slots["expert"].copy_(tau)
             return
         # In float64: the squares of float32 values may not be float32 values.
-        rows, expert = (_rows(tensor.to(torch.float64)) for tensor in (tau, slots["expert"]))
+        rows, expert = (output_rows(name, tensor.to(torch.float64)) for tensor in (tau, slots["expert"]))
         direction, own = _unit(expert), _unit(rows)
         if self.shared == "both":
             shares = direction.any(dim=1, keepdim=True) & own.any(dim=1, keepdim=True)
             direction = _unit((direction + own) * shares, _OPPOSITE)
         along = (rows * direction).sum(dim=1, keepdim=True)
-        deficiency = (rows - along * direction).reshape(tau.shape)
+        deficiency = from_output_rows(name, rows - along * direction, tuple(tau.shape))
         slots["deficiency"].add_(deficiency.to(float_dtype(slots)))
 
     @override
     def _read_block(self, slots: Slots, overview: Any) -> Tensor:
         return slots["expert"] - self.strength * slots["deficiency"]
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """Return a parameter as a contiguous matrix, one row per output."""
-    shape = (len(tensor), -1) if tensor.ndim > 1 and tensor.numel() else (1, tensor.numel())
-    return tensor.contiguous().view(shape)
 
 
 def _unit(rows: Tensor, zero: float = 0.0) -> Tensor:

@@ -35,6 +35,8 @@ def tall_mask(tau: Tensor, total: Tensor, threshold: float) -> Tensor:
 class _Masked(_Stored):
     """Rules that compare every task vector with the sum of all."""
 
+    per_task = ("threshold",)
+
     def __init__(self, threshold: float | Sequence[float], scale: float) -> None:
         thresholds = [threshold] if isinstance(threshold, int | float) else list(threshold)
         if not thresholds or min(thresholds) < 0:

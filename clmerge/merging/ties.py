@@ -58,8 +58,8 @@ class TIES(Merger):
     bytes per parameter (mean, max) or 8 (sum); 16 for the mean of more than 32767 tasks, or with weights.
 
     Entries whose sum is exactly zero: with ``trim="model"`` they take the sign most entries of the model
-    have; if there is no such sign either, the negative entries are kept, as the released code does. With
-    ``trim="tensor"`` they are positive, as in mergekit.
+    have; if there is no such sign either, mean and sum keep the negative entries and max gives zero, as the
+    released code does. With ``trim="tensor"`` they are positive, as in mergekit.
 
     Args:
         density: Share of the entries the trim keeps, in (0, 1].
@@ -81,6 +81,7 @@ class TIES(Merger):
     name = "ties"
     summary = "trim, elect signs, merge the entries that agree"
     source = "2306.01708"
+    per_task = ("weights",)
 
     def __init__(
         self,
@@ -163,7 +164,7 @@ class TIES(Merger):
 
     @override
     def _overview(self) -> int:
-        """Return the sign of entries whose sum is zero."""
+        """Return the sign of entries whose sum is zero: 1, -1, or 0 if the model has none."""
         if self.trim == "tensor":
             return 1
         return majority_sign(self._total(block) for slots in self._slots.values() for block, _ in slot_blocks(slots))
@@ -173,7 +174,9 @@ class TIES(Merger):
         elected = torch.empty_like(slots["neg_max" if self.merge == "max" else "neg_sum"])
         (torch.ge if overview > 0 else torch.gt)(self._total(slots), 0, out=elected)
         if self.merge == "max":
-            return slots["neg_max"].lerp(slots["pos_max"], elected).mul_(self.scale)
+            largest = slots["neg_max"].lerp(slots["pos_max"], elected).mul_(self.scale)
+            # The released code multiplies the largest magnitude by the elected sign, which may be zero.
+            return largest if overview else largest.masked_fill_(slots["total"] == 0, 0.0)
         merged = slots["neg_sum"].lerp(slots["pos_sum"], elected)
         if self.merge == "mean":
             counts = slots["neg_count"].to(elected.dtype).lerp(slots["pos_count"].to(elected.dtype), elected)

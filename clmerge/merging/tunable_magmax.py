@@ -100,6 +100,7 @@ class TunableMagMax(_Stored):
     name = "tunable_magmax"
     summary = "MagMax with a given share of entries for every task"
     source = "2605.20803"
+    per_task = ("preference",)
     order_free = False
     scope = "parameter"
 

@@ -22,9 +22,11 @@ class WeightedAverage(WeightedSum):
     """Average the task vectors with one weight per task: ``scale * sum(w_t tau_t) / sum(w_t)``.
 
     - ``"samples"``: the number of training samples, as in federated averaging (FedAvg, arXiv 1602.05629).
-    - ``"loss"``: ``exp(-loss / temperature)``, the softmax of the negative losses on a few examples of the target
-      task (LM-Cocktail, arXiv 2311.13534). LM-Cocktail then mixes with the base model: ``scale`` is the share of
-      the average.
+    - ``"loss"``: ``exp(-loss / temperature)``, the softmax of the negative losses of the experts. LM-Cocktail (arXiv
+      2311.13534) has the losses of all experts, and of the base model, on the same few examples of one target task, and
+      then mixes with the base model (``scale`` is the share of the average): hand those losses to ``update``. A run of
+      ``clmerge fit`` has no examples of tasks to come, and gives every expert's loss on its *own* task's images, which
+      favours easy tasks.
     - ``"inverse_norm"``: ``1 / |tau|`` over the whole vector (NAN, arXiv 2505.16148). A zero vector has no weight.
     - ``"given"``: a preference per task index, a point of the simplex (rewarded soups, arXiv 2306.04488). While
       tasks are still to come, the preferences of those that came are rescaled to sum 1.
@@ -53,6 +55,7 @@ class WeightedAverage(WeightedSum):
     name = "weighted_average"
     summary = "mean weighted by samples, losses, inverse norms or given preferences"
     source = "1602.05629"
+    per_task = ("weights",)
     requires = frozenset({"samples"})
 
     def __init__(

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 from support.tiny import ForeignModule, toy_loader
 
 from clmerge.callbacks import MergeCallback
-from clmerge.merging import PCB, TIES, Ethos, Fisher, MagMax, TaskArithmetic, WeightAverage
+from clmerge.merging import PCB, TIES, Ethos, Fisher, GroupScale, MagMax, Pipeline, TaskArithmetic, WeightAverage
 from clmerge.models import add_lora
 from clmerge.weights import TaskVectorBank, save_tensors
 
@@ -507,3 +507,23 @@ def test_mergers_that_need_all_vectors_read_them_from_the_bank(model, tmp_path):
     without = MergeCallback([PCB(0.5), MagMax()])
     with pytest.raises(ValueError, match=r"use_bank\(\)"):
         without.load_accumulators(merge.accumulators())
+
+
+@pytest.mark.parametrize(
+    ("merger", "message"),
+    [
+        (
+            TaskArithmetic(weights=[1.0]),
+            r"merger 'task_arithmetic': expected one entry for each of the 2 tasks in weights",
+        ),
+        (Pipeline(finisher=GroupScale({"no.such.*": 2.0})), r"merger 'pipeline': .* got 'no\.such\.\*'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_a_step_is_trained(model, merger, message):
+    merge = MergeCallback(merger)
+    for _task in range(1 if "weights" in message else 0):
+        stream(model, merge, 1)
+    before = weights(model)
+    with pytest.raises(ValueError, match=message):
+        stream(model, merge, 1)
+    assert same(weights(model), before)

@@ -34,7 +34,9 @@ def passes(monkeypatch):
     return seen
 
 
-RUN = SimpleNamespace(has_validation=True, tasks=[0] * NUM_TASKS, name="run", folder=SimpleNamespace(path="run"))
+RUN = SimpleNamespace(
+    has_validation=True, tasks=[0] * NUM_TASKS, base={}, name="run", folder=SimpleNamespace(path="run")
+)
 
 
 def test_grids_of_all_mergers_go_together_over_validation_images_only(passes):
@@ -113,3 +115,9 @@ def test_a_rule_needs_positive_scales(passes):
     search_all([one], None, 0)
     with pytest.raises(ValueError, match="above 0"):
         scale_rules([one], None, 0)
+
+
+def test_a_point_that_does_not_fit_the_tasks_is_refused_before_anything_is_evaluated(passes):
+    with pytest.raises(ValueError, match=r"merger 'task_arithmetic': expected one entry for each of the 3 tasks"):
+        Search(RUN, "task_arithmetic", TaskArithmetic(), {"weights": [[1.0, 1.0, 1.0], [1.0, 1.0]]})
+    assert not passes

@@ -50,6 +50,7 @@ def statistics_of(task: int, shapes: dict[str, tuple[int, ...]]) -> dict:
     return {
         "fisher": fisher,
         "adam": fisher,
+        "mask_fisher": fisher,
         "gram": {name: torch.from_numpy(x.T @ x) for name, x in inputs.items()},
         "weights": {name: torch.from_numpy(entries) for name, entries in spectral.weights_of(shapes).items()},
         "samples": float(numbers.integers(10, 1000)),
@@ -116,7 +117,7 @@ def ties(density: float, trim: str, merge: str, scale: float, weights: list[floa
             agrees = np.where(sign > 0, taus > 0, taus < 0)
             kept = np.where(agrees, taus, 0)
             if merge == "max":
-                merged[name] = np.abs(kept).max(axis=0) * np.where(sign > 0, 1, -1)
+                merged[name] = np.abs(kept).max(axis=0) * sign
             else:
                 merged[name] = kept.sum(axis=0)
             if merge == "mean":
@@ -510,6 +511,8 @@ CASES.update(
         "Fisher row, normalized": Case(
             lambda: merging.Fisher(granularity="row", normalize=True, scale=0.5), fisher_average(0.5, "row", True)
         ),
+        "FisherMaskNodes": Case(merging.FisherMaskNodes, fisher_average(1.0)),
+        "FisherMaskNodes scale": Case(lambda: merging.FisherMaskNodes(scale=0.5), fisher_average(0.5)),
         "UGM": Case(merging.UGM, ugm(1.0, 1e-6)),
         "UGM prior": Case(lambda: merging.UGM(scale=0.5, prior=1.0), ugm(0.5, 1.0)),
         "CoFiMA": Case(merging.CoFiMA, cofima(0.5)),
@@ -661,7 +664,7 @@ def middle_kept(beta: float, gamma: float, reduce: Batch) -> Batch:
 
 def dropped_by_rank(drop_rate: float, window: float, rescale: str, seed: int, reduce: Batch) -> Batch:
     def sparse(name, entries, task):
-        rows = entries.reshape(-1, entries.shape[-1] if entries.ndim else 1)
+        rows = entries.reshape(len(entries), -1) if entries.ndim > 1 and entries.size else entries.reshape(1, -1)
         ranks = np.abs(rows).argsort(axis=1, kind="stable").argsort(axis=1)
         columns = rows.shape[1]
         position = ranks / (columns - 1) - 0.5 if columns > 1 else np.zeros(rows.shape)

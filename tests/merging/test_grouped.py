@@ -1,7 +1,12 @@
+import re
+from importlib.resources import files
+from pathlib import Path
+
 import pytest
 import torch
 
 from clmerge.merging import ClipNorm, GroupScale, Pipeline, TaskArithmetic
+from clmerge.weights import load_tensors
 
 NAMES = ["visual.conv1.weight", "visual.blocks.0.attn.w", "visual.blocks.11.attn.w", "logit_scale"]
 
@@ -17,10 +22,22 @@ def test_the_first_pattern_that_matches_counts():
 
 
 def test_shallow_layers_alone():
-    assert coefficients(GroupScale({"*.blocks.[0-3].*": 1.0}, default=0.0)) == [0.0, 1.0, 0.0, 0.0]
+    """The pattern of the docstring, on names as timm's and as those of the CLIP that ships with the package."""
+    shallow = GroupScale({"*blocks.[0-3].*": 1.0}, default=0.0)
+    assert coefficients(shallow) == [0.0, 1.0, 0.0, 0.0]
+    pattern = next(iter(shallow.coefficients))
+    assert f'{{"{pattern}": 1.0}}, default=0' in GroupScale.__doc__
+    file = files("clmerge") / "models" / "nano_clip" / "open_clip_model.safetensors"
+    vector = {name: torch.ones_like(tensor) for name, tensor in load_tensors(Path(str(file))).items()}
+    shallow.check_names({name: tuple(tensor.shape) for name, tensor in vector.items()})
+    kept = {name for name, tensor in shallow.finish(vector).items() if tensor.any()}
+    assert "visual.transformer.resblocks.3.attn.in_proj_weight" in kept
+    assert kept == {name for name in vector if re.search(r"resblocks\.[0-3]\.", name)}
 
 
 def test_a_pattern_that_matches_nothing_is_an_error():
+    with pytest.raises(ValueError, match=r"got 'text\.\*'"):  # before there is a vector
+        Pipeline(finisher=GroupScale({"visual.*": 2.0, "text.*": 1.0})).check_names({name: (1,) for name in NAMES})
     with pytest.raises(ValueError, match=r"'visual\.conv2\.weight'; the nearest names are 'visual\.conv1\."):
         coefficients(GroupScale({"visual.*": 2.0, "visual.conv2.weight": 1.0}))
 

@@ -77,6 +77,14 @@ def test_ties_with_equal_entries_and_zero_sums(trim, merge, seed):
     assert_same_bits(TIES(0.3, trim=trim, merge=merge), [{n: -t for n, t in vector.items()} for vector in vectors])
 
 
+@pytest.mark.parametrize("last", [1.0, 0.0, -1.0])
+def test_the_largest_magnitude_without_a_prevailing_sign(last):
+    others = [{"first": sign * torch.tensor([2.0, -3.0]), "last": torch.full((9,), last)} for sign in (1, -1)]
+    assert_same_bits(TIES(1.0, merge="max"), others)
+    merged = dict(merge_out_of_core(TIES(1.0, merge="max"), Held(others)))
+    assert merged["first"].tolist() == [last * 2.0, last * 3.0]
+
+
 @pytest.mark.parametrize("last", [1.0, -1.0])
 def test_a_wrong_guess_of_the_prevailing_sign_is_put_right(last):
     """Only the last parameter has a prevailing sign, when the first one's zero sums are decided already."""

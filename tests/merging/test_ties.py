@@ -39,13 +39,19 @@ def test_tensor_trim_keeps_exactly_the_share_of_every_tensor():
     [
         ([[5.0, 0.0], [0.0, 0.0]], 2.0),  # most entries of the model are positive
         ([[-5.0, 0.0], [0.0, 0.0]], -2.0),
-        ([[5.0, -9.0], [0.0, 0.0]], -2.0),  # no majority: the negative entries are kept
     ],
 )
 @pytest.mark.parametrize("merge", ["mean", "sum", "max"])
 def test_a_sum_of_zero_takes_the_majority_sign_of_the_model(others, expected, merge):
     vectors = [{"zero": [2.0], "others": others[0]}, {"zero": [-2.0], "others": others[1]}]
     assert merged(TIES(1.0, merge=merge), *vectors)["zero"] == [expected]
+
+
+@pytest.mark.parametrize(("merge", "expected"), [("mean", -2.0), ("sum", -2.0), ("max", 0.0)])
+def test_without_a_majority_a_sum_of_zero_is_what_the_released_code_makes_of_it(merge, expected):
+    # It keeps entries below zero for any sign that is not positive; max then multiplies by the sign, which is zero.
+    vectors = [{"zero": [2.0], "others": [5.0, -9.0]}, {"zero": [-2.0], "others": [0.0, 0.0]}]
+    assert merged(TIES(1.0, merge=merge), *vectors) == {"zero": [expected], "others": [5.0, -9.0]}
 
 
 @pytest.mark.parametrize("merge", ["mean", "sum", "max"])
