@@ -12,6 +12,7 @@ from clmerge.merging import (
     TIES,
     FedNova,
     Fisher,
+    FisherMaskNodes,
     GreedySoup,
     GroupScale,
     MagMax,
@@ -228,10 +229,10 @@ def test_a_stream_of_one_task_has_matrices_of_one_number(clip, tmp_path):
 
 @pytest.mark.parametrize("head", [ZeroShotHead, LinearHead])
 def test_mergers_that_need_statistics_get_them_from_the_task(clip, tmp_path, head):
-    mergers = [Fisher(), RegMean(), FedNova(), WeightedAverage(by="loss"), MaTS(2, outputs=True)]
+    mergers = [Fisher(), FisherMaskNodes(), RegMean(), FedNova(), WeightedAverage(by="loss"), MaTS(2, outputs=True)]
     learner = make_learner(clip, mergers, head=head(), num_tasks=2, statistics_images=8)
     results = run(learner, tmp_path / "run")
-    assert set(results.mergers) == {"fisher", "regmean", "fednova", "weighted_average", "mats"}
+    assert set(results.mergers) == {"fisher", "fisher_mask_nodes", "regmean", "fednova", "weighted_average", "mats"}
     merged = {name: learner.merge.merged_state(name) for name in results.mergers}
     mean = WeightAverage()
     for tau in TaskVectorBank(tmp_path / "run" / "bank"):

@@ -91,7 +91,7 @@ def mask_node_fisher(
                 (gradients[f"{name}.weight"] * weights[f"{name}.weight"]).sum(dim=1)
                 for name in (layer.projection, layer.narrow)
             )
-            found[layer.attention] = of_inputs.unflatten(1, (layer.num_heads, -1)).sum(dim=2)
+            found[layer.attention] = of_inputs.reshape(len(of_inputs), layer.num_heads, -1).sum(dim=2)
             found[layer.narrow] = of_hidden
         return found
 
