@@ -16,7 +16,7 @@ from clmerge.checkpoints.ledger import UNKNOWN, Ledger, as_plain, input_files, v
 from clmerge.checkpoints.names import align_names
 from clmerge.checkpoints.output import check_target, new_output
 from clmerge.checkpoints.policy import Policy, decide, describe_rows
-from clmerge.checkpoints.reader import Checkpoint, Entry, float_dtype
+from clmerge.checkpoints.reader import Checkpoint, Entry, describe, float_dtype
 from clmerge.checkpoints.vectors import CheckpointVectors, Origin
 from clmerge.checkpoints.writer import sha256_of
 from clmerge.merging import Merger
@@ -134,8 +134,8 @@ class CheckpointMerge:
             for merger, names in self._work()
         }
         lines = [f"merger  {part}" for part in self.parts]
-        lines.append(f"base    {_described(self.base)}")
-        lines += [f"task {task:<3}{_described(model)}" for task, model in enumerate(self.models)]
+        lines.append(f"base    {describe(self.base)}")
+        lines += [f"task {task:<3}{describe(model)}" for task, model in enumerate(self.models)]
         lines += [line for model in (self.base, *self.models) for line in _left_out(model)]
         lines += ["", *describe_rows(self.policy.rows), ""]
         what = ", the weights themselves" if self.origin == "zero" else ""
@@ -257,13 +257,6 @@ class _Cast(LazyVector):
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._checkpoint.tensor(self._names[name])
         return tensor if self._dtype is None else tensor.to(self._dtype)
-
-
-def _described(checkpoint: Checkpoint) -> str:
-    task = f", {checkpoint.task}" if checkpoint.task else ""
-    names = "".join(f", names {how}" for how in checkpoint.renamed)
-    size = f"{len(checkpoint)} tensors, {checkpoint.nbytes / 1e6:,.1f} MB"
-    return f"{checkpoint.source} ({checkpoint.kind}{task}: {size}{names})"
 
 
 def _left_out(checkpoint: Checkpoint) -> list[str]:

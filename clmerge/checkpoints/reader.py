@@ -251,6 +251,14 @@ class TorchCheckpoint(Checkpoint):
         return self._tensors[name]
 
 
+def describe(checkpoint: Checkpoint) -> str:
+    """Return in one line what is read of a checkpoint: path, format, weights, number and names of tensors."""
+    task = f", {checkpoint.task}" if checkpoint.task else ""
+    names = "".join(f", names {how}" for how in checkpoint.renamed)
+    size = f"{len(checkpoint)} tensors, {checkpoint.nbytes / 1e6:,.1f} MB"
+    return f"{checkpoint.source} ({checkpoint.kind}{task}: {size}{names})"
+
+
 def float_dtype(name: str) -> torch.dtype:
     """Return a floating-point dtype by its name in PyTorch.
 

@@ -208,6 +208,8 @@ def _run(arguments: Sequence[str], *, resume: str | None) -> int:
         learner = Learner(
             objects.stream, objects.model, objects.mergers, objects.data, seed=config.seed, **vars(objects.learner)
         )
+        if is_main and (read := objects.model.backbone.read):
+            print(f"backbone  {read}", flush=True)
         if objects.logging.artifacts:
             learner.require_task_vectors()
         if resume is not None:

@@ -2,10 +2,11 @@
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
@@ -13,11 +14,15 @@ from PIL.Image import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from clmerge.checkpoints import open_checkpoint
+from clmerge.checkpoints.names import align_names
+from clmerge.checkpoints.reader import describe
 from clmerge.weights.modes import eval_mode
 
 Transform = Callable[[Image], Tensor]
 NANO = Path(__file__).parent / "nano_clip"
 _SOURCES = ("local-dir:", "hf-hub:")
+_NUMPY = (".npz", ".npy")  # of JAX models, which open_clip converts itself
 
 
 class Backbone(nn.Module, ABC):
@@ -31,10 +36,12 @@ class Backbone(nn.Module, ABC):
         default_trainable: Glob patterns over ``model``'s parameter names that are trained unless told
             otherwise.
         encoder: Path in ``model`` of the module that ``forward`` calls; empty for ``model`` itself.
+        read: What was read of a checkpoint file, in words; empty without one.
     """
 
     default_trainable: ClassVar[tuple[str, ...]] = ("*",)
     encoder: ClassVar[str] = ""
+    read: str = ""
     model: nn.Module
     feature_dim: int
     train_transform: Transform
@@ -70,6 +77,8 @@ class OpenClip(Backbone):
             Default none, which for a plain model name means random weights. ``nano``, local folders and hub
             models bring their own; a checkpoint file replaces them.
         cache_dir: Where open_clip keeps downloads; default its own choice.
+        weights: Which set is read of a checkpoint file that holds several, as ``clmerge.checkpoints.open_checkpoint``
+            takes it; default the averaged one if there is one.
 
     Raises:
         ValueError: For an unknown name or tag (the nearest ones are given), for a checkpoint of another
@@ -86,7 +95,14 @@ class OpenClip(Backbone):
     default_trainable: ClassVar[tuple[str, ...]] = ("visual.*",)
     encoder: ClassVar[str] = "visual"
 
-    def __init__(self, name: str = "nano", *, pretrained: str | None = None, cache_dir: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str = "nano",
+        *,
+        pretrained: str | None = None,
+        cache_dir: str | None = None,
+        weights: str | None = None,
+    ) -> None:
         super().__init__()
         import open_clip
 
@@ -97,16 +113,17 @@ class OpenClip(Backbone):
             _check_name(name, ["nano", *open_clip.list_models()], "open_clip")
         if pretrained is not None and file is None:
             _check_tag(name, pretrained)
+        _check_weights(weights, file)
         with _naming(name, file or source):
             self.model, self.train_transform, self.eval_transform = open_clip.create_model_and_transforms(
                 source,
-                # open_clip would ignore a file beside a folder or hub model.
-                pretrained=None if source.startswith(_SOURCES) else pretrained,
+                pretrained=pretrained if file is None else None,
+                pretrained_text=file is None,
                 cache_dir=cache_dir,
                 require_pretrained=source.startswith(_SOURCES) and file is None,
             )
-            if file is not None and source.startswith(_SOURCES):
-                open_clip.load_checkpoint(self.model, file)
+            if file is not None:
+                self._load(file, weights)
         _refuse_remote_code(source)
         vocabulary = None if folder is None else folder / "bpe_simple_vocab.txt.gz"
         brings_vocabulary = vocabulary is not None and vocabulary.is_file()
@@ -114,6 +131,18 @@ class OpenClip(Backbone):
             source, cache_dir=cache_dir, **({"bpe_path": str(vocabulary)} if brings_vocabulary else {})
         )
         self.feature_dim = self._num_features()
+
+    def _load(self, file: str, weights: str | None) -> None:
+        import open_clip
+
+        if Path(file).suffix in _NUMPY:
+            open_clip.load_checkpoint(self.model, file)
+            return
+        state, self.read = _weights_of(file, self.model, weights)
+        with TemporaryDirectory() as folder:
+            # open_clip converts names and resamples positions only of what it reads from a file.
+            torch.save(state, Path(folder, "weights.pt"))
+            open_clip.load_checkpoint(self.model, str(Path(folder, "weights.pt")))
 
     def _num_features(self) -> int:
         visual: Any = self.model.visual
@@ -149,8 +178,11 @@ class Timm(Backbone):
         name: A timm model name (``vit_base_patch16_224.augreg_in21k``), ``local-dir:FOLDER`` or
             ``hf-hub:ORG/MODEL``.
         pretrained: Whether to load (and, if need be, download) the weights that timm has for ``name``.
-        checkpoint: A checkpoint file to load instead; a classifier in it is left out.
+        checkpoint: A checkpoint file to load instead; a classifier in it is left out, positions are resampled to
+            ``image_size`` as timm does it.
         image_size: Side of the square input in pixels; default the model's own.
+        weights: Which set is read of a ``checkpoint`` that holds several, as ``clmerge.checkpoints.open_checkpoint``
+            takes it; default the averaged one if there is one.
 
     Raises:
         ValueError: For an unknown name or tag (the nearest names are given), for ``pretrained`` together with
@@ -164,6 +196,7 @@ class Timm(Backbone):
         pretrained: bool = False,
         checkpoint: str | None = None,
         image_size: int | None = None,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
         import timm
@@ -173,6 +206,7 @@ class Timm(Backbone):
             raise ValueError(
                 f"expected pretrained=True or a checkpoint, got both (checkpoint={checkpoint!r}); drop one"
             )
+        _check_weights(weights, checkpoint)
         takes_size = True
         if not name.startswith(_SOURCES):
             _check_name(name.split(".")[0], timm.list_models(), "timm")
@@ -181,7 +215,7 @@ class Timm(Backbone):
         size: dict[str, Any] = {"img_size": image_size} if image_size is not None and takes_size else {}
         self.model = timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
         if checkpoint is not None:
-            self._load(checkpoint, name)
+            self._load(checkpoint, name, weights, size)
         config = resolve_data_config(
             {} if image_size is None else {"input_size": (3, image_size, image_size)}, model=self.model
         )
@@ -193,19 +227,23 @@ class Timm(Backbone):
         # Some models project once more between their trunk and their classifier.
         self.feature_dim = int(getattr(self.model, "head_hidden_size", self.model.num_features))  # type: ignore[arg-type]
 
-    def _load(self, checkpoint: str, name: str) -> None:
-        from timm.models import load_state_dict
+    def _load(self, checkpoint: str, name: str, weights: str | None, size: Mapping[str, Any]) -> None:
+        import timm
 
         if not Path(checkpoint).is_file():
             raise ValueError(f"expected a checkpoint file, got {checkpoint!r}")
         with _naming(name, checkpoint):
-            state = load_state_dict(checkpoint, weights_only=True)
+            state, self.read = _weights_of(checkpoint, self.model, weights)
         classifier: Any = self.model.pretrained_cfg.get("classifier") or ()  # type: ignore[operator, union-attr]
         prefixes = tuple(f"{c}." for c in ((classifier,) if isinstance(classifier, str) else classifier))
         own = self.model.state_dict()
         state = {k: v for k, v in state.items() if k in own or not k.startswith(prefixes)}
-        with _naming(name, checkpoint):
-            self.model.load_state_dict(state)
+        # As pretrained weights of a model without a classifier timm converts the state, and loads it strictly.
+        given = {"source": "", "state_dict": state, "num_classes": 0}
+        # The weights of this second model are all replaced: it takes no random numbers from what is built later.
+        with _naming(name, checkpoint), torch.random.fork_rng(devices=[]):
+            self.model = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=given, **size)
+        self.model.pretrained_cfg.pop("state_dict")  # type: ignore[operator, union-attr]
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode images of shape ``(B, 3, H, W)`` into features of shape ``(B, D)``, not normalised."""
@@ -221,6 +259,22 @@ def _naming(name: str, origin: str) -> Iterator[None]:
     except (RuntimeError, UnpicklingError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"expected the weights of {name!r} in {origin}, got: {reason}") from error
+
+
+def _weights_of(file: str, model: nn.Module, weights: str | None) -> tuple[dict[str, Tensor], str]:
+    """Return the weights that a checkpoint file has for a model, by the model's names, and what was read in words."""
+    opened = open_checkpoint(file, weights)
+    if opened.is_task_vector:
+        raise ValueError(f"expected weights, got the task vector {file}; add it to its base with clmerge merge")
+    align_names(opened, model.state_dict(), f"the model {type(model).__name__}")
+    if weights is not None and opened.weights != weights:
+        raise ValueError(f"expected a checkpoint that holds weights {weights!r}, got {file} ({opened.kind})")
+    return dict(opened), describe(opened)
+
+
+def _check_weights(weights: str | None, file: str | None) -> None:
+    if weights is not None and file is None:
+        raise ValueError(f"expected a checkpoint file to read weights={weights!r} of, got none; name one")
 
 
 def _check_name(name: str, known: list[str], library: str) -> None:

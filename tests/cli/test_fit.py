@@ -158,6 +158,14 @@ def test_an_existing_folder_is_never_overwritten(config, tmp_path, capsys):
     assert (tmp_path / "mine.txt").read_text() == "keep me"
 
 
+def test_what_is_read_of_a_checkpoint_is_printed(config, tmp_path, capsys):
+    weights = load_file(config.parent / "clip" / "open_clip_model.safetensors")
+    torch.save({"state_dict": weights, "state_dict_ema": weights}, tmp_path / "last.pt")
+    chosen = ["--model.backbone.pretrained", str(tmp_path / "last.pt"), "--model.backbone.weights=state_dict"]
+    assert main(["fit", "--config", str(config), *chosen, "--run_dir", str(tmp_path)]) == 1  # which has content
+    assert "last.pt (torch.save, under 'state_dict' (there are also 'state_dict_ema'): " in capsys.readouterr().out
+
+
 def test_an_existing_run_is_continued_with_resume(config, finished, capsys):
     assert main(["fit", "--config", str(config), "--run_dir", str(finished)]) == 1
     assert f"--resume {finished}" in capsys.readouterr().err

@@ -1,3 +1,4 @@
+import argparse
 import gzip
 import json
 import os
@@ -11,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from support.tiny import TINY_CLIP, tiny_clip
 from torch import nn
 
+from clmerge.checkpoints import open_checkpoint
 from clmerge.models import Backbone, OpenClip, Timm
 from clmerge.models.backbone import NANO
+from clmerge.weights import TaskVectorBank
 
 PROMPTS = ["a photo of a cat.", "a drawing"]
 
@@ -196,13 +199,13 @@ def test_a_checkpoint_of_another_model_is_named(tiny, builtin_tiny, tmp_path, na
 def test_a_damaged_checkpoint_is_named(tiny, other_weights):
     _, file = other_weights
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"in .*open_clip_model\.safetensors, got: "):
+    with pytest.raises(ValueError, match=r"whole safetensors file, got .*open_clip_model\.safetensors: "):
         OpenClip(tiny, pretrained=str(file))
 
 
 def test_a_pickle_is_refused_unopened(tiny, tmp_path):
     torch.save({"a": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.pt")
-    with pytest.raises(ValueError, match=r"bomb\.pt, got: Weights only load failed"):
+    with pytest.raises(ValueError, match=r"a state dict in .*bomb\.pt, "):
         OpenClip(tiny, pretrained=str(tmp_path / "bomb.pt"))
     assert not (tmp_path / "exploded").exists()
 
@@ -285,7 +288,7 @@ def test_a_checkpoint_that_lacks_weights_is_named(tmp_path):
 
 def test_a_pickled_timm_checkpoint_is_refused_unopened(tmp_path):
     torch.save({"a": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.pth")
-    with pytest.raises(ValueError, match=r"bomb\.pth, got: "):
+    with pytest.raises(ValueError, match=r"a state dict in .*bomb\.pth, "):
         Timm("test_vit", checkpoint=str(tmp_path / "bomb.pth"), image_size=32)
     assert not (tmp_path / "exploded").exists()
 
@@ -302,6 +305,95 @@ def test_a_pickled_timm_checkpoint_is_refused_unopened(tmp_path):
 def test_what_timm_does_not_know_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         Timm(**options)
+
+
+def test_positions_are_resampled_as_timm_does(tmp_path):
+    file = tmp_path / "large.pt"
+    torch.save(timm.create_model("test_vit", img_size=64).state_dict(), file)
+    given = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}, "num_classes": 0}
+    expected = timm.create_model("test_vit", img_size=32, **given).state_dict()
+    backbone = Timm("test_vit", checkpoint=str(file), image_size=32)
+    found = backbone.model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert found["pos_embed"].shape[1] < torch.load(file)["pos_embed"].shape[1]
+    assert backbone.eval_transform(picture()).shape == (3, 32, 32)
+
+
+def test_positions_are_resampled_as_open_clip_does(tiny, builtin_tiny, tmp_path, monkeypatch):
+    large = json.loads(json.dumps(TINY_CLIP["model_cfg"]))
+    large["vision_cfg"]["image_size"], large["text_cfg"]["context_length"] = 16, 48
+    file = tmp_path / "large.pt"
+    torch.save(open_clip.CLIP(**large).state_dict(), file)
+    expected = open_clip.CLIP(**TINY_CLIP["model_cfg"])
+    open_clip.load_checkpoint(expected, str(file))
+    for name in (tiny, builtin_tiny):
+        found = OpenClip(name, pretrained=str(file)).model.state_dict()
+        assert all(torch.equal(found[key], value) for key, value in expected.state_dict().items())
+
+
+def training_script(state, **more):
+    """What a training script leaves: two sets of weights in names of wrappers, and things that are no weights."""
+    wrapped = {name.replace(".", "._orig_mod.", 1): tensor for name, tensor in state.items()}
+    averaged = {f"module.{name}": tensor + 1 for name, tensor in wrapped.items()}
+    return {"args": argparse.Namespace(lr=0.1), "state_dict": wrapped, "state_dict_ema": averaged} | more
+
+
+@pytest.mark.parametrize("library", ["open_clip", "timm"])
+def test_training_checkpoints_are_read_as_merge_reads_them(library, tiny, tmp_path):
+    own = timm.create_model("test_vit", img_size=32) if library == "timm" else open_clip.create_model(tiny)
+    file = str(tmp_path / "last.pth.tar")
+    torch.save(training_script(own.state_dict()), file)
+    for weights, shift in ((None, 1), ("state_dict_ema", 1), ("state_dict", 0)):
+        if library == "timm":
+            backbone = Timm("test_vit", checkpoint=file, image_size=32, weights=weights)
+        else:
+            backbone = OpenClip(tiny, pretrained=file, weights=weights)
+        opened = open_checkpoint(file, weights)
+        for name, tensor in backbone.model.state_dict().items():
+            torch.testing.assert_close(tensor, own.state_dict()[name] + shift)
+            assert torch.equal(tensor, opened[name])
+        assert f"under 'state_dict{'_ema' if shift else ''}' (there are also" in backbone.read
+
+
+def test_a_lightning_checkpoint_is_loaded(tiny, tmp_path):
+    own = open_clip.create_model(tiny).state_dict()
+    inside = {f"model.{name}": tensor + 1 for name, tensor in own.items()} | {"head.weight": torch.zeros(2)}
+    torch.save({"pytorch-lightning_version": "2.6.6", "state_dict": inside}, tmp_path / "last.ckpt")
+    found = OpenClip(tiny, pretrained=str(tmp_path / "last.ckpt")).model.state_dict()
+    assert all(torch.equal(found[name], tensor + 1) for name, tensor in own.items())
+
+
+@pytest.mark.parametrize(("weights", "message"), [("teacher", "'teacher'; there are"), ("ema", "'ema'; there are")])
+def test_weights_that_a_file_does_not_hold_are_named(weights, message, tiny, tmp_path):
+    torch.save(training_script(open_clip.create_model(tiny).state_dict()), tmp_path / "last.pt")
+    with pytest.raises(ValueError, match=message):
+        OpenClip(tiny, pretrained=str(tmp_path / "last.pt"), weights=weights)
+
+
+def test_weights_without_a_file_or_of_one_set_are_refused(tiny, other_weights):
+    with pytest.raises(ValueError, match="expected a checkpoint file to read weights='ema' of"):
+        OpenClip(tiny, weights="ema")
+    with pytest.raises(ValueError, match="expected a checkpoint file to read weights='ema' of"):
+        Timm("test_vit", weights="ema")
+    with pytest.raises(ValueError, match="holds weights 'ema', got"):
+        OpenClip(tiny, pretrained=str(other_weights[1]), weights="ema")
+
+
+def test_a_task_vector_is_no_checkpoint(tiny, tmp_path):
+    TaskVectorBank(tmp_path).append(0, open_clip.create_model(tiny).state_dict())
+    with pytest.raises(ValueError, match="expected weights, got the task vector"):
+        OpenClip(tiny, pretrained=str(tmp_path / "task_000.safetensors"))
+
+
+def test_building_from_a_checkpoint_leaves_random_numbers_to_what_comes_next(tmp_path):
+    save_file(timm.create_model("test_vit", img_size=32).state_dict(), tmp_path / "model.safetensors")
+    drawn = []
+    for checkpoint in (None, str(tmp_path / "model.safetensors")):
+        torch.manual_seed(0)
+        Timm("test_vit", checkpoint=checkpoint, image_size=32)
+        drawn.append(torch.rand(1))
+    assert torch.equal(*drawn)
 
 
 def test_timm_has_no_text_tower_and_says_what_to_use():
