@@ -17,7 +17,7 @@ from clmerge.checkpoints.names import align_names
 from clmerge.checkpoints.output import check_target, new_output
 from clmerge.checkpoints.policy import Policy, decide, describe_rows
 from clmerge.checkpoints.reader import Checkpoint, Entry, describe, float_dtype
-from clmerge.checkpoints.vectors import CheckpointVectors, Origin
+from clmerge.checkpoints.vectors import CheckpointVectors, Origin, check_statistics
 from clmerge.checkpoints.writer import sha256_of
 from clmerge.merging import Merger
 from clmerge.merging.out_of_core import merge_out_of_core, passes_of, working_memory
@@ -93,6 +93,7 @@ class CheckpointMerge:
         self.parts = [part for part in assign(self.policy.merged, groups, merger) if part.names]
         for part in self.parts:
             if part.merger is not None:
+                check_statistics(part.merger, self.models)
                 part.merger.check_tasks(len(self.models))
                 part.merger.check_names({name: self.base.entries[name].shape for name in part.names})
         self.ledger = Ledger(
@@ -202,7 +203,14 @@ class CheckpointMerge:
                 yield name, self.base.tensor(name).to(self.entries[name].dtype)
         try:
             for merger, names in self._work():
-                vectors = CheckpointVectors(self.base, self.models, names, origin=self.origin, on_bytes=on_bytes)
+                vectors = CheckpointVectors(
+                    self.base,
+                    self.models,
+                    names,
+                    needed=merger.requires,
+                    origin=self.origin,
+                    on_bytes=on_bytes,
+                )
                 for name, tau in merge_out_of_core(merger, vectors):
                     theta = self._applied(name, tau)
                     for one in (name, *further.get(name, [])):

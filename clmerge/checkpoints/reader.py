@@ -64,6 +64,7 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         rest_is_zero: Whether a task vector is zero where it has no tensor, as an adapter is.
         task: Name of the task, if the file says so.
         base: Fingerprint of the base model of a task vector, if the file says so.
+        counts: What the header of a task vector says was counted: ``samples`` and ``steps``.
         weights: Name of the set of weights that is read, where the file names it.
         sets: Names of all sets of weights in the file.
         ignored: Classes whose objects in the file were left out, and not executed.
@@ -81,6 +82,7 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         self.rest_is_zero = False
         self.task = ""
         self.base: str | None = None
+        self.counts: dict[str, float] = {}
         self.weights = ""
         self.sets: list[str] = []
         self.ignored: list[str] = []
@@ -203,6 +205,11 @@ class SafetensorsCheckpoint(Checkpoint):
             self.kind = "task vector"
             self.task = self.metadata["name"]
             self.base = self.metadata["base"] or None
+            self.counts = {
+                name: float(count)
+                for name in ("samples", "steps")
+                if (count := self.metadata.get(name, "")).isdecimal() and count.isascii()
+            }
         # save_model of the safetensors package writes the names it leaves out into the header.
         self.aliases = {name: kept for name, kept in self.metadata.items() if kept in entries and name not in entries}
 

@@ -1,13 +1,17 @@
 """Task vectors taken from open checkpoints, one parameter at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from clmerge.checkpoints.reader import Checkpoint
+from clmerge.merging import Merger, Statistics
 from clmerge.weights.task_vector import accumulator_dtype
+
+COUNTS = ("samples", "steps")
+"""What the header of a task vector may say of its task."""
 
 _RUN = 16  # float32 entries of a cache line
 
@@ -23,6 +27,7 @@ class CheckpointVectors:
         base: The base model.
         models: Fine-tuned models, or task vectors, which are taken as they are.
         names: The parameters that are merged.
+        needed: Names of the statistics that the rule requires.
         origin: ``"zero"`` gives ``theta_t`` instead.
         on_bytes: Told how many bytes of a model were read, after every parameter.
     """
@@ -33,6 +38,7 @@ class CheckpointVectors:
         models: Sequence[Checkpoint],
         names: Sequence[str],
         *,
+        needed: Set[str] = frozenset(),
         origin: Origin = "base",
         on_bytes: Callable[[int], None] = lambda count: None,
     ) -> None:
@@ -41,6 +47,7 @@ class CheckpointVectors:
         self.names: Sequence[str] = list(names)
         self.num_tasks = len(models)
         self.origin: Origin = origin
+        self._needed = needed
         self._on_bytes = on_bytes
         # One buffer for all: fresh memory would cost as much as the subtraction.
         self._buffers: dict[torch.dtype, Tensor] = {}
@@ -83,6 +90,15 @@ class CheckpointVectors:
         sign = self._sign(model, name)
         return theta + sign * _sampled(self.base.tensor(name), step).to(dtype) if sign else theta
 
+    def statistics(self, task: int, names: Sequence[str]) -> Statistics:
+        """Return the statistics that the rule requires: the base's weights, and counts of the task."""
+        known: dict[str, Mapping[str, Tensor] | float] = {
+            name: count for name, count in self.models[task].counts.items() if name in self._needed
+        }
+        if "weights" in self._needed:
+            known["weights"] = {name: self.base.tensor(name) for name in names}
+        return known
+
     def _sign(self, model: Checkpoint, name: str) -> int:
         """Return whether the base is subtracted (-1), added (1) or neither (0)."""
         if model.is_difference(name):
@@ -101,6 +117,30 @@ class CheckpointVectors:
         if dtype not in self._buffers or self._buffers[dtype].numel() < numel:
             self._buffers[dtype] = torch.empty(numel, dtype=dtype)
         return self._buffers[dtype][:numel]
+
+
+def check_statistics(merger: Merger, models: Sequence[Checkpoint]) -> None:
+    """Refuse a rule that requires what is not known beside these models.
+
+    Args:
+        merger: The rule.
+        models: The models.
+
+    Raises:
+        ValueError: If it requires more than the base's weights, or counts that a model does not come with.
+    """
+    if measured := sorted(merger.requires - {"weights", *COUNTS}):
+        raise ValueError(
+            f"expected a rule that needs what checkpoints hold, got {merger!r}, which also needs "
+            f"{', '.join(measured)}: measured on images of the tasks. `clmerge compare RUN --mergers "
+            f"{type(merger).__name__}` measures and merges for a run folder, `clmerge fit` while it trains"
+        )
+    for name in sorted(merger.requires & set(COUNTS)):
+        if missing := [model.source for model in models if name not in model.counts]:
+            raise ValueError(
+                f"expected the number of {name} of every task for {merger!r}, got none in {missing[0]}; name a run "
+                "folder or its bank, whose task vectors say it"
+            )
 
 
 def _sampled(tensor: Tensor, step: int) -> Tensor:

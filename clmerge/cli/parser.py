@@ -1,6 +1,7 @@
 """A jsonargparse parser whose errors name the nearest valid option, class or value."""
 
 import difflib
+import inspect
 import re
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
@@ -42,6 +43,15 @@ class CommandParser(ArgumentParser):
         raise AssertionError("exit returned")
 
     @override
+    def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> Any:
+        """Add the arguments of a class; a parser that is made to show their help shows the class's docstring, too."""
+        title: str = vars(self).get("description") or ""
+        if title.startswith("Help for "):  # jsonargparse shows the first line alone
+            self.formatter_class = CommandFormatter
+            self.description = f"{title}\n\n{described(theclass)}"
+        return super().add_class_arguments(theclass, *args, **kwargs)
+
+    @override
     def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
         """Build what the configuration says; only classes are built.
 
@@ -50,6 +60,23 @@ class CommandParser(ArgumentParser):
         """
         refuse_functions(namespace)
         return super().instantiate(namespace, *args, **kwargs)
+
+
+def described(theclass: type) -> str:
+    """Return the docstring of a class without its arguments, which a help lists by themselves.
+
+    Example:
+        >>> from clmerge.merging import Scale
+        >>> print(described(Scale))
+        Multiply the merged vector by a scaling coefficient, on top of the reducer's own.
+        <BLANKLINE>
+        Example:
+            >>> import torch
+            >>> Scale(0.5).finish({"w": torch.tensor([2.0])})
+            {'w': tensor([1.])}
+    """
+    text = inspect.getdoc(theclass) or ""
+    return re.sub(r"^Args:\n(?:[ ].*\n|\n)*", "", f"{text}\n", flags=re.MULTILINE).strip()
 
 
 def known_subclasses(bases: Iterable[type]) -> list[str]:

@@ -16,18 +16,18 @@ Values = dict[str, Any]
 
 
 def parse_values(text: str) -> list[Any]:
-    """Read values: ``first:last:step``, both ends included, or a list with commas.
+    """Read values: ``first:last:step``, both ends included, or a list with commas; a value in brackets is a list.
 
     Raises:
-        ValueError: If the text is neither.
+        ValueError: If the text is neither, or a bracket is not closed.
 
     Example:
-        >>> parse_values("0.1:0.5:0.2"), parse_values("sum,mean"), parse_values("1:3:1")
-        ([0.1, 0.3, 0.5], ['sum', 'mean'], [1, 2, 3])
+        >>> parse_values("0.1:0.5:0.2"), parse_values("sum,mean"), parse_values("1:3:1"), parse_values("[1,2],[3,4]")
+        ([0.1, 0.3, 0.5], ['sum', 'mean'], [1, 2, 3], [[1, 2], [3, 4]])
     """
     parts = text.split(":")
-    if len(parts) == 1:
-        return [_scalar(part) for part in text.split(",")]
+    if len(parts) == 1 or "[" in text:
+        return [_value(part) for part in _split(text)]
     try:
         first, last, step = (Decimal(part) for part in parts)
     except (InvalidOperation, ValueError):
@@ -65,7 +65,7 @@ def grids(
         values = parse_values(scale)
         for name, merger in mergers.items():
             if "scale" in _parameters(merger):
-                found[name]["scale"] = values
+                found[name]["scale"] = _checked(mergers[name], "scale", values)
     for assignment in assignments:
         target, equals, text = assignment.partition("=")
         merger_name, dot, parameter = target.partition(".")
@@ -82,7 +82,7 @@ def grids(
                     f"expected a parameter of {type(mergers[name]).__name__} ({', '.join(parameters) or 'none'}), "
                     f"got {parameter!r}{_near(parameter, parameters)}"
                 )
-            found[name][parameter] = parse_values(text)
+            found[name][parameter] = _checked(mergers[name], parameter, parse_values(text))
     return {name: parameters for name, parameters in found.items() if parameters}
 
 
@@ -109,12 +109,41 @@ def points(grid: Mapping[str, Sequence[Any]]) -> list[Values]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def _scalar(text: str) -> Any:
-    """Read a number, true, false or null; anything else is a word."""
+def _split(text: str) -> list[str]:
+    """Split at the commas that are in no brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if depth < 0:
+            break
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    if depth:
+        raise ValueError(f"expected lists in brackets, such as [1,2],[3,4], got {text!r}")
+    return parts
+
+
+def _value(text: str) -> Any:
+    """Read a number, true, false, null or a list; anything else is a word."""
     try:
         return json.loads(text)
     except ValueError:
-        return text
+        if not text.startswith("["):
+            return text
+    return [_value(part) for part in _split(text[1:-1])]  # words, which JSON wants in quotes
+
+
+def _checked(merger: Merger, parameter: str, values: list[Any]) -> list[Any]:
+    """Return the values; refuse what is no number where the default is one."""
+    argument = inspect.signature(type(merger)).parameters[parameter]
+    if isinstance(argument.default, int | float) and not isinstance(argument.default, bool):
+        kinds = int | float | list if "Sequence" in str(argument.annotation) else int | float
+        for value in values:
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ValueError(f"expected numbers as {parameter} of {type(merger).__name__}, got {value!r}")
+    return values
 
 
 def _parameters(merger: Merger) -> list[str]:

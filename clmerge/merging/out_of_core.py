@@ -16,6 +16,7 @@ from clmerge.merging.merger import Merger
 from clmerge.merging.pipeline import Pipeline
 from clmerge.merging.scope import widest
 from clmerge.merging.sparsify import TrimModel
+from clmerge.merging.step import Statistics
 from clmerge.merging.threshold import kth_of_pieces, sample_step
 from clmerge.merging.ties import TIES, sum_of_signs
 from clmerge.weights.task_vector import LazyVector, State
@@ -48,6 +49,9 @@ class Vectors(Protocol):
 
     def sample(self, task: int, name: str, step: int) -> Tensor:
         """Return one of ``step`` entries of what ``read`` gives, flat and spread evenly."""
+
+    def statistics(self, task: int, names: Sequence[str]) -> Statistics:
+        """Return what is known beside a task vector, of some parameters; ``check_statistics`` says what must be."""
 
 
 def passes_of(merger: Merger) -> Passes:
@@ -98,14 +102,9 @@ def merge_out_of_core(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, T
         Names and merged parameters, scale included. A name may come a second time; then the later one counts.
 
     Raises:
-        ValueError: If the rule needs more than task vectors, or a vector is refused; see ``Merger.update``.
+        ValueError: If the rule needs what ``vectors`` does not know, or a vector is refused; see ``Merger.update``.
         RuntimeError: If the merged vector overflows.
     """
-    if merger.requires:
-        raise ValueError(
-            f"expected a rule that needs task vectors alone, got {merger!r}, which also needs "
-            f"{', '.join(sorted(merger.requires))}; use it during training"
-        )
     merger = deepcopy(merger)
     merger.reset()
     match passes_of(merger):
@@ -174,7 +173,8 @@ def _threshold(density: float, vectors: Vectors, task: int) -> float:
 def _fold(merger: Merger, vectors: Vectors, name: str, piece: slice | None = None) -> None:
     merger.reset()
     for task in range(vectors.num_tasks):
-        merger.update({name: vectors.read(task, name, piece)}, task=task)
+        known = vectors.statistics(task, [name])
+        merger.update({name: vectors.read(task, name, piece)}, task=task, statistics=known)
 
 
 def _pieces(shape: tuple[int, ...]) -> list[slice]:
@@ -233,7 +233,8 @@ class _Reread(LazyVector):
 def _whole(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:
     for task in range(vectors.num_tasks):
         vector = _Reread(vectors, task)
-        merger.update(vector if merger.keeps_vectors else dict(vector), task=task)
+        known = vectors.statistics(task, vectors.names)
+        merger.update(vector if merger.keeps_vectors else dict(vector), task=task, statistics=known)
     yield from merger.compute().items()
 
 

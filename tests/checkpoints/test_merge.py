@@ -10,7 +10,21 @@ from clmerge.checkpoints.ledger import KEY, configured_from
 from clmerge.checkpoints.merge import CheckpointMerge
 from clmerge.checkpoints.verify import verify
 from clmerge.checkpoints.writer import SafetensorsWriter
-from clmerge.merging import DARE, TIES, MagMax, Pipeline, Scale, TrimModel, TrimTensor
+from clmerge.merging import (
+    DARE,
+    PAINT,
+    TIES,
+    Ethos,
+    FedNova,
+    Fisher,
+    GroupScale,
+    MagMax,
+    Pipeline,
+    Scale,
+    TrimModel,
+    TrimTensor,
+    WeightedAverage,
+)
 from clmerge.weights import TaskVectorBank, apply_task_vector, fingerprint, load_metadata, task_vector
 
 
@@ -218,3 +232,48 @@ def test_a_merged_parameter_is_not_held_while_the_next_is_merged(merger, base, m
     job = CheckpointMerge(base, models=written(models, tmp_path), merger=merger)
     job.run(tmp_path / "out.safetensors", on_bytes=on_bytes)
     assert len(merged) > 1
+
+
+@pytest.fixture
+def counted(theta, models, tmp_path):
+    """A bank whose headers say how many samples and steps every task had."""
+    bank = TaskVectorBank(tmp_path / "counted")
+    for task, model in enumerate(models):
+        counts = {"samples": 100 * (task + 1), "steps": 7 + task}
+        bank.append(task, task_vector(model, theta), base=fingerprint(theta), counts=counts)
+    return bank
+
+
+@pytest.mark.parametrize(
+    "build", [FedNova, WeightedAverage, lambda: Ethos(0.2), lambda: Ethos(0.2, exclude=["net.1.weight"])]
+)
+def test_what_the_base_and_a_bank_know_is_used(build, base, theta, counted, tmp_path):
+    """FedNova needs steps and samples, Ethos the base's weights, for single parameters or for all at once."""
+    out = tmp_path / "out.safetensors"
+    CheckpointMerge(base, models=[counted.folder], merger=build()).run(out)
+    merger = build()
+    for task in counted.tasks:
+        counts = {name: float(counted.metadata(task)[name]) for name in ("samples", "steps")}
+        merger.update(counted[task], task=task, statistics={**counts, "weights": theta})
+    assert_same_bits(load_file(out), apply_task_vector(theta, merger.compute()))
+    assert verify(out)[0] == []
+
+
+@pytest.mark.parametrize(
+    ("merger", "message"),
+    [
+        (FedNova(), r"number of samples of every task for FedNova.*got none in .*model_0.*name a run folder"),
+        (Fisher(), r"also needs fisher: .*`clmerge compare RUN --mergers Fisher`"),
+        (PAINT(), r"also needs score: .*--mergers PAINT`"),
+    ],
+)
+def test_what_is_not_known_is_refused_with_the_way_to_get_it(merger, message, base, models, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        CheckpointMerge(base, models=written(models, tmp_path), merger=merger)
+
+
+def test_settings_that_do_not_fit_the_models_are_refused_before_anything_is_read(base, models, tmp_path):
+    with pytest.raises(ValueError, match="each of the 3 tasks in weights of TIES, got 2"):
+        CheckpointMerge(base, models=written(models, tmp_path), merger=TIES(weights=[1.0, 1.0]))
+    with pytest.raises(ValueError, match=r"no\.such"):
+        CheckpointMerge(base, models=written(models, tmp_path), merger=Pipeline(finisher=GroupScale({"no.such": 1.0})))

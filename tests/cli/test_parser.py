@@ -1,5 +1,6 @@
 import pytest
 
+from clmerge.cli import main
 from clmerge.cli.parser import known_subclasses, suggestion
 from clmerge.merging import Merger
 
@@ -27,3 +28,16 @@ def test_known_subclasses_leave_private_ones_out():
     names = known_subclasses([Merger])
     assert {"MagMax", "TIES"} <= set(names)
     assert not [name for name in names if name.startswith("_")]
+
+
+@pytest.mark.parametrize("command", ["merge", "fit", "compare"])
+def test_the_help_of_a_class_is_its_whole_docstring(command, capsys):
+    option = "--merger.help" if command == "merge" else "--mergers.help"
+    with pytest.raises(SystemExit) as stopped:
+        main([command, option, "Ethos"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert "The released code adds a further task vector" in printed  # the second paragraph
+    assert ">>> merger = Ethos(threshold=0.1)" in printed
+    words = " ".join(printed.split())
+    assert words.count("Share of the largest coordinate below which one counts as small") == 1  # once, as an option

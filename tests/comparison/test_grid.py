@@ -1,7 +1,7 @@
 import pytest
 
 from clmerge.comparison.grid import grids, parse_values, points, with_values
-from clmerge.merging import DARE, OPCM, TIES, MagMax
+from clmerge.merging import DARE, OPCM, TALL, TIES, MagMax
 
 
 def test_ranges_hold_both_ends_without_rounding_errors():
@@ -40,3 +40,27 @@ def test_other_settings_stay():
     assert changed.settings() == {**merger.settings(), "drop_rate": 0.1}
     assert changed is not merger
     assert len(points({"a": [1, 2, 3], "b": [1, 2]})) == 6
+
+
+def test_a_value_may_be_a_list():
+    assert parse_values("[1,0.5],[2,3],null") == [[1, 0.5], [2, 3], None]
+    assert parse_values("[[1,2],[3]]") == [[[1, 2], [3]]]
+    assert parse_values("[*.w,*.b]") == [["*.w", "*.b"]]
+    assert parse_values("[1:2]") == [["1:2"]]
+    assert grids({"tall": TALL()}, None, ["TALL.threshold=0.2,[0.1,0.3]"])["tall"]["threshold"] == [0.2, [0.1, 0.3]]
+    found = grids({"ties": TIES()}, None, ["TIES.weights=[1,2],[2,1]"])
+    assert [merger.weights for merger in (with_values(TIES(), p) for p in points(found["ties"]))] == [[1, 2], [2, 1]]
+
+
+@pytest.mark.parametrize("text", ["[1,2", "1]", "[1,2],[3"])
+def test_brackets_that_are_not_closed_are_refused(text):
+    with pytest.raises(ValueError, match="lists in brackets"):
+        parse_values(text)
+
+
+@pytest.mark.parametrize("text", ["scale=abc", "density=0.1,many", "density=true"])
+def test_a_word_for_a_number_is_refused(text):
+    with pytest.raises(ValueError, match=r"expected numbers as (scale|density) of TIES, got"):
+        grids({"ties": TIES()}, None, [f"ties.{text}"])
+    with pytest.raises(ValueError, match="expected numbers as scale of TIES, got 'x'"):
+        grids({"ties": TIES()}, "0.1,x", [])
