@@ -2,12 +2,46 @@
 
 import logging
 import warnings
+from typing import Any
+from weakref import WeakKeyDictionary
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from typing_extensions import override
+
+_given: WeakKeyDictionary[Trainer, list[Callback]] = WeakKeyDictionary()
+_PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric")
+
+
+def is_lightning(thing: object, *names: str) -> bool:
+    """Return whether ``thing`` is an instance of one of Lightning's classes of these names, or of a subclass.
+
+    Lightning is published twice, as ``lightning`` and as ``pytorch_lightning``, with classes of its own in each; an
+    ``isinstance`` would know those of one package only.
+
+    Args:
+        thing: A strategy, launcher, callback and so on.
+        names: Names of classes without their modules.
+    """
+    return any(kind.__name__ in names and kind.__module__.split(".")[0] in _PACKAGES for kind in type(thing).__mro__)
+
+
+def callbacks_of(trainer: Any) -> list[Callback]:
+    """Return a Trainer's callbacks in the order in which their hooks are called; Lightning does not declare them."""
+    callbacks: list[Callback] = trainer.callbacks
+    return callbacks
+
+
+def put_callback(trainer: Any, callback: Callback, *, first: bool) -> None:
+    """Make a callback of a Trainer the first or the last of all; for the hooks after the one that is being called."""
+    _given.setdefault(trainer, trainer.callbacks)
+    others = [other for other in trainer.callbacks if other is not callback]
+    trainer.callbacks = [callback, *others] if first else [*others, callback]
+
+
+def restore_callbacks(trainer: Any) -> None:
+    """Put a Trainer's callbacks back into the order they had before ``put_callback``."""
+    trainer.callbacks = _given.pop(trainer, trainer.callbacks)
 
 
 def set_step_offset(trainer: Trainer, offset: int) -> None:
@@ -36,12 +70,12 @@ def refuse_unsupported_strategy(trainer: Trainer) -> None:
             message names the strategy to use instead.
     """
     strategy = trainer.strategy
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+    if is_lightning(strategy.launcher, "_MultiProcessingLauncher"):
         raise RuntimeError(
             f"expected a strategy that trains in this process, got {type(strategy).__name__} with a spawn or "
             "fork launcher: its children's merge state would be lost; use strategy='ddp'"
         )
-    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+    if is_lightning(strategy, "FSDPStrategy", "DeepSpeedStrategy"):
         raise RuntimeError(
             f"expected whole or DTensor parameters, got {type(strategy).__name__}, which shards them out of "
             "reach; use strategy='ddp', or ModelParallelStrategy with fully_shard (FSDP2)"

@@ -3,6 +3,7 @@ import logging
 import warnings
 
 import pytest
+import pytorch_lightning
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -105,7 +106,22 @@ def test_launchers_whose_children_train_are_refused(strategy):
         refuse_unsupported_strategy(trainer)
 
 
-@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_launchers_are_refused_under_the_other_name_of_the_package(strategy):
+    trainer = pytorch_lightning.Trainer(accelerator="cpu", strategy=strategy, devices=2, logger=False)
+    with pytest.raises(RuntimeError, match=r"got DDPStrategy with a spawn or fork launcher.*'ddp'"):
+        refuse_unsupported_strategy(trainer)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        FSDPStrategy,
+        DeepSpeedStrategy,
+        pytorch_lightning.strategies.FSDPStrategy,
+        pytorch_lightning.strategies.DeepSpeedStrategy,
+    ],
+)
 def test_strategies_that_shard_out_of_reach_are_refused(kind):
     strategy = object.__new__(kind)  # both ask for a GPU when they are built
     strategy._launcher = None

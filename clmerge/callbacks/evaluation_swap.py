@@ -1,70 +1,249 @@
 """Other weights during evaluation: swapped in when a test, predict or validate run starts, and always out again."""
 
+import itertools
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.weights.swap import swapped
+from clmerge.lightning_compat import callbacks_of, put_callback, restore_callbacks
+from clmerge.weights.digest import changed, digests
+from clmerge.weights.swap import assign, named_tensors, swapped
+
+_ORIGIN = "the merged model"
+_clock = itertools.count(1)
 
 
 class EvaluationSwap(Callback):
     """A callback whose weights are in the model while it is tested, validated by itself, or predicts.
 
     Validation inside ``fit`` stays on the training weights.
+
+    Lightning calls every hook in the order of the Trainer's callbacks, so that of two callbacks that swap weights the
+    first one would also be the first to swap back. This one therefore goes to the end of the Trainer's callbacks when
+    a run is set up and to their beginning once its weights are in: it swaps in last and out first. When the run ends,
+    the callbacks are in the order they were given in.
     """
 
-    _swap: AbstractContextManager[None] | None = None
+    _swaps: tuple[AbstractContextManager[None], ...] = ()
+    _placed: Mapping[str, int] = {}  # digests of what is swapped in
+    _left: Mapping[str, Tensor] = {}  # what was swapped out, until the run is torn down
+    _entered = 0
+    _seen = False
 
     @abstractmethod
-    def _evaluation_state(self, pl_module: LightningModule) -> Mapping[str, Tensor] | None:
+    def _evaluation_state(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Tensor] | None:
         """Return the weights to swap in by the module's own names, or None to evaluate the module as it is."""
 
     @override
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap_in(pl_module)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._left = {}
+        put_callback(trainer, self, first=False)
+
+    # The hooks before batches -------------------------------------------------------------------------------------
 
     @override
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap_out()
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_in(trainer, pl_module)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap_in(pl_module)
-
-    @override
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap_out()
+        self._swap_in(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._swap_in(pl_module)
+        if trainer.state.fn == "validate":
+            self._swap_in(trainer, pl_module)
+
+    @override
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin_epoch(trainer, pl_module)
+
+    @override
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin_epoch(trainer, pl_module)
+
+    @override
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin_epoch(trainer, pl_module)
+
+    @override
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._begin_batch(trainer, pl_module)
+
+    @override
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._begin_batch(trainer, pl_module)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._begin_batch(trainer, pl_module)
+
+    # The hooks after batches --------------------------------------------------------------------------------------
+
+    @override
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._end_batch(trainer, pl_module)
+
+    @override
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._end_batch(trainer, pl_module)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._end_batch(trainer, pl_module)
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_epoch()
+
+    @override
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_epoch()
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_epoch()
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end(pl_module)
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end(pl_module)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._swap_out()
+        self._end(pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._swap_out()
+        restore_callbacks(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._swap_out()
+        self._put_back(pl_module)
+        restore_callbacks(trainer)
 
-    def _swap_in(self, pl_module: LightningModule) -> None:
-        if self._swap is None and (state := self._evaluation_state(pl_module)) is not None:
-            swap = swapped(pl_module, state)
-            swap.__enter__()
-            self._swap = swap
+    # What they do -------------------------------------------------------------------------------------------------
 
-    def _swap_out(self) -> None:
-        if self._swap is not None:
-            swap, self._swap = self._swap, None
+    def _swap_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._swaps or (state := self._evaluation_state(trainer, pl_module)) is None:
+            return
+        self._enter(pl_module, state)
+        self._placed = digests(named_tensors(pl_module, state, origin=_ORIGIN))
+        self._entered, self._seen = next(_clock), False
+        for other in _active(trainer):
+            if other is not self and (shared := other._placed.keys() & self._placed.keys()):
+                warnings.warn(
+                    f"two callbacks of this Trainer put merged weights into the same {len(shared)} tensors; what is "
+                    f"evaluated is that of the later one, {self.state_key}; give one MergeCallback several mergers "
+                    "instead, and evaluate each of them within merge.merged(model, NAME)",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+    def _swap_in_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Swap in over what somebody else has swapped in since."""
+        if self._replaced(trainer, pl_module) and (state := self._evaluation_state(trainer, pl_module)) is not None:
+            self._enter(pl_module, {name: state[name] for name in self._own(trainer)})
+
+    def _begin_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._swaps:
+            self._swap_in_again(trainer, pl_module)
+            put_callback(trainer, self, first=True)
+
+    def _begin_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._swaps and not self._seen:
+            self._swap_in_again(trainer, pl_module)
+
+    def _end_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn, after the first batch, if the weights were not the merged ones all the time."""
+        if self._swaps and not self._seen:
+            self._seen = True
+            if names := self._replaced(trainer, pl_module):
+                warnings.warn(
+                    f"expected the merged weights in {type(pl_module).__name__} while a batch was evaluated, got other "
+                    f"values in {len(names)} of {len(self._placed)} tensors, the first {names[0]!r}: a callback, or "
+                    "the module, changes weights from batch to batch; what is evaluated is not the merged model alone",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+    def _enter(self, pl_module: LightningModule, state: Mapping[str, Tensor]) -> None:
+        swap = swapped(pl_module, state)
+        swap.__enter__()
+        self._swaps = (*self._swaps, swap)
+
+    def _own(self, trainer: Trainer) -> dict[str, int]:
+        """Return what was swapped in here and not by a callback like this one since."""
+        above = {name for other in _active(trainer) if other._entered > self._entered for name in other._placed}
+        return {name: value for name, value in self._placed.items() if name not in above}
+
+    def _replaced(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        own = self._own(trainer)
+        return changed(named_tensors(pl_module, own, origin=_ORIGIN), own)
+
+    def _end_epoch(self) -> None:
+        self._swap_out(keep=1)
+
+    def _end(self, pl_module: LightningModule) -> None:
+        if self._swaps:
+            self._swap_out()
+            tensors = named_tensors(pl_module, self._placed, origin=_ORIGIN)
+            self._left = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+    def _swap_out(self, *, keep: int = 0) -> None:
+        while len(self._swaps) > keep:
+            *rest, swap = self._swaps
+            self._swaps = tuple(rest)
             swap.__exit__(None, None, None)
+
+    def _put_back(self, pl_module: LightningModule) -> None:
+        """Restore again what hooks of the module, which come after those of callbacks, have put merged weights into."""
+        left, self._left = self._left, {}
+        tensors = named_tensors(pl_module, left, origin=_ORIGIN)
+        again = left.keys() - changed(tensors, {name: self._placed[name] for name in left})
+        assign(tensors, {name: left[name] for name in again})
+
+
+def _active(trainer: Trainer) -> list[EvaluationSwap]:
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, EvaluationSwap) and callback._swaps]

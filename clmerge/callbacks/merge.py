@@ -9,35 +9,43 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
 from clmerge.callbacks.evaluation_swap import EvaluationSwap
+from clmerge.callbacks.frozen import FrozenParameters, announces_unfreezing
 from clmerge.callbacks.provided import provided
 from clmerge.callbacks.ranks import check_same_on_all_ranks, refuse_sharding
+from clmerge.callbacks.recorded_merge import RecordedMerge
 from clmerge.callbacks.running_merge import Buffers, RunningMerge, check_choice
+from clmerge.callbacks.saved_checkpoints import keep_merge, read_state
 from clmerge.lightning_compat import refuse_unsupported_strategy
 from clmerge.merging import Merger, Statistics
 from clmerge.results import EXPERT
-from clmerge.weights import TaskVectorBank
-from clmerge.weights.parametrization import read_factors, renew
+from clmerge.weights import CheckedVector, TaskVectorBank
+from clmerge.weights.modes import on_device
+from clmerge.weights.parametrization import read_factors, renew, unmerged_parameters
 from clmerge.weights.swap import assign, named_tensors
 
 StartPolicy = Literal["base", "previous", "merged"]
 
 
-class MergeCallback(RunningMerge, EvaluationSwap):
+class MergeCallback(RecordedMerge, EvaluationSwap):
     """Merge after every ``fit``: one task vector per fit, any LightningModule, any number of Trainers.
 
-    Every finished ``fit`` is a task. Its task vector ``theta_t - theta_0`` goes to every merger; the model itself keeps
+    Every finished ``fit`` is a task. What it leaves in the model is merged, after the last hook of every other callback
+    (an average of weights included): the task vector ``theta_t - theta_0`` goes to every merger. The model itself keeps
     the trained weights, and the merged weights are swapped in for ``trainer.test``, ``trainer.predict`` and a
     standalone ``trainer.validate``, and out again afterwards, also after an exception. Validation inside ``fit`` stays
     on the training weights, which early stopping needs. Keep one instance for the whole stream and hand it to every
     Trainer.
 
     Accumulators are saved in Lightning's checkpoints under this callback's state; the checkpoint's ``state_dict`` stays
-    the training weights. A fit that resumes after its last epoch merges then; a fit that trained nothing warns and
-    merges nothing.
+    the training weights. Once a task is merged, the checkpoints that its fit wrote hold the merge, too. Evaluation with
+    a ``ckpt_path`` never changes the accumulators; a ``fit`` with one never loses a merged task. A fit that resumes
+    after its last epoch merges then; a fit that trained nothing warns and merges nothing. docs/lifecycle.md has it hook
+    by hook.
 
     Args:
         mergers: One merger, a list of them, or a mapping from name to merger. In a list, mergers go by their names
@@ -68,6 +76,7 @@ class MergeCallback(RunningMerge, EvaluationSwap):
     Attributes:
         mergers: The mergers by name.
         num_tasks: Tasks merged so far.
+        vectors: Fingerprints of their task vectors, in order.
         seconds: Time that the last merge took.
         update_seconds: Time that the last update of every merger took, by name.
 
@@ -124,7 +133,13 @@ class MergeCallback(RunningMerge, EvaluationSwap):
         self.seconds = 0.0
         self._task_name: str | None = None
         self._task_samples: int | None = None
-        self._merged_this_fit = False
+        self._stage: str | None = None
+        self._given: Statistics | None = None
+        self._trained = False
+        self._pending = False
+        self._goes_on: bool | None = None
+        self._restored: dict[str, Any] = {}
+        self._frozen = FrozenParameters({})
 
     @property
     def state_key(self) -> str:
@@ -140,6 +155,23 @@ class MergeCallback(RunningMerge, EvaluationSwap):
         """
         self._task_name = name
         self._task_samples = samples
+
+    def load_checkpoint(self, path: str | Path) -> None:
+        """Take over the merges that a Lightning checkpoint holds, to go on with the next task in another process.
+
+        Args:
+            path: What ``ModelCheckpoint`` or ``trainer.save_checkpoint`` wrote after the last task.
+
+        Raises:
+            ValueError: If it has no state of this callback, or was written before its task was merged.
+        """
+        state = read_state(path, self.state_key)
+        if state["pending"]:
+            raise ValueError(
+                f"expected a checkpoint of a fit that has ended, got {path}, which was written during task "
+                f"{state['num_tasks']} of a fit that did not end; resume it with fit(ckpt_path=...)"
+            )
+        self.load_accumulators(state)
 
     def use_bank(self, folder: str | Path) -> None:
         """Keep every task vector from now on in ``folder``; mergers that need them read them there."""
@@ -159,27 +191,59 @@ class MergeCallback(RunningMerge, EvaluationSwap):
             assign(named_tensors(model, start, origin=self._base_origin), start)
         renew(model, seed=self.seed, task=self.num_tasks)
 
+    # Evaluation --------------------------------------------------------------------------------------------------
+
     @override
-    def _evaluation_state(self, pl_module: LightningModule) -> dict[str, Tensor] | None:
-        swaps = self.num_tasks and self.deploy != EXPERT
-        return self.state_with(self.merged_vector(), pl_module) if swaps else None
+    def _evaluation_state(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
+        shown = self._inside or self.deploy
+        if shown == EXPERT:
+            return None
+        merge = self._evaluated()
+        if not merge.num_tasks:
+            if trainer.ckpt_path is not None:
+                warnings.warn(
+                    f"expected merged tasks in this callback or in {trainer.ckpt_path}, got none (a checkpoint that "
+                    "was saved with save_weights_only has none): its un-merged weights are evaluated",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return None
+        state = merge.state_with(merge.merged_vector(shown), pl_module)
+        if trainer.ckpt_path is not None and not self._swaps:
+            rest = sum(name not in state for name in pl_module.state_dict())
+            rank_zero_info(
+                f"MergeCallback: evaluating the merged model ({shown}) of {merge.num_tasks} tasks; {rest} tensors that "
+                f"are not merged come from {trainer.ckpt_path}"
+            )
+        return state
+
+    def _evaluated(self) -> RunningMerge:
+        """Return what is evaluated: this callback, or while it has merged nothing, what the checkpoint holds."""
+        return self.as_of(self._restored) if self._restored and not self.num_tasks else self
 
     # Training ----------------------------------------------------------------------------------------------------
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         refuse_unsupported_strategy(trainer)
         refuse_sharding(trainer, pl_module)
+        self._stage = stage
+        self._restored = {}
         if stage == "fit":  # before Lightning restores a checkpoint: what a checkpoint holds wins over the start policy
+            self._trained, self._pending, self._goes_on, self._given = False, True, None, None
+            self._frozen = FrozenParameters({})
             self.apply_start_policy(pl_module)
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._merged_this_fit = False
-
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.take_base(pl_module)
+        if self._goes_on is False:  # the checkpoint is of an earlier task: this one starts here
+            self.apply_start_policy(pl_module)
+        self.start(pl_module, self.include, self.exclude, frozen=announces_unfreezing(trainer))
+        self._frozen = FrozenParameters(unmerged_parameters(pl_module, self.base, self.include, self.exclude))
+        if self.bank is not None and trainer.is_global_zero:
+            again = trainer.ckpt_path is not None and self._goes_on is not False
+            self.bank.check_next(self.vectors, base=self.base_fingerprint, again=again)
 
     def take_base(self, model: nn.Module) -> None:
         """Take theta_0 from ``model`` if there is none yet, or check that the model fits it; every ``fit`` does this.
@@ -193,34 +257,66 @@ class MergeCallback(RunningMerge, EvaluationSwap):
         self.start(model, self.include, self.exclude)
 
     @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if thawed := self._frozen.thawed():
+            self.extend(thawed, moved=self._frozen.changed(thawed))
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._merge(trainer, pl_module)
+        self._trained = True
+        # Optimizers are still where they trained; the weights are read later, when every callback is done with them.
+        self._given = provided(self.required_statistics, trainer, pl_module, self.base)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._merged_this_fit:
-            return
         # A run killed between its last checkpoint and its merge has nothing left to train when it resumes, and
         # Lightning then calls no on_train_end: without this the task would be lost without a word.
-        if trainer.ckpt_path is not None and trainer.global_step > 0 and trainer.fit_loop.done and self.base:
-            self._merge(trainer, pl_module)
+        goes_on = not self.save_state if self._goes_on is None else self._goes_on
+        resumed = trainer.ckpt_path is not None and trainer.global_step > 0 and trainer.fit_loop.done
+        if self._trained or (resumed and goes_on and self.base):
+            with on_device(pl_module, trainer.strategy.root_device):  # Lightning has moved it to the CPU
+                self._merge(trainer, pl_module)
         else:
+            self._pending = False
             warnings.warn(
                 "this fit trained nothing, so nothing was merged: use a new Trainer for every task "
-                "(a Trainer that has reached max_epochs returns at once)",
+                "(a Trainer that has reached max_epochs returns at once"
+                + (", also where ckpt_path is of an earlier task)" if trainer.ckpt_path is not None else ")"),
                 RuntimeWarning,
                 stacklevel=2,
             )
 
     def _merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fold the trained weights into every merger; weights that cannot be merged reach none of them."""
-        given = provided(self.required_statistics, trainer, pl_module, self.base)
+        before = list(self.vectors)
+        given = (
+            provided(self.required_statistics, trainer, pl_module, self.base) if self._given is None else self._given
+        )
+        others = unmerged_parameters(pl_module, self.base, self.include, self.exclude)
+        if left := self._frozen.changed() + [name for name, tensor in others.items() if tensor.requires_grad]:
+            warnings.warn(
+                f"this fit changed {len(left)} parameters that are not merged, the first {left[0]!r}: they were "
+                "frozen, or not there, when it started; make them trainable from the start, or name them in exclude=",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         # A run killed after its merge has written this vector already.
-        again = trainer.ckpt_path is not None
+        again = trainer.ckpt_path is not None and self._goes_on is not False
         self.commit(
             self.task_vector(pl_module), pl_module, trainer, given=given, steps=trainer.global_step, again=again
         )
-        self._merged_this_fit = True
+        self._pending, self._given = False, None
+        if self.vectors[-1] in before:
+            warnings.warn(
+                f"the vector of task {self.num_tasks - 1} is that of task {before.index(self.vectors[-1])}: nothing "
+                "that this fit trained is left in the model; give every Trainer new callbacks (an average of weights "
+                "that was used in an earlier fit puts the earlier weights back)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        if self.save_state:
+            keep_merge(trainer, self.state_key, self.state_dict(), before=before)
+            trainer.strategy.barrier("checkpoints")
 
     def commit(
         self,
@@ -243,6 +339,7 @@ class MergeCallback(RunningMerge, EvaluationSwap):
             again: Whether the bank may hold the vector already, after an interruption.
         """
         started = time.perf_counter()
+        tau = CheckedVector(tau)
         self.fold(tau, model, given=given)
         # On all ranks: sharded factors are gathered.
         factors = {} if self.bank is None else read_factors(model, self.base, origin=self._base_origin)
@@ -269,9 +366,28 @@ class MergeCallback(RunningMerge, EvaluationSwap):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self.accumulators() if self.save_state else {}
+        return self.accumulators() | {"pending": self._pending} if self.save_state else {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict:
+        if not state_dict:
+            return
+        if self._stage is None:  # not called by a Trainer
             self.load_accumulators(state_dict)
+        elif self._stage == "fit":
+            taken = self.go_on_from(state_dict)
+            self._goes_on = taken and bool(state_dict.get("pending", True))
+        else:
+            self._restored = state_dict
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._stage = None
+        self._restored = {}
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._stage = None
+        self._restored = {}

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
 
+from clmerge.lightning_compat import is_lightning
 from clmerge.weights import State, fingerprint
 from clmerge.weights.parametrization import parametrized
 
@@ -32,7 +32,7 @@ def refuse_sharding(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         RuntimeError: If there is such a layer; the message names the strategy to use instead.
     """
-    if isinstance(trainer.strategy, ModelParallelStrategy):
+    if is_lightning(trainer.strategy, "ModelParallelStrategy"):
         for prefix, part in parametrized(module).items():
             if not part.shardable:
                 raise RuntimeError(

@@ -22,8 +22,11 @@ from clmerge.weights.parametrization import (
     read_task_vector,
     running_statistics,
     state_of,
+    tied_names,
 )
 from clmerge.weights.swap import full_copy, swapped
+
+_FIRST_FIT = "the weights at the start of the first fit"
 
 Buffers = Literal["latest", "base", "mean"]
 
@@ -76,8 +79,10 @@ class RunningMerge:
         self.update_seconds: dict[str, float] = {}
         self.base: dict[str, Tensor] = {}
         self.base_fingerprint: str | None = None
-        self._base_origin = "the weights at the start of the first fit"
+        self._base_origin = _FIRST_FIT
         self._buffers: dict[str, Tensor] = {}
+        self._tied: dict[str, list[str]] = {}
+        self._inside: str | None = None
         if base is not None:
             if isinstance(base, (str, Path)):
                 self._base_origin = f"base file {base}"
@@ -86,19 +91,30 @@ class RunningMerge:
                 self._base_origin = "base="
             self._set_base({name: full_copy(tensor) for name, tensor in base.items()})
 
-    def start(self, model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] = ()) -> None:
+    def start(
+        self,
+        model: nn.Module,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        *,
+        frozen: bool = False,
+    ) -> None:
         """Take theta_0 from a model, or check that the model fits the one there is.
 
         Args:
             model: The model before the first task, or before a later one.
             include: Glob patterns of the parameters to merge; default all that is trained.
             exclude: Glob patterns of parameters to leave out.
+            frozen: Whether parameters that are frozen now will be trained, too.
 
         Raises:
             RuntimeError: If the model has other parameters than theta_0.
             ValueError: If a merger's settings fit neither its parameters nor the task that comes now.
         """
-        selected = merged_parameters(model, include, exclude)
+        selected = merged_parameters(model, include, exclude, frozen=frozen)
+        self._tied = tied_names(model)
+        if twice := [other for others in self._tied.values() for other in others if other in self.base]:
+            self._set_base({name: tensor for name, tensor in self.base.items() if name not in twice})
         if not self.base:
             self._set_base({name: full_copy(tensor, self._device) for name, tensor in selected.items()})
         elif extra := [name for name in selected if name not in self.base]:
@@ -110,6 +126,34 @@ class RunningMerge:
         check_settings(self.mergers, self.base, self.num_tasks + 1)
         if self.buffers == "base" and not self._buffers:
             self._buffers = running_statistics(model)
+
+    def extend(self, parameters: Mapping[str, Tensor], *, moved: Sequence[str] = ()) -> None:
+        """Take more parameters into theta_0 that were frozen so far and are trained from now on.
+
+        Args:
+            parameters: The parameters by dense name.
+            moved: Names of those that have been changed already.
+
+        Raises:
+            RuntimeError: If it is too late: a task was merged without them, theta_0 was given without them, or they
+                have been changed.
+        """
+        reason = (
+            f"not changed since the fit started, but {moved[0]!r} is"
+            if moved
+            else f"of the {self.num_tasks} tasks that were merged without them"
+            if self.num_tasks
+            else f"of {self._base_origin}, which lacks them"
+            if self._base_origin != _FIRST_FIT
+            else None
+        )
+        if reason is not None:
+            raise RuntimeError(
+                f"expected parameters {reason}, got {len(parameters)} that were unfrozen during the fit, the first "
+                f"{next(iter(parameters))!r}: they would be trained and not merged; unfreeze them with a callback such "
+                "as BackboneFinetuning in every fit, or make them trainable before the first, or name them in exclude="
+            )
+        self._set_base(self.base | {name: full_copy(tensor, self._device) for name, tensor in parameters.items()})
 
     @property
     def _device(self) -> torch.device | None:
@@ -138,9 +182,14 @@ class RunningMerge:
         A model that is tuned with LoRA or in tangent space has other parameters: ``state_with`` is for those.
 
         Returns:
-            Weights in the base's dtypes, and running statistics if ``buffers`` is not ``"latest"``.
+            Weights in the base's dtypes, and running statistics if ``buffers`` is not ``"latest"``. A parameter that
+            the model has under several names (tied weights) is there under each of them.
         """
-        return {**apply_task_vector(self.base, self.merged_vector(name)), **self._buffers}
+        merged = apply_task_vector(self.base, self.merged_vector(name))
+        tied = {
+            other: merged[first].clone() for first, others in self._tied.items() if first in merged for other in others
+        }
+        return {**merged, **tied, **self._buffers}
 
     def state_with(self, vector: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """Return what a merged model has in place of the module's tensors: theta_0 plus ``vector``, running statistics.
@@ -174,7 +223,11 @@ class RunningMerge:
             name: Which merger; default the deployed one.
         """
         with swapped(model, self.state_with(self.merged_vector(name), model)):
-            yield
+            around, self._inside = self._inside, name or self.deploy
+            try:
+                yield
+            finally:
+                self._inside = around
 
     def task_vector(self, model: nn.Module) -> dict[str, Tensor]:
         """Return what training has added to theta_0 in a model that holds its training weights."""
@@ -244,6 +297,7 @@ class RunningMerge:
             "base": dict(self.base),
             "base_fingerprint": self.base_fingerprint,
             "buffers": dict(self._buffers),
+            "tied": {name: list(others) for name, others in self._tied.items()},
             "mergers": {name: merger.state_dict() for name, merger in self.mergers.items()},
         }
 
@@ -272,6 +326,7 @@ class RunningMerge:
             self.base = dict(state["base"])
             self.base_fingerprint = found
         self._buffers = dict(state["buffers"])
+        self._tied = dict(state.get("tied", {}))  # states of clmerge before tied names were kept
 
     def _set_base(self, base: dict[str, Tensor]) -> None:
         self.base = base

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -114,6 +114,39 @@ class TaskVectorBank:
         known_counts = {key: str(count) for key, count in (counts or {}).items() if count is not None}
         tensors, scales = factored(tau, factors or {})
         save_tensors(self.path(task), tensors, header | known_counts | scales)
+
+    def check_next(self, vectors: Sequence[str], *, base: str | None, again: bool) -> None:
+        """Refuse, before a task is trained, a bank that could not take the task's vector.
+
+        Args:
+            vectors: Fingerprints of the task vectors that were merged before, in order.
+            base: Fingerprint of the base model.
+            again: Whether the task's own vector may be there, after an interruption.
+
+        Raises:
+            RuntimeError: If the bank holds more tasks than were merged, other ones, or those of another base.
+        """
+        advice = (
+            "use a new folder, or go on with the tasks it holds: merge.load_checkpoint(...) of the last one, or "
+            "fit(ckpt_path=...) to resume"
+        )
+        tasks = self.tasks
+        if more := [task for task in tasks if task >= len(vectors) + again]:
+            raise RuntimeError(
+                f"expected no vector of a task that is not merged yet, got {self.path(more[0])} after {len(vectors)} "
+                f"merged tasks; {advice}"
+            )
+        if base and (known := self.base) and known != base:
+            raise RuntimeError(
+                f"expected task vectors of the base model {base[:12]}..., got {self.folder} with some of "
+                f"{known[:12]}...; {advice}"
+            )
+        for task in tasks:
+            found = self.metadata(task).get("sha256")
+            if task < len(vectors) and found and vectors[task] not in ("unknown", found):
+                raise RuntimeError(
+                    f"expected the vector that was merged as task {task}, got another in {self.path(task)}; {advice}"
+                )
 
     def metadata(self, task: int) -> dict[str, str]:
         """Header of a stored task vector: task, name, base (empty if unknown), its own sha256, and known counts."""

@@ -1,8 +1,10 @@
-"""Evaluation mode of a module, for a while."""
+"""Another mode or device of a module, for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 
 
@@ -16,3 +18,14 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
+
+
+@contextmanager
+def on_device(module: LightningModule, device: torch.device) -> Iterator[None]:
+    """Run a block with ``module`` on ``device``, in place; it goes back to where it was."""
+    before = module.device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(before)

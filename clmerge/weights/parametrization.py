@@ -1,85 +1,27 @@
-"""Modules that train other tensors than their dense weights, and how both are read and written by dense names."""
+"""Weights of modules that train other tensors than these, read and written by the names of the dense weights."""
 
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from clmerge.weights.factored import Product
+from clmerge.weights.parametrized import Parametrized
+from clmerge.weights.peft_layers import seen_as_dense
 from clmerge.weights.selection import COMPILE_PREFIX, choose
 from clmerge.weights.swap import check_present, full_copy, own_tensors
 from clmerge.weights.task_vector import State, TaskVector, apply_task_vector, task_vector
 
-
-class Parametrized(nn.Module, ABC):
-    """A module whose dense weights are not, by themselves, what is trained (LoRA, tangent models, ...).
-
-    The *dense names* are those the weights had before the module was tuned this way, relative to this module. They,
-    not the tensors that are trained, are what a task vector is made of: every merger sees dense tensors.
-    """
-
-    answers_for_children: ClassVar[bool] = True
-    """Whether parametrized modules inside of this one are its own matter: they are not asked themselves then."""
-
-    shardable: ClassVar[bool] = True
-    """Whether FSDP2 may shard it: it takes parameters for what ``getattr`` gives under their names."""
-
-    @abstractmethod
-    def names(self) -> Sequence[str]:
-        """Return the dense names of the weights that the inner parameters move."""
-
-    @abstractmethod
-    def inner(self) -> Sequence[str]:
-        """Return names of this module's own parameters that are never merged by themselves: factors, scales."""
-
-    @abstractmethod
-    def dense(self) -> dict[str, Tensor]:
-        """Return the weights that the module computes with now, by the dense names of ``names``; differentiable."""
-
-    @abstractmethod
-    def state(self, base: State, tau: State) -> dict[str, Tensor]:
-        """Return values of own parameters with which the module computes ``base + tau`` in its mode.
-
-        Args:
-            base: Dense weights by dense names; all of ``names`` or some.
-            tau: What is added to them; the same names.
-
-        Returns:
-            Value by own name, in the base's dtype; differentiable by ``tau``. Parameters that are not named keep their
-            values.
-        """
-
-    @abstractmethod
-    def renew(self, generator: torch.Generator) -> None:
-        """Start a task: keep what is computed, in place, with fresh inner parameters drawn from ``generator``."""
-
-    @abstractmethod
-    def folded(self) -> nn.Module:
-        """Return an ordinary module with the dense weights under their dense names; it may share the others."""
-
-    def delta(self, base: State) -> TaskVector:
-        """Return ``dense - base``, detached, in float32 (float64 if either side is).
-
-        Args:
-            base: Dense weights of the base model by dense names; all of ``names`` or some.
-        """
-        with torch.no_grad():
-            dense = self.dense()
-        return task_vector({name: full_copy(dense[name]) for name in base}, base)
-
-    def low_rank(self, base: State) -> dict[str, Product]:
-        """Return factors of those entries of ``delta`` whose rank is known to be low; none by default."""
-        return {}
-
-    def dense_name(self, own: str) -> str:
-        """Return the dense name of an own parameter or buffer that is not inner; the same by default."""
-        return own
+# What adapters of other libraries call their factors (loralib, torchtune, diffusers, LyCORIS, PEFT).
+_FACTOR = re.compile(
+    r"(?:^|\.)(?:lora_(?:embedding_)?[ABab]|lora_E|lora_(?:up|down)|lora\.(?:up|down)|lora_magnitude_vector"
+    r"|hada_[wt]\d|lokr_[wt]\d|vera_[AB]|vera_lambda_[bd]|ia3_l|oft_[RrSs]|boft_[RSs])(?:[._]|$)"
+)
 
 
 def parametrized(module: nn.Module) -> dict[str, Parametrized]:
@@ -112,7 +54,7 @@ def dense_weights(module: nn.Module, names: Iterable[str], *, origin: str = "the
 
 
 def merged_parameters(
-    module: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] = ()
+    module: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] = (), *, frozen: bool = False
 ) -> dict[str, Tensor]:
     """Select what is merged: ordinary trained parameters, and dense weights that inner parameters move.
 
@@ -120,6 +62,7 @@ def merged_parameters(
         module: The module, tuned in any mode, compiled or not.
         include: Glob patterns over dense names, as for ``select_parameters``; default all that is trained.
         exclude: Glob patterns of what is left out.
+        frozen: Whether parameters that are frozen now count as trained, because they will be.
 
     Returns:
         Dense weights by name, in the module's order; ordinary parameters themselves, others differentiable.
@@ -127,26 +70,56 @@ def merged_parameters(
     Raises:
         ValueError: As ``select_parameters`` does.
     """
+    return dense_weights(module, merged_names(module, include, exclude, frozen=frozen))
+
+
+def merged_names(
+    module: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] = (), *, frozen: bool = False
+) -> list[str]:
+    """Return the names of ``merged_parameters``, without computing dense weights; the arguments are the same."""
     parts = parametrized(module)
-    aliases: dict[nn.Parameter, list[str]] = {}
     moved = set[str]()
-    inner = {prefix + name for prefix, part in parts.items() for name in part.inner()}
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    parameters = {name.replace(COMPILE_PREFIX, ""): parameter for name, parameter in parameters.items()}
+    parameters = _all_parameters(module)
     for prefix, part in parts.items():
-        if any(parameters[prefix + name].requires_grad for name in part.inner()):
+        if frozen or any(parameters[prefix + name].requires_grad for name in part.inner()):
             moved |= {prefix + name for name in part.names()}
-    for name, parameter in parameters.items():
-        if name not in inner:
-            aliases.setdefault(parameter, []).append(_dense_name(parts, name))
     groups = {
         group[0]: (
             group,
-            parameter.is_floating_point() and (parameter.requires_grad or not moved.isdisjoint(group)),
+            parameter.is_floating_point() and (frozen or parameter.requires_grad or not moved.isdisjoint(group)),
         )
-        for parameter, group in aliases.items()
+        for parameter, group in _aliases(parts, parameters).items()
     }
-    return dense_weights(module, choose(groups, include, exclude, owner=type(module).__name__))
+    names = choose(groups, include, exclude, owner=type(module).__name__)
+    if factors := [name for name in names if _FACTOR.search(name)]:
+        raise ValueError(
+            f"expected dense weights to merge in {type(module).__name__}, got {len(factors)} factors of "
+            f"adapters, the first {factors[0]!r}: the product of merged factors is not the merge of their products; "
+            "tune with clmerge.models.add_lora or PEFT's LoRA, whose products are merged, or name them in exclude="
+        )
+    return names
+
+
+def unmerged_parameters(
+    module: nn.Module, merged: Container[str], include: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Return the ordinary parameters that the patterns cover but that are not merged, frozen or not, by dense name.
+
+    Args:
+        module: The module.
+        merged: Names of what is merged.
+        include: As for ``merged_parameters``.
+        exclude: As for ``merged_parameters``.
+    """
+    own, tensors = own_names(module), own_tensors(module)
+    names = merged_names(module, include, exclude, frozen=True)
+    return {name: tensors[own[name]] for name in names if name not in merged and name in own}
+
+
+def tied_names(module: nn.Module) -> dict[str, list[str]]:
+    """Return, of every parameter that has several dense names, the first one -> the others."""
+    groups = _aliases(parametrized(module), _all_parameters(module)).values()
+    return {group[0]: group[1:] for group in groups if len(group) > 1}
 
 
 def read_task_vector(
@@ -260,12 +233,13 @@ def folded(module: nn.Module) -> Iterator[nn.Module]:
     """
     parts = dict(reversed(_to_ask(module).items()))  # from the inside out: a folded part may hold folded ones
     whole = parts.pop("", None)
+    own = {path: module.get_submodule(path) for path in parts}
     try:
         for path, part in parts.items():
             module.set_submodule(path, part.folded())
         yield module if whole is None else whole.folded()
     finally:
-        for path, part in reversed(parts.items()):
+        for path, part in reversed(own.items()):
             module.set_submodule(path, part)
 
 
@@ -294,6 +268,22 @@ def _own_names(parts: dict[str, Parametrized], tensors: Mapping[str, Tensor]) ->
     return {_dense_name(parts, name): name for name in tensors if name not in inner}
 
 
+def _all_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return parameters under all of their names."""
+    named = module.named_parameters(remove_duplicate=False)
+    return {name.replace(COMPILE_PREFIX, ""): parameter for name, parameter in named}
+
+
+def _aliases(parts: dict[str, Parametrized], parameters: Mapping[str, nn.Parameter]) -> dict[nn.Parameter, list[str]]:
+    """Return the dense names of every parameter that is not inner."""
+    inner = {prefix + name for prefix, part in parts.items() for name in part.inner()}
+    aliases: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in parameters.items():
+        if name not in inner:
+            aliases.setdefault(parameter, []).append(_dense_name(parts, name))
+    return aliases
+
+
 def _dense_name(parts: dict[str, Parametrized], own: str) -> str:
     for prefix, part in reversed(parts.items()):
         if own.startswith(prefix):
@@ -305,8 +295,11 @@ def _to_ask(module: nn.Module) -> dict[str, Parametrized]:
     found: dict[str, Parametrized] = {}
     closed: list[str] = []
     for path, part in module.named_modules():
-        if isinstance(part, Parametrized) and not any(path.startswith(prefix) for prefix in closed):
-            found[path] = part
-            if part.answers_for_children:
+        if any(path.startswith(prefix) for prefix in closed):
+            continue
+        asked = part if isinstance(part, Parametrized) else seen_as_dense(part, path)
+        if asked is not None:
+            found[path] = asked
+            if asked.answers_for_children:
                 closed.append(f"{path}." if path else "")
     return found

@@ -92,9 +92,23 @@ def assign(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
             target.copy_(value)
 
 
+class _Swap:
+    """What a swap has taken out of a module."""
+
+    def __init__(self, module: nn.Module, originals: dict[str, Tensor]) -> None:
+        self.module = module
+        self.originals = originals
+
+
+_open: list[_Swap] = []
+
+
 @contextmanager
 def swapped(module: nn.Module, values: Mapping[str, Tensor], *, origin: str = "the merged model") -> Iterator[None]:
     """Run a block with ``values`` in place of the module's tensors of the same names; always restores.
+
+    Swaps of one module may end in any order (Lightning calls the hooks of callbacks that way): what one that ends early
+    has taken out comes back when the last later one of the same tensor ends.
 
     Args:
         module: The model.
@@ -105,11 +119,19 @@ def swapped(module: nn.Module, values: Mapping[str, Tensor], *, origin: str = "t
         RuntimeError: If a name is missing from the module, or a shape differs; the module is unchanged then.
     """
     targets = named_tensors(module, values, origin=origin)
-    originals = {name: target.detach().clone() for name, target in targets.items()}
+    swap = _Swap(module, {name: target.detach().clone() for name, target in targets.items()})
+    _open.append(swap)
     try:
         assign(targets, values)
         yield
     finally:
+        position = next(index for index, other in enumerate(_open) if other is swap)
+        del _open[position]
+        later = [other for other in _open[position:] if other.module is module]
+        ours = dict(swap.originals)
+        for name in swap.originals:
+            if above := next((other for other in later if name in other.originals), None):
+                above.originals[name] = ours.pop(name)
         with torch.no_grad():
-            for name, target in named_tensors(module, originals, origin=origin).items():
-                target.copy_(originals[name])
+            for name, target in named_tensors(module, ours, origin=origin).items():
+                target.copy_(ours[name])

@@ -199,7 +199,7 @@ def test_checkpoints_hold_training_weights_and_load_with_weights_only(model, tmp
     make_trainer(merge, checkpoint, enable_checkpointing=True, epochs=1).fit(model, toy_loader(1))
     found = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert same({k: v for k, v in found["state_dict"].items()}, weights(model))
-    assert found["callbacks"][merge.state_key]["num_tasks"] == 1
+    assert found["callbacks"][merge.state_key]["num_tasks"] == 2, "the merge of this fit is in it"
 
 
 def test_nan_is_refused_before_it_reaches_any_merger(model):
@@ -253,6 +253,42 @@ def test_base_can_come_from_a_file(model, tmp_path):
     for name, value in weights(model).items():
         torch.testing.assert_close(merged[name], value)
     assert same(merge.base, base)
+
+
+class _Tied(ForeignModule):
+    """Its last layer computes with the first one's weights too."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
+        self.net[2].weight = self.net[0].weight
+
+
+def test_tied_parameters_are_merged_once_and_named_twice(tmp_path):
+    torch.manual_seed(0)
+    model = _Tied()
+    merge = MergeCallback(MagMax())
+    stream(model, merge, 2)
+    state = merge.merged_state()
+    assert set(state) == set(model.state_dict()), "it loads strictly"
+    assert torch.equal(state["net.2.weight"], state["net.0.weight"])
+    assert "net.2.weight" not in merge.task_vector(model)
+    save_tensors(tmp_path / "merged.safetensors", state)
+    again = MergeCallback(MagMax())
+    again.load_accumulators(merge.accumulators())
+    assert same(again.merged_state(), state)
+
+
+def test_a_given_base_may_name_tied_parameters_twice():
+    torch.manual_seed(0)
+    model = _Tied()
+    taken = MergeCallback(MagMax())
+    given = MergeCallback(MagMax(), base=dict(model.state_dict()))
+    twin = copy.deepcopy(model)
+    stream(model, given, 2)
+    stream(twin, taken, 2)
+    assert given.base_fingerprint == taken.base_fingerprint
+    assert same(given.merged_state(), taken.merged_state())
 
 
 def test_exclude_leaves_a_head_as_it_was_trained(model):

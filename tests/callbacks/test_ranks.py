@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning.strategies
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from support.tiny import ForeignModule
 
@@ -8,9 +9,10 @@ from clmerge.callbacks.ranks import refuse_sharding
 from clmerge.models import add_lora
 
 
-def test_layers_that_compute_their_weights_are_not_sharded():
+@pytest.mark.parametrize("kind", [ModelParallelStrategy, pytorch_lightning.strategies.ModelParallelStrategy])
+def test_layers_that_compute_their_weights_are_not_sharded(kind):
     module = ForeignModule()
-    sharded = SimpleNamespace(strategy=ModelParallelStrategy())
+    sharded = SimpleNamespace(strategy=kind())
     refuse_sharding(sharded, module)
     add_lora(module.net, "3")
     refuse_sharding(SimpleNamespace(strategy=DDPStrategy()), module)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from clmerge.weights.parametrization import Parametrized
+from clmerge.weights.parametrized import Parametrized
 
 
 class Shifted(Parametrized):

@@ -109,3 +109,32 @@ def test_a_full_copy_is_detached_and_shares_nothing(net):
     copy.zero_()
     assert net[0].weight.any()
     assert full_copy(net[0].weight, torch.device("meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
+def test_swaps_that_end_in_any_order_give_the_originals_back(order):
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    # The third one covers less than the others.
+    swaps = [swapped(module, {name: torch.full_like(t, float(i)) for name, t in before.items()}) for i in (1, 2)]
+    swaps.append(swapped(module, {"1.bias": torch.full((2,), 3.0)}))
+    for swap in swaps:
+        swap.__enter__()
+    assert module[0].bias.tolist() == [2.0, 2.0]
+    assert module[1].bias.tolist() == [3.0, 3.0]
+    for index in order:
+        swaps[index].__exit__(None, None, None)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_swaps_of_two_modules_do_not_touch_each_other():
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    before = [module.bias.detach().clone() for module in (first, second)]
+    swaps = [swapped(module, {"bias": torch.zeros(2)}) for module in (first, second)]
+    for swap in swaps:
+        swap.__enter__()
+    swaps[0].__exit__(None, None, None)
+    assert torch.equal(first.bias, before[0])
+    assert second.bias.tolist() == [0.0, 0.0]
+    swaps[1].__exit__(None, None, None)
+    assert torch.equal(second.bias, before[1])

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from clmerge.weights.parametrization import Parametrized
+from clmerge.weights.parametrized import Parametrized
 
 Kind = TypeVar("Kind", bound="Adapted")
 

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from clmerge.models.tuning.closed_forms import ClosedForms, load_forward_mode
 from clmerge.models.tuning.recompute import recompute_blocks
-from clmerge.weights.parametrization import Parametrized
+from clmerge.weights.parametrized import Parametrized
 from clmerge.weights.selection import select_parameters
 from clmerge.weights.task_vector import State, TaskVector, apply_task_vector, task_vector
 
