@@ -239,8 +239,8 @@ def folded(module: nn.Module) -> Iterator[nn.Module]:
             module.set_submodule(path, part.folded())
         yield module if whole is None else whole.folded()
     finally:
-        for path, part in reversed(own.items()):
-            module.set_submodule(path, part)
+        for path, replaced in reversed(own.items()):
+            module.set_submodule(path, replaced)
 
 
 class _Layout:
