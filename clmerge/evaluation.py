@@ -186,13 +186,16 @@ def probabilities(
 
 
 @torch.no_grad()
-def accuracy_on(module: ContinualClassifier, loader: DataLoader[Any]) -> float:
-    """Return the share of images that the module classifies right, among all classes its head knows.
+def accuracy_on(
+    module: ContinualClassifier, loader: DataLoader[Any], task_classes: Sequence[Sequence[int]] | None = None
+) -> float:
+    """Return the share of images that the module classifies right, among all classes its head knows or the task's own.
 
     Args:
         module: The classifier, scored in evaluation mode; its weights and modes are the same afterwards.
         loader: Batches of images and global labels. In a distributed run every process brings its share of
             them and gets the accuracy over all.
+        task_classes: Global class ids of every task, for task-aware accuracy; batches then say the task of each image.
 
     Raises:
         ValueError: If there are no images.
@@ -200,8 +203,14 @@ def accuracy_on(module: ContinualClassifier, loader: DataLoader[Any]) -> float:
     correct = total = 0
     device = next(module.parameters()).device
     with eval_mode(module):
-        for images, labels, *_ in loader:
-            predicted = module(images.to(device)).argmax(dim=1)
+        for images, labels, *tasks in loader:
+            logits = module(images.to(device))
+            if task_classes is not None:
+                for row, task in zip(logits, tasks[0].tolist(), strict=True):
+                    others = torch.ones_like(row, dtype=torch.bool)
+                    others[list(task_classes[task])] = False
+                    row[others] = -torch.inf
+            predicted = logits.argmax(dim=1)
             correct += int((predicted == labels.to(device)).sum())
             total += len(labels)
     counts = sum_over_processes(torch.tensor([correct, total]))

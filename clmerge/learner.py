@@ -64,6 +64,8 @@ class Learner:
             bytes per trained parameter and task on disk; mergers that need them all then keep no copies in memory.
         statistics_images: Training images per task that Fisher information, Gram matrices and losses are measured on,
             for mergers that require them.
+        evaluation: Whether tables, the star, mergers that need a score and searches go by ``task_agnostic`` accuracy
+            (all classes compete) or ``task_aware`` (only those of the image's task do); default that of the stream.
         calibrations: What is done to merged models after every task; each gives models of its own, ``magmax+tuned``.
         seed: Seed of initialisation, order of samples, augmentation and dropout, each fixed per task.
 
@@ -89,6 +91,7 @@ class Learner:
         accumulators: Literal["cpu", "model"] = "cpu",
         keep_task_vectors: bool = True,
         statistics_images: int = 256,
+        evaluation: Literal["task_agnostic", "task_aware"] | None = None,
         calibrations: list[Calibration] | None = None,
         seed: int = 0,
     ) -> None:
@@ -102,6 +105,7 @@ class Learner:
         self.branch_merger = branch_merger or WeightAverage()
         self.keep_task_vectors = keep_task_vectors
         self.statistics_images = statistics_images
+        self.evaluation = evaluation or stream.evaluation
         self.merge = MergeCallback(
             mergers,
             start_policy=start_policy,
@@ -326,7 +330,12 @@ class Learner:
     def _restore(self, run: RunFolder) -> Results:
         tasks = self.tasks
         samples = [len(self.stream.dataset(task.index, "test")) for task in tasks]
-        fresh = Results([t.name for t in tasks], classes=[t.class_names for t in tasks], samples=samples)
+        fresh = Results(
+            [t.name for t in tasks],
+            classes=[t.class_names for t in tasks],
+            samples=samples,
+            evaluation=self.evaluation,
+        )
         found = run.manifest
         results = Results.from_dict(found.results) if found.results else fresh
         if results.tasks != fresh.tasks or results.classes != fresh.classes:
@@ -376,4 +385,5 @@ class Learner:
     @torch.no_grad()
     def _validation_score(self, module: LightningModule) -> float:
         assert isinstance(module, ContinualClassifier)
-        return accuracy_on(module, self.data.eval_dataloader("val", range(self.merge.num_tasks + 1)))
+        own = [task.classes for task in self.tasks] if self.evaluation == "task_aware" else None
+        return accuracy_on(module, self.data.eval_dataloader("val", range(self.merge.num_tasks + 1)), own)

@@ -41,6 +41,7 @@ class Results:
         classes: Class names of each task, one sequence per task.
         samples: Number of test samples of each task, for sample-weighted averages. Can be given later
             (:meth:`set_samples`).
+        evaluation: Which reading of the logits tells which model is best, where none is named.
 
     Attributes:
         bytes: What a method keeps from task to task beside the mergers' accumulators, by name.
@@ -59,8 +60,16 @@ class Results:
     """
 
     def __init__(
-        self, tasks: Sequence[str], *, classes: Sequence[Sequence[str]], samples: Sequence[int] | None = None
+        self,
+        tasks: Sequence[str],
+        *,
+        classes: Sequence[Sequence[str]],
+        samples: Sequence[int] | None = None,
+        evaluation: Setting = "task_agnostic",
     ) -> None:
+        if evaluation not in SETTINGS:
+            raise ValueError(f"expected evaluation to be one of {list(SETTINGS)}, got {evaluation!r}")
+        self.evaluation: Setting = evaluation
         self.tasks = [str(name) for name in tasks]
         self.classes = [[str(name) for name in names] for names in classes]
         if not self.tasks:
@@ -196,18 +205,18 @@ class Results:
             samples=self.samples,
         )
 
-    def best_merger(self, setting: Setting = "task_agnostic") -> str | None:
+    def best_merger(self, setting: Setting | None = None) -> str | None:
         """Return the merger with the highest average accuracy after the latest task; the first of equals.
 
         Args:
-            setting: Which reading of the logits.
+            setting: Which reading of the logits; default :attr:`evaluation`.
 
         Returns:
             Its name, None if no merger has a defined average accuracy.
         """
         scores: dict[str, float] = {}
         for name in self.mergers:
-            averages = self.figures(name, setting)["average_accuracy"]
+            averages = self.figures(name, setting or self.evaluation)["average_accuracy"]
             if averages and not math.isnan(averages[-1]):
                 scores[name] = averages[-1]
         return max(scores, key=scores.__getitem__) if scores else None
@@ -226,7 +235,7 @@ class Results:
         """
         if not 0 <= num_finished <= self.num_finished:
             raise ValueError(f"expected at most {self.num_finished} finished tasks, got {num_finished}")
-        earlier = Results(self.tasks, classes=self.classes, samples=self.samples)
+        earlier = Results(self.tasks, classes=self.classes, samples=self.samples, evaluation=self.evaluation)
         if self._zero_shot is not None:
             earlier.set_zero_shot(*(self._zero_shot[setting] for setting in SETTINGS))
         for model, matrices in self._rows.items():
@@ -253,6 +262,7 @@ class Results:
         }
         return {
             "schema": SCHEMA,
+            "evaluation": self.evaluation,
             "tasks": list(self.tasks),
             "classes": [list(names) for names in self.classes],
             "samples": None if self.samples is None else list(self.samples),
@@ -276,7 +286,12 @@ class Results:
             ValueError: If the document breaks the contract.
         """
         validate(document)
-        results = cls(document["tasks"], classes=document["classes"], samples=document.get("samples"))
+        results = cls(
+            document["tasks"],
+            classes=document["classes"],
+            samples=document.get("samples"),
+            evaluation=document.get("evaluation", SETTINGS[0]),
+        )
         baseline = document.get("baseline")
         if baseline is not None:
             results.set_zero_shot(*(baseline[setting] for setting in SETTINGS))

@@ -12,6 +12,7 @@ from clmerge.shapes import (
     listed,
     maybe,
     number,
+    one_of,
     place,
     record,
     refuse,
@@ -63,6 +64,7 @@ def _contract(num_tasks: int) -> Check:
             "seconds": keyed(amount),
         },
         {
+            "evaluation": one_of(SETTINGS),
             "samples": maybe(listed(count, num_tasks)),
             "baseline": maybe(record({setting: row for setting in SETTINGS})),
             "bytes": keyed(count),

@@ -29,7 +29,7 @@ class _Cells(NamedTuple):
     best: str | None
 
 
-def render_table(results: Results, *, setting: Setting = "task_agnostic", width: int = 80) -> Table:
+def render_table(results: Results, *, setting: Setting | None = None, width: int = 80) -> Table:
     """Return a rich table with one row per model: accuracy on each task, average accuracy, forgetting, BWT.
 
     Percentages after the latest finished task. The best merger, by average accuracy, is bold and starred.
@@ -38,7 +38,7 @@ def render_table(results: Results, *, setting: Setting = "task_agnostic", width:
 
     Args:
         results: What the run found so far, at least one finished task.
-        setting: Which reading of the logits to show.
+        setting: Which reading of the logits to show; default the results' own.
         width: Columns of the terminal.
 
     Returns:
@@ -47,7 +47,7 @@ def render_table(results: Results, *, setting: Setting = "task_agnostic", width:
     Raises:
         ValueError: If no task is finished.
     """
-    cells = _cells(results, setting, width)
+    cells = _cells(results, setting or results.evaluation, width)
     table = Table(
         title=Text(cells.title),
         caption=Text("\n".join(cells.notes)),
@@ -66,12 +66,12 @@ def render_table(results: Results, *, setting: Setting = "task_agnostic", width:
     return table
 
 
-def render_text(results: Results, *, setting: Setting = "task_agnostic", width: int = 80) -> str:
+def render_text(results: Results, *, setting: Setting | None = None, width: int = 80) -> str:
     """Return the table of :func:`render_table` as plain ASCII text, for log files and pipes.
 
     Args:
         results: What the run found so far, at least one finished task.
-        setting: Which reading of the logits to show.
+        setting: Which reading of the logits to show; default the results' own.
         width: Longest line wanted.
 
     Returns:
@@ -91,7 +91,7 @@ def render_text(results: Results, *, setting: Setting = "task_agnostic", width: 
         task-agnostic: all classes compete
         * best merger by average accuracy
     """
-    cells = _cells(results, setting, width)
+    cells = _cells(results, setting or results.evaluation, width)
     body = align([cells.headings, *cells.rows])
     notes = [line for note in cells.notes for line in textwrap.wrap(note, width)]
     return "\n".join([cells.title, *body, *notes])

@@ -12,6 +12,7 @@ from clmerge.cli.signals import Stopped
 if TYPE_CHECKING:
     from clmerge.cli.parser import CommandParser
     from clmerge.comparison.stored_run import StoredRun
+    from clmerge.results import Setting
 
 EPILOG = """\
 examples:
@@ -29,6 +30,7 @@ def build_parser() -> "CommandParser":
     from clmerge.cli.named_code import set_policy
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
     from clmerge.merging import Finisher, Merger, Sparsifier
+    from clmerge.streams.stream import Evaluation
 
     set_policy()
     CommandParser.class_names = known_subclasses((Merger, Sparsifier, Finisher))
@@ -49,6 +51,9 @@ def build_parser() -> "CommandParser":
     rule_help = "Also let the scale after task t follow from the best scales after the tasks before (needs --scale)."
     orders_help = "Merge the experts in this many orders (0: the run's own only)."
     joint_help = "A run that was trained on all classes together, for a reference row."
+    evaluation_help = (
+        "What searches, scores and the table go by: task_agnostic accuracy, or task_aware (default: what the run does)."
+    )
     diagnose_help = "Also say why: how task vectors, experts and merged models (of the first run) lie to each other."
     memory_help = "GiB of accumulators and merged weights to hold at a time."
     images_help = "MiB of decoded images to hold in memory; others wait in files in the output folder meanwhile."
@@ -59,6 +64,7 @@ def build_parser() -> "CommandParser":
     parser.add_argument("--scale-rule", action="store_true", help=rule_help)
     parser.add_argument("--orders", type=int, default=0, help=orders_help)
     parser.add_argument("--orders-seed", type=int, default=0, help="Seed of the other orders.")
+    parser.add_argument("--evaluation", type=Evaluation | None, default=None, help=evaluation_help)
     parser.add_argument("--joint", type=str | None, default=None, help=joint_help)
     parser.add_argument("--diagnose", action="store_true", help=diagnose_help)
     parser.add_argument("--out", type=str | None, default=None, help="Folder to write to (default: RUN/compare).")
@@ -111,7 +117,7 @@ def _compare(config: Any, mergers: Any) -> int:
     out = Path(config.out) if config.out is not None else _default_out(config.runs)
     found: list[Comparison] = []
     for path, name in zip(config.runs, names, strict=True):
-        run, own = open_run(path, name=name, allow=config.allow)
+        run, own = open_run(path, name=name, allow=config.allow, evaluation=config.evaluation)
         joint = None if config.joint is None else open_run(config.joint, name="joint", allow=config.allow)[0]
         mergers = mergers or own
         request = Request(
@@ -180,13 +186,16 @@ def _scratch_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(scratch)
 
 
-def open_run(path: str, *, name: str, allow: Sequence[str] = ()) -> "tuple[StoredRun, list[Any]]":
+def open_run(
+    path: str, *, name: str, allow: Sequence[str] = (), evaluation: "Setting | None" = None
+) -> "tuple[StoredRun, list[Any]]":
     """Open a finished run; return it and the mergers that rode on it.
 
     Args:
         path: The run folder.
         name: What it is called in results.
         allow: Packages whose code the run's configuration may name, beside the known ones.
+        evaluation: Which reading of the logits counts; default that of the run.
 
     Raises:
         FileNotFoundError: If there is no run.
@@ -215,6 +224,7 @@ def open_run(path: str, *, name: str, allow: Sequence[str] = ()) -> "tuple[Store
         trainer=trainer_factory(config),
         config=config.as_dict(),
         name=name,
+        evaluation=evaluation or objects.learner.evaluation or objects.stream.evaluation,
         progress=sys.stderr.isatty(),
     )
     return run, objects.mergers

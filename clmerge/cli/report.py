@@ -22,6 +22,7 @@ examples:
 def build_parser() -> "CommandParser":
     """Return the parser of ``clmerge report``."""
     from clmerge.cli.parser import CommandFormatter, CommandParser
+    from clmerge.streams.stream import Evaluation
 
     parser = CommandParser(
         prog="clmerge report",
@@ -36,10 +37,12 @@ def build_parser() -> "CommandParser":
         "seed, name and mergers are taken as repetitions."
     )
     out_help = "The page (.html), with its figures in the folder NAME_figures beside it; or the file of the table."
+    evaluation_help = "What is shown first: task_agnostic accuracy, or task_aware (default: as the first run does)."
     format_help = "A page, or the table in Markdown or LaTeX (booktabs), printed if there is no --out."
     parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help=runs_help)
     parser.add_argument("--out", type=str | None, default=None, help=out_help)
     parser.add_argument("--format", type=Literal["html", "md", "latex"], default="html", help=format_help)
+    parser.add_argument("--evaluation", type=Evaluation | None, default=None, help=evaluation_help)
     parser.add_argument(
         "--title", type=str | None, default=None, help="Heading of the page (default: the runs' names)."
     )
@@ -63,10 +66,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _report(config: Any) -> int:
     from clmerge.report import paper_table, read_study, write_report
-    from clmerge.results import SETTINGS
     from clmerge.weights import write_text_atomic
 
-    study = read_study(config.runs)
+    study = read_study(config.runs, evaluation=config.evaluation)
     for run in config.runs:
         if (Path(run) / "compare" / "results.json").is_file() and str(Path(run) / "compare") not in config.runs:
             print(
@@ -78,7 +80,7 @@ def _report(config: Any) -> int:
         files = write_report(study, config.out, title=config.title)
         print(f"page      {visible(str(files[-1]))}\nfigures   {visible(str(files[0].parent))}")
         return 0
-    text = "\n".join(paper_table(study, setting, config.format) for setting in SETTINGS)
+    text = "\n".join(paper_table(study, setting, config.format) for setting in study.settings)
     if config.out is None:
         print(text, end="")
     else:

@@ -111,7 +111,8 @@ def compare_run(run: StoredRun, request: Request, ledger: Ledger, joint: StoredR
     grid = grids(mergers, request.scale, request.grid)
     searches = {name: Search(run, name, mergers[name], parameters) for name, parameters in grid.items()}
     fitted = run.results
-    found = Comparison(run, Results(fitted.tasks, classes=fitted.classes, samples=fitted.samples))
+    blank = Results(fitted.tasks, classes=fitted.classes, samples=fitted.samples, evaluation=run.evaluation)
+    found = Comparison(run, blank)
     search_all(list(searches.values()), ledger, request.memory)
     for name, search in searches.items():
         mergers[name] = search.build()

@@ -37,7 +37,16 @@ def diagnose_run(run: StoredRun, mergers: Mapping[str, Merger]) -> dict[str, Any
     merged = {name: merge.merged_vector(name) for name in mergers}
     return {
         "run": run.name,
-        **diagnose(run.module, weights, run.bank, merged, run.data, seed=run.config["seed"], progress=_tell(run.name)),
+        **diagnose(
+            run.module,
+            weights,
+            run.bank,
+            merged,
+            run.data,
+            setting=run.evaluation,
+            seed=run.config["seed"],
+            progress=_tell(run.name),
+        ),
     }
 
 

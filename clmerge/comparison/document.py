@@ -77,9 +77,10 @@ def join_results(found: Sequence[Comparison]) -> Results:
     if len(set(lengths.values())) > 1:
         raise ValueError(f"expected runs of as many tasks to compare, got {lengths}")
     if all(one.results.tasks == first.tasks for one in found):
-        joined = Results(first.tasks, classes=first.classes, samples=first.samples)
+        joined = Results(first.tasks, classes=first.classes, samples=first.samples, evaluation=first.evaluation)
     else:  # other orders of classes: what is compared is the t-th task of each
-        joined = Results([f"task {t + 1}" for t in range(first.num_tasks)], classes=[[]] * first.num_tasks)
+        names = [f"task {t + 1}" for t in range(first.num_tasks)]
+        joined = Results(names, classes=[[]] * first.num_tasks, evaluation=first.evaluation)
     for one in found:
         for model in one.results.models:
             for rows in zip(*(one.results.matrix(model, setting) for setting in SETTINGS), strict=True):

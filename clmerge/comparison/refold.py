@@ -119,7 +119,7 @@ def sweep(
     order = list(range(len(run.tasks))) if order is None else list(order)
     counts = [len(order)] if last_only else list(range(1, len(order) + 1))
     keys = {
-        (name, count): ledger.key(run.identity, repr(merger), split, order[:count])
+        (name, count): ledger.key(run.identity, _told(run, merger), split, order[:count])
         for name, merger in mergers.items()
         for count in counts
     }
@@ -137,6 +137,12 @@ def sweep(
                 rows = run.evaluate(label, states, max(order[:count]), split)
             ledger.add({keys[name, count]: make_row(rows[name], seconds[name]) for name in missing})
     return {name: {count: ledger[keys[name, count]] for count in counts} for name in mergers}
+
+
+def _told(run: StoredRun, merger: Merger) -> str:
+    """Return a merger with its settings, and what it is scored by where that matters and is not the usual one."""
+    scored = "score" in merger.requires and run.evaluation != "task_agnostic"
+    return f"{merger!r} by {run.evaluation}" if scored else repr(merger)
 
 
 def _merged(

@@ -103,7 +103,7 @@ def scale_rules(searches: Sequence[Search], ledger: Ledger, memory: int) -> dict
         scales = search.grid["scale"]
         best = []
         for t in counts:
-            scores = [mean_accuracy(table[f"{search.name} {scale}"][t]["task_agnostic"][:t]) for scale in scales]
+            scores = [mean_accuracy(table[f"{search.name} {scale}"][t][run.evaluation][:t]) for scale in scales]
             best.append(float(scales[scores.index(max(scores))]))
         merger = with_values(search.build(), {"scale": vars(search.merger)["scale"]})
         rules[search.name] = ScaleRule(merger, scales, best)

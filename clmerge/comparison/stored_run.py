@@ -16,7 +16,7 @@ from clmerge.callbacks.running_merge import RunningMerge
 from clmerge.evaluation import Rows, accuracy_on, evaluate
 from clmerge.merging import Statistics, WeightAverage
 from clmerge.modules import ContinualClassifier
-from clmerge.results import Results
+from clmerge.results import Results, Setting
 from clmerge.run_folder import RunFolder
 from clmerge.streams import Stream, StreamDataModule
 from clmerge.task_statistics import measure
@@ -38,6 +38,7 @@ class StoredRun:
         trainer: Builds Trainers as the run had them, for one process.
         config: Its configuration, as plain values.
         name: What the run is called in results.
+        evaluation: Which reading of the logits searches, scores and the table go by.
         progress: Whether to show progress bars.
 
     Attributes:
@@ -63,6 +64,7 @@ class StoredRun:
         trainer: TrainerFactory,
         config: Mapping[str, Any],
         name: str,
+        evaluation: Setting = "task_agnostic",
         progress: bool = False,
     ) -> None:
         self.folder, self.stream, self.module, self.data, self.name = folder, stream, module, data, name
@@ -72,6 +74,7 @@ class StoredRun:
         if not folder.manifest.finished:
             raise ValueError(f"expected a finished run, got {folder.path}: `clmerge fit --resume {folder.path}` first")
         self.results = Results.from_dict(folder.manifest.results)
+        self.evaluation: Setting = evaluation
         self.tasks = stream.tasks
         if [task.name for task in self.tasks] != self.results.tasks:
             raise ValueError(
@@ -194,8 +197,9 @@ class StoredRun:
         self.data.keep_images(folder)
 
     def score(self, tasks: Sequence[int]) -> float:
-        """Return the module's accuracy on the validation images of some tasks."""
-        return accuracy_on(self.module, self.data.eval_dataloader("val", tasks))
+        """Return the module's accuracy on the validation images of some tasks, as ``fit`` scores it."""
+        own = [task.classes for task in self.tasks] if self.evaluation == "task_aware" else None
+        return accuracy_on(self.module, self.data.eval_dataloader("val", tasks), own)
 
     def evaluate(self, label: str, states: Mapping[str, Mapping[str, Tensor]], task: int, split: Split) -> Rows:
         """Return the accuracies of several models on all tasks, exactly as ``fit`` does after a task.

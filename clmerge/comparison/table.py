@@ -19,14 +19,14 @@ _NOTES = {
 }
 
 
-def print_comparison(document: Mapping[str, Any], *, setting: Setting = "task_agnostic") -> None:
+def print_comparison(document: Mapping[str, Any], *, setting: Setting | None = None) -> None:
     """Print the table of a document to stdout.
 
     Args:
         document: What ``build_document`` returned.
-        setting: Which reading of the logits.
+        setting: Which reading of the logits; default the document's own.
     """
-    lines, styles = comparison_lines(document, setting)
+    lines, styles = comparison_lines(document, setting or document["evaluation"])
     console = Console(soft_wrap=True, highlight=False)
     for line, style in zip(lines, styles, strict=True):
         console.print(Text(line, style=style if console.is_terminal else ""))

@@ -3,11 +3,12 @@
 Names have exactly one slash, so that it makes no difference whether a dashboard groups by the first or by the last::
 
     cl/task                            number of tasks learned so far, 1, 2, ...; the x-axis
-    cl/average_accuracy                of the deployed model, to sort and compare runs; and so on for the other figures
+    cl/average_accuracy                of the deployed model, to sort and compare runs; and so on for the other figures.
+                                       In the reading of the logits that the run goes by, which ``cl/evaluation`` names
     cl_average_accuracy/MODEL          of every model (magmax ..., expert, zero_shot), side by side
     cl_accuracy_MODEL/TASK             accuracy on one task: the forgetting curves of a model
 
-and the same with ``cl_task_aware`` for the task-aware reading.
+and the same with ``cl_task_aware`` for the task-aware reading; ``cl_`` with a model is always of the task-agnostic one.
 """
 
 import math
@@ -49,11 +50,14 @@ def task_metrics(results: Results, deployed: str | None = None) -> dict[str, flo
     """
     deployed = deployed_model(results, deployed)
     metrics: dict[str, float] = {}
+    own = None if deployed is None else results.figures(deployed, results.evaluation)
+    if own is not None:
+        metrics |= {f"cl/{name}": _latest(own[name]) for name in FIGURES}
     for prefix, setting in PREFIXES.items():
         for model in results.models:
             figures = results.figures(model, setting)
             values = {name: _latest(figures[name]) for name in FIGURES}
-            if model == deployed:
+            if model == deployed and prefix != "cl":
                 metrics |= {f"{prefix}/{name}": value for name, value in values.items()}
             metrics |= {f"{prefix}_{name}/{part_of_key(model)}": value for name, value in values.items()}
             row = zip(results.tasks, figures["R"][-1], strict=True)

@@ -102,6 +102,7 @@ def log_summary(loggers: Sequence[Logger], results: Results, *, deployed: str | 
         **task_metrics(results, deployed),
         "cl/deployed": deployed_model(results, deployed),
         "cl/best_merger": results.best_merger(),
+        "cl/evaluation": results.evaluation,
     }
     for logger in loggers:
         if isinstance(logger, WandbLogger):

@@ -183,7 +183,7 @@ def log_chart(run: "Run", results: Results) -> None:
     """Log the average accuracy of all models after every task as one chart: a panel of W&B has a run a line."""
     import wandb
 
-    averages = {model: results.figures(model)["average_accuracy"] for model in results.models}
+    averages = {model: results.figures(model, results.evaluation)["average_accuracy"] for model in results.models}
     chart = wandb.plot.line_series(
         xs=list(range(1, results.num_finished + 1)),
         ys=[[None if math.isnan(value) else value for value in values] for values in averages.values()],

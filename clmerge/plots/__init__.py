@@ -33,9 +33,10 @@ def save_plots(results: Results, folder: str | Path) -> list[Path]:
     """Draw every picture of a run and write them as PNG, each file replaced atomically.
 
     ``matrices.png`` (the best merger's matrix beside the expert's), ``forgetting_curves.png``,
-    ``average_accuracy.png`` and ``final_accuracy.png``: task-agnostic in the folder itself, task-aware in its
-    ``task_aware``. The folder also gets the task-agnostic matrix of every model but the zero-shot one, whose
-    rows are all the same (``matrix_MODEL.png``).
+    ``average_accuracy.png`` and ``final_accuracy.png``: in the folder itself in the
+    reading of the logits that the run goes by, in its ``task_aware`` (or ``task_agnostic``) in the other one. The
+    folder also gets the matrix of every model but the zero-shot one, whose rows are all the same
+    (``matrix_MODEL.png``).
 
     Args:
         results: What the run found so far, at least one finished task.
@@ -60,7 +61,7 @@ def save_plots(results: Results, folder: str | Path) -> list[Path]:
             "average_accuracy": plot_average_accuracy(results, setting=setting),
             "final_accuracy": plot_final_accuracy(results, setting=setting),
         }
-        target = Path(folder) if setting == "task_agnostic" else Path(folder, setting)
+        target = Path(folder) if setting == results.evaluation else Path(folder, setting)
         pictures |= {target / f"{name}.png": figure for name, figure in figures.items()}
     # All are drawn before the first is written: a folder never holds some of them.
     drawn = {file: to_png(figure) for file, figure in pictures.items()}

@@ -11,7 +11,7 @@ from clmerge.plots.style import DARK, GREY, LIGHT, add_legend, darker, label_tas
 from clmerge.results import Results, Setting
 
 
-def plot_forgetting_curves(results: Results, *, setting: Setting = "task_agnostic") -> Figure:
+def plot_forgetting_curves(results: Results, *, setting: Setting | None = None) -> Figure:
     """Draw, in one panel per task, the accuracy on that task after every task.
 
     A vertical line marks the moment the task was learned; what comes before it is zero-shot ability and
@@ -19,11 +19,12 @@ def plot_forgetting_curves(results: Results, *, setting: Setting = "task_agnosti
 
     Args:
         results: What the run found so far.
-        setting: Which reading of the logits.
+        setting: Which reading of the logits; default the results' own.
 
     Returns:
         A figure with small multiples and one legend.
     """
+    setting = setting or results.evaluation
     num_columns = min(results.num_tasks, 5 if results.num_tasks <= 25 else 8)
     num_rows = math.ceil(results.num_tasks / num_columns)
     figure = Figure(figsize=(2.1 * num_columns + 0.7, 1.75 * num_rows + 1.1), layout="constrained")
@@ -59,16 +60,17 @@ def plot_forgetting_curves(results: Results, *, setting: Setting = "task_agnosti
     return lettered(figure)
 
 
-def plot_average_accuracy(results: Results, *, setting: Setting = "task_agnostic") -> Figure:
+def plot_average_accuracy(results: Results, *, setting: Setting | None = None) -> Figure:
     """Draw the average accuracy on the tasks seen so far against the number of tasks, one line per model.
 
     Args:
         results: What the run found so far.
-        setting: Which reading of the logits.
+        setting: Which reading of the logits; default the results' own.
 
     Returns:
         A figure whose lines are labelled at their right ends; zero-shot is dashed.
     """
+    setting = setting or results.evaluation
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     panel = figure.subplots()
     style_axes(panel, results.num_tasks)
@@ -98,16 +100,17 @@ def plot_average_accuracy(results: Results, *, setting: Setting = "task_agnostic
     return lettered(figure)
 
 
-def plot_final_accuracy(results: Results, *, setting: Setting = "task_agnostic") -> Figure:
+def plot_final_accuracy(results: Results, *, setting: Setting | None = None) -> Figure:
     """Draw the accuracy on every task after the latest one: bars, or dots where bars would be too thin.
 
     Args:
         results: What the run found so far.
-        setting: Which reading of the logits.
+        setting: Which reading of the logits; default the results' own.
 
     Returns:
         A figure with the tasks side by side and one legend.
     """
+    setting = setting or results.evaluation
     models = results.models
     positions = np.arange(results.num_tasks)
     wanted = 1 + 0.28 * results.num_tasks * (1 + len(models))

@@ -17,13 +17,13 @@ from clmerge.plots.style import DARK, GREY, MODEL_LENGTH, ink_on, label_tasks
 from clmerge.results import Results, Setting
 
 
-def plot_matrix(results: Results, model: str, *, setting: Setting = "task_agnostic") -> Figure:
+def plot_matrix(results: Results, model: str, *, setting: Setting | None = None) -> Figure:
     """Draw the accuracy matrix of one model as a heatmap with the numbers in its cells.
 
     Args:
         results: What the run found so far.
         model: One of ``results.models``.
-        setting: Which reading of the logits.
+        setting: Which reading of the logits; default the results' own.
 
     Returns:
         A figure; rows are "after task", columns "accuracy on task", outlined cells the task just learned.
@@ -34,13 +34,13 @@ def plot_matrix(results: Results, model: str, *, setting: Setting = "task_agnost
     return plot_matrices(results, [model], setting=setting)
 
 
-def plot_matrices(results: Results, models: Sequence[str], *, setting: Setting = "task_agnostic") -> Figure:
+def plot_matrices(results: Results, models: Sequence[str], *, setting: Setting | None = None) -> Figure:
     """Draw the accuracy matrices of several models side by side, with one colour scale.
 
     Args:
         results: What the run found so far.
         models: Names out of ``results.models``.
-        setting: Which reading of the logits.
+        setting: Which reading of the logits; default the results' own.
 
     Returns:
         A figure with one heatmap per model.
@@ -50,6 +50,7 @@ def plot_matrices(results: Results, models: Sequence[str], *, setting: Setting =
     """
     if not models:
         raise ValueError("expected one or more models to draw, got none")
+    setting = setting or results.evaluation
     matrices = [results.matrix(model, setting) for model in models]
     side = max(2.6, results.num_tasks * (0.62 if results.num_tasks <= 10 else 0.4))
     figure = Figure(figsize=(len(models) * (side + 0.3) + 1.9, side + 1.5), layout="compressed")

@@ -1,6 +1,7 @@
 """One page, and the same figures as files, for what ``clmerge fit`` and ``clmerge compare`` found."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from clmerge.plots import to_png
@@ -12,23 +13,25 @@ from clmerge.report.png import draw
 from clmerge.report.runs import read_runs
 from clmerge.report.study import Study, make_study
 from clmerge.report.tables import paper_table
-from clmerge.results import SETTINGS
+from clmerge.results import Setting
 from clmerge.weights import write_bytes_atomic
 
 __all__ = ["make_study", "paper_table", "read_study", "write_report"]
 
 
-def read_study(folders: Sequence[str | Path]) -> Study:
+def read_study(folders: Sequence[str | Path], *, evaluation: Setting | None = None) -> Study:
     """Read run folders and put them together.
 
     Args:
         folders: Folders of ``clmerge fit`` or ``clmerge compare`` over the same stream.
+        evaluation: The reading of the logits to show first; default that of the first run.
 
     Raises:
         FileNotFoundError: If a folder is none or has no results.
         ValueError: If a file is damaged, or the runs do not fit together.
     """
-    return make_study([run for folder in folders for run in read_runs(folder)])
+    study = make_study([run for folder in folders for run in read_runs(folder)])
+    return study if evaluation is None else replace(study, evaluation=evaluation)
 
 
 def write_report(study: Study, out: str | Path, *, title: str | None = None) -> list[Path]:
@@ -36,8 +39,8 @@ def write_report(study: Study, out: str | Path, *, title: str | None = None) -> 
 
     Args:
         study: What :func:`read_study` returned.
-        out: The page, for example ``report.html``; the folder is then ``report_figures``, task-agnostic figures in
-            it and task-aware ones in its ``task_aware``.
+        out: The page, for example ``report.html``; the folder is then ``report_figures``, figures of the
+            study's evaluation in it and those of the other in a folder of its name.
         title: Heading of the page. Default: the names of the runs.
 
     Returns:
@@ -49,7 +52,7 @@ def write_report(study: Study, out: str | Path, *, title: str | None = None) -> 
     common, diagnostics = common_figures(study), diagnostic_figures(study)
     files = _draw_figures([*common, *diagnostics], folder)
     for view in views:
-        target = folder if view.setting == SETTINGS[0] else folder / view.setting
+        target = folder if view.setting == study.evaluation else folder / view.setting
         files[target / "models.csv"] = view.table_csv.encode()
         files |= _draw_figures(view.figures, target)
     name = title or ", ".join(dict.fromkeys(run.name for run in study.runs))

@@ -25,7 +25,7 @@ from clmerge.report.study import REFERENCES, Entry, Study
 from clmerge.report.tables import Column, best_of, columns, table_csv
 from clmerge.report.text import percent, plural, show
 from clmerge.report.verdict import Verdict, judge
-from clmerge.results import SETTINGS, Setting
+from clmerge.results import Setting
 
 _FOLDER = Path(__file__).parent / "page"
 _HINTS: dict[Setting, str] = {
@@ -61,8 +61,8 @@ class View:
 
 
 def make_views(study: Study) -> list[View]:
-    """Return what is shown for each way of measuring accuracy."""
-    return [_view(study, setting) for setting in SETTINGS]
+    """Return what is shown for each way of measuring accuracy, that of the study first."""
+    return [_view(study, setting) for setting in study.settings]
 
 
 def render_page(

@@ -42,6 +42,7 @@ class Run:
         diagnostics: Document of ``clmerge.diagnostics`` about it; None if there is none.
         is_comparison: Whether ``clmerge compare`` wrote what was read.
         tuned: Models whose settings a search chose.
+        evaluation: The reading of the logits that it goes by.
     """
 
     path: Path
@@ -60,6 +61,7 @@ class Run:
     diagnostics: Mapping[str, Any] | None = None
     is_comparison: bool = False
     tuned: frozenset[str] = frozenset()
+    evaluation: Setting = "task_agnostic"
 
     @property
     def name(self) -> str:
@@ -213,6 +215,7 @@ def _fitted(file: Path, document: Mapping[str, Any]) -> Run:
         config,
         rules=configured_rules(config),
         seed=_seed(config),
+        evaluation=document.get("evaluation", SETTINGS[0]),
     )
     return replace(run, is_finished=run.num_finished == len(run.tasks) and bool(manifest.get("finished", True)))
 
@@ -251,6 +254,7 @@ def _compared(file: Path, document: Mapping[str, Any]) -> list[Run]:
             seed=entry["seed"],
             is_comparison=True,
             tuned=frozenset(own[m] for m in own if m in settings and settings[m].get("search") is not None) | searched,
+            evaluation=document.get("evaluation", SETTINGS[0]),
         )
         diagnosed = compare.get("diagnostics") or {}
         runs.append(

@@ -13,7 +13,7 @@ from clmerge.names import shown
 from clmerge.report.looks import join_looks
 from clmerge.report.rules import Rule
 from clmerge.report.runs import Run, number
-from clmerge.results import EXPERT, ZERO_SHOT, Setting
+from clmerge.results import EXPERT, SETTINGS, ZERO_SHOT, Setting
 
 # Models that no rule has merged: bounds and baselines, and what they are.
 REFERENCES = {
@@ -125,12 +125,19 @@ class Study:
         entries: Mergers first, then references.
         tasks: Names of the tasks; numbered where runs call them differently.
         notes: What a reader must know before reading on.
+        evaluation: The reading of the logits that is shown first.
     """
 
     runs: tuple[Run, ...]
     entries: tuple[Entry, ...]
     tasks: tuple[str, ...]
     notes: tuple[str, ...]
+    evaluation: Setting = SETTINGS[0]
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """Both readings of the logits, that of the study first."""
+        return (self.evaluation, *(setting for setting in SETTINGS if setting != self.evaluation))
 
     @property
     def num_finished(self) -> int:
@@ -191,7 +198,9 @@ def make_study(runs: Sequence[Run]) -> Study:
     cut = tuple(join_looks([run.until(common) for run in runs]))
     groups = _groups(cut)
     tasks, note = _task_names(cut)
-    return Study(cut, tuple(_entries(groups)), tuple(tasks), tuple(notes + note))
+    if len({run.evaluation for run in runs}) > 1:
+        notes.append(f"the runs go by different accuracies; {runs[0].evaluation} is shown first")
+    return Study(cut, tuple(_entries(groups)), tuple(tasks), tuple(notes + note), runs[0].evaluation)
 
 
 def _entries(groups: Mapping[str, Sequence[Run]]) -> Iterable[Entry]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Split: TypeAlias = Literal["train", "val", "test"]
 Transform: TypeAlias = Callable[[Any], Any]
+Evaluation: TypeAlias = Literal["task_agnostic", "task_aware"]
 
 _LONGEST_NAME = 40
 
@@ -68,9 +69,14 @@ class Stream(ABC):
     """A sequence of tasks over one common set of classes.
 
     Building a stream reads no data; labels are read when tasks, class names or images are first asked for.
+
+    Attributes:
+        kind: What kind of stream it is.
+        evaluation: Whether all classes compete when its models are compared, or those of the image's own task.
     """
 
     kind: str = "stream"
+    evaluation: Evaluation = "task_agnostic"
 
     @property
     @abstractmethod

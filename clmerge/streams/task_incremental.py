@@ -16,7 +16,8 @@ class TaskIncremental(MultiSourceStream):
     """One task per data set, such as the eight-data-set suite; no class is shared.
 
     Class ids are offset from data set to data set. A class name that occurs in two of them stays two classes,
-    shown as ``DATASET: NAME``; prompts use the plain name and each data set's own templates.
+    shown as ``DATASET: NAME``; prompts use the plain name and each data set's own templates. The task of an image is
+    known, so models are compared by task-aware accuracy unless told otherwise.
 
     Args:
         sources: the data sets in order, or a description of them.
@@ -32,6 +33,7 @@ class TaskIncremental(MultiSourceStream):
     """
 
     kind = "task-incremental"
+    evaluation = "task_aware"
 
     def __init__(
         self,

@@ -35,7 +35,12 @@ def passes(monkeypatch):
 
 
 RUN = SimpleNamespace(
-    has_validation=True, tasks=[0] * NUM_TASKS, base={}, name="run", folder=SimpleNamespace(path="run")
+    has_validation=True,
+    base={},
+    tasks=[0] * NUM_TASKS,
+    name="run",
+    evaluation="task_agnostic",
+    folder=SimpleNamespace(path="run"),
 )
 
 
