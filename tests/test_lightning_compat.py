@@ -13,9 +13,12 @@ from support.tiny import ForeignModule, toy_loader
 
 from clmerge.lightning_compat import (
     TaskProgressBar,
+    callbacks_of,
     logger_step,
+    put_callback,
     quiet_lightning,
     refuse_unsupported_strategy,
+    restore_callbacks,
     set_step_offset,
 )
 
@@ -87,6 +90,50 @@ def test_the_offset_survives_a_resume_from_a_checkpoint(tmp_path):
     resumed = fit(tmp_path, 1, ModelCheckpoint(**checkpoint), offset=0, ckpt_path=tmp_path / "last.ckpt")
     assert logged(tmp_path, 1, "train/loss") == [9, 10, 11]
     assert logger_step(resumed) == 12
+
+
+# Callbacks ----------------------------------------------------------------------------------------------------
+
+
+class Told(Callback):
+    def __init__(self, name, told):
+        self.name, self.told = name, told
+
+    def on_fit_start(self, trainer, pl_module):
+        self.told.append(f"start {self.name}")
+
+    def on_fit_end(self, trainer, pl_module):
+        self.told.append(f"end {self.name}")
+
+
+class Moving(Told):
+    """The last one at first, and from then on the first one."""
+
+    def setup(self, trainer, pl_module, stage):
+        put_callback(trainer, self, first=False)
+
+    def on_train_start(self, trainer, pl_module):
+        put_callback(trainer, self, first=True)
+
+    def teardown(self, trainer, pl_module, stage):
+        restore_callbacks(trainer)
+
+
+def test_hooks_are_called_in_the_order_that_callbacks_were_moved_to_and_back():
+    told = []
+    given = [Told("a", told), Moving("b", told), Moving("c", told), Told("d", told)]
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=given,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(ForeignModule(), toy_loader(0))
+    assert told == [*(f"start {name}" for name in "adbc"), *(f"end {name}" for name in "cbad")]
+    assert callbacks_of(trainer) == given
 
 
 # Strategies ---------------------------------------------------------------------------------------------------

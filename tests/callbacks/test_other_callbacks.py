@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import pytorch_lightning
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, Callback, EMAWeightAveraging, StochasticWeightAveraging
@@ -296,3 +297,50 @@ def test_parameters_that_appear_during_the_fit_are_named(model):
 
     with pytest.warns(RuntimeWarning, match=r"changed 2 parameters that are not merged, the first 'more\.weight'"):
         new_trainer(MergeCallback(MagMax()), Grow()).fit(model, toy_loader(0))
+
+
+# Lightning's other package -----------------------------------------------------------------------------------------
+
+
+class OtherPackageModule(pytorch_lightning.LightningModule):
+    """A backbone and a head of ``pytorch_lightning``, whose classes are not those of ``lightning.pytorch``."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
+        self.head = nn.Linear(6, 3)
+        self.inside = []
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.head(self.backbone(batch[0])), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.inside.append(weights(self))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+def test_the_other_package_of_lightning_is_no_exception(tmp_path):
+    torch.manual_seed(0)
+    model, merge = OtherPackageModule(), MergeCallback(TaskArithmetic(scale=0.5))
+    base = weights(model)
+    saving = pytorch_lightning.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    unfreezing = pytorch_lightning.callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=1)
+    trainer = pytorch_lightning.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        callbacks=[merge, unfreezing, saving],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, toy_loader(0))
+    expected = {name: base[name] + 0.5 * (theta - base[name]) for name, theta in weights(model).items()}
+    trainer.validate(model, toy_loader(1), ckpt_path="last")
+    assert merge.num_tasks == 1
+    assert not torch.equal(expected["backbone.0.weight"], base["backbone.0.weight"])
+    for inside in model.inside:
+        torch.testing.assert_close(inside, expected, rtol=1e-6, atol=1e-6)
+    state = torch.load(saving.last_model_path, weights_only=True)["callbacks"][merge.state_key]
+    assert (state["num_tasks"], state["pending"]) == (1, False)
