@@ -15,7 +15,8 @@ from clmerge.checkpoints.groups import Group, assign
 from clmerge.checkpoints.ledger import UNKNOWN, Ledger, as_plain, input_files, versions
 from clmerge.checkpoints.names import align_names
 from clmerge.checkpoints.output import check_target, new_output
-from clmerge.checkpoints.policy import Policy, decide, describe_rows
+from clmerge.checkpoints.policy import Policy, decide, describe_rows, is_left_out
+from clmerge.checkpoints.positions import fit_positions
 from clmerge.checkpoints.reader import Checkpoint, Entry, describe, float_dtype
 from clmerge.checkpoints.vectors import CheckpointVectors, Origin, check_statistics
 from clmerge.checkpoints.writer import sha256_of
@@ -76,18 +77,23 @@ class CheckpointMerge:
         for model in self.models:
             align_names(model, self.base, self.base.source)
         wanted = None if dtype is None else float_dtype(dtype)
+        dtypes = {name: entry.dtype for name, entry in self.base.entries.items()}
+        parts = assign(self.base.entries, groups, merger)
+        left = {name for part in parts if part.merger is None for name in part.names}
+        self.notes = fit_positions(
+            self.base, self.models, lambda name: name not in left and not is_left_out(name, include, exclude)
+        )
         self.entries = {
-            name: Entry(entry.shape, wanted or entry.dtype) if entry.dtype.is_floating_point else entry
+            name: Entry(entry.shape, wanted or dtypes[name]) if entry.dtype.is_floating_point else entry
             for name, entry in self.base.entries.items()
         }
-        parts = assign(self.base.entries, groups, merger)
         self.policy: Policy = decide(
             self.base,
             self.models,
             include=include,
             exclude=exclude,
             strict=strict,
-            left=[name for part in parts if part.merger is None for name in part.names],
+            left=left,
             patterns=[pattern for part in parts for pattern in part.match],
         )
         self.parts = [part for part in assign(self.policy.merged, groups, merger) if part.names]
@@ -137,7 +143,7 @@ class CheckpointMerge:
         lines = [f"merger  {part}" for part in self.parts]
         lines.append(f"base    {describe(self.base)}")
         lines += [f"task {task:<3}{describe(model)}" for task, model in enumerate(self.models)]
-        lines += [line for model in (self.base, *self.models) for line in _left_out(model)]
+        lines += [*self.notes, *(line for model in (self.base, *self.models) for line in _left_out(model))]
         lines += ["", *describe_rows(self.policy.rows), ""]
         what = ", the weights themselves" if self.origin == "zero" else ""
         merged = sum(sizes[name] for name in self.policy.merged)

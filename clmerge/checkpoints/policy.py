@@ -110,7 +110,7 @@ def decide(
     wanted = [
         name
         for name, entry in base.entries.items()
-        if entry.dtype.is_floating_point and name not in left and not _is_left_out(name, include, exclude)
+        if entry.dtype.is_floating_point and name not in left and not is_left_out(name, include, exclude)
     ]
     _check_fit(base, models, wanted, [*policy.merged, *policy.tied])
     if strict and policy.problems:
@@ -147,7 +147,7 @@ def _treatment(
         return "copied", "integer, bool or complex", "", False
     if any(fnmatchcase(name, pattern) for pattern in _STATISTICS):
         return "copied", "running statistics", "", False
-    if _is_left_out(name, include, exclude):
+    if is_left_out(name, include, exclude):
         return "copied", "left out by --include or --exclude", "", False
     if models and all(model.is_task_vector and name not in model.entries for model in models):
         return "copied", "in no task vector", "", False
@@ -165,7 +165,8 @@ def _treatment(
     return *_MERGED[:2], "", False
 
 
-def _is_left_out(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+def is_left_out(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Return whether the patterns leave a tensor as the base has it."""
     included = not include or any(fnmatchcase(name, pattern) for pattern in include)
     return not included or any(fnmatchcase(name, pattern) for pattern in exclude)
 

@@ -90,6 +90,7 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         self.renamed: list[str] = []
         self.left_out: list[str] = []
         self._in_file: dict[str, str] = {}
+        self._replaced: dict[str, Tensor] = {}
 
     @abstractmethod
     def _read(self, name: str) -> Tensor:
@@ -107,6 +108,8 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
             name: Its name.
             piece: The entries that are wanted of the flat tensor. Default: all, in its shape.
         """
+        if name in self._replaced:
+            return self._replaced[name] if piece is None else self._replaced[name].reshape(-1)[piece]
         stored = self.stored(name)
         return self._read(stored) if piece is None else self._read_piece(stored, piece)
 
@@ -127,6 +130,16 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         """
         self.entries[name] = self.entries[present]
         self._in_file[name] = self.stored(present)
+
+    def replace(self, name: str, tensor: Tensor) -> None:
+        """Give another tensor under a name than the file has.
+
+        Args:
+            name: Its name.
+            tensor: On the CPU.
+        """
+        self.entries[name] = Entry(tuple(tensor.shape), tensor.dtype)
+        self._replaced[name] = tensor
 
     def rename(self, new_name: Callable[[str], str | None]) -> None:
         """Give every tensor another name; those whose new name is None are left out.

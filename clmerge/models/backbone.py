@@ -140,7 +140,8 @@ class OpenClip(Backbone):
             return
         state, self.read = _weights_of(file, self.model, weights)
         with TemporaryDirectory() as folder:
-            # open_clip converts names and resamples positions only of what it reads from a file.
+            # open_clip converts names and resamples positions only of what it reads from a file, in float32 at least.
+            state = {k: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for k, v in state.items()}
             torch.save(state, Path(folder, "weights.pt"))
             open_clip.load_checkpoint(self.model, str(Path(folder, "weights.pt")))
 
