@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from clmerge.models import Backbone, Full, Head, Tuning, ZeroShotHead
@@ -85,6 +86,9 @@ class ContinualClassifier(LightningModule):
         self.old_classes: list[int] = []
         self._task_classes: list[int] = []
         self._seen_classes: list[int] = []
+        # Metrics add up sums and counts over processes; Lightning's own mean averages the shares' rounded sizes.
+        self.val_loss = MeanMetric(nan_strategy="disable")
+        self.val_accuracy = MeanMetric(nan_strategy="disable")
         self.tuning = Full() if tuning is None else tuning
         self.trained_names = tuple(f"backbone.model.{name}" for name in self.tuning.prepare(backbone))
         if regularizers and not self.trained_names:
@@ -176,9 +180,10 @@ class ContinualClassifier(LightningModule):
             loss, terms = regularized_loss(self, images, labels)
         else:
             loss = self.loss(self(images), labels)
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        # Every process has equally many images in a training step, so that the mean of their means is exact.
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         for name, term in terms.items():
-            self.log(f"train/{name}", term.detach())
+            self.log(f"train/{name}", term.detach(), sync_dist=True)
             loss = loss + term
         # Lightning keeps an "epoch" that a module logs itself; its own would start at 0 again in every task.
         self.log("epoch", float(self.epoch_offset + self.current_epoch))
@@ -189,11 +194,16 @@ class ContinualClassifier(LightningModule):
         images, labels = batch[0], batch[1]
         logits = self(images)
         columns = torch.tensor(self._task_classes, device=logits.device)
-        correct = (columns[logits[:, columns].argmax(dim=1)] == labels).float().mean()
-        self.log("val/loss", self.loss(logits, labels), batch_size=len(labels), sync_dist=True)
-        self.log("val/accuracy", correct, batch_size=len(labels), sync_dist=True, prog_bar=True)
-        epoch = float(self.epoch_offset + self.current_epoch)
-        self.log("epoch", epoch, batch_size=len(labels), sync_dist=True)
+        # Once per image: torchmetrics ignores weights where it does not look for NaN, and drops NaN where it does.
+        self.val_loss.update(self.loss(logits, labels).expand(len(labels)))
+        self.val_accuracy.update((columns[logits[:, columns].argmax(dim=1)] == labels).float())
+        self.log("val/loss", self.val_loss)
+        self.log("val/accuracy", self.val_accuracy, prog_bar=True)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        # One value a process, all of them equal: their mean is exact.
+        self.log("epoch", float(self.epoch_offset + self.current_epoch), sync_dist=True)
 
     @override
     def configure_optimizers(self) -> Any:

@@ -1,6 +1,7 @@
 """The Trainers of a run: a new one with fresh callbacks for every fit and every evaluation."""
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,43 @@ from clmerge.lightning_compat import TaskProgressBar, logger_step, set_step_offs
 from clmerge.run_folder import AtomicCheckpointIO, RunFolder
 
 TrainerFactory = Callable[..., Trainer]
+# Options that would leave images out of every figure of a run, each with the value that leaves none out.
+_WHOLE: Mapping[str, tuple[float, str]] = {
+    "fast_dev_run": (
+        0.0,
+        "it trains and tests on one batch and keeps neither checkpoints nor logs",
+    ),  # first: it sets the others
+    "limit_test_batches": (1.0, "all tasks are tested in one pass, so the last of them would lose images unnoticed"),
+    "limit_predict_batches": (1.0, "all tasks are predicted in one pass, so the last of them would lose images"),
+    "overfit_batches": (0.0, "it trains and validates on the same few images of every task"),
+}
+
+
+def require_whole(options: Mapping[str, Any]) -> None:
+    """Raise a ValueError for an argument of the Trainer that would cut short what a run measures.
+
+    Args:
+        options: Arguments or attributes of a Trainer by name; what is None or absent has its default.
+    """
+    for name, (whole, reason) in _WHOLE.items():
+        value = options.get(name)
+        # An int counts batches where a float is a share: 1 is one batch, 1.0 all of them.
+        if value is not None and (value != whole or (whole == 1.0 and isinstance(value, int))):
+            raise ValueError(
+                f"expected no trainer.{name}, got {value}: {reason}; for a short run set trainer.max_steps"
+            )
+
+
+def partial_lines(trainer: Trainer) -> list[str]:
+    """Say which part of the images is trained or validated on where it is not all of them, a line each."""
+    verbs = {"limit_train_batches": "trains", "limit_val_batches": "validates"}
+    limits = {name: getattr(trainer, name) for name in verbs}
+    return [
+        f"trainer.{name}={limit}: an epoch {verbs[name]} on "
+        + (f"{limit} batches at most" if isinstance(limit, int) else f"{limit:.0%} of the batches")
+        for name, limit in limits.items()
+        if limit and (limit != 1.0 or isinstance(limit, int))
+    ]
 
 
 class Trainers:
@@ -32,6 +70,7 @@ class Trainers:
         self.run = run
         self.loggers = loggers
         self.progress = progress
+        self._told = False
 
     @cached_property
     def device(self) -> torch.device:
@@ -69,7 +108,12 @@ class Trainers:
             enable_version_counter=False,
         )
         own = [*callbacks, EpochSeed(seed), EpochLines(label), saving]
-        return self._build(label, logger=list(self.loggers) or False, callbacks=own, **options)
+        trainer = self._build(label, logger=list(self.loggers) or False, callbacks=own, **options)
+        if self.run.writes and not self._told:
+            for line in partial_lines(trainer):
+                print(line, file=sys.stderr, flush=True)
+        self._told = True
+        return trainer
 
     def fit(self, trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: Path) -> None:
         """Fit, from the checkpoint of the last epoch if there is one, and count steps and epochs in the manifest.
@@ -90,7 +134,7 @@ class Trainers:
     def _build(
         self, label: str, *, logger: list[Logger] | Literal[False], callbacks: list[Callback], **options: Any
     ) -> Trainer:
-        return self.factory(
+        trainer = self.factory(
             logger=logger,
             callbacks=[*callbacks, *([TaskProgressBar(label)] if self.progress else [])],
             plugins=[AtomicCheckpointIO()],
@@ -101,3 +145,5 @@ class Trainers:
             num_sanity_val_steps=0,
             **options,
         )
+        require_whole({name: getattr(trainer, name) for name in _WHOLE})
+        return trainer

@@ -1,18 +1,25 @@
 import csv
+import json
 import math
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from support.tiny import tiny_clip
+from support.toy_backbone import ToyBackbone
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from clmerge.models import CosineHead, LinearHead, OpenClip, Partial
 from clmerge.modules import ContinualClassifier, lr_factor
+from clmerge.streams.samplers import ShardSampler
 
 PROMPTS = [[f"class {c}", f"a {c}"] for c in range(5)]
 ADAM = partial(torch.optim.AdamW, lr=0.02)
@@ -309,3 +316,77 @@ def test_a_resumed_growing_head_takes_its_blocks_from_the_saved_weights(make):
     images = loader().dataset.tensors[0]
     assert torch.equal(twin(images), module(images))
     assert twin(images)[:, [3, 4]].max() == -math.inf
+
+
+class Shares(LightningDataModule):
+    """Eight training images, and seven for validation, of which two processes have four and three."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.images = torch.randn(15, 3, 4, 4, generator=generator)
+        self.labels = torch.arange(15) % 3
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(self.images[:8], self.labels[:8]), batch_size=8 // self.trainer.world_size)
+
+    def val_dataloader(self):
+        images = TensorDataset(self.images[8:], self.labels[8:])
+        placement = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
+        return DataLoader(images, batch_size=2, sampler=ShardSampler(images, **placement))
+
+
+def logged(**options):
+    """Fit one step with a learning rate of zero; return what was logged, and the rank."""
+    torch.manual_seed(0)
+    backbone = ToyBackbone()
+    backbone.model = backbone.model[:2]  # without batch norm and dropout
+    module = ContinualClassifier(backbone, LinearHead(), optimizer=partial(torch.optim.SGD, lr=0.0))
+    module.begin_stream(3)
+    module.begin_task(range(3))
+    module.epoch_offset = 4
+    runner = trainer(max_epochs=1, log_every_n_steps=1, **options)
+    runner.fit(module, datamodule=Shares())
+    return {name: float(value) for name, value in runner.callback_metrics.items()}, runner.global_rank
+
+
+LOGGED = """
+import json, sys, warnings
+from pathlib import Path
+warnings.filterwarnings("ignore")
+from test_modules import logged
+
+found, rank = logged(strategy="ddp", devices=2)
+Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_with_uneven_shares_log_the_figures_of_one(tmp_path):
+    (tmp_path / "script.py").write_text(LOGGED)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        timeout=240,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    expected, _ = logged()
+    assert expected["epoch"] == 4
+    assert 0 < expected["val/accuracy"] < 1
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["epoch"] == expected["epoch"]
+        assert found["val/accuracy"] == expected["val/accuracy"]
+        assert found == pytest.approx(expected, abs=1e-5), "the mean over all images, whoever had them"
+
+
+def test_a_validation_loss_that_is_not_a_number_is_shown(make):
+    module = make(task=(1, 3))
+    images, labels = loader().dataset.tensors
+    images[0] = math.nan
+    run = trainer()
+    run.validate(module, DataLoader(TensorDataset(images, labels), batch_size=5), verbose=False)
+    assert math.isnan(run.callback_metrics["val/loss"])

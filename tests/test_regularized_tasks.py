@@ -47,7 +47,7 @@ def learner(
 
 
 def build(extra=(), **given):
-    options = {"max_epochs": 2, "limit_train_batches": 3, "limit_test_batches": 1, "accelerator": "cpu"} | given
+    options = {"max_epochs": 2, "limit_train_batches": 3, "accelerator": "cpu"} | given
     return Trainer(**options | {"callbacks": [*given["callbacks"], *extra]})
 
 
@@ -202,7 +202,7 @@ from clmerge.weights import fingerprint
 out = Path(sys.argv[1])
 
 def build(**given):
-    options = dict(max_epochs=1, limit_train_batches=2, limit_test_batches=1, accelerator="cpu")
+    options = dict(max_epochs=1, limit_train_batches=2, accelerator="cpu")
     options |= dict(devices=2, strategy="ddp")
     trainer = Trainer(**options | given)
     ranks.append(trainer.global_rank)

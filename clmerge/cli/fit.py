@@ -23,7 +23,6 @@ _OWNED_BY_LEARNER = {
     "default_root_dir",
     "enable_checkpointing",
     "enable_model_summary",
-    "fast_dev_run",
     "logger",
     "num_sanity_val_steps",
 }
@@ -195,6 +194,7 @@ def _run(arguments: Sequence[str], *, resume: str | None) -> int:
     from clmerge.loggers import describe_run
     from clmerge.names import file_name
     from clmerge.run_folder import RunFolder
+    from clmerge.trainers import require_whole
 
     parser = build_parser()
     config = parser.parse_args(list(arguments))
@@ -202,6 +202,7 @@ def _run(arguments: Sequence[str], *, resume: str | None) -> int:
         parser.error("expected --stream or a --config that has one, got neither")
     is_main = getattr(rank_zero_only, "rank", 0) == 0
     try:
+        require_whole(config.trainer.as_dict())
         seed_everything(config.seed, workers=True, verbose=False)
         objects = parser.instantiate(config)
         objects.data.seed = config.seed
