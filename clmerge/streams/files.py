@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
+from clmerge.streams.decoding import open_image
 from clmerge.streams.sources import LabelledImages
 
 if TYPE_CHECKING:
@@ -32,10 +33,11 @@ class FileImages(LabelledImages):
 
     @override
     def image(self, index: int) -> Image:
-        import PIL.Image
+        return open_image(self.paths[index])
 
-        with PIL.Image.open(self.paths[index]) as image:
-            return image.convert("RGB")
+    @override
+    def where(self, index: int) -> str:
+        return str(self.paths[index])
 
     def select(self, indices: Sequence[int]) -> FileImages:
         """Return the images at the given positions."""
@@ -46,8 +48,12 @@ def read_lines(path: Path, what: str) -> list[str]:
     """Return the non-empty lines of a text file without surrounding blanks.
 
     Raises:
-        RuntimeError: if there is no such file; the message says ``what`` was expected there.
+        RuntimeError: if there is no such file, or none in UTF-8; the message says ``what`` was expected there.
     """
     if not path.is_file():
         raise RuntimeError(f"expected {what} at {path.absolute()}, found no such file")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise RuntimeError(f"expected {what} in UTF-8 at {path.absolute()}, got other bytes ({error})") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]

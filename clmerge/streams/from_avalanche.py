@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
+from clmerge.streams.decoding import as_rgb
 from clmerge.streams.layout import split_plan
 from clmerge.streams.sources import LabelledImages
 from clmerge.streams.splits import stratified_cut
@@ -68,7 +69,7 @@ def as_pil(image: Any) -> Image:
             f"expected images from the Avalanche benchmark (PIL, or tensors in [0, 1]), got {form}: build "
             "it with train_transform=None and eval_transform=None, the backbone brings its own transforms"
         )
-    return image.convert("RGB")
+    return as_rgb(image)
 
 
 class FromAvalanche(Stream):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
+from clmerge.streams.decoding import UnreadableImageError
 from clmerge.streams.stream import SplitPlan, Transform
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class ImageDataset(Dataset[tuple[Any, int]]):
@@ -18,11 +22,13 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     Args:
         plan: which images, and their global class ids.
         transform: applied to the RGB PIL image; None returns the image as it is.
+        label: what the images are, for messages.
     """
 
-    def __init__(self, plan: SplitPlan, transform: Transform | None) -> None:
+    def __init__(self, plan: SplitPlan, transform: Transform | None, *, label: str = "images") -> None:
         self.plan = plan
         self.transform = transform
+        self.label = label
 
     @property
     def targets(self) -> list[int]:
@@ -33,8 +39,23 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         return len(self.plan.indices)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = self.plan.images.image(self.plan.indices[index])
+        image = self.image(index)
         return (image if self.transform is None else self.transform(image)), self.plan.targets[index]
+
+    def image(self, index: int) -> Image:
+        """Return one image in mode RGB, before the transform.
+
+        Raises:
+            UnreadableImageError: if it cannot be decoded; the message names the image and the task.
+        """
+        position = self.plan.indices[index]
+        try:
+            return self.plan.images.image(position)
+        except UnreadableImageError as error:
+            reason = str(error)
+        except Exception as error:  # of a source that is not ours: torchvision's, Avalanche's
+            reason = f"expected an image, got {error or type(error).__name__} ({self.plan.images.where(position)})"
+        raise UnreadableImageError(f"{reason}, in the {self.label}")
 
 
 def subset(images: ImageDataset, positions: Sequence[int]) -> ImageDataset:
@@ -46,4 +67,4 @@ def subset(images: ImageDataset, positions: Sequence[int]) -> ImageDataset:
     """
     plan = images.plan
     indices, targets = (tuple(values[p] for p in positions) for values in (plan.indices, plan.targets))
-    return ImageDataset(SplitPlan(plan.images, indices, targets), images.transform)
+    return ImageDataset(SplitPlan(plan.images, indices, targets), images.transform, label=images.label)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,8 +33,8 @@ class NpzSource(DataSource):
             plain one (default: those of the data set called ``name``).
 
     Raises:
-        RuntimeError: if the file or one of its arrays is missing (when first needed).
-        ValueError: if an array has the wrong shape, or there are no class names.
+        RuntimeError: if the file or one of its arrays is missing or damaged (when first needed).
+        ValueError: if an array has the wrong shape or type, or there are no class names.
     """
 
     def __init__(
@@ -59,6 +61,11 @@ class NpzSource(DataSource):
         found = self._arrays(["classes"])
         if not found:
             raise ValueError(f"expected class names, but {self.path} has no array 'classes': pass names=[...]")
+        if found["classes"].ndim != 1:
+            raise ValueError(
+                f"expected one class name per class id in 'classes' of {self.path}, got an array of shape "
+                f"{found['classes'].shape}"
+            )
         return [readable(str(name)) for name in found["classes"]]
 
     def _arrays(self, keys: list[str]) -> dict[str, np.ndarray]:
@@ -66,9 +73,14 @@ class NpzSource(DataSource):
 
         if not self.path.is_file():
             raise RuntimeError(f"expected an .npz file in MedMNIST's layout at {self.path.absolute()}, found none")
-        # Without pickle an archive is plain numbers and cannot run code.
-        with np.load(self.path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in keys if key in archive}
+        try:
+            # Without pickle an archive is plain numbers and cannot run code.
+            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+                return {key: archive[key] for key in keys if key in archive}
+        except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            raise RuntimeError(
+                f"expected an .npz file of plain arrays at {self.path.absolute()}, got {error}"
+            ) from error
 
     @override
     def _load(self, split: str) -> LabelledImages:
@@ -85,7 +97,9 @@ class NpzSource(DataSource):
                 f"expected one label per image, {keys[1]} of shape (num_images,) or (num_images, 1), got "
                 f"shape {labels.shape} in {self.path}"
             )
-        return ArrayImages(found[keys[0]], labels.tolist())
+        if labels.dtype.kind not in "iu":
+            raise ValueError(f"expected whole numbers as labels in {keys[1]} of {self.path}, got {labels.dtype}")
+        return ArrayImages(found[keys[0]], labels.tolist(), origin=f"{keys[0]} of {self.path}")
 
     @override
     def _load_validation(self) -> LabelledImages | None:

@@ -73,7 +73,7 @@ class Images(Dataset[tuple[Any, int]]):
     @property
     def nbytes(self) -> int:
         """Bytes of the decoded images, three a pixel; all of one data set count as large as its first."""
-        first = [(len(part), part.plan.images.image(part.plan.indices[0])) for part in self.parts]
+        first = [(len(part), part.image(0)) for part in self.parts]
         return sum(3 * number * image.width * image.height for number, image in first)
 
     def __len__(self) -> int:

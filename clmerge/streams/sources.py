@@ -32,6 +32,10 @@ class LabelledImages(ABC):
     def image(self, index: int) -> Image:
         """Return image ``index`` in mode RGB."""
 
+    def where(self, index: int) -> str:
+        """Say where image ``index`` comes from, such as its file."""
+        return f"image {index}"
+
     def __getitem__(self, index: int) -> tuple[Image, int]:
         return self.image(index), self.targets[index]
 
@@ -42,20 +46,24 @@ class ArrayImages(LabelledImages):
     Args:
         images: ``(num_images, height, width)`` grey or ``(num_images, height, width, 3)`` RGB, uint8.
         targets: class id of every image, length ``num_images``.
+        origin: where the array comes from, for messages (default: not told).
 
     Raises:
         ValueError: if the array has another shape or type, or the lengths differ.
     """
 
-    def __init__(self, images: np.ndarray, targets: Sequence[int]) -> None:
+    def __init__(self, images: np.ndarray, targets: Sequence[int], *, origin: str = "") -> None:
+        self.origin = f" of {origin}" if origin else ""
         grey = images.ndim == 3
         if str(images.dtype) != "uint8" or not (grey or (images.ndim == 4 and images.shape[3] == 3)):
             raise ValueError(
                 "expected uint8 images, (num_images, height, width) or (num_images, height, width, 3), "
-                f"got {images.dtype} of shape {images.shape}"
+                f"got {images.dtype} of shape {images.shape}{self.origin}"
             )
         if len(images) != len(targets):
-            raise ValueError(f"expected one label per image, got {len(images)} images and {len(targets)} labels")
+            raise ValueError(
+                f"expected one label per image, got {len(images)} images{self.origin} and {len(targets)} labels"
+            )
         self.images = images
         self.targets = [int(target) for target in targets]
 
@@ -64,6 +72,10 @@ class ArrayImages(LabelledImages):
         import PIL.Image
 
         return PIL.Image.fromarray(self.images[index]).convert("RGB")
+
+    @override
+    def where(self, index: int) -> str:
+        return f"image {index}{self.origin}"
 
 
 class ImageSubset(LabelledImages):
@@ -82,6 +94,10 @@ class ImageSubset(LabelledImages):
     @override
     def image(self, index: int) -> Image:
         return self.images.image(self.indices[index])
+
+    @override
+    def where(self, index: int) -> str:
+        return self.images.where(self.indices[index])
 
 
 class DataSource(ABC):
@@ -149,7 +165,7 @@ class DataSource(ABC):
             if not 0 <= target < num_classes:
                 raise ValueError(
                     f"expected labels in 0..{num_classes - 1} ({num_classes} class names), got {target} for "
-                    f"image {index} of the {split} split of {self.name}"
+                    f"{images.where(index)} in the {split} split of {self.name}"
                 )
         return images
 

@@ -18,6 +18,7 @@ Transform: TypeAlias = Callable[[Any], Any]
 Evaluation: TypeAlias = Literal["task_agnostic", "task_aware"]
 
 _LONGEST_NAME = 40
+_SPLIT_NAMES: dict[Split, str] = {"train": "training", "val": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ class Stream(ABC):
             raise ValueError(f"expected a task in 0..{len(plans) - 1} of stream {self.name}, got {task}")
         if split not in plans[task]:
             raise ValueError(f"expected a split in {sorted(plans[task])}, got {split!r}")
-        return ImageDataset(plans[task][split], transform)
+        label = f"{_SPLIT_NAMES[split]} images of task {task + 1}, {self._plan.tasks[task].name}"
+        return ImageDataset(plans[task][split], transform, label=label)
 
 
 def safe_name(text: str) -> str:

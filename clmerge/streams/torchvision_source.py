@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 from typing_extensions import override
 
 from clmerge.streams import class_names as names
+from clmerge.streams.decoding import as_rgb
 from clmerge.streams.sources import DataSource, ImageSubset, LabelledImages, Templates
 from clmerge.streams.splits import stratified_cut
 
@@ -155,7 +156,11 @@ class TorchvisionImages(LabelledImages):
     @override
     def image(self, index: int) -> Image:
         image: Image = self.dataset[index][0]
-        return image.convert("RGB")
+        return as_rgb(image)
+
+    @override
+    def where(self, index: int) -> str:
+        return f"image {index} of torchvision's {type(self.dataset).__name__}"
 
 
 class TorchvisionSource(DataSource):

@@ -45,5 +45,46 @@ def test_several_labels_per_image(tmp_path):
 
 def test_pickled_arrays_are_refused(tmp_path):
     np.savez(tmp_path / "bad.npz", train_images=np.array([object()]), train_labels=np.array([0]))
-    with pytest.raises(ValueError, match="allow_pickle=False"):
+    with pytest.raises(RuntimeError, match=r"bad\.npz, got .*allow_pickle=False"):
         NpzSource(tmp_path / "bad.npz", names=["a"]).train()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"train_labels": np.array([0.0, 1.5])}, r"whole numbers as labels in train_labels of .*bad\.npz, got float64"),
+        ({"train_labels": np.array(["a", "b"])}, r"whole numbers as labels in train_labels of .*bad\.npz, got <U1"),
+        (
+            {"train_labels": np.array([0, 3])},
+            r"labels in 0\.\.1 .*got 3 for image 1 of train_images of .*bad\.npz in the",
+        ),
+        ({"train_labels": np.array([0, -1])}, r"labels in 0\.\.1 .*got -1 for image 1 of train_images of .*bad\.npz"),
+        (
+            {"train_labels": np.array([0])},
+            r"one label per image, got 2 images of train_images of .*bad\.npz and 1 labels",
+        ),
+        (
+            {"train_images": pixels(2) / 255},
+            r"uint8 images.*float64 of shape \(2, 8, 8\) of train_images of .*bad\.npz",
+        ),
+        (
+            {"train_images": pixels(2).astype("uint16")},
+            r"uint8 images.*uint16 of shape .* of train_images of .*bad\.npz",
+        ),
+        ({"classes": np.array([["x", "y"]])}, r"class name per class id in 'classes' of .*bad\.npz"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named_with_their_file(tmp_path, arrays, message):
+    good = {"train_images": pixels(2), "train_labels": np.array([0, 1]), "classes": np.array(["x", "y"])}
+    np.savez(tmp_path / "bad.npz", **good | arrays)
+    with pytest.raises(ValueError, match=message):
+        NpzSource(tmp_path / "bad.npz").train()
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    np.savez(tmp_path / "bad.npz", train_images=pixels(2), train_labels=np.array([0, 1]), classes=np.array(["x", "y"]))
+    data = (tmp_path / "bad.npz").read_bytes()
+    for content in (data[: len(data) // 2], b"", b"text", data[:60] + bytes(40) + data[100:]):
+        (tmp_path / "bad.npz").write_bytes(content)
+        with pytest.raises(RuntimeError, match=r"plain arrays at .*bad\.npz, got"):
+            NpzSource(tmp_path / "bad.npz").train()

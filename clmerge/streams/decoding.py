@@ -1,0 +1,99 @@
+"""From an image file of any kind to eight-bit RGB, without losing what a person would see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
+_TIFF_BITS = 258
+# Formats whose mode "I" is known to hold 16 bits.
+_SIXTEEN_BITS = ("PNG", "PPM")
+
+
+class UnreadableImageError(RuntimeError):
+    """An image that cannot be decoded; the message names it and says why.
+
+    Args:
+        message: what is wrong. A worker process hands its whole traceback over, of which the last message is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+def open_image(path: Path) -> Image:
+    """Decode an image file, upright as its EXIF orientation says; of several frames or pages the first.
+
+    Returns:
+        An image of mode RGB.
+
+    Raises:
+        UnreadableImageError: if there is no such file, or no image in it that `as_rgb` can show.
+    """
+    import PIL.Image
+    from PIL import ImageOps
+
+    try:
+        with PIL.Image.open(path) as image:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return as_rgb(image)
+    # Damaged files raise about anything: OSError, SyntaxError, struct.error, zlib.error, DecompressionBombError.
+    except Exception as error:
+        raise UnreadableImageError(f"expected an image in {path}, got {_what_is_there(path, error)}") from error
+
+
+def as_rgb(image: Image) -> Image:
+    """Return an image in mode RGB.
+
+    Grey of 16 bits (modes I;16 and, from PNG and PGM files, I) is scaled to 8, so that 65535 becomes 255; Pillow's own
+    conversion cuts off everything above 255. Transparent pixels are laid over white; Pillow's own conversion shows
+    whatever colour they hide, often black. CMYK, palettes and one-bit images are converted as Pillow does it.
+
+    Args:
+        image: an image of any mode.
+
+    Raises:
+        ValueError: if the range of its values is not known (32-bit integers or floats).
+    """
+    import PIL.Image
+
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS):
+        return _from_sixteen_bits(image)
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floats"
+        raise ValueError(f"pixels that are {kind}, of which no value is known to be white: save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", layers.size, "white")
+        return PIL.Image.alpha_composite(white, layers).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_sixteen_bits(image: Image) -> Image:
+    import numpy as np
+    import PIL.Image
+
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_TIFF_BITS, (16,))
+    top = 2 ** int(bits[0] if isinstance(bits, tuple) else bits) - 1
+    values = np.asarray(image).astype(np.float64).clip(0, top)
+    if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        values = top - values
+    return PIL.Image.fromarray((values * (255.0 / top)).round().astype(np.uint8)).convert("RGB")
+
+
+def _what_is_there(path: Path, error: Exception) -> str:
+    if path.is_dir():
+        return "a folder"
+    if not path.exists():
+        return "no such file"
+    if path.is_file() and not path.stat().st_size:
+        return "an empty file"
+    return " ".join(str(error).split()) or type(error).__name__
