@@ -14,8 +14,11 @@ from clmerge.streams.files import FileImages
 from clmerge.streams.image_folder import ImageFolderSource
 from clmerge.streams.orders import DOMAIN_ORDERS
 from clmerge.streams.sources import DataSource, LabelledImages, Templates
+from clmerge.streams.split_folders import Role, split_folders, usual_splits
 
 Domains: TypeAlias = Literal["magmax_domainnet", "magmax_imagenet_r"] | list[str]
+
+_TRAIN_AND_TEST: tuple[Role, Role] = ("train", "test")
 
 
 class SourceGroup(ABC):
@@ -47,12 +50,14 @@ def domain_names(domains: Domains) -> list[str]:
 class DomainFolders(SourceGroup):
     """A tree of domains: ``ROOT/DOMAIN/CLASS/*``, ``ROOT/DOMAIN/{train,test}/CLASS/*`` or the split on top.
 
+    Usual names of splits are recognised as `ImageFolderSource` does it.
+
     Args:
         root: the tree.
         domains: names of the domains in order, or the name of a published order.
         split_first: whether the tree is ``ROOT/{train,test}/DOMAIN/CLASS/*``.
-        train_folder: name of the train folder.
-        test_folder: name of the test folder.
+        train_folder: name of the train folder (default: the one with such a name).
+        test_folder: name of the test folder (default: the one with such a name).
         test_fraction: share of each class held out as the test split where there is no train folder.
         seed: seed of that cut.
         templates: prompt templates, or the name of the data set whose templates to use, e.g. "DomainNet".
@@ -64,8 +69,8 @@ class DomainFolders(SourceGroup):
         *,
         domains: Domains,
         split_first: bool = False,
-        train_folder: str = "train",
-        test_folder: str = "test",
+        train_folder: str | None = None,
+        test_folder: str | None = None,
         test_fraction: float = 0.2,
         seed: int = 0,
         templates: Templates = None,
@@ -81,18 +86,45 @@ class DomainFolders(SourceGroup):
 
     @override
     def sources(self) -> list[DataSource]:
-        return [
-            ImageFolderSource(
-                self.root if self.split_first else self.root / domain,
-                name=domain,
-                train_folder=f"{self.train_folder}/{domain}" if self.split_first else self.train_folder,
-                test_folder=f"{self.test_folder}/{domain}" if self.split_first else self.test_folder,
-                test_fraction=self.test_fraction,
-                seed=self.seed,
-                templates=self.templates,
+        return [self._split_first(domain) if self.split_first else self._source(domain) for domain in self.domains]
+
+    def _source(self, domain: str) -> DataSource:
+        folder = self.root / domain
+        if (
+            not folder.is_dir()
+            and self.root.is_dir()
+            and all(usual_splits(self.root)[role] for role in _TRAIN_AND_TEST)
+        ):
+            raise RuntimeError(
+                f"expected a folder of domain {domain!r} in {self.root.absolute()}, found folders of splits: set "
+                "split_first=true where the domains are in them"
             )
-            for domain in self.domains
-        ]
+        return ImageFolderSource(
+            folder,
+            name=domain,
+            train_folder=self.train_folder,
+            test_folder=self.test_folder,
+            test_fraction=self.test_fraction,
+            seed=self.seed,
+            templates=self.templates,
+        )
+
+    def _split_first(self, domain: str) -> DataSource:
+        splits = split_folders(self.root, train=self.train_folder, test=self.test_folder, val=None)
+        if splits.test is None:
+            raise RuntimeError(
+                f"expected train and test folders in {self.root.absolute()}, as split_first says, found none: name "
+                "them with train_folder and test_folder"
+            )
+        has_val = splits.val is not None and (splits.val / domain).is_dir()
+        return ImageFolderSource(
+            self.root,
+            name=domain,
+            train_folder=str((splits.train / domain).relative_to(self.root)),
+            test_folder=str((splits.test / domain).relative_to(self.root)),
+            val_folder=str((splits.val / domain).relative_to(self.root)) if has_val and splits.val else None,
+            templates=self.templates,
+        )
 
 
 class DomainLists(SourceGroup):
@@ -177,12 +209,20 @@ class _PrefixSource(DataSource):
 
     @override
     def _load(self, split: str) -> LabelledImages:
-        images = self.source.train() if split == "train" else self.source.test()
+        found = self._own(self.source.train() if split == "train" else self.source.test())
+        if not len(found):
+            raise RuntimeError(
+                f"expected file names that begin with {self.name + self.separator!r} in the {split} split of "
+                f"{self.source.root}, found none"
+            )
+        return found
+
+    @override
+    def _load_validation(self) -> LabelledImages | None:
+        images = self.source.val()
+        return None if images is None else self._own(images)
+
+    def _own(self, images: LabelledImages) -> FileImages:
         assert isinstance(images, FileImages)
         prefix = self.name + self.separator
-        found = [index for index, path in enumerate(images.paths) if path.name.startswith(prefix)]
-        if not found:
-            raise RuntimeError(
-                f"expected file names that begin with {prefix!r} in the {split} split of {self.source.root}, found none"
-            )
-        return images.select(found)
+        return images.select([index for index, path in enumerate(images.paths) if path.name.startswith(prefix)])

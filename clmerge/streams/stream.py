@@ -90,7 +90,11 @@ class Stream(ABC):
 
     @cached_property
     def _plan(self) -> StreamPlan:
-        return self._build()
+        from clmerge.streams.overlap import require_disjoint
+
+        plan = self._build()
+        require_disjoint(plan)
+        return plan
 
     @property
     def tasks(self) -> list[Task]:

@@ -49,7 +49,7 @@ stream:
   init_args:
     source:
       class_path: ImageFolderSource
-      init_args: {root: ROOT/imagenet-r, class_name_file: README.txt}
+      init_args: {root: ROOT/imagenet-r, class_name_file: README.txt, sort_by: name}
     num_tasks: 2
     class_order: natural
 """
@@ -89,7 +89,7 @@ stream:
       init_args:
         source:
           class_path: ImageFolderSource
-          init_args: {root: ROOT/imagenet-r, class_name_file: README.txt}
+          init_args: {root: ROOT/imagenet-r, class_name_file: README.txt, sort_by: name}
         domains: [sketch, art]
     name: ImageNetR-domains
 """

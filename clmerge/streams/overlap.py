@@ -1,0 +1,39 @@
+"""No image is trained on and tested, or held out, at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from clmerge.streams.files import FileImages
+from clmerge.streams.sources import ImageSubset, LabelledImages
+from clmerge.streams.stream import Split, StreamPlan
+
+
+def require_disjoint(plan: StreamPlan) -> None:
+    """Check that training, validation and test images of a stream are different ones, over all its tasks.
+
+    Images are told apart by their file, or by their place in what holds them; copies under another name are not found.
+
+    Raises:
+        ValueError: if an image is in two splits; the message names it.
+    """
+    owners: dict[Hashable, tuple[int, Split]] = {}
+    # Training images, which are many, are only looked up.
+    splits: tuple[Split, ...] = ("test", "val", "train")
+    for split in splits:
+        for task, plans in enumerate(plan.splits):
+            for index in plans[split].indices:
+                key = _identity(plans[split].images, index)
+                other = owners.get(key) if split == "train" else owners.setdefault(key, (task, split))
+                if other is not None and other[1] != split:
+                    where = plans[split].images.where(index)
+                    raise ValueError(
+                        f"expected different images in every split, got {where} among the {split} images of task "
+                        f"{task + 1} and the {other[1]} images of task {other[0] + 1}"
+                    )
+
+
+def _identity(images: LabelledImages, index: int) -> Hashable:
+    while isinstance(images, ImageSubset):
+        images, index = images.images, images.indices[index]
+    return images.paths[index] if isinstance(images, FileImages) else (id(images), index)
