@@ -207,6 +207,7 @@ def open_run(
     from clmerge.cli.fit import trainer_factory
     from clmerge.comparison.stored_run import StoredRun
     from clmerge.run_folder import RunFolder
+    from clmerge.streams.data_check import RECORD, DataCheck, leave_out
 
     folder = RunFolder.open(path, writes=False)
     if not folder.config.is_file():
@@ -216,6 +217,8 @@ def open_run(
     seed_everything(config.seed, workers=True, verbose=False)
     objects = parser.instantiate(config)
     objects.data.seed = config.seed
+    if check := DataCheck.load(folder.path / RECORD):
+        leave_out(objects.stream, check)
     run = StoredRun(
         folder,
         objects.stream,

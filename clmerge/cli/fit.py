@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from clmerge.loggers import RunFacts
     from clmerge.results import Results
     from clmerge.run_folder import RunFolder
+    from clmerge.streams import Stream
+    from clmerge.streams.data_check import DataCheck
 
 # Lightning starts the other ranks of a DDP run by the same command; they must find the folder that rank zero chose.
 RUN_DIR_VARIABLE = "CLMERGE_RUN_DIR"
@@ -114,6 +116,10 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     parser.add_argument("--resume", type=str | None, default=None, help=resume_help)
     parser.add_argument("--name", type=str, default="run", help="What the run is called in folders and in W&B.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of everything that is random.")
+    check_help = "Open every image before the first task; end with 1 and the name of each that cannot be read."
+    parser.add_argument("--check_data", "--check-data", action="store_true", help=check_help)
+    skip_help = "Open every image before the first task and leave out, count and record those that cannot be read."
+    parser.add_argument("--skip_unreadable", type=bool, default=False, help=skip_help)
     parser.add_subclass_arguments(Stream, "stream", help="The tasks.")
     parser.add_class_arguments(ContinualClassifier, "model")
     parser.add_argument("--mergers", type=list[Merger], help="Mergers that ride on the run, by class name.")
@@ -194,6 +200,9 @@ def _run(arguments: Sequence[str], *, resume: str | None) -> int:
     from clmerge.loggers import describe_run
     from clmerge.names import file_name
     from clmerge.run_folder import RunFolder
+    from clmerge.streams.data_check import RECORD
+    from clmerge.streams.decoding import UnreadableImageError
+    from clmerge.streams.overview import stream_lines
     from clmerge.trainers import require_whole
 
     parser = build_parser()
@@ -206,6 +215,9 @@ def _run(arguments: Sequence[str], *, resume: str | None) -> int:
         seed_everything(config.seed, workers=True, verbose=False)
         objects = parser.instantiate(config)
         objects.data.seed = config.seed
+        # The other ranks of a DDP run are started when rank zero has made the folder.
+        known = resume or (None if is_main else os.environ[RUN_DIR_VARIABLE])
+        check = _check_images(objects.stream, config, None if known is None else Path(known))
         learner = Learner(
             objects.stream, objects.model, objects.mergers, objects.data, seed=config.seed, **vars(objects.learner)
         )
@@ -224,28 +236,66 @@ def _run(arguments: Sequence[str], *, resume: str | None) -> int:
     os.environ[RUN_DIR_VARIABLE] = str(run.path)
     if is_main and resume is None:
         _save_config(parser, config, run)
+        if check is not None:
+            check.save(run.path / RECORD)
+    if is_main:
+        print("\n".join(stream_lines(objects.stream)), file=sys.stderr, flush=True)
     facts = describe_run(
         config.as_dict(), stream=learner.stream.name, num_tasks=len(learner.tasks), mergers=list(learner.merge.mergers)
     )
     loggers = _build_loggers(objects.logging, facts, run)
-    results = learner.fit(
-        run,
-        trainer=trainer_factory(config),
-        loggers=loggers,
-        report=_print_table if is_main else None,
-        progress=config.trainer.enable_progress_bar,
-        artifacts=objects.logging.artifacts,
-    )
+    try:
+        results = learner.fit(
+            run,
+            trainer=trainer_factory(config),
+            loggers=loggers,
+            report=_print_table if is_main else None,
+            progress=config.trainer.enable_progress_bar,
+            artifacts=objects.logging.artifacts,
+        )
+    except UnreadableImageError as error:
+        print(
+            f"clmerge fit: {error}\nMend it and go on with `clmerge fit --resume {run.path}`; --check_data finds all "
+            "such images before a run.",
+            file=sys.stderr,
+        )
+        return 1
     if is_main:
         _print_ending(results, run, wandb=objects.logging.wandb)
     return 0
+
+
+def _check_images(stream: "Stream", config: Any, run: Path | None) -> "DataCheck | None":
+    """Open all images if that is asked for, or read what a run has found, and leave out what cannot be read."""
+    from clmerge.streams.data_check import RECORD, DataCheck, check_images, leave_out
+
+    if run is not None:
+        check = DataCheck.load(run / RECORD)
+    elif config.check_data or config.skip_unreadable:
+        check = check_images(stream)
+        for image in check.unreadable:
+            print(image.reason, file=sys.stderr)
+    else:
+        return None
+    if check is None:
+        return None
+    numbers = f"{len(check.unreadable)} of {check.num_images} images"
+    if check.unreadable and not config.skip_unreadable:
+        raise RuntimeError(
+            f"expected images that can be read, got {numbers} that cannot: mend or remove them, or leave them out with "
+            "--skip_unreadable=true"
+        )
+    leave_out(stream, check)
+    found = f"leaving out {numbers}, which cannot be read" if check.unreadable else f"{numbers} cannot be read"
+    print(found, file=sys.stderr, flush=True)
+    return check
 
 
 def _save_config(parser: "CommandParser", config: Any, run: "RunFolder") -> None:
     from clmerge.weights import write_text_atomic
 
     kept = config.clone()
-    for key in ("config", "run_dir", "resume"):
+    for key in ("config", "run_dir", "resume", "check_data"):
         kept.pop(key, None)
     header = f"# The configuration of this run; `clmerge fit --config {run.config}` runs it again.\n"
     write_text_atomic(run.config, header + parser.dump(kept, skip_validation=True))

@@ -42,19 +42,22 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         image = self.image(index)
         return (image if self.transform is None else self.transform(image)), self.plan.targets[index]
 
+    def where(self, index: int) -> str:
+        """Say where an image comes from, such as its file."""
+        return self.plan.images.where(self.plan.indices[index])
+
     def image(self, index: int) -> Image:
         """Return one image in mode RGB, before the transform.
 
         Raises:
             UnreadableImageError: if it cannot be decoded; the message names the image and the task.
         """
-        position = self.plan.indices[index]
         try:
-            return self.plan.images.image(position)
+            return self.plan.images.image(self.plan.indices[index])
         except UnreadableImageError as error:
             reason = str(error)
         except Exception as error:  # of a source that is not ours: torchvision's, Avalanche's
-            reason = f"expected an image, got {error or type(error).__name__} ({self.plan.images.where(position)})"
+            reason = f"expected an image, got {error or type(error).__name__} ({self.where(index)})"
         raise UnreadableImageError(f"{reason}, in the {self.label}")
 
 

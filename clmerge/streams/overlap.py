@@ -34,6 +34,6 @@ def require_disjoint(plan: StreamPlan) -> None:
 
 
 def _identity(images: LabelledImages, index: int) -> Hashable:
-    while isinstance(images, ImageSubset):
-        images, index = images.images, images.indices[index]
+    if isinstance(images, ImageSubset):
+        return _identity(images.images, images.indices[index])
     return images.paths[index] if isinstance(images, FileImages) else (id(images), index)

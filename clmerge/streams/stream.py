@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -149,15 +150,31 @@ class Stream(ABC):
         label = f"{_SPLIT_NAMES[split]} images of task {task + 1}, {self._plan.tasks[task].name}"
         return ImageDataset(plans[task][split], transform, label=label)
 
+    def keep(self, task: int, split: Split, positions: Sequence[int]) -> None:
+        """Leave all but some images of one split out of the stream.
+
+        Args:
+            task: index of the task.
+            split: which split.
+            positions: what stays, as positions in ``dataset(task, split)``.
+        """
+        plan = self._plan.splits[task][split]
+        indices, targets = (tuple(values[p] for p in positions) for values in (plan.indices, plan.targets))
+        self._plan.splits[task][split] = SplitPlan(plan.images, indices, targets)
+
 
 def safe_name(text: str) -> str:
-    """Return the text with everything but letters, digits, ``.`` and ``_`` replaced by ``_``.
+    """Return the text with everything but letters and digits of any script and ``.`` replaced by ``_``.
+
+    Accented letters are composed, because file systems differ in what they do about that.
 
     Example:
         >>> safe_name("T-shirt/top")
         'T_shirt_top'
     """
-    return re.sub(r"[^A-Za-z0-9.]+", "_", text).strip("_.") or "_"
+    composed = unicodedata.normalize("NFC", text)
+    kept = "".join(char if char == "." or unicodedata.category(char)[0] in "LMN" else "\0" for char in composed)
+    return re.sub("\0+", "_", kept).strip("_.") or "_"
 
 
 def task_names(class_names: Sequence[Sequence[str]]) -> list[str]:
@@ -193,9 +210,9 @@ def unique_names(names: Sequence[str]) -> list[str]:
     for name in names:
         candidate, count = name, 1
         # Compared without case: two names that differ in case only are one file on some file systems.
-        while candidate.lower() in taken:
+        while candidate.casefold() in taken:
             count += 1
             candidate = f"{name}-{count}"
-        taken.add(candidate.lower())
+        taken.add(candidate.casefold())
         result.append(candidate)
     return result

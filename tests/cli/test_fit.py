@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from streams.tiny_layouts import write_tree
 from support.tiny import tiny_clip
 from wandb_reader import find_runs
 
@@ -255,6 +256,66 @@ def test_resume_wants_a_run_and_nothing_else(arguments, capsys):
         resume_folder(arguments)
     assert stop.value.code == 2
     assert "expected" in capsys.readouterr().err
+
+
+@pytest.fixture
+def spoilt(config, tmp_path):
+    """Arguments of a run on files two of which cannot be read, and the folder of the run."""
+    for part, number in (("Train", 8), ("TEST", 3)):
+        write_tree(tmp_path / "photos" / part, ["кот", "щит"], number)
+    (tmp_path / "photos" / "Train" / "кот" / "image_3.png").write_bytes(b"")
+    (tmp_path / "photos" / "TEST" / "щит" / "image_1.png").write_text("<html>")
+    source = {
+        "class_path": "ImageFolderSource",
+        "init_args": {"root": str(tmp_path / "photos"), "templates": "generic"},
+    }
+    own = {"stream": {"class_path": "ClassIncremental", "init_args": {"source": source, "num_tasks": 2}}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own, allow_unicode=True))
+    given = ["fit", "--config", str(config), "--config", str(tmp_path / "own.yaml"), "--run_dir", str(tmp_path / "run")]
+    return [*given, "--logging.wandb=false", "--mergers=[MagMax]"], tmp_path / "run"
+
+
+@pytest.mark.parametrize("flag", ["--check_data", "--check-data"])
+def test_images_that_cannot_be_read_are_found_before_the_first_task(spoilt, flag, capsys):
+    arguments, run = spoilt
+    assert main([*arguments, flag]) == 1
+    told = capsys.readouterr().err
+    assert "Train/кот/image_3.png, got an empty file, in the training images of task 1, кот\n" in told
+    assert "TEST/щит/image_1.png, got cannot identify image file" in told
+    assert "clmerge fit: expected images that can be read, got 2 of 22 images that cannot: " in told
+    assert "--skip_unreadable=true" in told
+    assert not run.exists()
+
+
+def test_an_unreadable_image_ends_a_run_with_one_line(spoilt, capsys):
+    arguments, run = spoilt
+    assert main(arguments) == 1
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert "TEST/щит/image_1.png, got cannot identify image file" in told
+    assert f"`clmerge fit --resume {run}`; --check_data finds all" in told
+
+
+def test_unreadable_images_are_left_out_of_a_run_and_of_its_comparison(spoilt, capsys, monkeypatch):
+    arguments, run = spoilt
+    assert main([*arguments, "--skip_unreadable=true"]) == 0
+    told = capsys.readouterr()
+    assert "leaving out 2 of 22 images, which cannot be read\n" in told.err
+    lines = told.err.splitlines()
+    assert lines[lines.index("photos-2: 2 classes in 2 tasks") :][1:5] == [
+        "task  train  val  test  classes",
+        "   1      6    1     3  1: кот",
+        "   2      7    1     2  1: щит",
+        " all     13    2     5",
+    ]
+    assert len(json.loads((run / "data_check.json").read_text())["unreadable"]) == 2
+    results = json.loads((run / "results.json").read_text())
+    assert results["samples"] == [3, 2]
+    assert results["tasks"] == ["кот", "щит"]
+    monkeypatch.delenv("CLMERGE_RUN_DIR")
+    assert main(["compare", str(run), "--mergers", "MagMax"]) == 0
+    compared = json.loads((run / "compare" / "results.json").read_text())
+    assert compared["models"]["magmax"] == results["models"]["magmax"]
 
 
 @pytest.mark.distributed

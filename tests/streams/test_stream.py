@@ -1,3 +1,5 @@
+import unicodedata
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,7 +69,8 @@ def test_task_names_are_short_unique_and_safe(class_names):
     assert len({name.lower() for name in names}) == len(names)
     for name in names:
         assert 0 < len(name) <= 60
-        assert all(letter.isascii() and (letter.isalnum() or letter in "._-") for letter in name)
+        assert len(name.encode()) < 250
+        assert all(unicodedata.category(letter)[0] in "LMN" or letter in "._-" for letter in name)
         assert not name.startswith(".")
 
 
@@ -78,3 +81,11 @@ def test_names_that_differ_in_case_only_are_told_apart():
 
 def test_safe_name_is_never_empty():
     assert safe_name("/") == "_"
+
+
+def test_safe_name_keeps_the_letters_of_every_script():
+    for name in ("фото", "猫", "हिन्दी", "ελιά", "Übung", "가나다"):
+        assert safe_name(name) == name
+    assert safe_name("U\u0308bung 1/2") == "\u00dcbung_1_2", "as one letter, however it was written"
+    assert safe_name("a_-b\u200b\U0001f600\x1b\u202ec") == "a_b_c"
+    assert unique_names(["STRASSE", "straße", "ﬁn", "fin"]) == ["STRASSE", "straße-2", "ﬁn", "fin-2"]

@@ -1,0 +1,158 @@
+"""Open every image of a stream before anything is trained on, and keep what cannot be read out of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+
+from clmerge.streams.decoding import UnreadableImageError
+from clmerge.streams.images import ImageDataset
+from clmerge.streams.stream import Split, Stream
+
+RECORD = "data_check.json"
+"""Name of the record in a run folder."""
+
+_SPLITS: tuple[Split, ...] = ("train", "val", "test")
+_FORK_ABOVE = 256
+_AT_MOST = 16
+
+
+@dataclass(frozen=True)
+class UnreadableImage:
+    """One image that cannot be read.
+
+    Attributes:
+        task: index of its task.
+        split: its split.
+        image: where it comes from, such as its file.
+        reason: what is wrong, in a sentence that names image and task.
+    """
+
+    task: int
+    split: Split
+    image: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """What a look at every image of a stream has found.
+
+    Attributes:
+        num_images: how many were opened.
+        unreadable: those that cannot be read, in the order of tasks and splits.
+    """
+
+    num_images: int
+    unreadable: tuple[UnreadableImage, ...]
+
+    def save(self, path: Path) -> None:
+        """Write the record as JSON; a run folder keeps it, so that the same images are left out ever after."""
+        from clmerge.weights import write_json_atomic
+
+        found = [asdict(image) for image in self.unreadable]
+        write_json_atomic(path, {"schema": 1, "num_images": self.num_images, "unreadable": found})
+
+    @classmethod
+    def load(cls, path: Path) -> DataCheck | None:
+        """Read a record; None where there is none.
+
+        Raises:
+            ValueError: if the file holds something else.
+        """
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return cls(int(found["num_images"]), tuple(UnreadableImage(**image) for image in found["unreadable"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"expected the record of a data check in {path}, got {error!r}") from error
+
+
+def check_images(stream: Stream, *, num_workers: int | None = None) -> DataCheck:
+    """Decode every image of a stream, in parallel, with progress on stderr where that is a terminal.
+
+    Args:
+        stream: the stream.
+        num_workers: processes that open images (default: one per CPU core, none for a few hundred images).
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    places = [(task.index, split) for task in stream.tasks for split in _SPLITS]
+    parts = [_Reasons(stream.dataset(task, split)) for task, split in places]
+    everything: Dataset[str] = ConcatDataset(parts)
+    num_images = sum(map(len, parts))
+    if num_workers is None:
+        num_workers = min(os.cpu_count() or 1, _AT_MOST) if num_images > _FORK_ABOVE else 0
+    loader = DataLoader(
+        everything, batch_size=16, collate_fn=list, num_workers=num_workers, generator=torch.Generator()
+    )
+    console = Console(stderr=True)
+    batches = track(loader, "opening images", console=console, disable=not sys.stderr.isatty(), transient=True)
+    reasons = iter([reason for batch in batches for reason in batch])
+    return DataCheck(num_images, tuple(_unreadable(places, parts, reasons)))
+
+
+def _unreadable(
+    places: Sequence[tuple[int, Split]], parts: Sequence[_Reasons], reasons: Iterator[str]
+) -> Iterator[UnreadableImage]:
+    for (task, split), part in zip(places, parts, strict=True):
+        for index in range(len(part)):
+            if reason := next(reasons):
+                yield UnreadableImage(task, split, part.images.where(index), reason)
+
+
+class _Reasons(Dataset[str]):
+    """Why each image cannot be read; an empty text where it can."""
+
+    def __init__(self, images: ImageDataset) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            self.images.image(index)
+        except UnreadableImageError as error:
+            return str(error)
+        return ""
+
+
+def leave_out(stream: Stream, check: DataCheck) -> None:
+    """Leave the unreadable images out of a stream.
+
+    Args:
+        stream: the stream; nothing of it may have been served yet.
+        check: what was found in it.
+
+    Raises:
+        ValueError: if an image is not in the stream, or a class of a task would be without training or test images.
+    """
+    for task in stream.tasks:
+        for split in _SPLITS:
+            bad = {image.image for image in check.unreadable if (image.task, image.split) == (task.index, split)}
+            if not bad:
+                continue
+            images = stream.dataset(task.index, split)
+            kept = [index for index in range(len(images)) if images.where(index) not in bad]
+            if absent := bad - {images.where(index) for index in range(len(images))}:
+                raise ValueError(
+                    f"expected {min(absent)} among the {split} images of task {task.index + 1}, {task.name}, as a "
+                    "record of unreadable images says, got no such image: other data?"
+                )
+            lost = set(images.targets) - {images.targets[index] for index in kept}
+            if lost and split != "val":
+                raise ValueError(
+                    f"expected readable {split} images of class {stream.class_names[min(lost)]!r} in task "
+                    f"{task.index + 1}, {task.name}, got none that can be read: mend {min(bad)} or take the class out"
+                )
+            stream.keep(task.index, split, kept)
