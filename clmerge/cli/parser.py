@@ -52,6 +52,20 @@ class CommandParser(ArgumentParser):
         return super().add_class_arguments(theclass, *args, **kwargs)
 
     @override
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        """Parse arguments.
+
+        An option of a class inside of a class comes here a second time, after jsonargparse has read its value and
+        written it out as Python does: ``null`` comes as ``None``, which a type that takes text would keep as text.
+        """
+        if args is not None and not self.exit_on_error:
+            args = [
+                f"{argument.removesuffix('=None')}=null" if argument.endswith("=None") else argument
+                for argument in args
+            ]
+        return super().parse_args(args, *rest, **options)
+
+    @override
     def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
         """Build what the configuration says; only classes are built.
 

@@ -1,8 +1,11 @@
+import inspect
+
 import pytest
 
 from clmerge.cli import main
-from clmerge.cli.parser import known_subclasses, suggestion
+from clmerge.cli.parser import CommandParser, known_subclasses, suggestion
 from clmerge.merging import Merger
+from clmerge.streams import FileListSource, ImageFolderSource, NpzSource, SklearnDigits, Stream, TorchvisionSource
 
 OPTIONS = ["learner.start_policy", "trainer.max_epochs", "stream", "mergers", "model.backbone"]
 
@@ -41,3 +44,30 @@ def test_the_help_of_a_class_is_its_whole_docstring(command, capsys):
     assert ">>> merger = Ethos(threshold=0.1)" in printed
     words = " ".join(printed.split())
     assert words.count("Share of the largest coordinate below which one counts as small") == 1  # once, as an option
+
+
+def optional_settings():
+    for source in (FileListSource, ImageFolderSource, NpzSource, SklearnDigits, TorchvisionSource):
+        for name, parameter in inspect.signature(source).parameters.items():
+            if parameter.default is None:
+                yield source, name
+
+
+@pytest.mark.parametrize(("source", "name"), list(optional_settings()))
+def test_null_is_null_inside_of_a_class_too(source, name):
+    parser = CommandParser()
+    parser.add_subclass_arguments(Stream, "stream")
+    needed = [key for key, p in inspect.signature(source).parameters.items() if p.default is p.empty]
+    values = {"dataset": "MNIST"}
+    arguments = [f"--stream.source.{key}={values.get(key, 'x')}" for key in needed]
+    given = ["--stream=ClassIncremental", f"--stream.source={source.__name__}", *arguments]
+    for value in ("null", "~"):
+        found = parser.parse_args([*given, f"--stream.source.{name}={value}"])
+        assert found.stream.init_args.source.init_args[name] is None
+
+
+def test_text_stays_text():
+    parser = CommandParser()
+    parser.add_subclass_arguments(Stream, "stream")
+    given = ["--stream=ClassIncremental", "--stream.source=ImageFolderSource", "--stream.source.root=None/x=None/y"]
+    assert parser.parse_args(given).stream.init_args.source.init_args.root == "None/x=None/y"
