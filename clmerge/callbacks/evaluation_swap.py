@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from clmerge.lightning_compat import callbacks_of, put_callback, restore_callbacks
 from clmerge.weights.digest import changed, digests
-from clmerge.weights.swap import assign, named_tensors, swapped
+from clmerge.weights.swap import named_tensors, swapped
 
 _ORIGIN = "the merged model"
 _clock = itertools.count(1)
@@ -183,7 +185,11 @@ class EvaluationSwap(Callback):
 
     def _swap_in_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Swap in over what somebody else has swapped in since."""
-        if self._replaced(trainer, pl_module) and (state := self._evaluation_state(trainer, pl_module)) is not None:
+        replaced = bool(self._replaced(trainer, pl_module))
+        if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
+            # Every process sees its own part of the weights, and placing whole ones takes all of them.
+            replaced = trainer.strategy.reduce_boolean_decision(replaced, all=False)
+        if replaced and (state := self._evaluation_state(trainer, pl_module)) is not None:
             self._enter(pl_module, {name: state[name] for name in self._own(trainer)})
 
     def _begin_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -242,7 +248,9 @@ class EvaluationSwap(Callback):
         left, self._left = self._left, {}
         tensors = named_tensors(pl_module, left, origin=_ORIGIN)
         again = left.keys() - changed(tensors, {name: self._placed[name] for name in left})
-        assign(tensors, {name: left[name] for name in again})
+        with torch.no_grad():
+            for name in again:  # each process its own part, if they are sharded
+                tensors[name].copy_(left[name])
 
 
 def _active(trainer: Trainer) -> list[EvaluationSwap]:
