@@ -1,0 +1,226 @@
+"""The commands and the code of README, CONTRIBUTING and docs run as they are written, on small stand-ins and offline.
+
+Only what takes data, minutes or a server is left out, by name and with the reason.
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.tiny import ForeignModule, toy_loader
+
+from clmerge.cli import main
+from clmerge.weights import load_tensors, save_tensors
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    path.name: path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+PROGRAMS = re.compile(r"(clmerge \w+|python|pip|wandb|pytest|scripts/\w+|\.venv/\S+)(\s|$)")
+BASE = ROOT / "clmerge" / "models" / "nano_clip" / "open_clip_model.safetensors"
+NOT_RUN = {
+    "clmerge fit --config stranger.yaml": "is refused; tests/cli/test_named_code.py says how",
+    "scripts/quickstart": "installs gigabytes; the fit that it runs is the README's",
+    "scripts/test": "is what runs this",
+    "python scripts/methods_data.py": "needs the data sets",
+    "python scripts/bench_methods.py": "takes hours",
+    "pip install wandb-workspaces": "needs a network",
+    "python scripts/wandb_report.py": "needs W&B's server",
+    "wandb sweep": "needs W&B's server",
+    "wandb agent": "needs W&B's server",
+}
+ALWAYS = ("README.md", "merge.md", "mergers.md")  # the others take minutes together: scripts/test --all
+SHORT = [
+    "--stream.source.test_fraction=0.05",
+    "--stream.num_tasks=2",
+    "--stream.val_fraction=0.2",
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=2",
+    "--trainer.enable_progress_bar=false",
+    "--logging.wandb=false",
+]
+MODELS = ["--base", "base.safetensors", "--models", "a.pt", "b.pt", "c.pt"]
+
+
+def commands_of(page):
+    """Commands in indented blocks, and the calls for help within sentences."""
+    text = PAGES[page].read_text(encoding="utf-8")
+    lines = [line.strip() for line in re.sub(r"\\\n\s*", " ", text).splitlines() if line.startswith("    ")]
+    found = [line for line in lines if PROGRAMS.match(line)]
+    return found + [" ".join(call.split()) for call in re.findall(r"`(clmerge \w+ [^`]*help[^`]*)`", text)]
+
+
+def blocks_of(page, language):
+    text = PAGES[page].read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of the quickstart's configuration on two small tasks, with a comparison."""
+    folder = tmp_path_factory.mktemp("docs") / "run"
+    config = ["--config", str(ROOT / "configs" / "quickstart.yaml"), *SHORT]
+    assert main(["fit", *config, "--run_dir", str(folder)]) == 0
+    assert main(["compare", str(folder), "--mergers", "MagMax", "--scale", "0.5,1.0"]) == 0
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, request):
+    """A folder with what the docs name: configs, runs, a base and three models."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "clmerge").symlink_to(ROOT / "clmerge")
+    base = load_tensors(BASE)
+    save_tensors("base.safetensors", base)
+    for index, name in enumerate("abc"):
+        generator = torch.Generator().manual_seed(index)
+        model = {k: v + 0.01 * torch.randn(v.shape, generator=generator) for k, v in base.items()}
+        torch.save(model, f"{name}.pt")
+        save_tensors(f"{name}.safetensors", model)
+    (recipe,) = re.findall(
+        r"(?:^    .*\n)+", PAGES["merge.md"].read_text(encoding="utf-8").split("## Recipes")[1], re.M
+    )[:1]
+    Path("recipe.yaml").write_text(recipe, encoding="utf-8")
+
+    def runs(page):
+        code = "\n".join([*commands_of(page), *blocks_of(page, "python")])
+        for name in sorted(set(re.findall(r"\bruns/([\w-]+)", code))):
+            shutil.copytree(request.getfixturevalue("finished"), tmp_path / "runs" / name)
+        if "runs/all-classes" in code:
+            shutil.rmtree("runs/all-classes")
+            joint = [option.replace("num_tasks=2", "num_tasks=1") for option in SHORT]
+            run([*shlex.split("clmerge fit --config configs/quickstart.yaml --run_dir runs/all-classes"), *joint])
+
+    return runs
+
+
+def run(words):
+    """Run a command in this process."""
+    try:
+        code = main(words[1:])
+    except SystemExit as stop:
+        code = stop.code
+    assert not code, " ".join(words)
+
+
+def completed(line):
+    """Return the words of a command with its ``...`` filled in, shortened, and nothing in the way of its output."""
+    words = shlex.split(line, comments=True)
+    if "..." in words:
+        words[words.index("...") : words.index("...") + 1] = MODELS
+        words += [] if "--merger" in words else ["--merger", "TIES"]
+        words += [] if "--out" in words else ["--out", "other.safetensors"]
+    if words[1] == "fit" and "--config" in words:
+        words += SHORT
+    if "--out" in words or "--recipe" in words:
+        out = Path(words[words.index("--out") + 1] if "--out" in words else "merged.safetensors")
+        shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+    return words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page if page in ALWAYS else pytest.param(page, marks=pytest.mark.exhaustive) for page in PAGES]
+)
+def test_commands_run(page, place, capsys):
+    lines = [line for line in commands_of(page) if not line.startswith(tuple(NOT_RUN))]
+    if lines:
+        place(page)
+    for line in lines:
+        assert line.startswith("clmerge "), f"{page}: {line!r} is neither run nor in NOT_RUN"
+        run(completed(line))
+
+
+def test_what_is_not_run_is_still_there():
+    lines = [line for page in PAGES for line in commands_of(page)]
+    assert [start for start in NOT_RUN if not any(line.startswith(start) for line in lines)] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_configurations_are_read(page, tmp_path, capsys):
+    for index, block in enumerate(blocks_of(page, "yaml")):
+        file = tmp_path / f"{index}.yaml"
+        file.write_text(block, encoding="utf-8")
+        run(["clmerge", "fit", "--config", str(file), "--print_config"])
+
+
+def in_a_project():
+    from lightning.pytorch import Trainer as LightningTrainer
+
+    def trainer(**options):
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        return LightningTrainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **quiet, **options)
+
+    test = SimpleNamespace(test=lambda model: trainer().test(model, toy_loader(0), verbose=False))
+    tasks = [toy_loader(task) for task in range(2)]
+    return {"tasks": tasks, "model": ForeignModule(), "Trainer": trainer, "trainer": test}
+
+
+def on_its_own():
+    from clmerge.merging import MagMax
+    from clmerge.weights import apply_task_vector, task_vector
+
+    theta = {"w": torch.ones(3)}
+    checkpoints = [{"w": torch.full((3,), value)} for value in (1.5, 0.25)]
+    names = {"MagMax": MagMax, "apply_task_vector": apply_task_vector, "task_vector": task_vector}
+    return {**names, "theta0": theta, "checkpoints": checkpoints}
+
+
+def in_a_run():
+    from clmerge.cli.compare import open_run
+
+    run, _ = open_run("runs/NAME", name="NAME")
+    return {"module": run.module, "base": run.base, "data": run.data, "merged": run.bank[0]}
+
+
+def in_a_module():
+    import timm
+    from lightning.pytorch import LightningModule
+
+    return {"timm": timm, "LightningModule": LightningModule}
+
+
+# What the names of a block stand for, and what is looked at afterwards.
+PYTHON = {
+    ("README.md", 0): (in_a_project, lambda found: found["merge"].num_tasks == 2),
+    ("README.md", 1): (on_its_own, lambda found: found["merged"]["w"].tolist() == [0.625] * 3),
+    ("diagnostics.md", 0): (in_a_run, lambda found: found["found"]["vectors"]["whole"]["cosine"][0][0] is not None),
+    ("linearized.md", 0): (in_a_module, lambda found: found["MyModule"]()),
+    ("tuning.md", 0): (in_a_module, lambda found: found["MyModule"]()),
+}
+# The first defines a merger, which would be one in all tests that follow: it has a process of its own.
+ELSEWHERE = {"CONTRIBUTING.md": "below", "other_callbacks.md": "tests/callbacks/test_docs.py"}
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"{block[0]}-{block[1]}")
+def test_python_runs(block, request, monkeypatch):
+    page, index = block
+    prepare, holds = PYTHON[block]
+    if prepare is in_a_run:
+        request.getfixturevalue("place")(page)
+    namespace = prepare()
+    code = blocks_of(page, "python")[index].replace(", ...)", ")")  # the reader's own arguments
+    exec(compile(code, f"{page}, block {index}", "exec"), namespace)
+    assert holds(namespace)
+
+
+@pytest.mark.slow
+def test_a_merger_of_the_readers_own_runs():
+    code = "import torch\nfrom clmerge.merging import Merger\n" + blocks_of("CONTRIBUTING.md", "python")[0]
+    code += (
+        "\nmerger = SignedSum()\nmerger.update({'w': torch.tensor([2.0, -3.0])})\nprint(merger.compute()['w'].tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[1.0, -1.0]\n"
+
+
+def test_every_block_of_python_is_run():
+    pages = PAGES.keys() - ELSEWHERE.keys()
+    assert {(page, index) for page in pages for index, _ in enumerate(blocks_of(page, "python"))} == set(PYTHON)
