@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ from clmerge.calibration import CalibratedModels, Calibration
 from clmerge.callbacks import MergeCallback
 from clmerge.callbacks.progress import matrix_lines, trainable_line
 from clmerge.callbacks.provided import PROVIDED, provided
+from clmerge.callbacks.running_merge import Buffers
 from clmerge.evaluation import Rows, accuracy_on, evaluate
 from clmerge.final_models import save_models
 from clmerge.learner_checks import check_learner
@@ -31,7 +32,7 @@ from clmerge.run_folder import RunFolder
 from clmerge.streams import Stream, StreamDataModule
 from clmerge.streams.replay import replay_memory
 from clmerge.streams.splits import derived_seed
-from clmerge.task_statistics import measure
+from clmerge.task_statistics import measure, training_images
 from clmerge.trainers import TrainerFactory, Trainers
 from clmerge.weights.parametrization import running_statistics
 
@@ -58,12 +59,13 @@ class Learner:
         rounds: How often a task branches and merges; every round starts from the merge of the one before (ColD
             Fusion, arXiv 2212.01378).
         branch_merger: Merges branches, as vectors from where they started; default ``WeightAverage``.
-        buffers: Running statistics of merged models: of the ``latest`` task, of the ``base``, or their ``mean``.
+        buffers: Running statistics of merged models: of the ``latest`` task, of the ``base``, their ``mean``, or
+            ``re-estimated`` for each of them on the task's training images.
         accumulators: Where base and accumulators live: ``cpu``, or ``model`` for the parameters' device.
         keep_task_vectors: Whether every task vector is kept in the run folder, for merging again later. Costs four
             bytes per trained parameter and task on disk; mergers that need them all then keep no copies in memory.
         statistics_images: Training images per task that Fisher information, Gram matrices and losses are measured on,
-            for mergers that require them.
+            for mergers that require them, and running statistics if they are re-estimated.
         evaluation: Whether tables, the star, mergers that need a score and searches go by ``task_agnostic`` accuracy
             (all classes compete) or ``task_aware`` (only those of the image's task do); default that of the stream.
         calibrations: What is done to merged models after every task; each gives models of its own, ``magmax+tuned``.
@@ -87,7 +89,7 @@ class Learner:
         branches: int = 1,
         rounds: int = 1,
         branch_merger: Merger | None = None,
-        buffers: Literal["latest", "base", "mean"] = "latest",
+        buffers: Buffers = "latest",
         accumulators: Literal["cpu", "model"] = "cpu",
         keep_task_vectors: bool = True,
         statistics_images: int = 256,
@@ -116,6 +118,7 @@ class Learner:
             device=accumulators,
             score=self._validation_score,
             statistics=self._statistics,
+            images=self._images,
             seed=seed,
             save_state=False,  # the run folder keeps accumulators; in every epoch's checkpoint they would be a burden
         )
@@ -360,7 +363,8 @@ class Learner:
 
     def _merged(self) -> dict[str, dict[str, Tensor]]:
         """Return the weights of every merged model, by the module's own names."""
-        return {name: self.merge.state_with(self.merge.merged_vector(name), self.module) for name in self.mergers}
+        merge = self.merge
+        return {name: merge.state_with(merge.merged_vector(name), self.module, merger=name) for name in self.mergers}
 
     def _unmerged(self) -> dict[str, Tensor]:
         """Return what is trained but never merged: a head that learns its classes, and running statistics."""
@@ -381,6 +385,10 @@ class Learner:
             num_images=self.statistics_images,
             seed=self.seed,
         )
+
+    def _images(self, module: LightningModule) -> Iterator[Tensor]:
+        num_images = self.statistics_images
+        return training_images(self.module, self.data, self.data.task, num_images=num_images, seed=self.seed)
 
     @torch.no_grad()
     def _validation_score(self, module: LightningModule) -> float:

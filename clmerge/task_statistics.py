@@ -1,6 +1,6 @@
 """Measure, at the end of a task, what mergers require beside its vector; the task's data is still there then."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -65,9 +65,7 @@ def measure(
     statistics: dict[str, Any] = {"samples": float(len(whole)), "steps": float(num_steps)}
     if needed <= statistics.keys():
         return statistics
-    generator = torch.Generator().manual_seed(derived_seed(seed, "statistics", task))
-    chosen = torch.randperm(len(whole), generator=generator)[:num_images].tolist()
-    batches = DataLoader(Subset(whole, chosen), batch_size=data.eval_batch_size)
+    batches = _chosen_batches(data, task, num_images, seed)
     device = next(module.parameters()).device
     with eval_mode(module):
         with torch.no_grad():
@@ -82,8 +80,32 @@ def measure(
                     float(module.loss(module(batch[0].to(device)), batch[1].to(device))) * len(batch[1])
                     for batch in batches
                 ]
-            statistics["loss"] = sum(losses) / len(chosen)
+            statistics["loss"] = sum(losses) / min(num_images, len(whole))
     return statistics
+
+
+def training_images(
+    module: ContinualClassifier, data: StreamDataModule, task: int, *, num_images: int, seed: int
+) -> Iterator[Tensor]:
+    """Yield the images that statistics are measured on, in batches on the module's device.
+
+    Args:
+        module: The classifier.
+        data: Serves the task's training images under the evaluation transform.
+        task: Index of the task.
+        num_images: Images to measure on.
+        seed: Seed of the choice of images.
+    """
+    device = next(module.parameters()).device
+    for batch in _chosen_batches(data, task, num_images, seed):
+        yield batch[0].to(device)
+
+
+def _chosen_batches(data: StreamDataModule, task: int, num_images: int, seed: int) -> DataLoader[Any]:
+    whole: Any = data.eval_dataloader("train", [task]).dataset
+    generator = torch.Generator().manual_seed(derived_seed(seed, "statistics", task))
+    chosen = torch.randperm(len(whole), generator=generator)[:num_images].tolist()
+    return DataLoader(Subset(whole, chosen), batch_size=data.eval_batch_size)
 
 
 def _of_weights(

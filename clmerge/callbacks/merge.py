@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from clmerge.callbacks.evaluation_swap import EvaluationSwap
 from clmerge.callbacks.frozen import FrozenParameters, announces_unfreezing
-from clmerge.callbacks.provided import provided
+from clmerge.callbacks.provided import provided, training_images
 from clmerge.callbacks.ranks import check_same_on_all_ranks, refuse_sharding
 from clmerge.callbacks.recorded_merge import RecordedMerge
 from clmerge.callbacks.running_merge import Buffers, RunningMerge, check_choice
@@ -60,8 +60,10 @@ class MergeCallback(RecordedMerge, EvaluationSwap):
         exclude: Glob patterns of parameters to leave out, heads for instance. They keep their trained values.
         base: theta_0: a safetensors file or a mapping from parameter name to tensor. By default the weights at the
             start of the first fit, after a checkpoint has been restored.
-        buffers: Running statistics of the merged model: ``"latest"`` (of the last task, the default), ``"base"`` or
-            ``"mean"`` over the tasks. Integer buffers are never merged.
+        buffers: Running statistics of the merged model: ``"latest"`` (of the last task, the default), ``"base"``,
+            ``"mean"`` over the tasks, or ``"re-estimated"``: after every task each merged model is run on the task's
+            training images (``images``), and its statistics are averaged over the batches, as ``update_bn`` of
+            stochastic weight averaging does. Integer buffers are never merged.
         device: Where base and accumulators live: ``"cpu"`` (default), or ``"model"`` for the parameters' device.
         bank: Folder that keeps every task vector, for merging again later. Mergers that need them all read them there,
             one parameter at a time, instead of keeping copies in memory and in checkpoints.
@@ -70,6 +72,9 @@ class MergeCallback(RecordedMerge, EvaluationSwap):
         statistics: What was measured on the task, called with the trained model while the task's data is still there;
             for mergers that require it (Fisher: ``"fisher"``, RegMean: ``"gram"``). Returns name -> number, or name ->
             tensors by parameter name. What needs no data is there without: ``"adam"`` and ``"weights"`` (theta_0).
+        images: Training images of the task in batches, for ``buffers="re-estimated"``; default what the Trainer's
+            training dataloader gives (the first item of a batch that is a tuple), which is what ``forward`` is called
+            with.
         seed: Seed of the factors that low-rank modes of tuning start every task with.
         save_state: Whether accumulators travel in Lightning's checkpoints (default).
 
@@ -108,12 +113,14 @@ class MergeCallback(RecordedMerge, EvaluationSwap):
         bank: str | Path | None = None,
         score: Callable[[LightningModule], float] | None = None,
         statistics: Callable[[LightningModule], Statistics] | None = None,
+        images: Callable[[LightningModule], Iterable[Tensor]] | None = None,
         seed: int = 0,
         save_state: bool = True,
     ) -> None:
         super().__init__(
             mergers, deploy=deploy, base=base, buffers=buffers, device=device, score=score, statistics=statistics
         )
+        self.images = images or training_images
         check_choice("start_policy", start_policy, ("base", "previous", "merged"))
         names = list(self.mergers)
         if start_from is not None and (start_policy != "merged" or start_from not in names):
@@ -186,7 +193,7 @@ class MergeCallback(RecordedMerge, EvaluationSwap):
             start = (
                 self.weights_with({}, model)
                 if from_base
-                else self.state_with(self.merged_vector(self.start_from), model)
+                else self.state_with(self.merged_vector(self.start_from), model, merger=self.start_from)
             )
             assign(named_tensors(model, start, origin=self._base_origin), start)
         renew(model, seed=self.seed, task=self.num_tasks)
@@ -208,7 +215,7 @@ class MergeCallback(RecordedMerge, EvaluationSwap):
                     stacklevel=2,
                 )
             return None
-        state = merge.state_with(merge.merged_vector(shown), pl_module)
+        state = merge.state_with(merge.merged_vector(shown), pl_module, merger=shown)
         if trainer.ckpt_path is not None and not self._swaps:
             rest = sum(name not in state for name in pl_module.state_dict())
             rank_zero_info(

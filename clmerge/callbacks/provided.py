@@ -1,8 +1,9 @@
-"""Statistics of a task that need none of its data."""
+"""What a Trainer has of a task for those who merge it: statistics that need no data, and its training images."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -33,3 +34,19 @@ def provided(needed: Set[str], trainer: Trainer, module: LightningModule, base: 
         moments = adam_second_moments(trainer.optimizers, dense_weights(module, base))
         statistics["adam"] = {name: full_copy(moment, base[name].device) for name, moment in moments.items()}
     return statistics
+
+
+def training_images(module: LightningModule) -> Iterator[Tensor]:
+    """Yield the inputs of a Trainer's training batches, on the module's device; random states stay as they are.
+
+    Args:
+        module: The module that its Trainer has trained.
+    """
+    trainer = module.trainer
+    if trainer.train_dataloader is None:  # a fit that had nothing left to train has not asked for it
+        trainer.fit_loop.setup_data()
+    loader: Any = trainer.train_dataloader
+    with torch.random.fork_rng(devices=[]):
+        for batch in loader:
+            moved = trainer.strategy.batch_to_device(batch)
+            yield moved[0] if isinstance(moved, list | tuple) else moved

@@ -1,10 +1,10 @@
 """Several merged models of one network, as far as its tasks have come: theta_0, accumulators, running statistics."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,6 +15,7 @@ from clmerge.merging import Merger, Statistics
 from clmerge.merging.checks import is_finite
 from clmerge.results import EXPERT
 from clmerge.weights import CheckedVector, apply_task_vector, fingerprint, load_tensors
+from clmerge.weights.batch_norm import estimated_statistics
 from clmerge.weights.modes import eval_mode
 from clmerge.weights.parametrization import (
     dense_weights,
@@ -28,7 +29,7 @@ from clmerge.weights.swap import full_copy, swapped
 
 _FIRST_FIT = "the weights at the start of the first fit"
 
-Buffers = Literal["latest", "base", "mean"]
+Buffers = Literal["latest", "base", "mean", "re-estimated"]
 
 
 class RunningMerge:
@@ -39,10 +40,12 @@ class RunningMerge:
         deploy: Name of the merger that is meant where none is named, or ``"expert"`` for the un-merged model; default
             the first merger.
         base: theta_0: a safetensors file or a mapping from parameter name to tensor; default taken by ``start``.
-        buffers: Running statistics of the merged models: ``"latest"``, ``"base"`` or ``"mean"`` over the tasks.
+        buffers: Running statistics of the merged models: ``"latest"``, ``"base"``, ``"mean"`` over the tasks, or
+            ``"re-estimated"`` for every merged model on ``images``, whenever a task has been merged.
         device: Where base and accumulators live: ``"cpu"`` or ``"model"`` for the parameters' device.
         score: Held-out accuracy of the model as it stands, for mergers that require it.
         statistics: What is measured on a task, for mergers that require it.
+        images: Training images of the task in batches, for ``buffers="re-estimated"``.
 
     Attributes:
         mergers: The mergers by name.
@@ -63,9 +66,10 @@ class RunningMerge:
         device: Literal["cpu", "model"] = "cpu",
         score: Callable[[LightningModule], float] | None = None,
         statistics: Callable[[LightningModule], Statistics] | None = None,
+        images: Callable[[LightningModule], Iterable[Tensor]] | None = None,
     ) -> None:
         self.mergers = name_mergers(mergers)
-        check_choice("buffers", buffers, ("latest", "base", "mean"))
+        check_choice("buffers", buffers, get_args(Buffers))
         check_choice("device", device, ("cpu", "model"))
         if deploy is not None and deploy not in [*self.mergers, EXPERT]:
             raise ValueError(f"expected deploy to be one of {[*self.mergers, EXPERT]}, got {deploy!r}")
@@ -75,6 +79,7 @@ class RunningMerge:
         self.device = device
         self.score = score
         self.statistics = statistics
+        self.images = images
         self.num_tasks = 0
         self.update_seconds: dict[str, float] = {}
         self.base: dict[str, Tensor] = {}
@@ -83,6 +88,7 @@ class RunningMerge:
         self._buffers: dict[str, Tensor] = {}
         self._tied: dict[str, list[str]] = {}
         self._inside: str | None = None
+        self._estimated: dict[str, dict[str, Tensor]] = {}
         if base is not None:
             if isinstance(base, (str, Path)):
                 self._base_origin = f"base file {base}"
@@ -123,6 +129,8 @@ class RunningMerge:
                 f"{type(model).__name__}, the first {extra[0]!r}; leave them out with exclude=, or freeze them"
             )
         self._check_model(model)
+        if self.buffers == "re-estimated":
+            check_callable(model)
         check_settings(self.mergers, self.base, self.num_tasks + 1)
         if self.buffers == "base" and not self._buffers:
             self._buffers = running_statistics(model)
@@ -189,19 +197,25 @@ class RunningMerge:
         tied = {
             other: merged[first].clone() for first, others in self._tied.items() if first in merged for other in others
         }
-        return {**merged, **tied, **self._buffers}
+        return {**merged, **tied, **self._running_statistics(name)}
 
-    def state_with(self, vector: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    def _running_statistics(self, name: str | None) -> dict[str, Tensor]:
+        return self._buffers if self.buffers != "re-estimated" else self._estimated.get(name or self.deploy, {})
+
+    def state_with(
+        self, vector: Mapping[str, Tensor], model: nn.Module, *, merger: str | None = None
+    ) -> dict[str, Tensor]:
         """Return what a merged model has in place of the module's tensors: theta_0 plus ``vector``, running statistics.
 
         Args:
             vector: What is added to theta_0; parameters that it leaves out keep their base weights.
             model: The LightningModule that was fitted, whose own names and mode of tuning count; it is not changed.
+            merger: The merger whose vector it is, for running statistics that are re-estimated; default the deployed.
 
         Raises:
             ValueError: If ``vector`` has a name or a shape that the base does not have.
         """
-        return state_of(model, self.base, vector, buffers=self._buffers, origin=self._base_origin)
+        return state_of(model, self.base, vector, buffers=self._running_statistics(merger), origin=self._base_origin)
 
     def weights_with(self, vector: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """Return theta_0 plus ``vector`` as the module's parameters, without running statistics.
@@ -222,7 +236,7 @@ class RunningMerge:
             model: The LightningModule that was fitted.
             name: Which merger; default the deployed one.
         """
-        with swapped(model, self.state_with(self.merged_vector(name), model)):
+        with swapped(model, self.state_with(self.merged_vector(name), model, merger=name)):
             around, self._inside = self._inside, name or self.deploy
             try:
                 yield
@@ -278,6 +292,16 @@ class RunningMerge:
             merger.update(tau, task=task, base=self.base_fingerprint, score=score, statistics=measured)
             self.update_seconds[name] = time.perf_counter() - started
         self.num_tasks += 1
+        if self.buffers == "re-estimated":
+            for name in self.mergers:
+                with swapped(model, self.weights_with(self.merged_vector(name), model)):
+                    self._estimated[name] = self._estimate(model)
+
+    def _estimate(self, model: LightningModule) -> dict[str, Tensor]:
+        """Return the running statistics of the model as it stands on the task's images."""
+        if self.images is None:
+            raise RuntimeError("expected images= for buffers='re-estimated', got none; pass the task's training images")
+        return estimated_statistics(model, self.images(model))
 
     def _scorer(self, pl_module: LightningModule) -> Callable[[Mapping[str, Tensor]], float]:
         function = self.score
@@ -285,6 +309,10 @@ class RunningMerge:
 
         def score(vector: Mapping[str, Tensor]) -> float:
             candidate = self.state_with(vector, pl_module)
+            if self.buffers == "re-estimated":
+                with swapped(pl_module, self.weights_with(vector, pl_module)):
+                    buffers = self._estimate(pl_module)
+                candidate = state_of(pl_module, self.base, vector, buffers=buffers, origin=self._base_origin)
             with swapped(pl_module, candidate), eval_mode(pl_module), torch.no_grad():
                 return float(function(pl_module))
 
@@ -298,6 +326,7 @@ class RunningMerge:
             "base_fingerprint": self.base_fingerprint,
             "buffers": dict(self._buffers),
             "tied": {name: list(others) for name, others in self._tied.items()},
+            "estimated": {name: dict(tensors) for name, tensors in self._estimated.items()},
             "mergers": {name: merger.state_dict() for name, merger in self.mergers.items()},
         }
 
@@ -327,6 +356,7 @@ class RunningMerge:
             self.base_fingerprint = found
         self._buffers = dict(state["buffers"])
         self._tied = dict(state.get("tied", {}))  # states of clmerge before tied names were kept
+        self._estimated = {name: dict(tensors) for name, tensors in state.get("estimated", {}).items()}
 
     def _set_base(self, base: dict[str, Tensor]) -> None:
         self.base = base
@@ -345,6 +375,15 @@ class RunningMerge:
             for name, value in running_statistics(pl_module).items():
                 mean = self._buffers.get(name, torch.zeros_like(value))
                 self._buffers[name] = mean + (value - mean) / (self.num_tasks + 1)
+
+
+def check_callable(model: nn.Module) -> None:
+    """Raise a TypeError unless a module can be called with inputs, which Lightning does not ask of one."""
+    if type(model).forward.__module__.split(".")[0] in ("lightning", "pytorch_lightning", "torch"):
+        raise TypeError(
+            f"expected {type(model).__name__} to have a forward(inputs), which buffers='re-estimated' calls with "
+            "training images, got none; define it, or choose 'latest', 'base' or 'mean'"
+        )
 
 
 def check_choice(parameter: str, value: str, allowed: Sequence[str]) -> None:

@@ -45,6 +45,7 @@ class Refold:
             buffers=run.config["learner"]["buffers"],
             score=lambda module: run.score(self.order),
             statistics=self._statistics,
+            images=lambda module: run.images(self.order[-1]),
         )
         own = own_names(run.module)
         with swapped(run.module, {own[name]: tensor for name, tensor in run.base_statistics.items()}):
@@ -151,7 +152,7 @@ def _merged(
     states, seconds = {}, {}
     for name in names:
         started = time.perf_counter()
-        states[name] = merge.state_with(merge.merged_vector(name), run.module)
+        states[name] = merge.state_with(merge.merged_vector(name), run.module, merger=name)
         seconds[name] = merge.update_seconds[name] + time.perf_counter() - started
     return states, seconds
 

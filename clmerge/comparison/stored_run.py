@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -19,7 +19,7 @@ from clmerge.modules import ContinualClassifier
 from clmerge.results import Results, Setting
 from clmerge.run_folder import RunFolder
 from clmerge.streams import Stream, StreamDataModule
-from clmerge.task_statistics import measure
+from clmerge.task_statistics import measure, training_images
 from clmerge.trainers import TrainerFactory, Trainers
 from clmerge.weights import TaskVectorBank, load_tensors, save_tensors
 from clmerge.weights.parametrization import own_names, running_statistics
@@ -170,6 +170,16 @@ class StoredRun:
             )
             self._write_statistics({name: measured[name] for name in missing}, task)
         return measured
+
+    def images(self, task: int) -> Iterator[Tensor]:
+        """Yield the images that statistics of a task are measured on, exactly as ``fit`` does."""
+        return training_images(
+            self.module,
+            self.data,
+            task,
+            num_images=self.config["learner"]["statistics_images"],
+            seed=self.config["seed"],
+        )
 
     def _statistic_file(self, name: str, task: int) -> Path | None:
         return None if self.scratch is None else self.scratch / f"{name}_{task:03d}.safetensors"

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from support.tiny import ForeignModule, toy_loader
+from torch.optim.swa_utils import update_bn
 
 from clmerge.callbacks import MergeCallback
 from clmerge.merging import PCB, TIES, Ethos, Fisher, GroupScale, MagMax, Pipeline, TaskArithmetic, WeightAverage
@@ -436,6 +437,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from support.tiny import ForeignModule, toy_loader
+from torch.optim.swa_utils import update_bn
 from clmerge.callbacks import MergeCallback
 from clmerge.merging import TIES, MagMax
 from clmerge.models import add_lora
@@ -562,4 +564,53 @@ def test_settings_that_do_not_fit_are_refused_before_a_step_is_trained(model, me
     before = weights(model)
     with pytest.raises(ValueError, match=message):
         stream(model, merge, 1)
+    assert same(weights(model), before)
+
+
+class Callable(ForeignModule):
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_running_statistics_are_estimated_again_for_every_merged_model():
+    torch.manual_seed(0)
+    model = Callable(batch_norm=True)
+    merge = MergeCallback([MagMax(), WeightAverage()], buffers="re-estimated")
+    for task in range(2):
+        make_trainer(merge).fit(model, toy_loader(task))
+    latest = model.net[1].running_mean.clone()
+    for name in merge.mergers:
+        twin = copy.deepcopy(model)
+        twin.load_state_dict({**twin.state_dict(), **merge.weights_with(merge.merged_vector(name), model)})
+        update_bn(toy_loader(1), twin)  # of the task that was merged last
+        with merge.merged(model, name):
+            torch.testing.assert_close(model.net[1].running_mean, twin.net[1].running_mean)
+            torch.testing.assert_close(model.net[1].running_var, twin.net[1].running_var)
+        torch.testing.assert_close(merge.merged_state(name)["net.1.running_var"], twin.net[1].running_var)
+        assert not torch.equal(twin.net[1].running_mean, latest)
+    assert torch.equal(model.net[1].running_mean, latest)
+
+    again = MergeCallback([MagMax(), WeightAverage()], buffers="re-estimated")
+    again.load_state_dict(merge.state_dict())
+    assert all(same(again.merged_state(name), merge.merged_state(name)) for name in merge.mergers)
+
+
+def test_estimating_statistics_leaves_the_order_of_later_batches_alone():
+    def trained(buffers):
+        torch.manual_seed(0)
+        model = Callable(batch_norm=True)
+        merge = MergeCallback(MagMax(), buffers=buffers)
+        for task in range(2):
+            data = toy_loader(task).dataset
+            make_trainer(merge).fit(model, torch.utils.data.DataLoader(data, batch_size=8, shuffle=True))
+        return weights(model)
+
+    assert same(trained("re-estimated"), trained("latest"))
+
+
+def test_a_module_that_cannot_be_called_is_refused_before_training():
+    model = ForeignModule(batch_norm=True)
+    before = weights(model)
+    with pytest.raises(TypeError, match=r"ForeignModule to have a forward\(inputs\)"):
+        stream(model, MergeCallback(MagMax(), buffers="re-estimated"), 1)
     assert same(weights(model), before)

@@ -93,7 +93,7 @@ def test_models_that_fit_evaluated_come_out_with_the_same_bits(run, capsys):
     assert "task 2/3: 8 models, test images" in shown.err
 
 
-@pytest.mark.parametrize("buffers", ["mean", "base"])
+@pytest.mark.parametrize("buffers", ["mean", "base", "re-estimated"])
 def test_growing_heads_and_running_statistics_are_those_of_their_task(tmp_path, buffers):
     arguments = ["--mergers", "MagMax", "Fisher", "PAINT", f"--learner.buffers={buffers}"]
     run = make_run(tmp_path, *arguments, "--model.backbone=support.toy_backbone.Normed", head="CosineHead")

@@ -1,0 +1,62 @@
+"""Running statistics of batch normalisation that fit weights which no training has seen: those of a merged model."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from clmerge.weights.modes import eval_mode
+from clmerge.weights.parametrization import folded, running_statistics
+
+
+@torch.no_grad()
+def estimated_statistics(module: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return the running statistics that a module has on some inputs: their mean over the batches.
+
+    As ``torch.optim.swa_utils.update_bn`` does it, statistics are reset and averaged with equal weights (``momentum``
+    None). Unlike there, layers other than batch normalisation stay in evaluation mode: dropout would be part of the
+    statistics. In a distributed run they are averaged over the processes, each of which brings its batches.
+
+    Args:
+        module: What is called with the inputs, with the weights the statistics are for; left as it was.
+        batches: Inputs (batch, ...), on the module's device; at least two rows each, unless there are positions, too.
+
+    Returns:
+        Means and variances by dense name, on the CPU; none for a module without batch normalisation.
+
+    Raises:
+        ValueError: If there is no batch.
+    """
+    with folded(module) as network, eval_mode(network):
+        norms = [part for part in network.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
+        if not norms:
+            return {}
+        before = [({name: buffer.clone() for name, buffer in norm.named_buffers()}, norm.momentum) for norm in norms]
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.train()
+            count = 0
+            for inputs in batches:
+                network(inputs)
+                count += 1
+            if not count:
+                raise ValueError("expected images to estimate running statistics on, got none")
+            return {name: _over_processes(tensor) for name, tensor in running_statistics(network).items()}
+        finally:
+            for norm, (buffers, momentum) in zip(norms, before, strict=True):
+                norm.momentum = momentum
+                for name, buffer in norm.named_buffers():
+                    buffer.copy_(buffers[name])
+
+
+def _over_processes(tensor: Tensor) -> Tensor:
+    """Return the mean over all processes."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tensor
+    device = torch.device("cuda") if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
+    total = tensor.to(device)
+    torch.distributed.all_reduce(total)
+    return (total / torch.distributed.get_world_size()).cpu()
