@@ -19,7 +19,7 @@ def clean_names(checkpoint: Checkpoint) -> None:
     Args:
         checkpoint: Changed in place.
     """
-    found = [part for part in _WRAPPERS if any(part in name.split(".") for name in checkpoint.entries)]
+    found = [part for part in _WRAPPERS if any(part in name and part in name.split(".") for name in checkpoint.entries)]
     spell = _without(found)
     if found and _are_distinct(checkpoint.entries, spell):
         checkpoint.rename(spell)
@@ -45,6 +45,8 @@ def align_names(checkpoint: Checkpoint, wanted: Mapping[str, Tensor], owner: str
     Raises:
         ValueError: If two prefixes do equally well, and the tensors below them differ.
     """
+    if checkpoint.entries.keys() <= wanted.keys():
+        return
     spell = _without(_PERHAPS_WRAPPERS)
     if not (_are_distinct(checkpoint.entries, spell) and _are_distinct(wanted, spell)):
         spell = _without(())

@@ -88,16 +88,19 @@ def decide(
             hint = f"; the nearest is {near[0]!r}" if near else ""
             raise ValueError(f"expected a pattern that matches a tensor of {base.source}, got {pattern!r}{hint}")
     tied = resolve_ties(base, models)
+    merged: set[str] = set()
     groups: dict[tuple[str, str, bool], list[str]] = {}
     details: dict[tuple[str, str, bool], str] = {}
     for name in base.entries:
         action, reason, detail, is_problem = _treatment(name, base, models, include, exclude)
         if name in left and (action == "merged" or is_problem):
             action, reason, detail, is_problem = "copied", "no rule is given for it", "", False
-        if action == "merged" and tied.get(name) in groups.get(_MERGED, []):
+        if action == "merged" and name in tied and tied[name] in merged:
             action, reason, detail = "tied", "one tensor with another, merged once", f"with {tied[name]}"
         key = (action, reason, is_problem)
         groups.setdefault(key, []).append(name)
+        if key == _MERGED:
+            merged.add(name)
         details.setdefault(key, detail)
     rows = [
         Row(action, reason, names, details[action, reason, bad], bad) for (action, reason, bad), names in groups.items()
@@ -177,7 +180,7 @@ def _extra_rows(model: Checkpoint, base: Checkpoint) -> list[Row]:
     same = twins(model) if extras and not model.rest_is_zero else {}
     groups = {same.get(name, name) for name in model.entries if name in base.entries}
     known = [name for name in extras if same.get(name, name) in groups]
-    unknown = [*(name for name in extras if name not in known), *model.left_out]
+    unknown = [*(name for name in extras if same.get(name, name) not in groups), *model.left_out]
     # The fingerprint in a task vector is that of all its tensors.
     unchecked = ", so whether it began with this base cannot be checked" if model.base else ""
     rows = [Row("ignored", f"one tensor with another that the base has, of {model.source}", known)]
