@@ -56,6 +56,8 @@ class ImageDataset(Dataset[tuple[Any, int]]):
             return self.plan.images.image(self.plan.indices[index])
         except UnreadableImageError as error:
             reason = str(error)
+        except (ValueError, TypeError):  # not damage: the source is set up wrong, and says how
+            raise
         except Exception as error:  # of a source that is not ours: torchvision's, Avalanche's
             reason = f"expected an image, got {error or type(error).__name__} ({self.where(index)})"
         raise UnreadableImageError(f"{reason}, in the {self.label}")
