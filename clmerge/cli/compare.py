@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clmerge.cli.messages import complain
 from clmerge.cli.signals import Stopped
 
 if TYPE_CHECKING:
@@ -94,8 +95,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _compare(config, parser.instantiate(config).mergers)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"clmerge compare: {error}", file=sys.stderr)
-        return 1
+        return complain("compare", error)
     except Stopped as stop:
         stop.hint = "the same command goes on from here"
         raise

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clmerge.cli.messages import complain
+
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
@@ -231,8 +233,7 @@ def _run(arguments: Sequence[str], *, resume: str | None) -> int:
             default = config.run_dir or f"runs/{file_name(config.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
             run = RunFolder.create(default if is_main else os.environ[RUN_DIR_VARIABLE], writes=is_main)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"clmerge fit: {error}", file=sys.stderr)
-        return 1
+        return complain("fit", error)
     os.environ[RUN_DIR_VARIABLE] = str(run.path)
     if is_main and resume is None:
         _save_config(parser, config, run)

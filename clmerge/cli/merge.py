@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clmerge.cli.messages import complain
 from clmerge.cli.signals import Stopped
 
 if TYPE_CHECKING:
@@ -92,13 +93,20 @@ def build_parser() -> "CommandParser":
 
 def main(argv: Sequence[str]) -> int:
     """Run ``clmerge merge``; return the exit code."""
+    from clmerge.checkpoints.ledger import MOST_THREADS
+
     parser = build_parser()
     try:
         arguments = [*_translated(argv)]
     except (ValueError, OSError) as error:
-        print(f"clmerge merge: {error}", file=sys.stderr)
-        return 1
+        return complain("merge", error)
     config = parser.parse_args(arguments)
+    defaults = parser.get_defaults()
+    for option in ("models", "groups", "origin", "include", "exclude", "strict", "dry_run", "overwrite", "no_hash"):
+        if config[option] is None and defaults[option] is not None:
+            parser.error(f"expected a value of {option}, got null; leave it out for its default")
+    if config.threads is None or not 1 <= config.threads <= MOST_THREADS:
+        parser.error(f"expected --threads from 1 to {MOST_THREADS}, got {config.threads}")
     if config.verify is None:
         needed = {"--base": config.base, "--models": config.models, "--merger": config.merger or config.groups}
         if not config.dry_run:
@@ -107,13 +115,10 @@ def main(argv: Sequence[str]) -> int:
             parser.error(f"expected --base, --models, --merger and --out (or --dry-run), got no {', '.join(missing)}")
     elif config.base or config.models or config.merger or config.out:
         parser.error("expected --verify alone, since the file says how it was made, got other options beside it")
-    if config.threads < 1:
-        parser.error(f"expected --threads of 1 or more, got {config.threads}")
     try:
         return _verify(config.verify) if config.verify is not None else _merge(parser, config)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"clmerge merge: {error}", file=sys.stderr)
-        return 1
+        return complain("merge", error)
     except Stopped as stop:
         stop.hint = "nothing was written"
         raise
@@ -123,8 +128,7 @@ def _translated(argv: Sequence[str]) -> Iterator[str]:
     """Give the options that a recipe of mergekit stands for in its place."""
     import json
 
-    import yaml
-
+    from clmerge.bounded_yaml import read_yaml
     from clmerge.checkpoints.mergekit import from_mergekit, is_mergekit
 
     before = ""
@@ -136,16 +140,13 @@ def _translated(argv: Sequence[str]) -> Iterator[str]:
             yield argument
             continue
         file = path or argument
-        try:
-            recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"expected a recipe in YAML, got {file}: {error}") from error
+        recipe = read_yaml(Path(file))
         if not is_mergekit(recipe):
             yield argument
             continue
         try:
             content = json.dumps(from_mergekit(recipe))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"cannot do what the recipe {file} of mergekit says: {error}") from error
         yield f"--recipe={content}" if path else content
 

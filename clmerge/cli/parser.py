@@ -7,10 +7,14 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NoReturn
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader
 from typing_extensions import override
 
+from clmerge.bounded_yaml import check_yaml, yaml_cause
+from clmerge.cli.messages import class_options, condensed
 from clmerge.cli.named_code import refuse_functions, refused_path
+from clmerge.names import visible
+from clmerge.weights.paths import what_it_is
 
 
 class CommandFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -30,15 +34,14 @@ class CommandParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and the nearest valid word, without the usage, and exit with 2."""
         text = (message if ex is None else str(ex)).strip()
-        given = (option for action in self._actions for option in action.option_strings)
-        options = [option.removeprefix("--") for option in given if option.startswith("--") and option != "--help"]
-        if "Did you mean" not in text and (near := suggestion(text, options, self.class_names)):
-            text = f"{text}\nDid you mean {near}?"
         if not self.exit_on_error:  # a parser of one class's arguments, inside of the command's
             super().error(text, ex)
         if refused := refused_path(text):
             path, key = refused
             text = f"expected no code that runs commands in a configuration, got {path} at {key}; it was not imported"
+        else:
+            text = f"{condensed(text)}{self._source(text)}{self._hint(text)}"
+        text = visible(text, keep="\n")
         self.exit(2, f"{self.prog}: {text}\nOptions: {self.prog} --help\n")
         raise AssertionError("exit returned")
 
@@ -53,17 +56,48 @@ class CommandParser(ArgumentParser):
 
     @override
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
-        """Parse arguments.
+        """Parse arguments; a named pipe, a socket or a device among them is refused.
 
         An option of a class inside of a class comes here a second time, after jsonargparse has read its value and
         written it out as Python does: ``null`` comes as ``None``, which a type that takes text would keep as text.
         """
+        self._words = list(args or ())
+        for word in self._words:
+            for path in (word, word.partition("=")[2]):
+                if path and what_it_is(path) not in ("nothing", "file", "folder"):
+                    self.error(f"expected a file or a folder, got {path}, which is a {what_it_is(path)}")
         if args is not None and not self.exit_on_error:
             args = [
                 f"{argument.removesuffix('=None')}=null" if argument.endswith("=None") else argument
                 for argument in args
             ]
         return super().parse_args(args, *rest, **options)
+
+    def _source(self, text: str) -> str:
+        """Return which files the key at fault may stand in; nothing if it is on the command line."""
+        words = getattr(self, "_words", [])
+        config = [action.dest for action in self._actions if isinstance(action, ActionConfigFile)]
+        files = [
+            (word.partition("=")[2] or following)
+            for word, following in zip(words, [*words[1:], ""], strict=True)
+            if word.partition("=")[0].removeprefix("--") in config
+        ]
+        key = re.search(r"(?:Parser key \"|Option '|Group ')([\w-]+)", text)
+        given = key and any(re.match(rf"--{re.escape(key[1])}([=.+]|$)", word) for word in words)
+        shown = [file for file in files if file and file not in text and "\n" not in file and not file.startswith("{")]
+        return f" (in {', '.join(shown)})" if shown and not given and (key or "config" in text) else ""
+
+    def _hint(self, text: str) -> str:
+        """Return the nearest valid word; of a class's options, those of that class."""
+        if "Did you mean" in text:
+            return ""
+        if (known := class_options(text)) is not None and (found := re.search(r"Option '(\w+)' is not accepted", text)):
+            near = _nearest(found[1], known)
+            return f"\nDid you mean {near}?" if near else f"\nIts options are {', '.join(known) or 'none'}."
+        given = (option for action in self._actions for option in action.option_strings)
+        options = [option.removeprefix("--") for option in given if option.startswith("--") and option != "--help"]
+        near = suggestion(text, options, self.class_names)
+        return f"\nDid you mean {near}?" if near else ""
 
     @override
     def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
@@ -91,6 +125,21 @@ def described(theclass: type) -> str:
     """
     text = inspect.getdoc(theclass) or ""
     return re.sub(r"^Args:\n(?:[ ].*\n|\n)*", "", f"{text}\n", flags=re.MULTILINE).strip()
+
+
+_load_plain_yaml = get_loader("yaml")
+
+
+def _load_yaml(text: str) -> Any:
+    """Read a configuration, or the value of an option, as jsonargparse does, unless it is an alias bomb."""
+    try:
+        check_yaml(text)
+        return _load_plain_yaml(text)
+    except Exception as error:
+        raise ValueError(yaml_cause(error)) from error
+
+
+set_loader("yaml", _load_yaml, exceptions=(ValueError,))
 
 
 def known_subclasses(bases: Iterable[type]) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from clmerge.cli.messages import complain
 from clmerge.names import visible
 
 if TYPE_CHECKING:
@@ -60,8 +61,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _report(config)
     except (ValueError, OSError) as error:
-        print(f"clmerge report: {visible(str(error))}", file=sys.stderr)
-        return 1
+        return complain("report", error)
 
 
 def _report(config: Any) -> int:

@@ -8,8 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from clmerge.bounded_yaml import read_yaml
 from clmerge.comparison.contract import validate_comparison
 from clmerge.names import shown
 from clmerge.report.rules import Rule, configured_rules, rule_of
@@ -289,8 +288,5 @@ def _read_json(file: Path, advice: str) -> Mapping[str, Any]:
 def _read_yaml(file: Path) -> Mapping[str, Any]:
     if not file.is_file():
         return {}
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"expected a configuration in YAML in {file}, which is damaged: {error}") from error
+    found = read_yaml(file)
     return found if isinstance(found, dict) else {}

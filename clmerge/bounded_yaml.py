@@ -1,0 +1,96 @@
+"""YAML that somebody else wrote: read only if it is no larger, and no deeper, than it looks."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_MOST_REPEATED = 10_000
+_DEEPEST = 100
+# What the constructors of YAML's own tags raise beside YAMLError, for example for "!!bool x".
+_FAULTS = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)
+
+
+def load_yaml(text: str, source: str) -> Any:
+    """Return the content of one YAML document.
+
+    Args:
+        text: The document.
+        source: What it is called in messages.
+
+    Raises:
+        ValueError: If it is no YAML, or ``check_yaml`` refuses it.
+
+    Example:
+        >>> load_yaml("a: [1, x]", "a.yaml")
+        {'a': [1, 'x']}
+    """
+    try:
+        check_yaml(text)
+        return yaml.load(text, Loader=_Loader)
+    except _FAULTS as error:
+        raise ValueError(f"expected a document in YAML, got {source}: {yaml_cause(error)}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the content of a YAML file.
+
+    Args:
+        path: The file, in UTF-8.
+
+    Raises:
+        ValueError: As ``load_yaml``.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected a document in YAML, got {path}: it is no text in UTF-8") from error
+    return load_yaml(text, str(path))
+
+
+def check_yaml(text: str) -> None:
+    """Refuse a document whose aliases repeat more than 10,000 nodes, or that is nested more than 100 deep.
+
+    A few lines of aliases to aliases stand for more than any memory holds.
+
+    Args:
+        text: The document.
+
+    Raises:
+        ValueError: If it is one of these.
+        yaml.YAMLError: If it is no YAML.
+    """
+    sizes: dict[str, int] = {}  # of anchors that are complete
+    open_nodes: list[tuple[str | None, int]] = []
+    count = repeated = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):
+            size = sizes.get(event.anchor, 1)
+            if any(anchor == event.anchor for anchor, _ in open_nodes):
+                raise ValueError(f"the alias *{event.anchor} stands inside of what it means")
+            count, repeated = count + size, repeated + size
+            if repeated > _MOST_REPEATED:
+                raise ValueError(f"its aliases repeat more than {_MOST_REPEATED:,} nodes; write them out")
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, count))
+            count += 1
+            if len(open_nodes) > _DEEPEST:
+                raise ValueError(f"it is nested more than {_DEEPEST} deep")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor is not None:
+                sizes[anchor] = count - before
+        elif isinstance(event, yaml.ScalarEvent):
+            count += 1
+
+
+def yaml_cause(error: Exception) -> str:
+    """Return what is wrong with a document, on one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        said = " ".join(filter(None, (error.context, error.problem)))
+        return f"{said} at line {mark.line + 1}, column {mark.column + 1}"
+    if isinstance(error, yaml.YAMLError | ValueError):
+        return " ".join(str(error).split())[:200]
+    return f"a value that does not fit its tag ({type(error).__name__})"

@@ -1,0 +1,97 @@
+"""What a command says when it fails: one line, one cause, with the key it stands at."""
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+
+from clmerge.names import visible
+
+_KEY = re.compile(r'Parser key "([^"]*)":\s*(.*)')
+_CLASS = re.compile(r"Problem with given class_path '([\w.]+)':")
+_VALUE = re.compile(r"Given value: (.*)")
+_TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
+_OUTLINE = re.compile(r"Parser key|Problem with given class_path|Does not validate against|Subclass types expect")
+_LONGEST = 300  # characters of a cause or a value
+
+
+def complain(name: str, error: BaseException) -> int:
+    """Print why a command failed, on stderr, and return the exit code 1.
+
+    Args:
+        name: What the command is called.
+        error: What it failed with.
+    """
+    text = visible(condensed(str(error)), keep="\n")
+    print(f"clmerge {name}: {text}", file=sys.stderr)
+    return 1
+
+
+def condensed(message: str) -> str:
+    """Return the cause in a message of jsonargparse, which may be an outline of many lines, with the key it stands at.
+
+    Example:
+        >>> outline = ['Parser key "threads":', "  Expected a <class 'int'>. Got value: x"]
+        >>> condensed(chr(10).join(outline))
+        'threads: Expected int. Got value: x'
+        >>> condensed("plain")
+        'plain'
+    """
+    if not _OUTLINE.search(message):
+        return "\n".join(_shortened(line, 4 * _LONGEST) for line in message.splitlines())
+    keys, value, causes = [], "", []
+    for line in _relevant([line for line in message.splitlines() if line.strip()]):
+        if found := _KEY.match(line):
+            keys.append(found[1])
+            causes += [_shortened(found[2])] * bool(found[2])
+        elif found := _CLASS.match(line):
+            keys.append(found[1].rpartition(".")[2])
+        elif found := _VALUE.match(line):
+            value = found[1]
+        else:
+            causes.append(_shortened(_TYPE.sub(r"\1", line).replace("Expected a ", "Expected ")))
+    causes = causes or ["no value that fits"]
+    where = "".join(f"{key}: " for key in keys)
+    got = f"; got {_shortened(value)}" if value and "Got value" not in causes[0] and "NestedArg(" not in value else ""
+    return f"{where}{causes[0]}{got}"
+
+
+def class_options(message: str) -> list[str] | None:
+    """Return the arguments of the innermost class that a message of jsonargparse is about; None if it is about none."""
+    found = _CLASS.findall(message)
+    if not found:
+        return None
+    module, _, name = found[-1].rpartition(".")
+    kind = getattr(sys.modules.get(module), name, None)
+    return [*inspect.signature(kind).parameters] if inspect.isclass(kind) else None
+
+
+def _relevant(lines: list[str]) -> Iterator[str]:
+    """Yield the lines that say what is wrong, from the outside in; of alternatives, those of the most telling one."""
+    position = 0
+    while position < len(lines):
+        line = lines[position].strip()
+        position += 1
+        if line.startswith("Does not validate against any of the Union subtypes"):
+            end = next((i for i in range(position, len(lines)) if _VALUE.match(lines[i].strip())), len(lines))
+            yield from _relevant(_best([*lines[position:end]]))
+        elif line.startswith("Subclass types expect one of"):
+            return
+        elif not line.startswith(("Subtypes:", "Errors:", "Given value type:")):
+            yield line
+
+
+def _best(lines: list[str]) -> list[str]:
+    """Return the lines of the alternative that says most, the bullet taken off: never that None would do."""
+    starts = [i for i, line in enumerate(lines) if line.lstrip().startswith("- ")]
+    if not starts:
+        return lines
+    indent = min(len(lines[i]) - len(lines[i].lstrip()) for i in starts)
+    starts = [i for i in starts if len(lines[i]) - len(lines[i].lstrip()) == indent]
+    options = [lines[a:b] for a, b in zip(starts, [*starts[1:], len(lines)], strict=True)]
+    best = max(options, key=lambda option: ("NoneType" not in option[0], len(option)))
+    return [best[0].lstrip().removeprefix("- "), *best[1:]]
+
+
+def _shortened(text: str, longest: int = _LONGEST) -> str:
+    return text if len(text) <= longest + 3 else f"{text[:longest]}..."

@@ -1,0 +1,30 @@
+"""What there is at a path, before it is opened: reading a named pipe waits, and reading a device may never end."""
+
+import os
+import stat
+from pathlib import Path
+
+_KINDS = (
+    (stat.S_ISREG, "file"),
+    (stat.S_ISDIR, "folder"),
+    (stat.S_ISFIFO, "named pipe"),
+    (stat.S_ISSOCK, "socket"),
+)
+
+
+def what_it_is(path: str | os.PathLike[str]) -> str:
+    """Return ``"file"``, ``"folder"``, ``"named pipe"``, ``"socket"`` or ``"device"``, of what a link leads to.
+
+    ``"nothing"`` is what there is where nothing can be: a link into nowhere or to itself, a name with a null byte.
+
+    Example:
+        >>> what_it_is("/dev/null"), what_it_is("/")
+        ('device', 'folder')
+    """
+    try:
+        mode = Path(path).stat().st_mode
+    except PermissionError:
+        return "path that may not be read"
+    except (OSError, ValueError):
+        return "nothing"
+    return next((kind for is_kind, kind in _KINDS if is_kind(mode)), "device")
