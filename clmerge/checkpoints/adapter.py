@@ -1,6 +1,5 @@
 """PEFT's LoRA adapters as task vectors: products of two factors, computed a few rows at a time."""
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -13,8 +12,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from clmerge.checkpoints.patterns import BoundedPattern
 from clmerge.checkpoints.reader import Checkpoint, Entry
 from clmerge.weights.factored import Product
+from clmerge.weights.io import parse_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -71,6 +72,8 @@ class AdapterCheckpoint(Checkpoint):
 
     def __init__(self, weights: Checkpoint, folder: Path) -> None:
         config = _read_config(folder / CONFIG)
+        self._rank_of = _Setting(config, "rank_pattern", "r", folder / CONFIG)
+        self._alpha_of = _Setting(config, "alpha_pattern", "lora_alpha", folder / CONFIG)
         found = {name: match for name in weights.entries if (match := _FACTOR.fullmatch(name))}
         # Only beside factors: a module may be called lora_head, and be saved whole.
         around = tuple({f"{match['module']}.lora_" for match in found.values()})
@@ -91,7 +94,7 @@ class AdapterCheckpoint(Checkpoint):
                 self._add(found[name], a, b, config)
         if not self._products:
             raise ValueError(
-                f"expected LoRA factors in {weights.source}, got {next(iter(weights.entries))!r} and so on"
+                f"expected LoRA factors in {weights.source}, got {next(iter(weights.entries), 'nothing')!r} and so on"
             )
         entries = {name: product.entry for name, product in self._products.items()}
         entries |= {name: weights.entries[stored] for name, stored in self._whole.items()}
@@ -108,11 +111,8 @@ class AdapterCheckpoint(Checkpoint):
         rows, columns = (weights.entries[name].shape for name in (b, a))
         # PEFT keeps what it wraps under base_layer, which only shows where a module in a module has factors, too.
         owner, _, inner = module.partition(".base_layer.")
-        wanted, alpha = (
-            _of_pattern(config.get(patterns), _plain(owner), config[default])
-            for patterns, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-        )
-        if len(rows) < 2 or rows[1] != columns[0] or wanted != columns[0]:
+        wanted, alpha = self._rank_of.of(_plain(owner)), self._alpha_of.of(_plain(owner))
+        if len(rows) < 2 or len(columns) < 2 or rows[1] != columns[0] or wanted != columns[0] or not wanted:
             raise ValueError(
                 f"expected factors of rank {wanted}, as {CONFIG} says, got shapes {rows} and {columns} of {module!r} "
                 f"in {weights.source}; {'grouped convolutions cannot be merged' if wanted == columns[0] else _ADVICE}"
@@ -193,13 +193,14 @@ def has_factors(names: Iterable[str]) -> bool:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        kind, complete = config.get("peft_type"), {"r", "lora_alpha"} <= config.keys()
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"expected the configuration of a PEFT adapter, got {path}: {error}") from error
-    if kind != "LORA" or not complete:
-        raise ValueError(f"expected a LoRA adapter with r and lora_alpha, got {path} of peft_type {kind!r}; {_ADVICE}")
+    config = parse_json(path.read_bytes(), str(path))
+    if not isinstance(config, dict):
+        raise ValueError(f"expected the configuration of a PEFT adapter, got {path} with {type(config).__name__}")
+    kind = config.get("peft_type")
+    if kind != "LORA" or not {"r", "lora_alpha"} <= config.keys():
+        raise ValueError(
+            f"expected a LoRA adapter with r and lora_alpha, got {path} of peft_type {str(kind)[:40]!r}; {_ADVICE}"
+        )
     for setting in _REFUSED:
         if config.get(setting):
             raise ValueError(
@@ -212,13 +213,35 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"expected an adapter to the base as it is on disk, got init_lora_weights={start!r} in {path}, which moves "
             "the base too; save it with PEFT's path_initial_model_for_weight_conversion, which converts it"
         )
+    for setting in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(setting) or {}, dict):
+            raise ValueError(f"expected {setting} of patterns to numbers in {path}, got {str(config[setting])[:80]!r}")
     return config
 
 
-def _of_pattern(patterns: Mapping[str, Any] | None, module: str, default: float) -> Any:
-    """Return the value of the first pattern that matches the end of a module's name, as PEFT does."""
-    matching = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module))
-    return next(matching, default)
+class _Setting:
+    """The rank or the alpha of every module: that of the first pattern that matches the end of its name, as in PEFT."""
+
+    def __init__(self, config: Mapping[str, Any], patterns: str, default: str, path: Path) -> None:
+        self._default = _number(config[default], default, path)
+        self._patterns: list[tuple[BoundedPattern, float]] = []
+        for pattern, value in (config.get(patterns) or {}).items():
+            try:
+                compiled = BoundedPattern(rf"(.*\.)?({pattern})$")
+            except ValueError as error:
+                raise ValueError(
+                    f"expected patterns of module names in {patterns} of {path}, got {pattern[:80]!r}: {error}"
+                ) from error
+            self._patterns.append((compiled, _number(value, f"{patterns}[{pattern[:80]!r}]", path)))
+
+    def of(self, module: str) -> float:
+        return next((value for pattern, value in self._patterns if pattern.matches(module)), self._default)
+
+
+def _number(value: Any, key: str, path: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"expected a number for {key} in {path}, got {str(value)[:40]!r}")
+    return value
 
 
 def _plain(name: str) -> str:

@@ -1,7 +1,6 @@
 """From a path to an open checkpoint: which format it is, and which tensors are meant."""
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,8 @@ from clmerge.checkpoints.names import clean_names
 from clmerge.checkpoints.pickled import StandIn, StoredTensor, UnreadTensor
 from clmerge.checkpoints.reader import Checkpoint, SafetensorsCheckpoint, TorchCheckpoint
 from clmerge.checkpoints.torch_file import TorchFile
+from clmerge.weights.io import parse_json
+from clmerge.weights.paths import what_it_is
 
 _TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".tar"}
 _IN_FOLDERS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
@@ -37,9 +38,10 @@ def open_models(paths: Iterable[str | os.PathLike[str]], weights: str | None = N
     found: list[Checkpoint] = []
     for path in map(Path, paths):
         bank = path / "bank" if (path / "manifest.json").is_file() else path
-        files = sorted(file for file in _listed(bank) if _BANK_FILE.fullmatch(file.name))
+        names = [entry.name for entry in bank.iterdir()] if bank.is_dir() else []
+        files = [bank / name for name in names if _BANK_FILE.fullmatch(name)]
         if files:
-            found += [open_checkpoint(file) for file in sorted(files, key=lambda file: int(file.stem[5:]))]
+            found += _bank(bank, sorted(files, key=_task_of))
         elif bank != path:
             raise ValueError(
                 f"expected a run folder with a task-vector bank, got {path} without one; name its merged models "
@@ -47,6 +49,27 @@ def open_models(paths: Iterable[str | os.PathLike[str]], weights: str | None = N
             )
         else:
             found.append(open_checkpoint(path, weights))
+    return found
+
+
+def _task_of(file: Path) -> int:
+    return int(file.stem.removeprefix("task_"))
+
+
+def _bank(folder: Path, files: Sequence[Path]) -> list[Checkpoint]:
+    """Open all files of a task-vector bank, which are in the order of their tasks."""
+    if [*map(_task_of, files)] != [*range(len(files))]:
+        raise ValueError(
+            f"expected the task vectors of all tasks in {folder}, got {', '.join(file.name for file in files[:6])}"
+            f"{' and so on' if len(files) > 6 else ''}; put the missing ones back, or name the files to merge"
+        )
+    found = [open_checkpoint(file) for file in files]
+    for file, opened in zip(files, found, strict=True):
+        if isinstance(opened, SafetensorsCheckpoint) and opened.metadata.get("task") != str(_task_of(file)):
+            raise ValueError(
+                f"expected the task vector of task {_task_of(file)} in {file}, got one whose header says task "
+                f"{opened.metadata.get('task', '?')[:20]!r}; put the right file there"
+            )
     return found
 
 
@@ -68,7 +91,9 @@ def open_checkpoint(path: str | os.PathLike[str], weights: str | None = None) ->
         ValueError: If it is in no format that can be read, or holds several sets of weights of other names.
     """
     path = Path(path)
-    if not path.exists():
+    if (kind := what_it_is(path)) not in ("nothing", "file", "folder"):
+        raise ValueError(f"expected a checkpoint, a file or a folder, got {path}, which is a {kind}")
+    if kind == "nothing":
         raise FileNotFoundError(f"expected a checkpoint, got {path}, which does not exist{_nearest_file(path)}")
     checkpoint = _from_folder(path, weights) if path.is_dir() else _from_file(path, weights)
     if path.is_file() and has_factors(checkpoint.entries):
@@ -122,14 +147,20 @@ def _from_file(path: Path, weights: str | None) -> Checkpoint:
 
 
 def _from_index(index: Path, source: Path, weights: str | None) -> Checkpoint:
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"expected an index with a weight_map, got {index}: {error!r}; copy it again") from error
+    content = parse_json(index.read_bytes(), str(index))
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
+        raise ValueError(f"expected an index with a weight_map of names to files, got {index}; copy it again")
     files = [index.parent / name for name in sorted(set(weight_map.values()))]
     for file in files:
-        if file.parent != index.parent or not file.is_file():
-            raise ValueError(f"expected the shards that {index} lists beside it, got no {file}; copy all shards")
+        if file.parent != index.parent or what_it_is(file) != "file":
+            raise ValueError(
+                f"expected the shards that {index} lists beside it, got no file {str(file)[-200:]!r}; copy all shards"
+            )
     checkpoint: Checkpoint
     if files and files[0].suffix == ".safetensors":
         checkpoint = SafetensorsCheckpoint(source, files, f"safetensors in {len(files)} shards")

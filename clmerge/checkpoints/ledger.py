@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +15,13 @@ from clmerge.checkpoints.reader import Checkpoint
 from clmerge.checkpoints.vectors import Origin
 from clmerge.merging import Finisher, Merger, Sparsifier
 from clmerge.merging.configured import Configured
-from clmerge.weights.io import load_metadata
+from clmerge.weights.io import load_metadata, parse_json
 
 SCHEMA = 1
 KEY = "clmerge"
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
+MOST_THREADS = 1024
 UNKNOWN = "0" * 64  # as long as the SHA-256 that takes its place
 
 
@@ -112,12 +113,55 @@ def read_ledger(path: str | os.PathLike[str]) -> Ledger:
         found = _ledger_in(file)
         if found is None:
             raise ValueError("no ledger, which only what clmerge merge wrote has")
-        if found.get("schema") != SCHEMA:
-            raise ValueError(f"schema {found.get('schema')!r} instead of {SCHEMA}")
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
+        if found.get("schema") != SCHEMA or isinstance(found["schema"], bool):
+            raise ValueError(f"schema {str(found.get('schema'))[:20]!r} instead of {SCHEMA}")
+        for key, value in found.items():
+            if key not in _FITS or not _FITS[key](value):
+                raise ValueError(f"{str(value)[:80]!r} under {key[:40]!r}, which merge does not write")
         found["files"] = [InputFile(**file) for file in found["files"]]
         return Ledger(**found)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"expected a ledger of this version of clmerge in {path}, got {error}") from error
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_file(value: Any) -> bool:
+    if not isinstance(value, dict) or not {"path", "bytes", "sha256"} <= value.keys():
+        return False
+    texts = (value["path"], value["sha256"] or "", value.get("weights", ""))
+    return all(isinstance(text, str) for text in texts)
+
+
+def _are_shards(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(isinstance(sha256, str | None) for sha256 in value.values()):
+        return False
+    return all(name and Path(name).name == name and "\0" not in name for name in value)
+
+
+# What a ledger may say: it is read from files that somebody else wrote.
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "merger": lambda value: isinstance(value, dict | None),
+    "base": lambda value: isinstance(value, str),
+    "models": lambda value: _are_texts(value) and bool(value),
+    "files": lambda value: isinstance(value, list) and all(map(_is_file, value)),
+    "include": _are_texts,
+    "exclude": _are_texts,
+    "strict": lambda value: isinstance(value, bool),
+    "threads": lambda value: type(value) is int and 1 <= value <= MOST_THREADS,
+    "versions": lambda value: isinstance(value, dict),
+    "result_sha256": lambda value: isinstance(value, str | None),
+    "groups": lambda value: isinstance(value, list) and all(isinstance(group, dict) for group in value),
+    "origin": lambda value: value in ("base", "zero"),
+    "dtype": lambda value: isinstance(value, str | None),
+    "weights": lambda value: isinstance(value, str | None),
+    "shards": _are_shards,
+    "schema": lambda value: True,
+}
 
 
 def ledger_file(path: str | os.PathLike[str]) -> Path:
@@ -130,9 +174,10 @@ def ledger_file(path: str | os.PathLike[str]) -> Path:
 
 def _ledger_in(file: Path) -> Any:
     if file.suffix == ".json":
-        return json.loads(file.read_text(encoding="utf-8"))["metadata"].get(KEY)
+        metadata = parse_json(file.read_bytes(), str(file))["metadata"]
+        return metadata.get(KEY) if isinstance(metadata, dict) else None
     text = load_metadata(file).get(KEY)
-    return None if text is None else json.loads(text)
+    return None if text is None else parse_json(text, f"{KEY!r} in its header")
 
 
 def configured_from(plain: dict[str, Any]) -> Merger:

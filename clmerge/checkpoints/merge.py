@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from clmerge.checkpoints.faults import explained
 from clmerge.checkpoints.formats import open_checkpoint, open_models
 from clmerge.checkpoints.groups import Group, assign
 from clmerge.checkpoints.ledger import UNKNOWN, Ledger, as_plain, input_files, versions
@@ -222,9 +223,9 @@ class CheckpointMerge:
                     for one in (name, *further.get(name, [])):
                         yield one, theta
                     del tau, theta  # else they would be held while the next is merged
-        except ValueError as error:
-            sources = "\n".join(f"  task {task}: {model.source}" for task, model in enumerate(self.models))
-            raise ValueError(f"{error}\nThe tasks are:\n{sources}") from error
+        except (ValueError, RuntimeError) as error:
+            kind = ValueError if isinstance(error, ValueError) else RuntimeError
+            raise kind(explained(error, self.base, self.models, self.policy.merged)) from error
 
     def _work(self) -> Iterator[tuple[Merger, list[str]]]:
         return ((part.merger, part.names) for part in self.parts if part.merger is not None)

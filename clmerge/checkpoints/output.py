@@ -1,5 +1,6 @@
 """Where a merge is written: one safetensors file, or a folder of shards with an index; complete or not there."""
 
+import math
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from clmerge.checkpoints.ledger import INDEX, KEY, ONE_FILE, Ledger
 from clmerge.checkpoints.reader import Entry
 from clmerge.checkpoints.writer import SafetensorsWriter, new_safetensors, sha256_of
 from clmerge.weights.io import atomic_folder, write_json_atomic
+from clmerge.weights.paths import what_it_is
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _PLAIN = {"format": "pt"}  # the ledger of shards is in the index
@@ -126,9 +128,10 @@ def parse_size(text: str) -> int:
         (1500000000, 2097152)
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match and match[2].upper() in _UNITS else 0
+    exact = float(match[1]) * _UNITS[match[2].upper()] if match and match[2].upper() in _UNITS else 0.0
+    size = int(exact) if math.isfinite(exact) else 0
     if size < 1:
-        raise ValueError(f"expected a size such as 5GB or 500MiB, got {text!r}")
+        raise ValueError(f"expected a size such as 5GB or 500MiB, got {text[:40]!r}")
     return size
 
 
@@ -142,6 +145,8 @@ def existing(path: str | os.PathLike[str], *, sharded: bool) -> Path | None:
 
 def check_target(path: Path, ledger: Ledger, *, nbytes: int, shard_bytes: int | None) -> None:
     """Raise a ValueError if the output has a wrong name, is among the inputs, or does not fit on the disk."""
+    if "\0" in str(path):
+        raise ValueError(f"expected the name of an output, got {str(path)!r}, which has a null byte")
     if shard_bytes is None and (path.suffix != ".safetensors" or path.is_dir()):
         raise ValueError(
             f"expected an output that ends in .safetensors, got {path}; pass --shard-size to write a folder"
@@ -151,9 +156,11 @@ def check_target(path: Path, ledger: Ledger, *, nbytes: int, shard_bytes: int | 
     for file in (Path(file.path).resolve() for file in ledger.files):
         if path.resolve() in (file, file.parent if shard_bytes is not None else file):
             raise ValueError(f"expected an output beside the inputs, got {path} with the input {file}; name another")
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    there = next(place for place in (path, *path.absolute().parents) if what_it_is(place) != "nothing")
+    if there != path and not there.is_dir():
+        raise ValueError(f"expected a folder to write {path} to, got {there}, which is a {what_it_is(there)}")
     if (free := shutil.disk_usage(there).free) < nbytes:
-        raise ValueError(f"expected room for {nbytes:,} bytes in {there}, got {free:,}; free some")
+        raise ValueError(f"expected room for {nbytes:,} bytes of {path} in {there}, got {free:,}; free some")
 
 
 def _is_weights(name: str) -> bool:

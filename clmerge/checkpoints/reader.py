@@ -1,6 +1,8 @@
 """A checkpoint that is open: names, shapes and dtypes at once, tensors one at a time from a memory map."""
 
+import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -12,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import override
 
+from clmerge.weights.bank import is_bank_header
 from clmerge.weights.factored import Product, factor_names, product_shape
 
 # Names of dtypes in the headers of safetensors files.
@@ -194,10 +197,11 @@ class SafetensorsCheckpoint(Checkpoint):
         for file in files:
             try:
                 holder: Any = safe_open(str(file), framework="pt", device="cpu")
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise ValueError(
                     f"expected a whole safetensors file, got {file}: {error}; copy or download it again"
                 ) from error
+            _check_header(file)
             self.metadata |= holder.metadata() or {}
             for name in holder.offset_keys():
                 if name in entries:
@@ -207,13 +211,17 @@ class SafetensorsCheckpoint(Checkpoint):
                 view = holder.get_slice(name)
                 entries[name] = Entry(tuple(view.get_shape()), _dtype(view.get_dtype(), name, file))
                 self._holders[name] = holder
-        self._factors = factor_names(self.metadata)
+        self._factors: dict[str, tuple[str, str, float]] = {}
+        if is_bank := is_bank_header(self.metadata):
+            self._factors = factor_names(
+                self.metadata, lambda name: entries[name].shape if name in entries else None, str(source)
+            )
         for name, (a, b, _) in self._factors.items():
             factors = entries.pop(a), entries.pop(b)
             dtype = torch.float64 if torch.float64 in {factor.dtype for factor in factors} else torch.float32
             entries[name] = Entry(product_shape(factors[0].shape, factors[1].shape), dtype)
         super().__init__(source, kind, files, entries)
-        if {"task", "name", "base"} <= self.metadata.keys():  # what TaskVectorBank writes
+        if is_bank:
             self.is_task_vector = True
             self.kind = "task vector"
             self.task = self.metadata["name"]
@@ -277,6 +285,23 @@ def describe(checkpoint: Checkpoint) -> str:
     names = "".join(f", names {how}" for how in checkpoint.renamed)
     size = f"{len(checkpoint)} tensors, {checkpoint.nbytes / 1e6:,.1f} MB"
     return f"{checkpoint.source} ({checkpoint.kind}{task}: {size}{names})"
+
+
+def _check_header(file: Path) -> None:
+    """Refuse a header that says two things of one tensor, of which safetensors believes the last."""
+    with file.open("rb") as opened:
+        text = opened.read(int.from_bytes(opened.read(8), "little"))
+
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if len(dict(pairs)) < len(pairs):
+            [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"expected every tensor once in {file}, got {name[:80]!r} twice in its header")
+        return dict(pairs)
+
+    try:
+        json.loads(text, object_pairs_hook=once)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"expected a header in JSON, got {file}: {error}; copy or download it again") from error
 
 
 def float_dtype(name: str) -> torch.dtype:

@@ -43,11 +43,30 @@ def verify(path: str | os.PathLike[str], *, on_bytes: OnBytes = lambda count: No
         shard = holder.parent / name
         if expected is not None and shard.is_file() and sha256_of(shard) != expected:
             found.append(f"the shard {shard} has changed since the merge")
-    job = CheckpointMerge(
+    try:
+        job = _planned(path, ledger)
+        for then, now in zip(ledger.files, job.ledger.files, strict=False):
+            if (then.path, then.weights) != (now.path, now.weights):
+                found.append(f"the merge read {then.weights!r} of {then.path}, which is now read as {now.weights!r}")
+        different = _differences(path, job, on_bytes)
+    except (TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:  # of odd settings
+        raise ValueError(
+            f"expected a ledger that can be replayed in {path}, got {type(error).__name__}: {error}"
+        ) from error
+    return [*found, *different], ledger
+
+
+def _planned(path: str | os.PathLike[str], ledger: Ledger) -> CheckpointMerge:
+    try:
+        merger = None if ledger.merger is None else configured_from(ledger.merger)
+        groups = [Group(**built(group)) for group in ledger.groups]
+    except ValueError as error:
+        raise ValueError(f"{error} (in the ledger of {path})") from error
+    return CheckpointMerge(
         ledger.base,
         models=ledger.models,
-        merger=None if ledger.merger is None else configured_from(ledger.merger),
-        groups=[Group(**built(group)) for group in ledger.groups],
+        merger=merger,
+        groups=groups,
         origin=ledger.origin,
         dtype=ledger.dtype,
         include=ledger.include,
@@ -55,15 +74,15 @@ def verify(path: str | os.PathLike[str], *, on_bytes: OnBytes = lambda count: No
         strict=ledger.strict,
         weights=ledger.weights,
     )
-    for then, now in zip(ledger.files, job.ledger.files, strict=False):
-        if (then.path, then.weights) != (now.path, now.weights):
-            found.append(f"the merge read {then.weights!r} of {then.path}, which is now read as {now.weights!r}")
+
+
+def _differences(path: str | os.PathLike[str], job: CheckpointMerge, on_bytes: OnBytes) -> list[str]:
     written = open_checkpoint(path)
     if written.entries.keys() != job.entries.keys():
-        return [*found, f"{path} has other tensors than {ledger.base}"], ledger
+        return [f"{path} has other tensors than {job.base.source}"]
     different: dict[str, None] = {}
     for name, tensor in job.stream(on_bytes):
         different.pop(name, None)
         if job.entries[name] != written.entries[name] or not same_bits(tensor, written.tensor(name)):
             different[name] = None
-    return [*found, *(f"{name!r} differs from what the merge gives" for name in different)], ledger
+    return [f"{name!r} of {path} differs from what the merge gives" for name in different]

@@ -20,7 +20,17 @@ from clmerge.weights.task_vector import (
     fingerprint,
 )
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"task_(\d{3,})\.safetensors")
+
+
+def is_bank_header(metadata: Mapping[str, str]) -> bool:
+    """Return whether the strings of a file's header are those that ``TaskVectorBank`` writes.
+
+    Args:
+        metadata: The strings; other programs may use one or the other of the names for something else.
+    """
+    return {"task", "name", "base"} <= metadata.keys() and bool(_SHA256.fullmatch(metadata.get("sha256", "")))
 
 
 class TaskVectorBank:

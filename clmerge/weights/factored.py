@@ -1,15 +1,17 @@
 """Matrices kept as two thin factors: what low-rank task vectors cost on disk."""
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Self
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from clmerge.weights.io import parse_json
 from clmerge.weights.task_vector import State, accumulator_dtype
 
 SCALES = "low_rank"
@@ -98,10 +100,38 @@ def factored(tau: State, factors: Mapping[str, Product]) -> tuple[dict[str, Tens
     return tensors, {SCALES: json.dumps(scales)} if scales else {}
 
 
-def factor_names(metadata: Mapping[str, str]) -> dict[str, tuple[str, str, float]]:
-    """Return what a file's header says of its factors: matrix name -> names of A and B, and the factor."""
-    scales: dict[str, float] = json.loads(metadata.get(SCALES, "{}"))
-    return {name: (name + _A, name + _B, float(scale)) for name, scale in scales.items()}
+def factor_names(
+    metadata: Mapping[str, str], shapes: Callable[[str], tuple[int, ...] | None], source: str
+) -> dict[str, tuple[str, str, float]]:
+    """Return what a file's header says of its factors: matrix name -> names of A and B, and the factor.
+
+    Args:
+        metadata: The header's strings.
+        shapes: Gives the shape of a stored tensor; None if there is none of that name.
+        source: The file, for messages.
+
+    Raises:
+        ValueError: If the header says something else, or the factors are not there or do not fit together.
+    """
+    if SCALES not in metadata:
+        return {}
+    where = f"{source}, under {SCALES!r} in its header"
+    scales = parse_json(metadata[SCALES], where)
+    if not isinstance(scales, dict):
+        raise ValueError(f"expected a factor for every product in {where}, got {type(scales).__name__}")
+    found = {}
+    for name, scale in scales.items():
+        a, b = (shapes(name + end) for end in (_A, _B))
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise ValueError(f"expected a number for {name!r} in {where}, got {str(scale)[:40]}")
+        if a is None or b is None or shapes(name) is not None:
+            raise ValueError(
+                f"expected {name + _A!r} and {name + _B!r} in place of {name!r} in {source}, got other tensors"
+            )
+        if len(a) not in (2, 3) or len(a) != len(b) or a[:-2] != b[:-2] or a[-2] != b[-1] or not a[-2]:
+            raise ValueError(f"expected factors of {name!r} that can be multiplied in {source}, got {b} and {a}")
+        found[name] = (name + _A, name + _B, float(scale))
+    return found
 
 
 class TensorFile:
@@ -109,13 +139,22 @@ class TensorFile:
 
     Args:
         path: The file.
+
+    Raises:
+        ValueError: If it is none, or its header says of factors what is not so.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         opened: Any = safe_open
-        self._file = opened(os.fspath(path), framework="pt", device="cpu")
+        try:
+            self._file = opened(os.fspath(path), framework="pt", device="cpu")
+        except SafetensorError as error:
+            raise ValueError(f"expected a whole safetensors file, got {os.fspath(path)}: {error}") from error
         self.metadata: dict[str, str] = dict(self._file.metadata() or {})
-        self._factors = factor_names(self.metadata)
+        stored = set(self._file.keys())
+        self._factors = factor_names(
+            self.metadata, lambda name: self._stored_shape(name) if name in stored else None, os.fspath(path)
+        )
 
     def names(self) -> list[str]:
         """Return the names of all tensors, matrices under their own."""
@@ -127,6 +166,9 @@ class TensorFile:
         if name in self._factors:
             a, b, _ = self._factors[name]
             return product_shape(self.shape(a), self.shape(b))
+        return self._stored_shape(name)
+
+    def _stored_shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file.get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:

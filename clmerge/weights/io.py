@@ -168,7 +168,7 @@ def load_tensors(path: str | os.PathLike[str]) -> TaskVector:
     """
     try:
         tensors: dict[str, Tensor] = load_file(os.fspath(path))
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"expected a safetensors file, got {os.fspath(path)!r}: {error}") from error
     return tensors
 
@@ -190,6 +190,26 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
             return dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"expected a safetensors file, got {os.fspath(path)!r}: {error}") from error
+
+
+def parse_json(text: str | bytes, source: str) -> Any:
+    """Return what JSON text from elsewhere says.
+
+    Args:
+        text: The text; bytes are UTF-8.
+        source: What it is called in messages.
+
+    Raises:
+        ValueError: If it is no JSON, or is nested too deeply to be read.
+
+    Example:
+        >>> parse_json("[1]", "a.json")
+        [1]
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected JSON, got {source}: {error}") from error
 
 
 def _sort_metadata(path: Path) -> None:

@@ -96,7 +96,7 @@ def test_damaged_files_are_named(tmp_path, base):
     with pytest.raises(ValueError, match=r"torch\.save wrote, got .*junk\.pt"):
         open_checkpoint(tmp_path / "junk.pt")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "gone.safetensors"}}))
-    with pytest.raises(ValueError, match=r"got no .*gone\.safetensors; copy all shards"):
+    with pytest.raises(ValueError, match=r"got no .*gone\.safetensors'; copy all shards"):
         open_checkpoint(tmp_path / "model.safetensors.index.json")
 
 

@@ -243,7 +243,7 @@ def test_slices_other_than_all_layers_are_refused(files):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "expected a recipe in YAML"), ("merge_method: ties", "says: expected models")]
+    ("text", "message"), [("{", "expected a document in YAML"), ("merge_method: ties", "says: expected models")]
 )
 def test_a_recipe_that_cannot_be_read_is_named(text, message, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(text)
