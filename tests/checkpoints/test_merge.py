@@ -125,7 +125,7 @@ def test_models_of_another_architecture_are_named(base, models, tmp_path):
 def test_nan_is_refused_with_the_file_and_leaves_nothing(base, models, tmp_path):
     models[1]["net.0.bias"][3] = float("nan")
     paths = written(models, tmp_path)
-    with pytest.raises(ValueError, match=r"(?s)'net\.0\.bias'.*task 1: .*model_1\.safetensors"):
+    with pytest.raises(ValueError, match=r"finite values in .*model_1\.safetensors, got NaN or Inf in 'net\.0\.bias'"):
         CheckpointMerge(base, models=paths, merger=MagMax()).run(tmp_path / "out.safetensors")
     assert {path.name for path in tmp_path.iterdir()} == {base.name, *(path.name for path in paths)}
 

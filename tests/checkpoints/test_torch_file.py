@@ -186,12 +186,12 @@ def test_damaged_pickles(data):
 
 
 def test_pickles_that_explode_when_they_are_hashed_or_walked():
-    started = time.monotonic()
+    started = time.process_time()
     laughs = b"X\x01\0\0\0a" + b"2\x86" * 60  # a pair of pairs of pairs ...
     found = unpickled(b"}(" + laughs + b"K\1X\x01\0\0\0bK\2u.").value
     assert found == {"b": 2}
     assert isinstance(unpickled(b"]" * 100_000 + b"a" * 99_999 + b".").value, list)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def rezipped(path, change, **options):
