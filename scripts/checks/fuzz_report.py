@@ -171,7 +171,7 @@ class Fuzzer:
         # Drawing takes a hundred times longer than all the rest.
         drawn = number % self.draw_every == 0 or form != "html"
         target = out / ("report.html" if form == "html" else "table.txt")
-        title = ["--title", self.rng.choice([name for name in HOSTILE if "\0" not in name])] if form == "html" else []
+        title = ["--title=" + self.rng.choice([name for name in HOSTILE if "\0" not in name])] if form == "html" else []
         named = self.rng.choice([["run"], ["compare"], ["run", "compare"], ["compare", "run"]])
         arguments = ["report", *(str(folders[name]) for name in named), "--format", form, "--out", str(target)]
         with contextlib.nullcontext() if drawn else without_pictures():
