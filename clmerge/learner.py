@@ -8,15 +8,13 @@ from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from clmerge.branching import BranchedTask, branch_label
 from clmerge.calibration import CalibratedModels, Calibration
 from clmerge.callbacks import MergeCallback
 from clmerge.callbacks.progress import matrix_lines, trainable_line
-from clmerge.callbacks.provided import PROVIDED, provided
+from clmerge.callbacks.provided import PROVIDED
 from clmerge.callbacks.running_merge import Buffers
 from clmerge.evaluation import Rows, accuracy_on, evaluate
 from clmerge.final_models import save_models
@@ -25,14 +23,14 @@ from clmerge.lightning_compat import quiet_lightning
 from clmerge.loggers import finish_loggers, log_artifacts, log_summary, log_task
 from clmerge.merging import Merger, Statistics, WeightAverage
 from clmerge.modules import ContinualClassifier
-from clmerge.plots import save_plots
+from clmerge.plots import plot_files, save_plots
 from clmerge.regularized_tasks import RegularizedTasks
 from clmerge.results import EXPERT, ZERO_SHOT, Results
+from clmerge.resume import restore
 from clmerge.run_folder import RunFolder
 from clmerge.streams import Stream, StreamDataModule
-from clmerge.streams.replay import replay_memory
-from clmerge.streams.splits import derived_seed
 from clmerge.task_statistics import measure, training_images
+from clmerge.task_training import TaskTraining
 from clmerge.trainers import TrainerFactory, Trainers
 from clmerge.weights.parametrization import running_statistics
 
@@ -71,6 +69,9 @@ class Learner:
         calibrations: What is done to merged models after every task; each gives models of its own, ``magmax+tuned``.
         seed: Seed of initialisation, order of samples, augmentation and dropout, each fixed per task.
 
+    Attributes:
+        branch_steps: Optimizer steps of all branches of the task that is merged, None where it has none.
+
     Raises:
         ValueError: If settings do not fit the stream, the model or each other; see ``check_learner``.
     """
@@ -105,6 +106,7 @@ class Learner:
         self.epochs = epochs
         self.branches, self.rounds = branches, rounds
         self.branch_merger = branch_merger or WeightAverage()
+        self.branch_steps: int | None = None
         self.keep_task_vectors = keep_task_vectors
         self.statistics_images = statistics_images
         self.evaluation = evaluation or stream.evaluation
@@ -163,13 +165,14 @@ class Learner:
         self.module.begin_stream(len(self.stream.class_names), prompts)
         if self.keep_task_vectors:
             self.merge.use_bank(run.bank)
-        results = self._restore(run)
+        results = restore(self, run)
         if run.writes:
             print(trainable_line(self.module), file=sys.stderr, flush=True)
             for line in matrix_lines(self.module, self.mergers) if self.mergers else ():  # a frozen backbone has none
                 print(line, file=sys.stderr, flush=True)
         told = loggers if run.writes else ()  # the Trainer's part of logging needs the same loggers on every rank
         deployed = self.merge.deploy if self.mergers else EXPERT
+        training = TaskTraining(self, run, trainers)
         success = False
         try:
             if not run.manifest.results:
@@ -179,12 +182,12 @@ class Learner:
                 log_task(told, results, task, deployed=deployed)
             for task in range(run.manifest.evaluated, len(self.tasks)):
                 if run.manifest.trained == task:
-                    self._train(run, trainers, results, task)
+                    training.train(results, task)
                 self._evaluate(run, trainers, results, task)
                 log_task(told, results, task, deployed=deployed)
                 if report is not None:
                     report(results)
-            if not run.manifest.finished:
+            if not (run.manifest.finished and self._has_views(run, results)):
                 self._finish(run, trainers, results)
             log_summary(told, results, deployed=deployed)
             if artifacts:
@@ -202,100 +205,11 @@ class Learner:
                 + ("keep_task_vectors=false; set it to true" if self.mergers else "a frozen backbone, which has none")
             )
 
-    # One task ----------------------------------------------------------------------------------------------------
-
-    def _train(self, run: RunFolder, trainers: Trainers, results: Results, task: int) -> None:
-        started = time.perf_counter()
-        info = self.tasks[task]
-        self.data.task = task
-        self.merge.apply_start_policy(self.module)
-        self.merge.next_task(info.name, samples=len(self.stream.dataset(task, "train")))
-        if not self.mergers:
-            trainer = self._trainer(trainers, task)
-            self._begin_task(trainer, task)
-            if any(parameter.requires_grad for parameter in self.module.parameters()):
-                self._fit(trainers, trainer, task)
-        elif self.branches == 1:
-            trainer = self._trainer(trainers, task, callbacks=[self.merge])
-            self._begin_task(trainer, task)
-            self._fit(trainers, trainer, task)
-        else:
-            trainer = self._train_branches(run, trainers, task)
-        if self.mergers and self.merge.num_tasks != task + 1:
-            raise RuntimeError(
-                f"expected {task + 1} merged tasks after {info.name}, got {self.merge.num_tasks}: the fit ended "
-                "without training; set trainer.max_epochs to 1 or more"
-            )
-        results.bytes |= self.regularized.end(trainer.strategy.root_device)
-        if self.data.replay:
-            memory = replay_memory(self.stream, task + 1, self.data.replay, None, seed=self.data.seed)
-            results.bytes["replay"] = memory.nbytes
-        results.add_seconds("train", time.perf_counter() - started - self.merge.seconds)
-        results.add_seconds("merge", self.merge.seconds)
-        if self.calibrated:
-            results.bytes |= self.calibrated.collect(self._merged(), task, trainer.strategy.root_device)
-        run.manifest.results = results.to_dict()
-        trainer.strategy.barrier("trained")
-        if self.keep_task_vectors:
-            run.keep_unmerged(task, self._unmerged())
-        accumulators = self.merge.accumulators() | {"calibration": self.calibrated.state_dict()}
-        run.commit_state(task, self.module.state_dict(), accumulators)
-
-    def _train_branches(self, run: RunFolder, trainers: Trainers, task: int) -> Trainer:
-        """Train a task in branches, commit each, and merge what the last round gave."""
-        sizes: dict[str, int] = {"branches": self.branches, "rounds": self.rounds}
-        done, steps = run.manifest.branch, run.manifest.step
-        trainer = self._trainer(trainers, task, branch=done, label=branch_label(done, **sizes))
-        self._begin_task(trainer, task)
-        branched = BranchedTask(self.merge, self.module, self.branch_merger, seed=self.seed, **sizes)
-        if done:
-            state = run.load_branch()
-            branched.load_state_dict(state)
-            steps = state["first_step"]
-        while not branched.finished:
-            if branched.done > done:
-                label = branch_label(branched.done, **sizes)
-                trainer = self._trainer(trainers, task, branch=branched.done, label=label)
-            branched.begin()
-            self.data.part = (branched.done % self.branches, self.branches)
-            self._fit(trainers, trainer, task, branch=branched.done)
-            branched.end()
-            trainer.strategy.barrier("branch")
-            run.commit_branch(task, branched.done, branched.state_dict() | {"first_step": steps})
-        self.data.part = (0, 1)
-        given = provided(self.merge.required_statistics, trainer, self.module, self.merge.base)
-        steps = run.manifest.step - steps
-        self.merge.commit(branched.vector(), self.module, trainer, given=given, steps=steps, again=True)
-        return trainer
-
-    def _trainer(
-        self, trainers: Trainers, task: int, *, callbacks: Sequence[Callback] = (), branch: int = 0, label: str = ""
-    ) -> Trainer:
-        seed = derived_seed(self.seed, "task", task, *([branch] if branch else []))
-        return trainers.for_fit(
-            f"task {task + 1}/{len(self.tasks)} {self.tasks[task].name}{label}",
-            seed,
-            trainers.run.checkpoint(task, branch),
-            callbacks,
-            **({} if self.epochs is None else {"max_epochs": self.epochs[task]}),
-            **({} if len(self.stream.dataset(task, "val")) else {"limit_val_batches": 0}),
-        )
-
-    def _begin_task(self, trainer: Trainer, task: int) -> None:
-        wants_means = self.module.head.wants_prototypes
-        if wants_means:  # the Trainer has not moved the model yet
-            self.module.to(trainer.strategy.root_device)
-        batches = self.data.eval_dataloader("train", [task]) if wants_means else None
-        self.module.begin_task(self.tasks[task].classes, batches)
-        self.regularized.begin(trainer.strategy.root_device)
-
-    def _fit(self, trainers: Trainers, trainer: Trainer, task: int, *, branch: int = 0) -> None:
-        self.module.epoch_offset = trainers.run.manifest.epochs
-        trainers.fit(trainer, self.module, self.data, trainers.run.checkpoint(task, branch))
+    # Evaluation ----------------------------------------------------------------------------------------------------
 
     def _evaluate(self, run: RunFolder, trainers: Trainers, results: Results, task: int) -> None:
         started = time.perf_counter()
-        weights = self._merged()
+        weights = self.merged()
         weights |= self.calibrated.models(weights, task, trainers.device)
         # theta_0 + tau is what the bank can give back: compare finds the same bits.
         expert = self.merge.weights_with(self.merge.task_vector(self.module), self.module)
@@ -319,8 +233,13 @@ class Learner:
         run.manifest.results = results.to_dict()
         run.commit()
 
+    def _has_views(self, run: RunFolder, results: Results) -> bool:
+        """Whether the models and pictures of a finished run are there; a ``False`` makes them again."""
+        models = [run.model(name) for name in self.mergers]
+        return all(file.is_file() for file in [*models, *plot_files(results, run.plots)])
+
     def _finish(self, run: RunFolder, trainers: Trainers, results: Results) -> None:
-        more = dict(self.calibrated.final(self._merged(), len(self.tasks) - 1, trainers.device))  # on all ranks
+        more = dict(self.calibrated.final(self.merged(), len(self.tasks) - 1, trainers.device))  # on all ranks
         if run.writes:
             save_models(run, self.module, self.merge, list(self.mergers), more)
             save_plots(results, run.plots)
@@ -329,27 +248,6 @@ class Learner:
         run.commit()
 
     # Parts -------------------------------------------------------------------------------------------------------
-
-    def _restore(self, run: RunFolder) -> Results:
-        tasks = self.tasks
-        samples = [len(self.stream.dataset(task.index, "test")) for task in tasks]
-        fresh = Results(
-            [t.name for t in tasks],
-            classes=[t.class_names for t in tasks],
-            samples=samples,
-            evaluation=self.evaluation,
-        )
-        found = run.manifest
-        results = Results.from_dict(found.results) if found.results else fresh
-        if results.tasks != fresh.tasks or results.classes != fresh.classes:
-            raise ValueError(f"expected the stream of {run.path} ({results.tasks}), got {fresh.tasks}")
-        if found.trained:
-            weights, accumulators = run.load_state()
-            self.module.resume_tasks([task.classes for task in tasks[: found.trained]])
-            self.module.load_state_dict(weights)
-            self.merge.load_accumulators(accumulators)
-            self.calibrated.load_state_dict(accumulators.get("calibration", {}))
-        return results
 
     def _rows(self, trainers: Trainers, label: str, weights: Mapping[str, Mapping[str, Tensor] | None]) -> Rows:
         return evaluate(
@@ -361,12 +259,12 @@ class Learner:
             num_classes=len(self.stream.class_names),
         )
 
-    def _merged(self) -> dict[str, dict[str, Tensor]]:
+    def merged(self) -> dict[str, dict[str, Tensor]]:
         """Return the weights of every merged model, by the module's own names."""
         merge = self.merge
         return {name: merge.state_with(merge.merged_vector(name), self.module, merger=name) for name in self.mergers}
 
-    def _unmerged(self) -> dict[str, Tensor]:
+    def unmerged(self) -> dict[str, Tensor]:
         """Return what is trained but never merged: a head that learns its classes, and running statistics."""
         learned = not self.module.head.open_vocabulary
         head = {f"head.{name}": tensor for name, tensor in self.module.head.state_dict().items()} if learned else {}
@@ -381,7 +279,7 @@ class Learner:
             self.data,
             self.data.task,
             base=self.merge.base,
-            num_steps=module.trainer.global_step,
+            num_steps=module.trainer.global_step if self.branch_steps is None else self.branch_steps,
             num_images=self.statistics_images,
             seed=self.seed,
         )

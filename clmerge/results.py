@@ -45,6 +45,7 @@ class Results:
 
     Attributes:
         bytes: What a method keeps from task to task beside the mergers' accumulators, by name.
+        options: What was changed when the run was resumed, per task as on the command line; empty if nothing was.
 
     Raises:
         ValueError: If there is no task, a name comes twice, or a length differs from the number of tasks.
@@ -82,6 +83,7 @@ class Results:
         self.samples: list[int] | None = None
         self.seconds: dict[str, float] = {}
         self.bytes: dict[str, int] = {}
+        self.options: list[list[str]] = []
         self._rows: dict[str, dict[Setting, AccuracyMatrix]] = {}
         self._zero_shot: dict[Setting, list[float]] | None = None
         if samples is not None:
@@ -270,6 +272,7 @@ class Results:
             "models": models,
             "seconds": dict(self.seconds),
             "bytes": dict(self.bytes),
+            **({"options": [list(options) for options in self.options]} if self.options else {}),
         }
 
     @classmethod
@@ -302,6 +305,7 @@ class Results:
         for key, value in document["seconds"].items():
             results.add_seconds(key, value)
         results.bytes = dict(document.get("bytes", {}))
+        results.options = [list(options) for options in document.get("options", [])]
         return results
 
     def _matrix(self, model: str, setting: Setting) -> AccuracyMatrix:

@@ -1,53 +1,26 @@
 """The run folder: one atomic manifest is the truth, everything else can be made from it or is a view of it."""
 
-import json
-import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
-from typing_extensions import override
 
-import clmerge
+from clmerge.checkpoint_io import damage
 from clmerge.names import file_name
-from clmerge.weights import atomic_path, load_tensors, save_tensors, write_json_atomic
+from clmerge.run_lock import LOCK, hold_lock
+from clmerge.run_manifest import Manifest, check_config, read_manifest
+from clmerge.weights import checksum, load_tensors, save_tensors, save_torch, write_json_atomic, write_text_atomic
+from clmerge.weights.checksums import MANIFEST, verify_files
 
-SCHEMA = 1
-MANIFEST = "manifest.json"
-
-
-@dataclass
-class Manifest:
-    """What a run has committed.
-
-    Attributes:
-        trained: Tasks whose training and merge are committed.
-        evaluated: Tasks whose evaluation is committed; ``trained`` or one less.
-        state: Folder of the committed state, relative to the run folder, or None before the first task.
-        step: Optimizer steps taken so far, over all tasks.
-        epochs: Epochs trained so far, over all tasks.
-        branch: Fits of the current task that are committed, where a task is trained in branches.
-        wandb_id: Identity of the run in W&B, kept over a resume.
-        results: The results so far, in the form of ``results.json``.
-        finished: Whether the run is complete.
-    """
-
-    trained: int = 0
-    evaluated: int = 0
-    state: str | None = None
-    step: int = 0
-    epochs: int = 0
-    branch: int = 0
-    wandb_id: str | None = None
-    results: dict[str, Any] = field(default_factory=dict)
-    finished: bool = False
-    schema: int = SCHEMA
-    clmerge: str = clmerge.__version__
+# What a run makes in its folder, and nobody else.
+_OWN = ("bank", "checkpoints", "logs", "model", "plots", "state", "unmerged")
+_OWN_FILES = ("config.yaml", "data_check.json", "results.json", LOCK, MANIFEST)
 
 
 class RunFolder:
@@ -67,49 +40,113 @@ class RunFolder:
         self.manifest = Manifest()
 
     @classmethod
-    def create(cls, path: str | Path, *, writes: bool = True) -> "RunFolder":
-        """Start a run in a new or empty folder.
+    def create(cls, path: str | Path, *, config: str = "", unique: bool = False, writes: bool = True) -> "RunFolder":
+        """Start a run in a new or empty folder, or in one where a run has never trained anything.
 
         Args:
             path: The folder; missing parents are made.
+            config: The configuration that re-runs the run; ``config.yaml`` holds it.
+            unique: Whether another name is taken (``NAME-2``) where there is something at ``path``.
             writes: Whether this process writes; if not, nothing is checked or made.
 
         Raises:
             FileExistsError: If there is something at ``path`` already.
+            BlockingIOError: If another process writes there.
         """
         run = cls(path, writes=writes)
         if writes:
-            if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+            if unique:
+                run.path = _new_folder(run.path)
+            elif run.path.exists() and not run._is_free():
                 resume = f", or continue that run with --resume {run.path}"
                 raise FileExistsError(
                     f"expected a new or empty run folder, got {run.path}, which exists: name another with "
                     f"--run_dir{resume if (run.path / MANIFEST).is_file() else ''}"
                 )
             run.path.mkdir(parents=True, exist_ok=True)
+            hold_lock(run.path, run)
+            if not run._is_free():
+                raise FileExistsError(f"expected a new or empty run folder, got {run.path}, where a run just was")
+            run._remove_everything()
+            run.manifest.config = config
             run.commit()
+            run._write_views()
         return run
 
     @classmethod
     def open(cls, path: str | Path, *, writes: bool = True) -> "RunFolder":
-        """Open a run that exists, and tidy up after it if it was killed.
+        """Open a run that exists: check everything that it holds, then tidy up after it if it was killed.
 
         Args:
             path: The folder.
             writes: Whether this process writes; if not, nothing is changed.
 
         Raises:
-            FileNotFoundError: If there is no run at ``path``.
-            ValueError: If the manifest is damaged or was written by another version.
+            FileNotFoundError: If there is no run at ``path``, or a file of it is missing.
+            ValueError: If the manifest is damaged or was written by another version, or a file is not as it was
+                committed.
+            BlockingIOError: If another process writes there.
         """
         run = cls(path, writes=writes)
-        file = run.path / MANIFEST
-        if not file.is_file():
-            raise FileNotFoundError(f"expected a run folder with a {MANIFEST}, got {run.path}")
-        run.manifest = _read_manifest(file)
+        read_manifest(run.path / MANIFEST)
+        if writes:
+            hold_lock(run.path, run)
+        run.manifest = read_manifest(run.path / MANIFEST)  # whoever had the lock has changed it meanwhile
+        run.verify()
         if writes:
             run._remove_leftovers()
-            run._write_results()
+            run._write_views()
         return run
+
+    def verify(self) -> None:
+        """Check that the files of the run are as they were committed.
+
+        Raises:
+            FileNotFoundError: If one is missing.
+            ValueError: If one was changed; the message names it.
+        """
+        verify_files(self.path, self.manifest.files)
+        if self.config.is_file() and self.manifest.config:
+            check_config(self.config, self.manifest.config)
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether nothing that was trained is there: neither a committed task nor a checkpoint."""
+        return not (self.manifest.has_trained or any((self.path / "checkpoints").glob("task_*")))
+
+    def change_options(self, options: Sequence[str], *, begin_anew: bool) -> bool:
+        """Take down what is other than in ``config.yaml`` from the task on that is trained next.
+
+        Args:
+            options: As on the command line.
+            begin_anew: Whether what the task has trained without them is given up.
+
+        Returns:
+            Whether anything was given up.
+        """
+        manifest = self.manifest
+        manifest.options.append({"task": manifest.trained, "options": list(options)})
+        checkpoints = list((self.path / "checkpoints").glob("task_*"))
+        began = manifest.branch > 0 or bool(checkpoints)
+        if begin_anew and not manifest.finished:
+            # Before the commit: a kill in between costs epochs, and never mixes two sets of options.
+            for found in checkpoints if self.writes else ():
+                shutil.rmtree(found) if found.is_dir() else found.unlink()
+            manifest.branch = 0
+            manifest.step, manifest.epochs = manifest.task_step, manifest.task_epochs
+            manifest.files = {name: value for name, value in manifest.files.items() if "_branch_" not in name}
+        self.commit()
+        if self.writes:
+            self._remove_leftovers()
+        return began and begin_anew
+
+    def discard(self) -> None:
+        """Remove a run that has trained nothing, and its folder if nothing else is in it."""
+        if self.writes and self.is_untrained:
+            self._remove_everything()
+            (self.path / LOCK).unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
 
     @property
     def config(self) -> Path:
@@ -144,6 +181,20 @@ class RunFolder:
         """Lightning's checkpoint of the last completed epoch of a task, or a branch of it, in training."""
         return self.path / "checkpoints" / f"task_{task:03d}{f'_branch_{branch:03d}' * (branch > 0)}.ckpt"
 
+    def has_whole(self, checkpoint: Path) -> bool:
+        """Return whether there is a checkpoint; one that is damaged is told of and removed.
+
+        Args:
+            checkpoint: What ``checkpoint`` returned.
+        """
+        if not checkpoint.exists() or (wrong := damage(checkpoint)) is None:
+            return checkpoint.exists()
+        if self.writes:
+            note = f"clmerge: {checkpoint} is damaged ({wrong}): this fit starts again from its first epoch"
+            print(note, file=sys.stderr, flush=True)
+            shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
+        return False
+
     def branch(self, task: int, done: int) -> Path:
         """State between two branches of a task."""
         return self.path / "state" / f"task_{task:03d}_branch_{done:03d}.pt"
@@ -155,14 +206,14 @@ class RunFolder:
     def keep_unmerged(self, task: int, state: Mapping[str, Tensor]) -> None:
         """Keep what goes with a task's vector in the bank: its head and running statistics, where there are any."""
         if self.writes and state:
-            self.unmerged(task).parent.mkdir(exist_ok=True)
             save_tensors(self.unmerged(task), state)
 
     def commit(self) -> None:
         """Make the manifest as it is in memory the truth."""
         if self.writes:
             write_json_atomic(self.path / MANIFEST, asdict(self.manifest))
-            self._write_results()
+            if self.manifest.results:
+                write_json_atomic(self.results, self.manifest.results)
 
     def commit_state(self, task: int, module: Mapping[str, Tensor], accumulators: Mapping[str, Any]) -> None:
         """Commit a task that was trained and merged.
@@ -177,11 +228,14 @@ class RunFolder:
             target = self.path / folder
             target.mkdir(parents=True, exist_ok=True)
             save_tensors(target / "module.safetensors", module)
-            with atomic_path(target / "accumulators.pt") as temporary:
-                torch.save(dict(accumulators), temporary)
+            save_torch(target / "accumulators.pt", dict(accumulators))
+            optional = (self.bank / f"task_{task:03d}.safetensors", self.unmerged(task))
+            kept = [file for file in optional if file.is_file()]
+            self._record(target / "module.safetensors", target / "accumulators.pt", *kept, instead_of="state/")
         self.manifest.state = folder.as_posix()
         self.manifest.trained = task + 1
         self.manifest.branch = 0
+        self.manifest.task_step, self.manifest.task_epochs = self.manifest.step, self.manifest.epochs
         self.commit()
         if self.writes:
             self._remove_leftovers()
@@ -195,9 +249,8 @@ class RunFolder:
             state: Tensors and primitives that ``weights_only`` loading accepts.
         """
         if self.writes:
-            self.branch(task, done).parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(self.branch(task, done)) as temporary:
-                torch.save(dict(state), temporary)
+            save_torch(self.branch(task, done), dict(state))
+            self._record(self.branch(task, done), instead_of=f"state/task_{task:03d}_branch_")
         self.manifest.branch = done
         self.commit()
         if self.writes:
@@ -233,9 +286,39 @@ class RunFolder:
             raise RuntimeError(f"expected a committed task in {self.path}, got none")
         return self.path / self.manifest.state
 
-    def _write_results(self) -> None:
+    def _record(self, *files: Path, instead_of: str) -> None:
+        """Take the checksums of new files into the manifest, in place of those whose paths begin with a text."""
+        kept = {name: value for name, value in self.manifest.files.items() if not name.startswith(instead_of)}
+        new = {file.relative_to(self.path).as_posix(): checksum(file) for file in files}
+        self.manifest.files = kept | new
+
+    def _write_views(self) -> None:
+        """Write what the manifest says as files for people and scripts."""
+        if self.manifest.config and not self.config.is_file():
+            write_text_atomic(self.config, self.manifest.config)
         if self.manifest.results:
             write_json_atomic(self.results, self.manifest.results)
+
+    def _is_free(self) -> bool:
+        """Whether a run may start in the folder: it is empty, or holds a run that has trained nothing."""
+        if not self.path.is_dir():
+            return False
+        found = {entry.name for entry in self.path.iterdir()}
+        if all(name == LOCK or _is_half_written(name) for name in found):  # a start that was killed at once
+            return True
+        if not (self.path / MANIFEST).is_file() or not all(_is_own(name) for name in found):
+            return False
+        there = RunFolder(self.path, writes=False)
+        there.manifest = read_manifest(self.path / MANIFEST)
+        return there.is_untrained
+
+    def _remove_everything(self) -> None:
+        """Remove what a run makes, but for the lock."""
+        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == MANIFEST):
+            if entry.is_dir() and _is_own(entry.name):  # a logger of a failed start may still be writing
+                shutil.rmtree(entry, ignore_errors=entry.name == "logs")
+            elif _is_own(entry.name) and entry.name != LOCK:
+                entry.unlink()
 
     def _remove_leftovers(self) -> None:
         """Remove states and checkpoints that the manifest has left behind, and half-written files."""
@@ -244,50 +327,39 @@ class RunFolder:
             task, branch = self.manifest.trained, self.manifest.branch
             keep |= {self.checkpoint(task, branch), self.branch(task, branch)}
         for folder in ("state", "checkpoints"):
-            for pattern in ("task_*", ".task_*.tmp"):  # a checkpoint callback of the user may write here, too
-                for found in sorted((self.path / folder).glob(pattern)):
-                    if found not in keep:
-                        shutil.rmtree(found) if found.is_dir() else found.unlink()
-        for found in sorted(self.path.glob(".*.tmp")):
-            found.unlink()
+            for found in sorted((self.path / folder).glob("task_*")):  # a callback of the user may write here, too
+                if found not in keep:
+                    shutil.rmtree(found) if found.is_dir() else found.unlink()
+        for kept in (self.bank, self.path / "unmerged"):  # of a task that was merged and not committed
+            for found in sorted(kept.glob("task_*.safetensors")):
+                if found.stem[5:].isdecimal() and int(found.stem[5:]) >= self.manifest.trained:
+                    found.unlink()
+        for found in self._half_written():
+            shutil.rmtree(found) if found.is_dir() else found.unlink()
+
+    def _half_written(self) -> Iterator[Path]:
+        yield from sorted(self.path.glob(".*.tmp"))
+        for folder in _OWN:
+            if folder != "logs":  # what loggers write is theirs
+                yield from sorted((self.path / folder).rglob(".*.tmp"))
 
 
-def _read_manifest(file: Path) -> Manifest:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"expected a manifest in JSON, got {file}, which is damaged: {error}") from error
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        schema = found.get("schema") if isinstance(found, dict) else None
-        raise ValueError(
-            f"expected manifest schema {SCHEMA} in {file}, got {schema!r}; "
-            "resume with the version of clmerge that wrote it"
-        )
-    if unknown := sorted(set(found) - {f.name for f in fields(Manifest)}):
-        raise ValueError(
-            f"expected a manifest of clmerge {clmerge.__version__}, got unknown entries {unknown} in {file}; "
-            f"resume with the version that wrote it ({found.get('clmerge', 'not recorded')})"
-        )
-    return Manifest(**found)
+def _is_own(name: str) -> bool:
+    return name in _OWN or name in _OWN_FILES or _is_half_written(name)
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write Lightning's checkpoints to a temporary file in the same folder, flush it, and rename it.
+def _is_half_written(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
 
-    Lightning's own atomic save goes through the system's temporary folder, where the final move can be a copy
-    that a kill leaves half done, and it does not flush.
-    """
 
-    @override
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
-    ) -> None:
-        """Save ``checkpoint`` to ``path``, or leave what was there.
-
-        Raises:
-            TypeError: For ``storage_options``, which a local file does not have.
-        """
-        if storage_options is not None:
-            raise TypeError(f"expected no storage_options for {type(self).__name__}, got {storage_options!r}")
-        with atomic_path(path) as temporary:
-            torch.save(checkpoint, temporary)
+def _new_folder(path: Path) -> Path:
+    """Make a folder that nobody has made before: ``path``, or ``path-2`` and so on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            candidate.mkdir()
+        except FileExistsError:
+            continue
+        return candidate
+    raise AssertionError

@@ -12,8 +12,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from clmerge.callbacks.progress import EpochLines, EpochSeed
+from clmerge.checkpoint_io import AtomicCheckpointIO
 from clmerge.lightning_compat import TaskProgressBar, logger_step, set_step_offset
-from clmerge.run_folder import AtomicCheckpointIO, RunFolder
+from clmerge.run_folder import RunFolder
 
 TrainerFactory = Callable[..., Trainer]
 # Options that would leave images out of every figure of a run, each with the value that leaves none out.
@@ -116,7 +117,9 @@ class Trainers:
         return trainer
 
     def fit(self, trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: Path) -> None:
-        """Fit, from the checkpoint of the last epoch if there is one, and count steps and epochs in the manifest.
+        """Fit, from the last epoch's checkpoint if a whole one is there, and count steps and epochs in the manifest.
+
+        From the start it comes to the same weights: a checkpoint that is damaged is told of and passed over.
 
         Args:
             trainer: What ``for_fit`` built.
@@ -127,7 +130,7 @@ class Trainers:
         manifest = self.run.manifest
         module.train()
         set_step_offset(trainer, manifest.step)
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.is_file() else None)
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint if self.run.has_whole(checkpoint) else None)
         manifest.step = logger_step(trainer)
         manifest.epochs += trainer.current_epoch
 

@@ -12,7 +12,11 @@ from support.tiny import ForeignModule, toy_loader
 
 import clmerge
 import clmerge.run_folder
-from clmerge.run_folder import AtomicCheckpointIO, Manifest, RunFolder
+from clmerge.checkpoint_io import AtomicCheckpointIO
+from clmerge.results import Results
+from clmerge.run_folder import RunFolder
+from clmerge.run_manifest import Manifest
+from clmerge.weights import save_tensors
 
 MODULE = {"a.weight": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3), "empty": torch.empty(0, 2)}
 ACCUMULATORS = {
@@ -36,14 +40,19 @@ def edit_manifest(run, **entries):
 
 
 def files(folder):
-    return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
+    found = (p for p in Path(folder).rglob("*") if p.is_file() and p.name != ".lock")
+    return sorted(p.relative_to(folder).as_posix() for p in found)
 
 
 def write_checkpoint(run, task):
-    path = run.checkpoint(task)
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("checkpoint")
-    return path
+    AtomicCheckpointIO().save_checkpoint({"epoch": 1}, run.checkpoint(task))
+    return run.checkpoint(task)
+
+
+def found_results(seconds):
+    results = Results(["one", "two"], classes=[["a"], ["b"]])
+    results.add_seconds("train", seconds)
+    return results.to_dict()
 
 
 # Start ----------------------------------------------------------------------------------------------------
@@ -61,6 +70,7 @@ def test_an_empty_folder_is_taken(tmp_path):
 
 
 def test_a_run_is_not_overwritten_and_can_be_continued(run):
+    run.commit_state(0, MODULE, ACCUMULATORS)
     before = manifest(run)
     with pytest.raises(FileExistsError, match=f"--run_dir, or continue that run with --resume {run.path}"):
         RunFolder.create(run.path)
@@ -116,10 +126,13 @@ def test_paths_are_inside_the_folder(run):
 
 
 def test_what_was_committed_is_found_again(run):
-    run.manifest = Manifest(trained=2, evaluated=1, state="s", step=7, epochs=3, wandb_id="x", results={"a": [1.5]})
+    found = found_results(1.5)
+    run.manifest = Manifest(
+        trained=2, evaluated=1, state="state/task_001", step=7, epochs=3, wandb_id="x", results=found
+    )
     run.commit()
     assert RunFolder.open(run.path, writes=False).manifest == run.manifest
-    assert json.loads(run.results.read_text()) == {"a": [1.5]}
+    assert json.loads(run.results.read_text()) == found
 
 
 def test_the_version_that_began_a_run_stays_on_record(run):
@@ -130,7 +143,7 @@ def test_the_version_that_began_a_run_stays_on_record(run):
 
 
 def test_a_commit_that_fails_keeps_the_old_manifest(run, monkeypatch):
-    run.manifest.results = {"old": 1}
+    run.manifest.results = found_results(1)
     run.commit()
     before = (run.path / "manifest.json").read_bytes()
 
@@ -139,11 +152,11 @@ def test_a_commit_that_fails_keeps_the_old_manifest(run, monkeypatch):
 
     monkeypatch.setattr(os, "replace", fail)
     run.manifest.trained = 5
-    run.manifest.results = {"new": 1}
+    run.manifest.results = found_results(2)
     with pytest.raises(OSError, match="the disk is gone"):
         run.commit()
     assert (run.path / "manifest.json").read_bytes() == before
-    assert json.loads(run.results.read_text()) == {"old": 1}
+    assert json.loads(run.results.read_text()) == found_results(1)
     assert RunFolder.open(run.path, writes=False).manifest.trained == 0
 
 
@@ -179,7 +192,10 @@ def test_a_state_that_somebody_pickled_is_not_loaded(run, tmp_path):
             return os.mkdir, (str(tmp_path / "exploded"),)
 
     run.commit_state(0, MODULE, ACCUMULATORS)
-    torch.save({"a": Bomb()}, run.path / "state" / "task_000" / "accumulators.pt")
+    file = run.path / "state" / "task_000" / "accumulators.pt"
+    torch.save({"a": Bomb()}, file)
+    with pytest.raises(ValueError, match=f"expected {file} as the run has committed it, got other content"):
+        RunFolder.open(run.path)
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         run.load_state()
     assert not (tmp_path / "exploded").exists()
@@ -201,6 +217,7 @@ def test_older_states_and_checkpoints_go_only_after_the_manifest_points_to_the_n
             seen.append((files(run.path), found["state"]))
         write(path, found)
 
+    run.manifest.evaluated = 1
     monkeypatch.setattr(clmerge.run_folder, "write_json_atomic", record)
     run.commit_state(1, MODULE, ACCUMULATORS)
     old = ["checkpoints/task_001.ckpt", "state/task_000/accumulators.pt", "state/task_000/module.safetensors"]
@@ -226,7 +243,7 @@ def test_a_state_is_flushed_before_the_manifest_points_to_it(run, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("broken", ["save_tensors", "torch.save", "write_json_atomic"])
+@pytest.mark.parametrize("broken", ["save_tensors", "save_torch", "checksum", "write_json_atomic"])
 def test_a_commit_of_state_that_fails_anywhere_leaves_the_old_state(run, monkeypatch, broken):
     run.commit_state(0, MODULE, ACCUMULATORS)
     write_checkpoint(run, 1)
@@ -254,16 +271,24 @@ def test_leftovers_of_a_killed_run_go_when_it_is_opened(run):
     kept[1].write_text("of the user's own callback")
     keep = files(run.path)
     write_checkpoint(run, 0)
-    (run.path / "state" / "task_001").mkdir()
+    for folder in ("state/task_001", "bank", "plots/task_aware", "model", "unmerged"):
+        (run.path / folder).mkdir(parents=True)
     for name in (
         "state/task_001/module.safetensors",
         "checkpoints/.task_001.ckpt.0123abcd.tmp",
         ".manifest.json.0123abcd.tmp",
+        "bank/.task_001.safetensors.0123abcd.tmp",
+        "bank/task_001.safetensors",
+        "unmerged/task_001.safetensors",
+        "model/.magmax.safetensors.0123abcd.tmp",
+        "plots/.matrices.png.0123abcd.tmp",
+        "plots/task_aware/.matrices.png.0123abcd.tmp",
+        "unmerged/.task_001.safetensors.0123abcd.tmp",
     ):
         (run.path / name).write_text("half")
     (run.path / "checkpoints" / "task_000.ckpt.d").mkdir()  # sharded checkpoints are folders
     RunFolder.open(run.path, writes=False)
-    assert len(files(run.path)) == len(keep) + 4
+    assert len(files(run.path)) == len(keep) + 11
     RunFolder.open(run.path)
     assert files(run.path) == keep
     assert not (run.path / "checkpoints" / "task_000.ckpt.d").exists()
@@ -278,17 +303,167 @@ def test_a_finished_run_keeps_no_checkpoint(run):
     assert files(run.path) == ["manifest.json"]
 
 
-def test_results_that_a_kill_left_behind_the_manifest_are_written_again(run):
-    run.manifest.results = {"new": 1}
-    run.commit()
-    run.results.write_text('{"old": 1}')
+# Doubts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"trained": "2"},
+        {"trained": -1},
+        {"trained": 2, "evaluated": 2},
+        {"evaluated": 3},
+        {"state": "../../nowhere"},
+        {"state": None},
+        {"results": {"schema": 1}},
+        {"results": []},
+        {"files": {"a": 1}},
+        {"options": [3]},
+        {"finished": "yes"},
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused_and_nothing_is_removed(run, entries):
+    run.commit_state(0, MODULE, ACCUMULATORS)
+    write_checkpoint(run, 1)
+    before = files(run.path)
+    edit_manifest(run, **entries)
+    with pytest.raises(ValueError, match=r"in .*manifest\.json, which was changed by another hand"):
+        RunFolder.open(run.path)
+    assert files(run.path) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["state/task_000/module.safetensors", "state/task_000/accumulators.pt", "bank/task_000.safetensors"]
+)
+def test_a_file_that_was_changed_or_is_gone_is_named_before_anything_is_removed(run, name):
+    save_tensors(run.bank / "task_000.safetensors", MODULE)
+    run.commit_state(0, MODULE, ACCUMULATORS)
+    write_checkpoint(run, 0)
+    before = files(run.path)
+    whole = (run.path / name).read_bytes()
+    (run.path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 64]))
+    for writes in (True, False):
+        with pytest.raises(ValueError, match=f"expected {run.path / name} as the run has committed it"):
+            RunFolder.open(run.path, writes=writes)
+    (run.path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"expected {run.path / name}, as the run has committed it"):
+        RunFolder.open(run.path)
+    (run.path / name).write_bytes(whole)
+    assert files(run.path) == before
     RunFolder.open(run.path)
-    assert json.loads(run.results.read_text()) == {"new": 1}
+    assert files(run.path) != before, "the first task's checkpoint goes now"
+
+
+def test_what_the_branches_left_behind_is_not_asked_for(run):
+    run.commit_branch(0, 1, {"a": torch.ones(1)})
+    run.commit_branch(0, 2, {"a": torch.ones(1)})
+    assert list(run.manifest.files) == ["state/task_000_branch_002.pt"]
+    run.commit_state(0, MODULE, ACCUMULATORS)
+    run.commit_branch(1, 1, {"a": torch.ones(1)})
+    RunFolder.open(run.path)
+    assert sorted(run.manifest.files) == [
+        "state/task_000/accumulators.pt",
+        "state/task_000/module.safetensors",
+        "state/task_001_branch_001.pt",
+    ]
+
+
+def test_a_configuration_that_was_edited_is_refused_and_one_that_is_gone_is_written_again(tmp_path):
+    run = RunFolder.create(tmp_path / "run", config="seed: 0\nname: a\n")
+    run.config.write_text("seed: 0\nname: b\n")
+    with pytest.raises(ValueError, match=r"expected .*config\.yaml as the run began with it, got 'name: b'.*'name: a'"):
+        RunFolder.open(run.path)
+    run.config.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"config\.yaml, which is damaged"):
+        RunFolder.open(run.path)
+    run.config.unlink()
+    assert RunFolder.open(run.path).config.read_text() == "seed: 0\nname: a\n"
+
+
+def test_other_options_begin_the_task_anew(run):
+    run.manifest.step, run.manifest.epochs = 5, 2
+    run.commit_state(0, MODULE, ACCUMULATORS)
+    write_checkpoint(run, 1)
+    run.manifest.step, run.manifest.epochs = 9, 4
+    run.commit_branch(1, 1, {"a": torch.ones(1)})
+    assert run.change_options(["--trainer.max_epochs=3"], begin_anew=True)
+    again = RunFolder.open(run.path)
+    assert (again.manifest.step, again.manifest.epochs, again.manifest.branch) == (5, 2, 0)
+    assert files(run.path) == ["manifest.json", "state/task_000/accumulators.pt", "state/task_000/module.safetensors"]
+    assert again.manifest.options_by_task(3) == [[], ["--trainer.max_epochs=3"], ["--trainer.max_epochs=3"]]
+    write_checkpoint(run, 1)
+    assert not again.change_options(["--logging.csv=false"], begin_anew=False)
+    assert run.checkpoint(1).is_file()
+
+
+# Starts that failed ---------------------------------------------------------------------------------------
+
+
+def test_a_run_that_has_trained_nothing_gives_its_folder_to_the_next(tmp_path):
+    failed = RunFolder.create(tmp_path / "run", config="seed: 0\n")
+    failed.manifest.results = found_results(1)
+    failed.commit()
+    (failed.logs / "csv").mkdir(parents=True)
+    run = RunFolder.create(tmp_path / "run", config="seed: 1\n")
+    assert files(run.path) == ["config.yaml", "manifest.json"]
+    assert run.config.read_text() == "seed: 1\n"
+    write_checkpoint(run, 0)
+    with pytest.raises(FileExistsError, match="continue that run with --resume"):
+        RunFolder.create(tmp_path / "run")
+
+
+def test_a_start_that_was_killed_at_once_gives_its_folder_to_the_next(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".manifest.json.0123.tmp").touch()
+    assert files(RunFolder.create(tmp_path).path) == ["manifest.json"]
+
+
+def test_a_start_that_failed_can_be_discarded_and_a_run_cannot(tmp_path):
+    run = RunFolder.create(tmp_path / "run")
+    run.discard()
+    assert not run.path.exists()
+    run = RunFolder.create(tmp_path / "run")
+    (run.path / "notes.txt").write_text("precious")
+    run.discard()
+    assert files(run.path) == ["notes.txt"]
+    run = RunFolder.create(tmp_path / "other")
+    run.commit_state(0, MODULE, ACCUMULATORS)
+    before = files(run.path)
+    run.discard()
+    assert files(run.path) == before
+
+
+def test_a_default_name_is_unique(tmp_path):
+    names = [RunFolder.create(tmp_path / "run-1", unique=True).path.name for _ in range(3)]
+    assert names == ["run-1", "run-1-2", "run-1-3"]
+
+
+def test_a_damaged_checkpoint_is_told_of_and_passed_over(run, capsys):
+    assert not run.has_whole(run.checkpoint(0))
+    path = write_checkpoint(run, 0)
+    assert run.has_whole(path)
+    whole = path.read_bytes()
+    for content in (b"", b"garbage" * 99, whole[: len(whole) // 2], whole.replace(b"epoch", b"epoxh")):
+        path.write_bytes(content)
+        assert not run.has_whole(path)
+        assert not path.exists()
+        assert f"{path} is damaged" in capsys.readouterr().err
+    path.mkdir()
+    assert not run.has_whole(path)
+    assert not path.exists()
+
+
+def test_results_that_a_kill_left_behind_the_manifest_are_written_again(run):
+    run.manifest.results = found_results(2)
+    run.commit()
+    run.results.write_text(json.dumps(found_results(1)))
+    RunFolder.open(run.path)
+    assert json.loads(run.results.read_text()) == found_results(2)
 
 
 def test_processes_that_do_not_write_change_nothing(run, tmp_path):
     other = RunFolder.create(tmp_path / "none", writes=False)
-    other.manifest.results = {"a": 1}
+    other.manifest.results = found_results(1)
     other.commit()
     other.commit_state(3, MODULE, ACCUMULATORS)
     assert not (tmp_path / "none").exists()
@@ -296,7 +471,7 @@ def test_processes_that_do_not_write_change_nothing(run, tmp_path):
 
     write_checkpoint(run, 5)
     reader = RunFolder.open(run.path, writes=False)
-    reader.manifest.results = {"a": 1}
+    reader.manifest.results = found_results(1)
     reader.commit_state(0, MODULE, ACCUMULATORS)
     assert files(run.path) == ["checkpoints/task_005.ckpt", "manifest.json"]
     assert manifest(run)["trained"] == 0
@@ -309,7 +484,7 @@ class DiesHalfWay:
     """Writes some bytes like torch.save, then fails."""
 
     def __call__(self, checkpoint, path):
-        Path(path).write_bytes(b"PK\x03\x04 half of it")
+        path.write(b"PK\x03\x04 half of it")
         raise OSError("no space left on device")
 
 
@@ -317,7 +492,7 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_old_one(tmp_path, monkeypat
     path, io = tmp_path / "new" / "a.ckpt", AtomicCheckpointIO()
     io.save_checkpoint({"epoch": 1, "w": torch.ones(2)}, path)
     with monkeypatch.context() as patch:
-        patch.setattr(clmerge.run_folder.torch, "save", DiesHalfWay())
+        patch.setattr(torch, "save", DiesHalfWay())
         with pytest.raises(OSError, match="no space left"):
             io.save_checkpoint({"epoch": 2}, path)
     found = io.load_checkpoint(path)

@@ -15,6 +15,7 @@ from clmerge.checkpoints.names import clean_names
 from clmerge.checkpoints.pickled import StandIn, StoredTensor, UnreadTensor
 from clmerge.checkpoints.reader import Checkpoint, SafetensorsCheckpoint, TorchCheckpoint
 from clmerge.checkpoints.torch_file import TorchFile
+from clmerge.weights.checksums import verify_part
 from clmerge.weights.io import parse_json
 from clmerge.weights.paths import what_it_is
 
@@ -38,6 +39,10 @@ def open_models(paths: Iterable[str | os.PathLike[str]], weights: str | None = N
     found: list[Checkpoint] = []
     for path in map(Path, paths):
         bank = path / "bank" if (path / "manifest.json").is_file() else path
+        if bank.name == "bank":
+            verify_part(bank.parent, "bank/")
+        elif bank.parent.name == "bank":  # one vector
+            verify_part(bank.parent.parent, f"bank/{bank.name}")
         names = [entry.name for entry in bank.iterdir()] if bank.is_dir() else []
         files = [bank / name for name in names if _BANK_FILE.fullmatch(name)]
         if files:

@@ -213,7 +213,7 @@ def open_run(
     if not folder.config.is_file():
         raise FileNotFoundError(f"expected the configuration of a run of `clmerge fit` in {folder.config}, got none")
     parser = build_fit_parser()
-    config = _read_config(parser, folder.config, allow)
+    config = _read_config(parser, folder.config, folder.manifest.options_in_force(), allow)
     seed_everything(config.seed, workers=True, verbose=False)
     objects = parser.instantiate(config)
     objects.data.seed = config.seed
@@ -233,7 +233,7 @@ def open_run(
     return run, objects.mergers
 
 
-def _read_config(parser: "CommandParser", file: Path, allow: Sequence[str]) -> Any:
+def _read_config(parser: "CommandParser", file: Path, options: Sequence[str], allow: Sequence[str]) -> Any:
     """Parse the configuration of a run for one process and without its loggers; import what is known or allowed."""
     from jsonargparse import ArgumentError
 
@@ -244,7 +244,7 @@ def _read_config(parser: "CommandParser", file: Path, allow: Sequence[str]) -> A
     parser.exit_on_error = False
     try:
         with importing_only([*KNOWN_PACKAGES, *allow]):
-            return parser.parse_args(["--config", str(file), *single, *unwanted])
+            return parser.parse_args(["--config", str(file), *options, *single, *unwanted])
     except ArgumentError as error:
         if (refused := refused_path(str(error))) is None:
             raise ValueError(f"expected the configuration of a run of `clmerge fit` in {file}, got: {error}") from error

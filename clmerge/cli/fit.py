@@ -4,16 +4,19 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clmerge.cli.messages import complain
+from clmerge.cli.signals import Stopped
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
     from clmerge.cli.parser import CommandParser
+    from clmerge.learner import Learner
     from clmerge.loggers import RunFacts
     from clmerge.results import Results
     from clmerge.run_folder import RunFolder
@@ -45,6 +48,7 @@ examples:
   clmerge fit --config configs/quickstart.yaml --mergers MagMax TIES TaskArithmetic
   clmerge fit --config configs/quickstart.yaml --learner.start_policy=base --trainer.max_epochs=3
   clmerge fit --config configs/quickstart.yaml --print_config
+  clmerge fit --resume runs/quickstart-20260101-120000 --trainer.max_epochs=3
   clmerge fit --mergers.help TIES
 """
 
@@ -106,7 +110,7 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     CommandParser.class_names = known_subclasses(bases)
     parser = CommandParser(
         prog="clmerge fit",
-        usage="clmerge fit --config FILE [options]\n       clmerge fit --resume RUN",
+        usage="clmerge fit --config FILE [options]\n       clmerge fit --resume RUN [options]",
         description="Train a stream of tasks, merge after every task, evaluate all tasks after every task.",
         epilog=None if trainer else TRAINER_HELP,
         formatter_class=CommandFormatter,
@@ -114,7 +118,10 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     )
     parser.add_argument("--config", action="config", help="A YAML file with any of the options below; may be repeated.")
     parser.add_argument("--run_dir", type=str | None, default=None, help="Run folder (default: runs/NAME-TIMESTAMP).")
-    resume_help = "Continue the run in this folder; takes no other option."
+    resume_help = (
+        "Continue the run in this folder; options of --trainer, --data, --logging and the optimizer hold for the tasks "
+        "that it still has to train."
+    )
     parser.add_argument("--resume", type=str | None, default=None, help=resume_help)
     parser.add_argument("--name", type=str, default="run", help="What the run is called in folders and in W&B.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of everything that is random.")
@@ -139,11 +146,10 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
 
 def main(argv: Sequence[str]) -> int:
     """Run ``clmerge fit``; return the exit code."""
-    arguments = spread_mergers(argv)
-    resumed = resume_folder(arguments)
-    if isinstance(resumed, str):
-        return _run(["--config", str(Path(resumed) / "config.yaml")], resume=resumed)
-    return _run(arguments, resume=None)
+    from clmerge.cli.resume import split_resume
+
+    resumed, arguments = split_resume(spread_mergers(argv))
+    return _run(arguments, resumed)
 
 
 def spread_mergers(argv: Sequence[str]) -> list[str]:
@@ -170,114 +176,97 @@ def spread_mergers(argv: Sequence[str]) -> list[str]:
     return result
 
 
-def resume_folder(arguments: Sequence[str]) -> str | None:
-    """Return the folder of ``--resume``, if that is what is asked for."""
-    for position, argument in enumerate(arguments):
-        if argument == "--resume" or argument.startswith("--resume="):
-            split = argument.partition("=")[2]
-            rest = [*arguments[:position], *arguments[position + (1 if split else 2) :]]
-            folder = split or (arguments[position + 1] if position + 1 < len(arguments) else "")
-            if not folder or rest:
-                print(
-                    "clmerge fit: expected --resume RUN alone, since the run folder holds the configuration"
-                    + (f", got {' '.join(rest)} beside it" if rest else ", got no folder"),
-                    file=sys.stderr,
-                )
-                raise SystemExit(2)
-            if not (Path(folder) / "manifest.json").is_file() or not (Path(folder) / "config.yaml").is_file():
-                print(
-                    f"clmerge fit: expected a run folder (with manifest.json and config.yaml) to resume, got {folder}",
-                    file=sys.stderr,
-                )
-                raise SystemExit(2)
-            return folder
-    return None
-
-
-def _run(arguments: Sequence[str], *, resume: str | None) -> int:
-    from lightning.pytorch import seed_everything
-    from lightning_utilities.core.rank_zero import rank_zero_only
-
-    from clmerge.learner import Learner
-    from clmerge.loggers import describe_run
+def _run(arguments: Sequence[str], resume: str | None) -> int:
+    from clmerge.cli.resume import give_hint, open_run, record_changes
     from clmerge.names import file_name
     from clmerge.run_folder import RunFolder
     from clmerge.streams.data_check import RECORD
     from clmerge.streams.decoding import UnreadableImageError
     from clmerge.streams.overview import stream_lines
+
+    run: RunFolder | None = None
+    try:
+        changes: Sequence[str] = ()
+        if resume is not None:
+            run, changes = open_run(resume, arguments, writes=_is_main())
+            arguments = ["--config", str(run.config), *run.manifest.options_in_force(), *changes]
+        parser = build_parser()
+        config = parser.parse_args(list(arguments))
+        if config.stream is None:
+            parser.error("expected --stream or a --config that has one, got neither")
+        learner, logging, check = _build(parser, config, run)
+        if run is None:
+            default = f"runs/{file_name(config.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
+            run = RunFolder.create(
+                config.run_dir or default if _is_main() else os.environ[RUN_DIR_VARIABLE],
+                config=_config_text(parser, config),
+                unique=config.run_dir is None,
+                writes=_is_main(),
+            )
+        elif changes:
+            record_changes(run, changes)
+        os.environ[RUN_DIR_VARIABLE] = str(run.path)
+        if run.writes:
+            if check is not None:
+                check.save(run.path / RECORD)
+            print("\n".join(stream_lines(learner.stream)), file=sys.stderr, flush=True)
+        _fit(learner, logging, config, run)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        hint = ""
+        if run is not None and resume is None and not run.is_untrained:
+            hint = f"; what was trained is kept: resume with clmerge fit --resume {run.path}"
+        elif run is not None and resume is None:
+            with suppress(OSError):  # a start that failed; if the folder stays, the next start takes it over
+                run.discard()
+        if isinstance(error, UnreadableImageError):
+            hint += "; --check_data finds all such images before a run"
+        return complain("fit", error, hint)
+    except Stopped as stop:
+        give_hint(stop, run)
+        raise
+    return 0
+
+
+def _is_main() -> bool:
+    from lightning_utilities.core.rank_zero import rank_zero_only
+
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _build(
+    parser: "CommandParser", config: Any, run: "RunFolder | None"
+) -> "tuple[Learner, Logging, DataCheck | None]":
+    from lightning.pytorch import seed_everything
+
+    from clmerge.learner import Learner
     from clmerge.trainers import require_whole
 
-    parser = build_parser()
-    config = parser.parse_args(list(arguments))
-    if config.stream is None:
-        parser.error("expected --stream or a --config that has one, got neither")
-    is_main = getattr(rank_zero_only, "rank", 0) == 0
-    try:
-        require_whole(config.trainer.as_dict())
-        seed_everything(config.seed, workers=True, verbose=False)
-        objects = parser.instantiate(config)
-        objects.data.seed = config.seed
-        # The other ranks of a DDP run are started when rank zero has made the folder.
-        known = resume or (None if is_main else os.environ[RUN_DIR_VARIABLE])
-        check = _check_images(objects.stream, config, None if known is None else Path(known))
-        learner = Learner(
-            objects.stream, objects.model, objects.mergers, objects.data, seed=config.seed, **vars(objects.learner)
-        )
-        if is_main and (read := objects.model.backbone.read):
-            print(f"backbone  {read}", flush=True)
-        if objects.logging.artifacts:
-            learner.require_task_vectors()
-        if resume is not None:
-            run = RunFolder.open(resume, writes=is_main)
-        else:
-            default = config.run_dir or f"runs/{file_name(config.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
-            run = RunFolder.create(default if is_main else os.environ[RUN_DIR_VARIABLE], writes=is_main)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        return complain("fit", error)
-    os.environ[RUN_DIR_VARIABLE] = str(run.path)
-    if is_main and resume is None:
-        _save_config(parser, config, run)
-        if check is not None:
-            check.save(run.path / RECORD)
-    if is_main:
-        print("\n".join(stream_lines(objects.stream)), file=sys.stderr, flush=True)
-    facts = describe_run(
-        config.as_dict(), stream=learner.stream.name, num_tasks=len(learner.tasks), mergers=list(learner.merge.mergers)
+    require_whole(config.trainer.as_dict())
+    seed_everything(config.seed, workers=True, verbose=False)
+    objects = parser.instantiate(config)
+    objects.data.seed = config.seed
+    # The other ranks of a DDP run are started when rank zero has made the folder.
+    known = run.path if run is not None else None if _is_main() else Path(os.environ[RUN_DIR_VARIABLE])
+    check = _check_images(objects.stream, config, known)
+    learner = Learner(
+        objects.stream, objects.model, objects.mergers, objects.data, seed=config.seed, **vars(objects.learner)
     )
-    loggers = _build_loggers(objects.logging, facts, run)
-    try:
-        results = learner.fit(
-            run,
-            trainer=trainer_factory(config),
-            loggers=loggers,
-            report=_print_table if is_main else None,
-            progress=config.trainer.enable_progress_bar,
-            artifacts=objects.logging.artifacts,
-        )
-    except UnreadableImageError as error:
-        print(
-            f"clmerge fit: {error}\nMend it and go on with `clmerge fit --resume {run.path}`; --check_data finds all "
-            "such images before a run.",
-            file=sys.stderr,
-        )
-        return 1
-    if is_main:
-        _print_ending(results, run, wandb=objects.logging.wandb)
-    return 0
+    if _is_main() and (read := objects.model.backbone.read):
+        print(f"backbone  {read}", flush=True)
+    if objects.logging.artifacts:
+        learner.require_task_vectors()
+    return learner, objects.logging, check
 
 
 def _check_images(stream: "Stream", config: Any, run: Path | None) -> "DataCheck | None":
     """Open all images if that is asked for, or read what a run has found, and leave out what cannot be read."""
     from clmerge.streams.data_check import RECORD, DataCheck, check_images, leave_out
 
-    if run is not None:
-        check = DataCheck.load(run / RECORD)
-    elif config.check_data or config.skip_unreadable:
+    check = None if run is None else DataCheck.load(run / RECORD)
+    if check is None and (config.check_data or config.skip_unreadable):
         check = check_images(stream)
         for image in check.unreadable:
             print(image.reason, file=sys.stderr)
-    else:
-        return None
     if check is None:
         return None
     numbers = f"{len(check.unreadable)} of {check.num_images} images"
@@ -292,14 +281,30 @@ def _check_images(stream: "Stream", config: Any, run: Path | None) -> "DataCheck
     return check
 
 
-def _save_config(parser: "CommandParser", config: Any, run: "RunFolder") -> None:
-    from clmerge.weights import write_text_atomic
+def _fit(learner: "Learner", logging: Logging, config: Any, run: "RunFolder") -> None:
+    from clmerge.loggers import describe_run
 
+    facts = describe_run(
+        config.as_dict(), stream=learner.stream.name, num_tasks=len(learner.tasks), mergers=list(learner.merge.mergers)
+    )
+    results = learner.fit(
+        run,
+        trainer=trainer_factory(config),
+        loggers=_build_loggers(logging, facts, run),
+        report=_print_table if run.writes else None,
+        progress=config.trainer.enable_progress_bar,
+        artifacts=logging.artifacts,
+    )
+    if run.writes:
+        _print_ending(results, run, wandb=logging.wandb)
+
+
+def _config_text(parser: "CommandParser", config: Any) -> str:
     kept = config.clone()
     for key in ("config", "run_dir", "resume", "check_data"):
         kept.pop(key, None)
-    header = f"# The configuration of this run; `clmerge fit --config {run.config}` runs it again.\n"
-    write_text_atomic(run.config, header + parser.dump(kept, skip_validation=True))
+    header = "# The configuration of this run; `clmerge fit --config FILE` with this file runs it again.\n"
+    return header + str(parser.dump(kept, skip_validation=True))
 
 
 def trainer_factory(config: Any) -> Any:

@@ -15,14 +15,15 @@ _OUTLINE = re.compile(r"Parser key|Problem with given class_path|Does not valida
 _LONGEST = 300  # characters of a cause or a value
 
 
-def complain(name: str, error: BaseException) -> int:
+def complain(name: str, error: BaseException, hint: str = "") -> int:
     """Print why a command failed, on stderr, and return the exit code 1.
 
     Args:
         name: What the command is called.
         error: What it failed with.
+        hint: What is said after the cause.
     """
-    text = visible(condensed(str(error)), keep="\n")
+    text = visible(condensed(str(error)), keep="\n") + hint
     print(f"clmerge {name}: {text}", file=sys.stderr)
     return 1
 

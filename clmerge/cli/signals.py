@@ -36,11 +36,17 @@ def run_until_stopped(name: str, run: Callable[[], int]) -> int:
         run: The command.
     """
     stop = Stopped(signal.SIGINT)
+    received: list[Stopped] = []
     try:
-        with _raised():
+        with _raised(received):
             return run()
     except Stopped as stopped:
         stop = stopped
+    except SystemExit as end:
+        # Where the exception is lost, in a destructor for instance, Lightning ends by itself, and with success.
+        if end.code or not received:
+            raise
+        stop = received[0]
     except KeyboardInterrupt:  # from where the handler was another one
         pass
     word = "interrupted" if stop.number == signal.SIGINT else f"stopped by {signal.Signals(stop.number).name}"
@@ -49,11 +55,12 @@ def run_until_stopped(name: str, run: Callable[[], int]) -> int:
 
 
 @contextmanager
-def _raised() -> Iterator[None]:
-    """Let the signals raise ``Stopped``; those that are ignored, as under nohup, stay so."""
+def _raised(received: list[Stopped]) -> Iterator[None]:
+    """Let the signals raise ``Stopped``, and note it; those that are ignored, as under nohup, stay so."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(number)
+        received.append(Stopped(number))
+        raise received[-1]
 
     before = {}
     try:

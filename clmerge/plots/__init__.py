@@ -18,6 +18,7 @@ from clmerge.weights import write_bytes_atomic
 
 __all__ = [
     "plot_average_accuracy",
+    "plot_files",
     "plot_final_accuracy",
     "plot_forgetting_curves",
     "plot_matrices",
@@ -50,7 +51,7 @@ def save_plots(results: Results, folder: str | Path) -> list[Path]:
     """
     if not results.num_finished:
         raise ValueError("expected results with at least one finished task, got none; add rows first")
-    moving = [model for model in results.models if model != ZERO_SHOT]
+    moving = _moving(results)
     pictures = {Path(folder, f"matrix_{file_name(model)}.png"): plot_matrix(results, model) for model in moving}
     for setting in SETTINGS:
         best = results.best_merger(setting)
@@ -75,3 +76,21 @@ def to_png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI)
     return file.getvalue()
+
+
+def plot_files(results: Results, folder: str | Path) -> list[Path]:
+    """Return the files that ``save_plots`` writes.
+
+    Args:
+        results: What the run found.
+        folder: Where they are written.
+    """
+    names = ("matrices", "forgetting_curves", "average_accuracy", "final_accuracy")
+    whole = [*(f"matrix_{file_name(model)}" for model in _moving(results)), *names]
+    return [Path(folder, f"{name}.png") for name in whole] + [
+        Path(folder, setting, f"{name}.png") for setting in SETTINGS if setting != "task_agnostic" for name in names
+    ]
+
+
+def _moving(results: Results) -> list[str]:
+    return [model for model in results.models if model != ZERO_SHOT]

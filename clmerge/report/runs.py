@@ -13,7 +13,9 @@ from clmerge.comparison.contract import validate_comparison
 from clmerge.names import shown
 from clmerge.report.rules import Rule, configured_rules, rule_of
 from clmerge.results import SETTINGS, ZERO_SHOT, Results, Setting, validate
+from clmerge.run_manifest import check_config
 from clmerge.weights import TaskVectorBank
+from clmerge.weights.checksums import verify_part
 from clmerge.weights.factored import TensorFile
 
 MANIFEST, RESULTS, CONFIG = "manifest.json", "results.json", "config.yaml"
@@ -203,6 +205,14 @@ def number(value: float | None) -> float:
 def _fitted(file: Path, document: Mapping[str, Any]) -> Run:
     path = file.parent.resolve()
     manifest = _read_json(path / MANIFEST, "") if (path / MANIFEST).is_file() else {}
+    verify_part(path, "")
+    if isinstance(text := manifest.get("config"), str) and text and (path / CONFIG).is_file():
+        check_config(path / CONFIG, text)
+    if manifest.get("finished") and manifest.get("results", document) != document:
+        raise ValueError(
+            f"expected the results in {file} that the run has committed, got others: they were changed; clmerge fit "
+            f"--resume {path} writes them anew"
+        )
     config = _read_yaml(path / CONFIG)
     run = Run(
         path,

@@ -1,15 +1,8 @@
 """Task vectors, parameter selection, safetensors files, and the on-disk bank of task vectors."""
 
 from clmerge.weights.bank import BankVector, TaskVectorBank
-from clmerge.weights.io import (
-    atomic_path,
-    load_metadata,
-    load_tensors,
-    save_tensors,
-    write_bytes_atomic,
-    write_json_atomic,
-    write_text_atomic,
-)
+from clmerge.weights.checksums import checksum
+from clmerge.weights.io import atomic_path, write_bytes_atomic, write_json_atomic, write_text_atomic
 from clmerge.weights.selection import select_parameters
 from clmerge.weights.task_vector import (
     CheckedVector,
@@ -20,6 +13,7 @@ from clmerge.weights.task_vector import (
     fingerprint,
     task_vector,
 )
+from clmerge.weights.tensor_files import load_metadata, load_tensors, save_tensors, save_torch
 
 __all__ = [
     "BankVector",
@@ -30,10 +24,12 @@ __all__ = [
     "TaskVectorBank",
     "apply_task_vector",
     "atomic_path",
+    "checksum",
     "fingerprint",
     "load_metadata",
     "load_tensors",
     "save_tensors",
+    "save_torch",
     "select_parameters",
     "task_vector",
     "write_bytes_atomic",

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.weights.factored import Product, TensorFile, factored
-from clmerge.weights.io import load_metadata, save_tensors
+from clmerge.weights.factored import SCALES, Product, TensorFile, factored
 from clmerge.weights.task_vector import (
     LazyVector,
     State,
@@ -19,6 +18,7 @@ from clmerge.weights.task_vector import (
     check_same_shape,
     fingerprint,
 )
+from clmerge.weights.tensor_files import load_metadata, save_tensors
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"task_(\d{3,})\.safetensors")
@@ -53,6 +53,7 @@ class TaskVectorBank:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
+        self._verified: dict[int, tuple[int, int]] = {}
 
     @property
     def tasks(self) -> list[int]:
@@ -167,9 +168,27 @@ class TaskVectorBank:
         return len(self.tasks)
 
     def __getitem__(self, task: int) -> TaskVector:
+        """Read one task vector.
+
+        Raises:
+            IndexError: If the task is not stored.
+            ValueError: If the vector is not the one that was written.
+        """
         self._check_stored(task)
         with TensorFile(self.path(task)) as file:
-            return {name: file.read(name) for name in file.names()}
+            tau = {name: file.read(name) for name in file.names()}
+            expected, has_products = file.metadata.get("sha256"), SCALES in file.metadata
+        status = self.path(task).stat()
+        known = (status.st_mtime_ns, status.st_size)
+        # Products need not have the same bits on another machine.
+        if expected is not None and not has_products and self._verified.get(task) != known:
+            if fingerprint(tau) != expected:
+                raise ValueError(
+                    f"expected the task vector {expected[:12]}... in {self.path(task)}, as its header says, got "
+                    "another: the file was damaged or changed; put the file back"
+                )
+            self._verified[task] = known
+        return tau
 
     def __iter__(self) -> Iterator[TaskVector]:
         """Read the vectors in task order, one at a time."""

@@ -1,20 +1,20 @@
-"""Files that are either the old ones or the new ones: safetensors, text and JSON, replaced atomically."""
+"""Files that are either the old ones or the new ones, replaced atomically; text and JSON."""
 
 import json
 import os
+import re
 import shutil
-import stat
+import socket
+import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from clmerge.weights.task_vector import State, TaskVector
+_DEAD_AFTER = 24 * 3600.0  # seconds without a write, where nothing else tells whether a process still lives
+_in_use: set[str] = set()
 
 
 @contextmanager
@@ -23,10 +23,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The data and the folder entry are flushed to disk before the block is left. When the block raises, the
     temporary file is removed and ``path`` keeps its old content. A process that is killed leaves ``path``
-    untouched and may leave a hidden ``.NAME.HEX.tmp`` file.
+    untouched and may leave a hidden ``.NAME.HEX.tmp`` file, which the next one that writes ``path`` removes.
 
     Args:
         path: Where the finished file shall be; missing folders are created.
+
+    Raises:
+        OSError: If it cannot be written, because the disk is full for instance; it names ``path``.
 
     Example:
         >>> import tempfile
@@ -38,14 +41,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        _fsync(temporary)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _fsync(target.parent)
+    with _temporary_name(target) as temporary:
+        try:
+            yield temporary
+            _fsync(temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _fsync(target.parent)
 
 
 @contextmanager
@@ -73,25 +76,74 @@ def atomic_folder(
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    temporary.mkdir()
+    with _temporary_name(target) as temporary:
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in temporary.iterdir():
+                _fsync(file)
+            _fsync(temporary)
+            if target.is_dir():
+                old = [file for file in target.iterdir() if replaces(file.name)]
+                for file in sorted(old, key=lambda file: file.name != last):
+                    file.unlink()
+                for file in sorted(temporary.iterdir(), key=lambda file: file.name == last):
+                    file.replace(target / file.name)
+                _fsync(target)
+            else:
+                temporary.rename(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        _fsync(target.parent)
+
+
+@contextmanager
+def _temporary_name(target: Path) -> Iterator[Path]:
+    """Give a name beside ``target`` that tells whose it is; errors of the system then name the target.
+
+    What a process that is dead now has left under such names is removed first.
+    """
+    _remove_leftovers(target)
+    owner = f"{_host()}{os.getpid():08x}"
+    temporary = target.with_name(f".{target.name}.{owner}{uuid.uuid4().hex[:16]}.tmp")
+    _in_use.add(temporary.name)
     try:
         yield temporary
-        for file in temporary.iterdir():
-            _fsync(file)
-        _fsync(temporary)
-        if target.is_dir():
-            old = [file for file in target.iterdir() if replaces(file.name)]
-            for file in sorted(old, key=lambda file: file.name != last):
-                file.unlink()
-            for file in sorted(temporary.iterdir(), key=lambda file: file.name == last):
-                file.replace(target / file.name)
-            _fsync(target)
-        else:
-            temporary.rename(target)
+    except OSError as error:
+        if error.errno is None or not str(error.filename or temporary).startswith(str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _fsync(target.parent)
+        _in_use.discard(temporary.name)
+
+
+def _remove_leftovers(target: Path) -> None:
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.([0-9a-f]{{8}})([0-9a-f]{{8}})[0-9a-f]{{16}}\.tmp")
+    for found in target.parent.iterdir():
+        match = pattern.fullmatch(found.name)
+        if match and _is_dead(found, host=match[1], process=int(match[2], 16)):
+            shutil.rmtree(found, ignore_errors=True) if found.is_dir() else found.unlink(missing_ok=True)
+
+
+def _is_dead(found: Path, *, host: str, process: int) -> bool:
+    """Whether nobody writes a temporary file any more, as far as that can be known from here."""
+    if host == _host():
+        if process == os.getpid():
+            return found.name not in _in_use
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        except (PermissionError, OverflowError):
+            pass
+    try:
+        return time.time() - found.stat().st_mtime > _DEAD_AFTER
+    except FileNotFoundError:
+        return False
+
+
+def _host() -> str:
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
@@ -128,70 +180,6 @@ def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
     write_text_atomic(path, json.dumps(obj, indent=2, allow_nan=False) + "\n")
 
 
-def save_tensors(path: str | os.PathLike[str], tensors: State, metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file, atomically.
-
-    Args:
-        path: The file to write.
-        tensors: Tensors by name; any device and layout. Tensors that share storage are written one by one.
-        metadata: Strings kept in the file's header.
-    """
-    seen: set[int] = set()
-    plain = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().to("cpu").contiguous()
-        storage = tensor.untyped_storage()
-        # The format refuses tensors that share memory, and would write the whole storage behind a small view.
-        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
-            tensor = tensor.clone()
-        seen.add(storage.data_ptr())
-        plain[name] = tensor
-    with atomic_path(path) as temporary:
-        temporary.touch()
-        mode = stat.S_IMODE(temporary.stat().st_mode)
-        save_file(plain, temporary, metadata=dict(metadata) if metadata is not None else None)
-        temporary.chmod(mode)  # safetensors lets nobody but the owner read its files, whatever the umask says
-        _sort_metadata(temporary)
-
-
-def load_tensors(path: str | os.PathLike[str]) -> TaskVector:
-    """Read all tensors of a safetensors file to the CPU.
-
-    Args:
-        path: The file to read.
-
-    Returns:
-        Tensors by name.
-
-    Raises:
-        ValueError: If the file is not a whole safetensors file.
-    """
-    try:
-        tensors: dict[str, Tensor] = load_file(os.fspath(path))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"expected a safetensors file, got {os.fspath(path)!r}: {error}") from error
-    return tensors
-
-
-def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Read the header's strings of a safetensors file, without its tensors.
-
-    Args:
-        path: The file to read.
-
-    Returns:
-        The metadata; empty if the file has none.
-
-    Raises:
-        ValueError: If the file is not a whole safetensors file.
-    """
-    try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(f"expected a safetensors file, got {os.fspath(path)!r}: {error}") from error
-
-
 def parse_json(text: str | bytes, source: str) -> Any:
     """Return what JSON text from elsewhere says.
 
@@ -210,19 +198,6 @@ def parse_json(text: str | bytes, source: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON, got {source}: {error}") from error
-
-
-def _sort_metadata(path: Path) -> None:
-    """Put the header's strings in order: safetensors writes a random one, and equal files must be equal."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        if "__metadata__" in header:
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-            if len(text) <= size:  # the same characters in another order, then the padding
-                file.seek(8)
-                file.write(text.ljust(size))
 
 
 def _fsync(path: Path) -> None:

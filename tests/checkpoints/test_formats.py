@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from clmerge.checkpoints import open_checkpoint, open_models
 from clmerge.checkpoints.names import align_names
-from clmerge.weights import TaskVectorBank, fingerprint, task_vector
+from clmerge.weights import TaskVectorBank, checksum, fingerprint, task_vector
 
 
 def saved(kind, state, folder):
@@ -114,3 +114,21 @@ def test_a_folder_with_several_checkpoints_wants_a_name(tmp_path, theta):
         save_file(theta, tmp_path / f"{name}.safetensors")
     with pytest.raises(ValueError, match=r"got a\.safetensors, b\.safetensors in"):
         open_checkpoint(tmp_path)
+
+
+def test_a_vector_of_a_run_that_was_changed_is_named(tmp_path, theta, models):
+    bank = TaskVectorBank(tmp_path / "bank")
+    for task in (0, 1):
+        bank.append(task, task_vector(models[task], theta))
+    files = {f"bank/{bank.path(task).name}": checksum(bank.path(task)) for task in (0, 1)}
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": {**files, "state/gone.pt": "0"}}))
+    assert len(open_models([tmp_path])) == 2
+    whole = bank.path(1).read_bytes()
+    bank.path(1).write_bytes(whole[:-1] + bytes([whole[-1] ^ 64]))
+    for path in (tmp_path, bank.folder, bank.path(1)):
+        with pytest.raises(ValueError, match=rf"expected {bank.path(1)} as the run has committed it"):
+            open_models([path])
+    assert len(open_models([bank.path(0)])) == 1
+    bank.path(1).unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected .*bank/task_001\.safetensors, as the run"):
+        open_models([tmp_path])

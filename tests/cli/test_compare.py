@@ -238,6 +238,11 @@ def test_a_joint_run_is_a_reference(run, tmp_path):
 def test_a_run_without_vectors_says_how_to_keep_them(run, capsys):
     shutil.rmtree(run / "bank")
     assert main(["compare", str(run)]) == 1
+    assert f"expected {run / 'bank' / 'task_000.safetensors'}, as the run has committed it" in capsys.readouterr().err
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["files"] = {name: value for name, value in manifest["files"].items() if not name.startswith("bank/")}
+    (run / "manifest.json").write_text(json.dumps(manifest))  # as of a run that has kept none
+    assert main(["compare", str(run)]) == 1
     error = capsys.readouterr().err
     assert "--learner.keep_task_vectors=true" in error
     assert "MB per task" in error

@@ -15,7 +15,9 @@ from support.tiny import tiny_clip
 from wandb_reader import find_runs
 
 from clmerge.cli import main
-from clmerge.cli.fit import resume_folder, spread_mergers
+from clmerge.cli.fit import spread_mergers
+from clmerge.cli.resume import split_resume
+from clmerge.task_training import TaskTraining
 
 CONFIG = """
 name: small
@@ -250,12 +252,97 @@ def test_mergers_may_be_listed_with_spaces():
     assert spread_mergers(["--mergers=A"]) == ["--mergers=A"]
 
 
-@pytest.mark.parametrize("arguments", [["--resume"], ["--resume", "x", "--seed", "1"], ["--resume=nowhere"]])
-def test_resume_wants_a_run_and_nothing_else(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume"], "got no folder"),
+        (["--resume="], "got no folder"),
+        (["--resume", "--trainer.max_epochs=1"], "got no folder"),
+        (["--resume", "x", "--seed", "1"], "beside --resume, got --seed=1: the rest of a run's configuration"),
+        (["--learner.start_policy=base", "--resume=x"], "got --learner.start_policy=base"),
+        (["--resume=x", "--trainer.max_epochs"], "got --trainer.max_epochs:"),
+        (["--resume=x", "--config", "c.yaml"], "got --config=c.yaml"),
+    ],
+)
+def test_resume_wants_a_run_and_options_that_may_change(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        resume_folder(arguments)
+        split_resume(arguments)
     assert stop.value.code == 2
-    assert "expected" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_no_run_is_not_resumed(tmp_path, capsys):
+    assert main(["fit", "--resume", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"clmerge fit: expected a run folder with a manifest.json, got {tmp_path}\n"
+
+
+def stopped_after_first_task(config, run, monkeypatch, *options):
+    """Run until the second task begins."""
+    train = TaskTraining.train
+
+    def stop(self, results, task):
+        if task == 1:
+            raise RuntimeError("the disk is gone")
+        train(self, results, task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskTraining, "train", stop)
+        assert main(["fit", "--config", str(config), "--run_dir", str(run), "--logging.wandb=false", *options]) == 1
+
+
+def test_options_of_a_resume_are_on_record_and_edited_files_are_refused(config, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    stopped_after_first_task(config, run, monkeypatch)
+    assert (
+        f"the disk is gone; what was trained is kept: resume with clmerge fit --resume {run}" in capsys.readouterr().err
+    )
+    whole = {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("max_epochs: 1", "max_epochs: 2"))
+    assert main(["fit", "--resume", str(run)]) == 1
+    assert (
+        "config.yaml as the run began with it, got 'max_epochs: 2' where it had 'max_epochs: 1'"
+        in capsys.readouterr().err
+    )
+    (run / "config.yaml").write_text(text)
+
+    vector = run / "bank" / "task_000.safetensors"
+    vector.write_bytes(vector.read_bytes()[:-1] + b"x")
+    assert main(["fit", "--resume", str(run)]) == 1
+    assert f"expected {vector} as the run has committed it" in capsys.readouterr().err
+    vector.write_bytes(whole[vector.relative_to(run)])
+    assert {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()} == whole
+
+    assert main(["fit", "--resume", str(run), "--trainer.max_epochs", "2", "--trainer.limit_train_batches=2"]) == 0
+    results = json.loads((run / "results.json").read_text())
+    assert results["options"] == [[], ["--trainer.max_epochs=2", "--trainer.limit_train_batches=2"]]
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["options"] == [{"task": 1, "options": results["options"][1]}]
+    assert manifest["results"] == results
+    assert (manifest["epochs"], manifest["step"]) == (3, 3 + 2 * 2)
+    assert (run / "config.yaml").read_text() == text
+
+    (run / "plots" / "task_aware" / "matrices.png").unlink()
+    (run / "model" / "ties.safetensors").unlink()
+    (run / "plots" / ".matrices.png.0123.tmp").touch()
+    assert main(["fit", "--resume", str(run)]) == 0
+    assert (run / "plots" / "task_aware" / "matrices.png").is_file()
+    assert (run / "model" / "ties.safetensors").is_file()
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_a_start_that_fails_leaves_no_folder(config, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    monkeypatch.setattr(TaskTraining, "train", failing)
+    command = ["fit", "--config", str(config), "--run_dir", str(run), "--logging.wandb=false"]
+    assert main(command) == 1
+    assert capsys.readouterr().err.endswith("clmerge fit: expected an image, got a.png\n")
+    assert not run.exists()
+
+
+def failing(self, results, task):
+    raise ValueError("expected an image, got a.png")
 
 
 @pytest.fixture
@@ -293,7 +380,8 @@ def test_an_unreadable_image_ends_a_run_with_one_line(spoilt, capsys):
     told = capsys.readouterr().err
     assert "Traceback" not in told
     assert "TEST/щит/image_1.png, got cannot identify image file" in told
-    assert f"`clmerge fit --resume {run}`; --check_data finds all" in told
+    assert "; --check_data finds all such images before a run" in told
+    assert not run.exists(), "nothing was trained"
 
 
 def test_unreadable_images_are_left_out_of_a_run_and_of_its_comparison(spoilt, capsys, monkeypatch):

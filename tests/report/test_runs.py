@@ -5,7 +5,7 @@ import torch
 from support.run_folders import write_run
 
 from clmerge.report.runs import read_runs
-from clmerge.weights import TaskVectorBank
+from clmerge.weights import TaskVectorBank, checksum
 from clmerge.weights.factored import Product
 
 
@@ -77,3 +77,34 @@ def test_folders_that_are_no_run_are_refused(tmp_path):
     write_run(tmp_path / "run", finished=0)
     with pytest.raises(ValueError, match="at least one finished task"):
         read_runs(tmp_path / "run")
+
+
+def test_what_a_run_has_committed_is_what_is_shown(tmp_path):
+    run = tmp_path / "run"
+    document = write_run(run)
+    vector = run / "bank" / "task_001.safetensors"
+    config = (run / "config.yaml").read_text()
+    manifest = {
+        "schema": 1,
+        "finished": True,
+        "results": document,
+        "config": config,
+        "files": {"bank/task_001.safetensors": checksum(vector)},
+    }
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert read_runs(run)[0].models == document["models"]
+    whole = vector.read_bytes()
+    vector.write_bytes(whole[:-1] + bytes([whole[-1] ^ 64]))
+    with pytest.raises(ValueError, match=f"expected {vector} as the run has committed it"):
+        read_runs(run)
+    vector.write_bytes(whole)
+    (run / "config.yaml").write_text(config.replace("seed: 0", "seed: 1"))
+    with pytest.raises(
+        ValueError, match=r"config\.yaml as the run began with it, got 'seed: 1' where it had 'seed: 0'"
+    ):
+        read_runs(run)
+    (run / "config.yaml").write_text(config)
+    document["models"]["ties"]["task_agnostic"]["forgetting"] = 0.0
+    (run / "results.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"expected the results in .*results\.json that the run has committed"):
+        read_runs(run)

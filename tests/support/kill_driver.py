@@ -20,8 +20,6 @@ warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
 
 import clmerge.cli.fit as fit  # noqa: E402
-import clmerge.learner  # noqa: E402
-import clmerge.run_folder  # noqa: E402
 from clmerge.callbacks import MergeCallback  # noqa: E402
 from clmerge.callbacks.progress import EpochLines  # noqa: E402
 from clmerge.learner import Learner  # noqa: E402
@@ -57,9 +55,8 @@ def torn(call: int, original):
         count += 1
         result = original(*args, **kwargs)
         if count == call:
-            path = next(Path(a) for a in args if isinstance(a, (str, Path)))
-            with path.open("r+b") as file:
-                file.truncate(path.stat().st_size // 2)
+            file = args[1]._file  # open for writing
+            file.truncate(file.tell() // 2)
             die()
         return result
 
@@ -69,11 +66,13 @@ def torn(call: int, original):
 # torch.save is called once per epoch (two epochs a task) for Lightning's checkpoint and once per task for the state.
 POINTS = {
     "in the first epoch": (EpochLines, "on_train_batch_start", lambda f: die_on(2, f)),
+    "between the last checkpoint of the first task and its merge": (MergeCallback, "_merge", lambda f: die_on(1, f)),
+    "between epochs of the first task": (EpochLines, "on_train_batch_start", lambda f: die_on(9, f)),
     "between epochs": (EpochLines, "on_train_batch_start", lambda f: die_on(15, f)),
-    "inside a checkpoint write": (clmerge.run_folder.torch, "save", lambda f: torn(5, f)),
-    "between the last checkpoint and the merge": (MergeCallback, "on_train_end", lambda f: die_on(2, f)),
-    "between the merge and its commit": (MergeCallback, "on_train_end", lambda f: die_on(2, f, after=True)),
-    "inside the commit of the state": (clmerge.run_folder.torch, "save", lambda f: torn(6, f)),
+    "inside a checkpoint write": (torch, "save", lambda f: torn(5, f)),
+    "between the last checkpoint and the merge": (MergeCallback, "_merge", lambda f: die_on(2, f)),
+    "between the merge and its commit": (MergeCallback, "_merge", lambda f: die_on(2, f, after=True)),
+    "inside the commit of the state": (torch, "save", lambda f: torn(6, f)),
     "between the merge and the evaluation": (Learner, "_evaluate", lambda f: die_on(2, f)),
     "between the evaluation and the logging": (Learner, "_evaluate", lambda f: die_on(2, f, after=True)),
     "before the last commit": (Learner, "_finish", lambda f: die_on(1, f)),

@@ -96,3 +96,14 @@ def test_a_reference_reads_what_was_stored_and_nothing_else(tmp_path):
     bank.append(3, vector(2), overwrite=True)
     with pytest.raises(ValueError, match="as it was merged"):
         reference["w"]
+
+
+def test_a_vector_that_was_changed_is_noticed_when_it_is_read(tmp_path):
+    bank = TaskVectorBank(tmp_path)
+    bank.append(0, {"w": torch.ones(3)})
+    assert bank[0]["w"].sum() == 3
+    whole = bank.path(0).read_bytes()
+    bank.path(0).write_bytes(whole[:-1] + bytes([whole[-1] ^ 64]))
+    for reader in (bank, TaskVectorBank(tmp_path)):
+        with pytest.raises(ValueError, match=r"as its header says, got another: the file was damaged or changed"):
+            reader[0]

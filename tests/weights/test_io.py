@@ -1,17 +1,22 @@
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from clmerge.weights import (
+    checksum,
     io,
     load_metadata,
     load_tensors,
     save_tensors,
+    save_torch,
     write_json_atomic,
     write_text_atomic,
 )
@@ -66,16 +71,15 @@ def test_a_cut_file_is_an_error_with_its_name(tmp_path, read):
         read(tmp_path / "cut.safetensors")
 
 
-def broken_write(tensors, path, metadata=None):
-    path.write_bytes(b"half of i")
-    raise OSError("no space left on device")
-
-
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     save_tensors(path, {"w": torch.ones(2)})
-    monkeypatch.setattr(io, "save_file", broken_write)
-    with pytest.raises(OSError, match="no space left"):
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a\.safetensors'"):
         save_tensors(path, {"w": torch.zeros(2)})
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
     assert load_tensors(path)["w"].tolist() == [1.0, 1.0]
@@ -94,8 +98,62 @@ with atomic_path({str(path)!r}) as temporary:
     result = subprocess.run([sys.executable, "-c", program], check=False)
     assert result.returncode == -signal.SIGKILL
     assert path.read_text() == "old"
-    left = {entry.name for entry in tmp_path.iterdir()} - {"a.txt"}
-    assert all(name.startswith(".a.txt.") for name in left)
+    left = [entry.name for entry in tmp_path.iterdir() if entry.name != "a.txt"]
+    assert len(left) == 1
+    assert left[0].startswith(".a.txt.")
+    (tmp_path / left[0].replace("a.txt", "b.txt")).write_text("half of another file")
+    write_text_atomic(path, "new")
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".a")] == []
+    assert len(list(tmp_path.glob(".b.txt.*"))) == 1, "the next one that writes b.txt removes it"
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path):
+    path = tmp_path / "a.txt"
+    with io.atomic_path(path) as temporary:
+        temporary.write_text("mine")
+        write_text_atomic(path, "another thread's")
+        assert temporary.read_text() == "mine"
+    assert path.read_text() == "mine"
+    host = temporary.name.split(".")[3][:8]
+    parent, other = (tmp_path / f".a.txt.{h}{os.getppid():08x}{'0' * 16}.tmp" for h in (host, "00000000"))
+    for file in (parent, other):
+        file.write_text("of a process that lives, or of another machine")
+    write_text_atomic(path, "new")
+    assert parent.exists()
+    assert other.exists()
+    for file in (parent, other):
+        os.utime(file, (0, 0))
+    write_text_atomic(path, "new")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.txt"], "untouched for a day"
+
+
+@pytest.mark.parametrize(
+    ("write", "content"),
+    [
+        (save_torch, {"w": torch.ones(100_000)}),
+        (save_tensors, {"w": torch.ones(100_000)}),
+        (write_text_atomic, "x" * 10**6),
+    ],
+)
+def test_a_full_disk_is_said_in_words_with_the_file(tmp_path, monkeypatch, write, content):
+    monkeypatch.setattr(io, "_remove_leftovers", lambda target: None)
+    monkeypatch.setattr(io.uuid, "uuid4", lambda: SimpleNamespace(hex="0" * 32))
+    name = f".a.{io._host()}{os.getpid():08x}{'0' * 16}.tmp"
+    (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a'") as caught:
+        write(tmp_path / "a", content)
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checksum_is_of_the_whole_file(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(3_000_000))
+    before = checksum(tmp_path / "a")
+    assert len(before) == 32
+    with (tmp_path / "a").open("r+b") as file:
+        file.seek(2_999_999)
+        file.write(b"\1")
+    assert checksum(tmp_path / "a") != before
 
 
 def test_text_and_json(tmp_path):

@@ -1,0 +1,88 @@
+"""What a stream was, in a few hashes: enough to notice other data when a run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from clmerge.streams.files import FileImages
+from clmerge.streams.sources import ArrayImages, ImageSubset, LabelledImages
+
+if TYPE_CHECKING:
+    from clmerge.streams.stream import Split, Stream
+
+_SPLITS: tuple[Split, ...] = ("train", "val", "test")
+_LOOKED_AT = 64  # images of a split whose content, or whose file's size, is looked at
+
+
+def stream_identity(stream: Stream) -> dict[str, Any]:
+    """Return what a stream's tasks are: names, counts of images, and hashes of labels and images.
+
+    Of files it is the names of all, with their class folder, and the sizes of some; of arrays the content of some. A
+    folder that was moved is the same. Nothing is decoded.
+
+    Args:
+        stream: The stream; its labels are read.
+
+    Returns:
+        JSON types: ``{"tasks": [{"name": ..., "train": ..., "val": ..., "test": ..., "labels": ..., "images": ...}]}``.
+    """
+    tasks = []
+    for task in stream.tasks:
+        found: dict[str, Any] = {"name": task.name}
+        labels, images = hashlib.sha256(), hashlib.sha256()
+        for split in _SPLITS:
+            plan = stream.dataset(task.index, split).plan
+            found[split] = len(plan.indices)
+            labels.update(json.dumps([split, list(plan.targets)]).encode())
+            images.update(split.encode())
+            _add_images(images, plan.images, plan.indices)
+        tasks.append(found | {"labels": labels.hexdigest()[:16], "images": images.hexdigest()[:16]})
+    return {"tasks": tasks}
+
+
+def check_stream(stream: Stream, expected: dict[str, Any], run: str) -> None:
+    """Check that a stream is the one of a run.
+
+    Args:
+        stream: The stream.
+        expected: What ``stream_identity`` returned when the run began.
+        run: What the run is called in the message.
+
+    Raises:
+        ValueError: If the data are others; the message says what differs first.
+    """
+    found = stream_identity(stream)["tasks"]
+    if len(found) != len(expected["tasks"]):
+        raise ValueError(f"expected the {len(expected['tasks'])} tasks of {run}, got a stream of {len(found)}")
+    for number, (now, then) in enumerate(zip(found, expected["tasks"], strict=True), 1):
+        for key in ("name", *_SPLITS, "labels", "images"):
+            if now[key] != then[key]:
+                what = {
+                    "name": f"the name {now[key]!r} instead of {then[key]!r}",
+                    "labels": "other labels",
+                    "images": "other images (names or sizes of files, or content of arrays)",
+                }.get(key, f"{now[key]} {key} images instead of {then[key]}")
+                raise ValueError(
+                    f"expected the data of {run} for task {number} ({then['name']}), got {what}; give the run its data "
+                    "back, or begin a new one"
+                )
+
+
+def _add_images(digest: hashlib._Hash, images: LabelledImages, indices: Sequence[int]) -> None:
+    while isinstance(images, ImageSubset):
+        indices = [images.indices[index] for index in indices]
+        images = images.images
+    some = indices[:: -(-len(indices) // _LOOKED_AT)] if indices else []
+    if isinstance(images, FileImages):
+        for index in indices:
+            digest.update("/".join(images.paths[index].parts[-2:]).encode("utf-8", "surrogateescape") + b"\n")
+        for index in some:
+            path = images.paths[index]
+            digest.update(b"%d\n" % (path.stat().st_size if path.is_file() else -1))
+    elif isinstance(images, ArrayImages):
+        digest.update(repr(images.images.shape[1:]).encode())
+        for index in some:
+            digest.update(images.images[index].tobytes())

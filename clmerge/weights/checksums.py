@@ -1,0 +1,64 @@
+"""Checksums of the files that a run has committed: what is read later is what was written then."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+def checksum(path: str | os.PathLike[str]) -> str:
+    """Return a checksum of a file, BLAKE2b in 32 hexadecimal digits: SHA-256 takes twice as long.
+
+    Args:
+        path: The file.
+    """
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def verify_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Check that files are as a run has committed them.
+
+    Args:
+        folder: The run folder.
+        files: Checksums by path, relative to the folder.
+
+    Raises:
+        FileNotFoundError: If one is missing.
+        ValueError: If one was changed; the message names it.
+    """
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise FileNotFoundError(f"expected {file}, as the run has committed it, got no such file; put it back")
+        if checksum(file) != expected:
+            raise ValueError(
+                f"expected {file} as the run has committed it, got other content: it was damaged, changed or "
+                "exchanged; put the file of this run back"
+            )
+
+
+def verify_part(folder: Path, part: str) -> None:
+    """Check a part of a folder that may be a run's, whatever version wrote it.
+
+    Args:
+        folder: A folder; without a manifest there is nothing to check.
+        part: What the names of the files begin with, ``bank/`` for instance; empty for all.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If one was changed, or the manifest is damaged.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return
+    try:
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+        files = found.get("files", {}) if isinstance(found, dict) else {}
+        kept = {str(name): str(value) for name, value in files.items() if name.startswith(part)}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"expected a manifest in JSON, got {manifest}, which is damaged: {error}") from error
+    verify_files(folder, kept)
