@@ -23,6 +23,7 @@ from clmerge.lightning_compat import quiet_lightning
 from clmerge.loggers import finish_loggers, log_artifacts, log_summary, log_task
 from clmerge.merging import Merger, Statistics, WeightAverage
 from clmerge.modules import ContinualClassifier
+from clmerge.notices import add_place, notices
 from clmerge.plots import plot_files, save_plots
 from clmerge.regularized_tasks import RegularizedTasks
 from clmerge.results import EXPERT, ZERO_SHOT, Results
@@ -100,6 +101,7 @@ class Learner:
     ) -> None:
         self.stream = stream
         self.tasks = stream.tasks  # reads the labels: missing data is found before anything is written
+        self.prompts = stream.class_prompts if module.head.open_vocabulary else []  # and missing templates
         self.module = module
         self.data = data
         self.seed = seed
@@ -161,14 +163,13 @@ class Learner:
         seed_everything(self.seed, workers=True, verbose=False)
         backbone = self.module.backbone
         self.data.setup_stream(self.stream, backbone.train_transform, backbone.eval_transform)
-        prompts = self.stream.class_prompts if self.module.head.open_vocabulary else ()
-        self.module.begin_stream(len(self.stream.class_names), prompts)
+        self.module.begin_stream(len(self.stream.class_names), self.prompts)
         if self.keep_task_vectors:
             self.merge.use_bank(run.bank)
         results = restore(self, run)
         if run.writes:
-            print(trainable_line(self.module), file=sys.stderr, flush=True)
-            for line in matrix_lines(self.module, self.mergers) if self.mergers else ():  # a frozen backbone has none
+            matrices = matrix_lines(self.module, self.mergers) if self.mergers else ()  # a frozen backbone has none
+            for line in (trainable_line(self.module), *matrices, *notices(self.module, self.stream)):
                 print(line, file=sys.stderr, flush=True)
         told = loggers if run.writes else ()  # the Trainer's part of logging needs the same loggers on every rank
         deployed = self.merge.deploy if self.mergers else EXPERT
@@ -193,6 +194,9 @@ class Learner:
             if artifacts:
                 log_artifacts(told, run, results)
             success = True
+        except Exception as error:
+            add_place(error, run, self.tasks)
+            raise
         finally:
             finish_loggers(told, success=success)
         return results

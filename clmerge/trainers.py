@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer, see
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
+from clmerge.callbacks.finite_loss import FiniteLoss
 from clmerge.callbacks.progress import EpochLines, EpochSeed
 from clmerge.checkpoint_io import AtomicCheckpointIO
 from clmerge.lightning_compat import TaskProgressBar, logger_step, set_step_offset
@@ -108,7 +109,7 @@ class Trainers:
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
-        own = [*callbacks, EpochSeed(seed), EpochLines(label), saving]
+        own = [*callbacks, EpochSeed(seed), EpochLines(label), FiniteLoss(label), saving]
         trainer = self._build(label, logger=list(self.loggers) or False, callbacks=own, **options)
         if self.run.writes and not self._told:
             for line in partial_lines(trainer):

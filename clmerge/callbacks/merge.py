@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from clmerge.callbacks.evaluation_swap import EvaluationSwap
 from clmerge.callbacks.frozen import FrozenParameters, announces_unfreezing
-from clmerge.callbacks.provided import provided, training_images
+from clmerge.callbacks.provided import check_provided, provided, training_images
 from clmerge.callbacks.ranks import check_same_on_all_ranks, refuse_sharding
 from clmerge.callbacks.recorded_merge import RecordedMerge
 from clmerge.callbacks.running_merge import Buffers, RunningMerge, check_choice
@@ -247,6 +247,7 @@ class MergeCallback(RecordedMerge, EvaluationSwap):
         if self._goes_on is False:  # the checkpoint is of an earlier task: this one starts here
             self.apply_start_policy(pl_module)
         self.start(pl_module, self.include, self.exclude, frozen=announces_unfreezing(trainer))
+        check_provided(self.required_statistics, trainer, pl_module, self.base)
         self._frozen = FrozenParameters(unmerged_parameters(pl_module, self.base, self.include, self.exclude))
         if self.bank is not None and trainer.is_global_zero:
             again = trainer.ckpt_path is not None and self._goes_on is not False
@@ -351,8 +352,7 @@ class MergeCallback(RecordedMerge, EvaluationSwap):
         # On all ranks: sharded factors are gathered.
         factors = {} if self.bank is None else read_factors(model, self.base, origin=self._base_origin)
         if self.bank is not None and trainer.is_global_zero:
-            task = self.num_tasks - 1
-            counts = {"steps": steps, "samples": self._task_samples}
+            task, counts = self.num_tasks - 1, {"steps": steps, "samples": self._task_samples}
             name = self._task_name or f"task_{task:03d}"
             self.bank.append(
                 task,

@@ -7,12 +7,22 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from clmerge.merging.adam import adam_second_moments
+from clmerge.merging.adam import adam_second_moments, require_second_moments
 from clmerge.weights.parametrization import dense_weights
 from clmerge.weights.swap import full_copy
 
 PROVIDED = frozenset({"adam", "weights"})
 """Statistics that every run can give its mergers."""
+
+
+def check_provided(needed: Set[str], trainer: Trainer, module: LightningModule, base: Mapping[str, Tensor]) -> None:
+    """Refuse a fit that could not give what ``provided`` is asked for at its end; arguments as there.
+
+    Raises:
+        ValueError: If ``"adam"`` is needed and a parameter is trained by another optimizer, or not itself.
+    """
+    if "adam" in needed:
+        require_second_moments(trainer.optimizers, dense_weights(module, base))
 
 
 def provided(needed: Set[str], trainer: Trainer, module: LightningModule, base: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -54,4 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         found: int = import_module(f"clmerge.cli.{command}").main(arguments[1:])
         return found
 
-    return run_until_stopped(command, run)
+    try:
+        return run_until_stopped(command, run)
+    except Exception as error:
+        from clmerge.cli.failures import say
+
+        say(command, error)
+        return 1

@@ -105,8 +105,8 @@ def _compare(config: Any, mergers: Any) -> int:
     import json
 
     from clmerge.callbacks.naming import name_mergers
-    from clmerge.comparison.compare import Comparison, Request, compare_run
-    from clmerge.comparison.document import build_document
+    from clmerge.comparison.compare import Comparison, Request, check_request, compare_run
+    from clmerge.comparison.document import build_document, check_alike
     from clmerge.comparison.ledger import Ledger
     from clmerge.comparison.table import print_comparison
     from clmerge.lightning_compat import quiet_lightning
@@ -116,11 +116,9 @@ def _compare(config: Any, mergers: Any) -> int:
     names = _run_names(config.runs)
     out = Path(config.out) if config.out is not None else _default_out(config.runs)
     found: list[Comparison] = []
-    for path, name in zip(config.runs, names, strict=True):
-        run, own = open_run(path, name=name, allow=config.allow, evaluation=config.evaluation)
-        joint = None if config.joint is None else open_run(config.joint, name="joint", allow=config.allow)[0]
-        mergers = mergers or own
-        request = Request(
+
+    def request(mergers: Any) -> Request:
+        return Request(
             name_mergers(mergers),
             scale=config.scale,
             grid=config.grid,
@@ -130,9 +128,27 @@ def _compare(config: Any, mergers: Any) -> int:
             memory=int(config.memory * 2**30),
             diagnose=config.diagnose and not found,
         )
+
+    def opened(path: str, name: str) -> "tuple[StoredRun, Any]":
+        return open_run(path, name=name, allow=config.allow, evaluation=config.evaluation)
+
+    joint = None if config.joint is None else open_run(config.joint, name="joint", allow=config.allow)[0]
+    if (
+        len(config.runs) > 1
+    ):  # evaluating the first may take minutes: see before that all will do, one at a time in memory
+        results = {}
+        for path, name in zip(config.runs, names, strict=True):
+            run, own = opened(path, name)
+            mergers = mergers or own
+            check_request(run, request(mergers), joint)
+            results[name] = run.results
+        check_alike(results)
+    for path, name in zip(config.runs, names, strict=True):
+        run, own = opened(path, name)
+        mergers = mergers or own
         with _scratch_folder(out) as scratch:
             run.use_scratch(scratch, image_memory=config.image_memory)
-            found.append(compare_run(run, request, Ledger(out / "rows.json"), joint))
+            found.append(compare_run(run, request(mergers), Ledger(out / "rows.json"), joint))
     document = build_document(found, orders_seed=config.orders_seed)
     write_json_atomic(out / "results.json", document)
     command = _log_to_wandb(found[0].run, document, out, config.runs) if config.wandb else None

@@ -177,6 +177,7 @@ def spread_mergers(argv: Sequence[str]) -> list[str]:
 
 
 def _run(arguments: Sequence[str], resume: str | None) -> int:
+    from clmerge.cli.failures import is_foreseen
     from clmerge.cli.resume import give_hint, open_run, record_changes
     from clmerge.names import file_name
     from clmerge.run_folder import RunFolder
@@ -211,15 +212,19 @@ def _run(arguments: Sequence[str], resume: str | None) -> int:
                 check.save(run.path / RECORD)
             print("\n".join(stream_lines(learner.stream)), file=sys.stderr, flush=True)
         _fit(learner, logging, config, run)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except Exception as error:
         hint = ""
-        if run is not None and resume is None and not run.is_untrained:
+        if run is not None and not run.is_untrained:
             hint = f"; what was trained is kept: resume with clmerge fit --resume {run.path}"
         elif run is not None and resume is None:
             with suppress(OSError):  # a start that failed; if the folder stays, the next start takes it over
                 run.discard()
         if isinstance(error, UnreadableImageError):
             hint += "; --check_data finds all such images before a run"
+        if not is_foreseen(error, started=hasattr(error, "__notes__")):  # the learner notes the task
+            if hint:
+                error.add_note(hint.removeprefix("; "))
+            raise
         return complain("fit", error, hint)
     except Stopped as stop:
         give_hint(stop, run)

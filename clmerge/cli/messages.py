@@ -1,12 +1,15 @@
 """What a command says when it fails: one line, one cause, with the key it stands at."""
 
 import inspect
+import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 
 from clmerge.names import visible
 
+DEBUG_VARIABLE = "CLMERGE_DEBUG"  # set, it shows the traceback of every error
 _KEY = re.compile(r'Parser key "([^"]*)":\s*(.*)')
 _CLASS = re.compile(r"Problem with given class_path '([\w.]+)':")
 _VALUE = re.compile(r"Given value: (.*)")
@@ -23,7 +26,10 @@ def complain(name: str, error: BaseException, hint: str = "") -> int:
         error: What it failed with.
         hint: What is said after the cause.
     """
-    text = visible(condensed(str(error)), keep="\n") + hint
+    if os.environ.get(DEBUG_VARIABLE):
+        traceback.print_exception(error)
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+    text = visible(condensed(str(error)) + notes, keep="\n") + hint
     print(f"clmerge {name}: {text}", file=sys.stderr)
     return 1
 

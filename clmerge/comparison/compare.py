@@ -9,7 +9,7 @@ from clmerge.comparison.diagnose import diagnose_run
 from clmerge.comparison.grid import grids
 from clmerge.comparison.ledger import Ledger, Row
 from clmerge.comparison.orders import order_sweep
-from clmerge.comparison.references import add_references
+from clmerge.comparison.references import add_references, check_joint
 from clmerge.comparison.refold import check_mergers, sweep
 from clmerge.comparison.scale_rule import scale_rules
 from clmerge.comparison.search import Search, search_all
@@ -94,6 +94,25 @@ class Comparison:
         self.merge_seconds[name] = [row["merge_seconds"] for row in rows]
 
 
+def check_request(run: StoredRun, request: Request, joint: StoredRun | None = None) -> dict[str, Search]:
+    """Check, before anything is computed, that a run can give what is asked for; return the searches by merger.
+
+    Args:
+        run: The run.
+        request: What is compared.
+        joint: A run that was trained on all classes together, if there is one.
+
+    Raises:
+        ValueError: If it cannot, a setting is unknown, or the joint run is of other classes or another model.
+    """
+    mergers = dict(request.mergers)
+    check_mergers(run, mergers)
+    if joint is not None:
+        check_joint(run, joint)
+    grid = grids(mergers, request.scale, request.grid)
+    return {name: Search(run, name, mergers[name], parameters) for name, parameters in grid.items()}
+
+
 def compare_run(run: StoredRun, request: Request, ledger: Ledger, joint: StoredRun | None = None) -> Comparison:
     """Compare mergers on one run; nothing that ``ledger`` has is computed again.
 
@@ -107,9 +126,7 @@ def compare_run(run: StoredRun, request: Request, ledger: Ledger, joint: StoredR
         ValueError: If the run cannot give what is asked for, or a setting is unknown.
     """
     mergers = dict(request.mergers)
-    check_mergers(run, mergers)
-    grid = grids(mergers, request.scale, request.grid)
-    searches = {name: Search(run, name, mergers[name], parameters) for name, parameters in grid.items()}
+    searches = check_request(run, request, joint)
     fitted = run.results
     blank = Results(fitted.tasks, classes=fitted.classes, samples=fitted.samples, evaluation=run.evaluation)
     found = Comparison(run, blank)

@@ -61,6 +61,23 @@ def build_document(found: Sequence[Comparison], *, orders_seed: int = 0) -> dict
     }
 
 
+def check_alike(results: Mapping[str, Results]) -> None:
+    """Refuse runs that do not fit side by side.
+
+    Args:
+        results: Results by the name of their run.
+
+    Raises:
+        ValueError: If they have different numbers of tasks, or go by different accuracies.
+    """
+    if len({one.num_tasks for one in results.values()}) > 1:
+        lengths = ", ".join(f"{name}: {one.num_tasks}" for name, one in results.items())
+        raise ValueError(f"expected runs of as many tasks to compare, got {lengths}")
+    if len({one.evaluation for one in results.values()}) > 1:
+        read = ", ".join(f"{name}: {one.evaluation}" for name, one in results.items())
+        raise ValueError(f"expected runs that go by the same accuracy, got {read}; choose one with --evaluation")
+
+
 def join_results(found: Sequence[Comparison]) -> Results:
     """Return the results of one run, or those of several with every model called ``MODEL@RUN``.
 
@@ -73,9 +90,7 @@ def join_results(found: Sequence[Comparison]) -> Results:
     first = found[0].results
     if len(found) == 1:
         return first
-    lengths = {one.run.name: one.results.num_tasks for one in found}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"expected runs of as many tasks to compare, got {lengths}")
+    check_alike({one.run.name: one.results for one in found})
     if all(one.results.tasks == first.tasks for one in found):
         joined = Results(first.tasks, classes=first.classes, samples=first.samples, evaluation=first.evaluation)
     else:  # other orders of classes: what is compared is the t-th task of each

@@ -76,6 +76,22 @@ def _row(run: StoredRun, scores: torch.Tensor, labels: torch.Tensor, owners: tor
     return make_row({setting: found[setting][:known] + unknown for setting in SETTINGS})
 
 
+def check_joint(run: StoredRun, joint: StoredRun) -> None:
+    """Refuse a joint run of other classes, or of another model.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    for what, ours, theirs in (
+        ("classes", run.stream.class_names, joint.stream.class_names),
+        ("backbone", run.config["model"]["backbone"], joint.config["model"]["backbone"]),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"expected the {what} of {run.folder.path} in the joint run {joint.folder.path}, got others"
+            )
+
+
 def joint_row(run: StoredRun, joint: StoredRun, ledger: Ledger) -> Row:
     """Return the accuracies of the un-merged final model of another run on the tasks of this one.
 
@@ -87,14 +103,7 @@ def joint_row(run: StoredRun, joint: StoredRun, ledger: Ledger) -> Row:
     Raises:
         ValueError: If the other run has other classes or another model.
     """
-    for what, ours, theirs in (
-        ("classes", run.stream.class_names, joint.stream.class_names),
-        ("backbone", run.config["model"]["backbone"], joint.config["model"]["backbone"]),
-    ):
-        if ours != theirs:
-            raise ValueError(
-                f"expected the {what} of {run.folder.path} in the joint run {joint.folder.path}, got others"
-            )
+    check_joint(run, joint)
     key = ledger.key(run.identity, f"{JOINT} {joint.identity}", "test", [])
     if key not in ledger:
         joint.enter(len(joint.tasks) - 1)

@@ -75,6 +75,7 @@ class StoredRun:
             raise ValueError(f"expected a finished run, got {folder.path}: `clmerge fit --resume {folder.path}` first")
         self.results = Results.from_dict(folder.manifest.results)
         self.evaluation: Setting = evaluation
+        self.results.evaluation = evaluation
         self.tasks = stream.tasks
         if [task.name for task in self.tasks] != self.results.tasks:
             raise ValueError(

@@ -17,7 +17,7 @@ import socket
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from clmerge.loggers.metrics import PREFIXES, TASK_KEY, part_of_key
+from clmerge.loggers.steady import SteadyRun
 from clmerge.results import Results
 from clmerge.run_folder import RunFolder
 from clmerge.weights import TaskVectorBank, load_metadata, write_json_atomic
@@ -85,7 +86,7 @@ def build_wandb_logger(
     if getattr(rank_zero_only, "rank", 0) != 0:
         return WandbLogger(**logger_arguments)
     import wandb
-    from wandb.errors import CommError
+    from wandb.errors import CommError, UsageError
 
     Path(save_dir).mkdir(parents=True, exist_ok=True)
     mode = _choose_mode(online)
@@ -109,6 +110,8 @@ def build_wandb_logger(
 
     try:
         run = start(mode)
+    except UsageError as error:
+        raise ValueError(f"expected a project of W&B in logging.project, got {project!r}: {error}") from error
     except CommError as error:
         if mode != "online" or wandb.run is not None:
             raise
@@ -118,7 +121,7 @@ def build_wandb_logger(
     # Lightning defines these only for runs it starts itself: training curves lie on one axis over all tasks.
     run.define_metric(_STEP_KEY)
     run.define_metric("*", step_metric=_STEP_KEY, step_sync=True)
-    return WandbLogger(experiment=run, **logger_arguments)
+    return WandbLogger(experiment=cast("Run", SteadyRun(run)), **logger_arguments)
 
 
 def wandb_sync_command(run_dir: str | Path) -> str | None:

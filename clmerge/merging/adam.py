@@ -1,12 +1,41 @@
 """Adam's second moments: a precision that training leaves behind, for which no data is looked at again."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Adamax, Optimizer
 
 from clmerge.weights.task_vector import accumulator_dtype
+
+
+def require_second_moments(optimizers: Iterable[Optimizer], parameters: Mapping[str, Tensor]) -> None:
+    """Check, before or after a step, that Adam trains every parameter itself.
+
+    Args:
+        optimizers: Those that train the model.
+        parameters: The live parameters of the model by name.
+
+    Raises:
+        ValueError: If a parameter is trained by no optimizer, as in low-rank modes of tuning, or by another one.
+    """
+    groups = _groups(optimizers)
+    for name, parameter in parameters.items():
+        if parameter not in groups:
+            raise ValueError(
+                f"expected an optimizer that trains {name!r} itself, for Adam's second moments, got none: modes of "
+                "tuning such as LoRA train other parameters in its place. Use statistic 'fisher', which is measured "
+                "on the weights, or tune the weights themselves (Full, Partial)"
+            )
+        optimizer, group = groups[parameter]
+        state = optimizer.state.get(parameter, {})
+        # beta2: a group of Adam that has trained nothing yet has no state, but it has betas.
+        if "betas" not in group or isinstance(optimizer, Adamax) or (state and "exp_avg_sq" not in state):
+            raise ValueError(
+                f"expected an optimizer with Adam's second moments for {name!r}, got {type(optimizer).__name__}; train "
+                "it with AdamW, or use statistic 'fisher', which needs no certain optimizer"
+            )
 
 
 def adam_second_moments(optimizers: Iterable[Optimizer], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -36,18 +65,13 @@ def adam_second_moments(optimizers: Iterable[Optimizer], parameters: Mapping[str
         >>> adam_second_moments([optimizer], {"w": weight})["w"].round(decimals=3)
         tensor([1., 9.])
     """
-    groups = {parameter: (o, group) for o in optimizers for group in o.param_groups for parameter in group["params"]}
+    optimizers = list(optimizers)
+    require_second_moments(optimizers, parameters)
+    groups = _groups(optimizers)
     moments = {}
     for name, parameter in parameters.items():
-        optimizer, group = groups.get(parameter, (None, {}))
-        state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-        # beta2: a group of Adam that has trained nothing yet has no state, but it has betas.
-        if optimizer is None or "betas" not in group or (state and "exp_avg_sq" not in state):
-            found = "none" if optimizer is None else type(optimizer).__name__
-            raise ValueError(
-                f"expected an optimizer with Adam's second moments for {name!r}, got {found}; train it with AdamW, or "
-                "use a rule that requires another statistic"
-            )
+        optimizer, group = groups[parameter]
+        state = optimizer.state.get(parameter, {})
         if not state:
             moments[name] = torch.zeros_like(parameter, dtype=accumulator_dtype(parameter)).detach()
             continue
@@ -55,3 +79,7 @@ def adam_second_moments(optimizers: Iterable[Optimizer], parameters: Mapping[str
         correction = 1 - group["betas"][1] ** float(state["step"])
         moments[name] = second.to(accumulator_dtype(second)) / correction
     return moments
+
+
+def _groups(optimizers: Iterable[Optimizer]) -> dict[Tensor, tuple[Optimizer, dict[str, Any]]]:
+    return {parameter: (o, group) for o in optimizers for group in o.param_groups for parameter in group["params"]}

@@ -35,12 +35,14 @@ class Backbone(nn.Module, ABC):
         eval_transform: PIL image to tensor, for validation and test.
         default_trainable: Glob patterns over ``model``'s parameter names that are trained unless told
             otherwise.
+        starts_random: How to start from pretrained weights instead, where the model does not; empty where it does.
         encoder: Path in ``model`` of the module that ``forward`` calls; empty for ``model`` itself.
         read: What was read of a checkpoint file, in words; empty without one.
     """
 
     default_trainable: ClassVar[tuple[str, ...]] = ("*",)
     encoder: ClassVar[str] = ""
+    starts_random: str = ""
     read: str = ""
     model: nn.Module
     feature_dim: int
@@ -124,6 +126,8 @@ class OpenClip(Backbone):
             )
             if file is not None:
                 self._load(file, weights)
+        if pretrained is None and not source.startswith(_SOURCES):
+            self.starts_random = "set --model.backbone.pretrained to a tag of open_clip or a checkpoint file"
         _refuse_remote_code(source)
         vocabulary = None if folder is None else folder / "bpe_simple_vocab.txt.gz"
         brings_vocabulary = vocabulary is not None and vocabulary.is_file()
@@ -215,6 +219,8 @@ class Timm(Backbone):
                 takes_size = bool(timm.get_pretrained_cfg(name).fixed_input_size)
         size: dict[str, Any] = {"img_size": image_size} if image_size is not None and takes_size else {}
         self.model = timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
+        if not pretrained and checkpoint is None:
+            self.starts_random = "set --model.backbone.pretrained=true or --model.backbone.checkpoint=FILE"
         if checkpoint is not None:
             self._load(checkpoint, name, weights, size)
         config = resolve_data_config(

@@ -3,10 +3,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from made_up import make_results
 
-from clmerge.comparison.compare import Comparison
+from clmerge.cli import main
+from clmerge.comparison.compare import Comparison, Request, check_request
 from clmerge.comparison.document import build_document, group_names, own_figures
 from clmerge.comparison.table import comparison_lines
+from clmerge.merging import MagMax
 from clmerge.results import Results, validate
 
 # R of the merger falls on task 1 from 1.0 to 0.5 and back: forgetting is no linear function of R.
@@ -78,7 +81,7 @@ def test_runs_with_other_orders_of_classes_share_places_not_names(tmp_path):
 def test_runs_of_other_lengths_are_refused(tmp_path):
     short = comparison(tmp_path, "short", seed=1, matrix=MERGED[1])
     short.results = Results(["a"], classes=[["a"]])
-    with pytest.raises(ValueError, match=r"as many tasks to compare, got {'s0': 3, 'short': 1}"):
+    with pytest.raises(ValueError, match="as many tasks to compare, got s0: 3, short: 1"):
         build_document([comparison(tmp_path, "s0", seed=0, matrix=MERGED[0]), short])
 
 
@@ -90,3 +93,38 @@ def test_groups_are_named_after_what_differs():
     ]
     assert group_names(configs) == ["learner.start_policy=base"] * 2 + ["learner.start_policy=merged"]
     assert group_names(configs[:2]) == ["", ""]
+
+
+def test_runs_that_do_not_fit_are_refused_before_any_is_evaluated(monkeypatch, capsys, tmp_path):
+    found = {
+        "a": make_results(3),
+        "b": make_results(2),
+        "c": make_results(3),
+    }
+    found["c"].evaluation = "task_aware"
+    runs = {name: SimpleNamespace(results=results) for name, results in found.items()}
+    monkeypatch.setattr("clmerge.cli.compare.open_run", lambda path, **options: (runs[path], [MagMax()]))
+    monkeypatch.setattr("clmerge.comparison.compare.check_request", lambda run, request, joint: {})
+    monkeypatch.setattr("clmerge.comparison.compare.compare_run", lambda *a: pytest.fail("evaluated"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "a", "b", "--out", "out"]) == 1
+    assert "expected runs of as many tasks to compare, got a: 3, b: 2" in capsys.readouterr().err
+    assert main(["compare", "a", "c", "--out", "out"]) == 1
+    message = capsys.readouterr().err
+    assert "go by the same accuracy, got a: task_agnostic, c: task_aware; choose one with --evaluation" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_joint_run_of_other_classes_is_refused_before_anything_is_evaluated():
+    run, joint = (
+        SimpleNamespace(
+            stream=SimpleNamespace(class_names=names),
+            config={"model": {"backbone": "x"}},
+            folder=SimpleNamespace(path=names[0]),
+            base={},
+            tasks=[],
+        )
+        for names in (["a"], ["b"])
+    )
+    with pytest.raises(ValueError, match="expected the classes of a in the joint run b, got others"):
+        check_request(run, Request({}), joint)
