@@ -71,7 +71,11 @@ class CommandParser(ArgumentParser):
                 f"{argument.removesuffix('=None')}=null" if argument.endswith("=None") else argument
                 for argument in args
             ]
-        return super().parse_args(args, *rest, **options)
+        try:
+            return super().parse_args(args, *rest, **options)
+        except (AttributeError, LookupError, OverflowError, RecursionError) as error:  # jsonargparse, over odd files
+            text = f"expected a config that fits the options, got one over which reading fails: {error}"
+            self.error(text)
 
     def _source(self, text: str) -> str:
         """Return which files the key at fault may stand in; nothing if it is on the command line."""

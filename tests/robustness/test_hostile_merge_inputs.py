@@ -241,6 +241,7 @@ def test_ledgers_that_are_none(folder, capsys, text):
         ("merger: true\n", ["recipe.yaml", "merger"]),
         ("groups: [[]]\n", ["recipe.yaml", "groups"]),
         ("groups: [{match: x}]\n", ["recipe.yaml", "groups", "match"]),
+        ("recipe: 1\n", ["recipe.yaml", "config"]),
         ("basee: x\n", ["recipe.yaml", "basee", "Did you mean base?"]),
         (b"\xff\xfe\0\0", ["recipe.yaml"]),
         (b"base: \x1b[31m\n", ["recipe.yaml"]),
