@@ -3,8 +3,8 @@
 python scripts/check_gpu.py [--tiny] [--only merge spectral step evaluate] [--rounds 5]
 
 Needs PyTorch, torchvision, torchmetrics, safetensors, lightning, timm and open_clip_torch (with ftfy and wcwidth); what
-a machine without a network lacks of these can be carried to it as wheels. No data: weights and images are random. Exits 1
-where a result on the GPU differs from the CPU's by more than the rule's tolerance.
+a machine without a network lacks of these can be carried to it as wheels. No data: weights and images are random. Exits
+1 where a result on the GPU differs from the CPU's by more than the rule's tolerance.
 
 `--tiny` runs the same code on small shapes, on the CPU where there is no GPU; its times mean nothing.
 """

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
-from clmerge.weights.task_vector import CheckedVector, State
+from clmerge.weights.task_vector import State
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -104,10 +104,8 @@ def check_finite(vector: State) -> None:
     """Raise a ValueError that names the first parameter with NaN or Inf.
 
     Args:
-        vector: The task vector to look through, unless it is a ``CheckedVector``.
+        vector: The task vector to look through.
     """
-    if isinstance(vector, CheckedVector):
-        return
     for name in vector:
         tensor = vector[name].detach()
         if is_finite(tensor):

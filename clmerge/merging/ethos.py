@@ -8,13 +8,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.norms import vector_norm
+from clmerge.merging.removal import Removable
 from clmerge.merging.spectral import _Spectral, live_svd
 from clmerge.merging.statistics import tensors_of
 from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
 
-class Ethos(_Spectral):
+class Ethos(_Spectral, Removable):
     """Negate the part of the task vectors that is large in the base model's basis (Ethos, arXiv 2403.08994).
 
     With ``W0 = U S V^T`` a weight matrix of the base model, ``C = U^T tau V`` are the coordinates of a task matrix.
@@ -55,7 +57,6 @@ class Ethos(_Spectral):
     summary = "negate what is large in the base model's basis"
     source = "2403.08994"
     requires = frozenset({"weights"})
-    removable = True
 
     def __init__(
         self,
@@ -101,6 +102,10 @@ class Ethos(_Spectral):
         bases = self._matrices.pieces(name, plan[name].detach().to(tau.device))
         for total, piece, weight in zip(sums, pieces, bases, strict=True):
             total.add_(self._large(piece.to(torch.float64), weight), alpha=step.sign)
+
+    @override
+    def _mass(self, vector: State, step: Step, plan: State) -> float:
+        return vector_norm(vector)  # a projection can gather in one entry what was in all
 
     def _large(self, tau: Tensor, weight: Tensor) -> Tensor:
         u, _, vh = live_svd(weight.to(torch.float64), weight.dtype)

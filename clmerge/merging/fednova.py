@@ -1,7 +1,7 @@
 """FedNova: average the updates per local step."""
 
 import math
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
 from typing_extensions import override
@@ -43,6 +43,8 @@ class FedNova(WeightedSum):
         super().__init__(scale)
         self._samples = 0.0
         self._sample_steps = 0.0
+        self._keep("_samples", join="sum")
+        self._keep("_sample_steps", join="sum")
 
     @override
     def _log_weights(self, vector: State, step: Step) -> dict[str, float]:
@@ -62,19 +64,3 @@ class FedNova(WeightedSum):
         weights = total.value * math.exp(total.offset)
         # The average divides by the sum of n / s, FedNova by the sum of n.
         return super()._read(name, slots, overview).mul_(weights * self._sample_steps / self._samples**2)
-
-    @override
-    def _extras(self) -> dict[str, Any]:
-        return {**super()._extras(), "samples": self._samples, "sample_steps": self._sample_steps}
-
-    @override
-    def _load_extras(self, extras: dict[str, Any]) -> None:
-        super()._load_extras(extras)
-        self._samples = extras.get("samples", 0.0)
-        self._sample_steps = extras.get("sample_steps", 0.0)
-
-    @override
-    def _join_extras(self, other: Self) -> None:
-        super()._join_extras(other)
-        self._samples += other._samples
-        self._sample_steps += other._sample_steps

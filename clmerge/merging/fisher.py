@@ -1,29 +1,29 @@
 """Precision rules: every entry of every task counts as much as the task's data say about it."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, device_of, float_dtype, slot_blocks
-from clmerge.merging.merger import Merger
 from clmerge.merging.orientation import IN_OUT, from_output_rows, output_rows
+from clmerge.merging.removal import Removable, largest_entry, magnitude, share_of
 from clmerge.merging.scope import Scope
 from clmerge.merging.statistics import diagonal_of
 from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
-# Less than this share of a sum is rounding of what was taken out of it.
-_ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-13}
 
+class _Precision(Removable):
+    """Keep the sum of weighted task vectors and the sum of the Fisher information.
 
-class _Precision(Merger):
-    """Keep the sum of weighted task vectors and the sum of the Fisher information."""
+    A removal is judged entry by entry: where one task had nearly all of the information, what is left of its sums is
+    rounding.
+    """
 
-    removable = True
     requires = frozenset({"fisher"})
     scope: Scope = "parameter"  # _plan only looks whether the statistics fit
     prior: float = 0.0  # Fisher information that is there before any task
@@ -32,6 +32,10 @@ class _Precision(Merger):
         super().__init__()
         self.statistic = statistic
         self.requires = frozenset({statistic})
+        self._error = 0.0  # bound on the relative error that removals have left in the sums
+        self._largest = 0.0  # entry of any task vector that was merged
+        self._keep("_error", join=max)
+        self._keep("_largest", join=max)
 
     @override
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
@@ -47,15 +51,28 @@ class _Precision(Merger):
         fisher = plan[name].detach().to(device_of(slots))
         for block, (piece, information) in slot_blocks(slots, tau, fisher):
             weight, kept = self._weights(information.to(dtype))
-            before = block["fisher"].clone() if step.sign < 0 else None
             block["weighted"].addcmul_(weight, piece.to(dtype), value=step.sign)
             block["fisher"].add_(kept, alpha=step.sign)
-            if before is not None:
-                # Next to nothing is left of a sum that one task dominated: rounding, which must not be divided
-                # by itself.
-                lost = block["fisher"] + self.prior <= _ROUNDING[dtype] * (before + self.prior)
-                block["weighted"].masked_fill_(lost, 0)
-                block["fisher"].masked_fill_(lost, 0)
+
+    @override
+    def _mass(self, vector: State, step: Step, plan: dict[str, Tensor]) -> float:
+        largest = largest_entry(vector, step)
+        self._largest = max(self._largest, largest)
+        return largest
+
+    @override
+    def _uncertain(self, before: dict[str, Slots], extras: dict[str, Any], plan: dict[str, Tensor]) -> float:
+        shrunk = 1.0  # by which factor an entry's information shrinks at most
+        remains = 0.0  # the largest entry of the average that is left
+        for name, slots in self._slots.items():
+            for block, (old,) in slot_blocks(slots, before[name]["fisher"]):
+                rest = block["fisher"] + self.prior
+                if not bool((rest > 0).all()):
+                    return math.inf
+                shrunk = max(shrunk, float(((old + self.prior) / rest).max()))
+                remains = max(remains, magnitude(block["weighted"] / rest))
+        self._error = shrunk * (self._error + 2 * self._unit() * self.num_tasks)
+        return share_of(self._error * self._largest, remains)
 
     @abstractmethod
     def _weights(self, fisher: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,8 +90,8 @@ class Fisher(_Precision):
     ``clmerge.merging.collectors.diagonal_fisher`` collects that. MergeLM and FusionBench square the gradient of a
     sum over examples and classes, which is another quantity.
 
-    Taking a task out is exact to rounding. An entry that was left nearly all to the removed task goes back to
-    theta0 if what remains (less than 1e-5 of its sum in float32) cannot be told from rounding.
+    Taking a task out is refused if it had nearly all of the information about any entry: what remains of the sums could
+    not be told from rounding there.
 
     Args:
         floor: Least Fisher information of an entry, above 0. The released code has 1e-6, for some models only.

@@ -1,31 +1,38 @@
 """What the Gram rules share: a matrix equation per weight matrix, from sums over the tasks."""
 
 from abc import abstractmethod
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots, copied, device_of, float_dtype, slot_blocks
-from clmerge.merging.merger import Merger
+from clmerge.merging.accumulators import SlotDtypes, Slots, device_of, float_dtype, slot_blocks
+from clmerge.merging.kept_beside import added
 from clmerge.merging.orientation import IN_OUT, outputs_first
+from clmerge.merging.removal import Removable, share_of
 from clmerge.merging.step import Step
 
+# What the solution of a nearly singular equation makes of an error in it, with the smallest ridge in use.
+_AMPLIFIED = 1e8
+_UNIT64 = 2.0**-53
 
-class _Gram(Merger):
+
+class _Gram(Removable):
     """Keep ``sum(G_t)`` and ``sum(tau_t G_t)`` of every matrix in float64, and the sum of everything.
 
     Rules differ in what the Gram matrix ``G_t``, shape (in, in), is. Shapes are (out, in) but for parameters
     that match ``transposed``.
     """
 
-    removable = True
     transposed: tuple[str, ...] = IN_OUT
 
     def __init__(self) -> None:
         super().__init__()
         self._grams: dict[str, Slots] = {}
+        self._gram_error = 0.0  # bound on the relative error that removals have left in the Gram matrices
+        self._keep("_grams", join=self._joined_grams)
+        self._keep("_gram_error", join=max)
 
     @abstractmethod
     def _gram(self, name: str, tau: Tensor, plan: Any) -> Tensor | None:
@@ -78,11 +85,27 @@ class _Gram(Merger):
         merged = self._solve(total, held, float_dtype(slots))
         return self._oriented(name, merged).to(float_dtype(slots)).contiguous()
 
+    def _joined_grams(self, ours: dict[str, Slots], theirs: dict[str, Slots]) -> dict[str, Slots]:
+        """Return the Gram parts of two accumulators as one."""
+        joined: dict[str, Slots] = added(ours, theirs)
+        return joined
+
     @override
-    def to(self, device: torch.device | str) -> Self:
-        super().to(device)
-        self._grams = copied(self._grams, self._device)
-        return self
+    def _uncertain(self, before: dict[str, Slots], extras: dict[str, Any], plan: Any) -> float:
+        shrunk = 1.0
+        for name, held in self._grams.items():
+            old, rest = (float(grams["gram"].diagonal().sum()) for grams in (extras["grams"][name], held))
+            shrunk = max(shrunk, share_of(old, rest))
+        self._gram_error = shrunk * (self._gram_error + 2 * _UNIT64 * self.num_tasks)
+        # The moments hold the task vectors times Gram matrices, and lose as much as these and the sum together.
+        return super()._uncertain(before, extras, plan) + share_of(
+            _AMPLIFIED * self._gram_error * extras["rounding"]["mass"], self._rounding["mass"]
+        )
+
+    @override
+    def _clear(self) -> None:
+        super()._clear()
+        self._grams = {}
 
     @override
     def state_size(self, num_params: int, num_tasks: int) -> int:
@@ -94,20 +117,6 @@ class _Gram(Merger):
         """
         matrices = sum(tensor.nbytes for held in self._grams.values() for tensor in held.values())
         return super().state_size(num_params, num_tasks) + matrices
-
-    @override
-    def _extras(self) -> dict[str, Any]:
-        return {"grams": copied(self._grams)}
-
-    @override
-    def _load_extras(self, extras: dict[str, Any]) -> None:
-        self._grams = copied(extras.get("grams", {}), self._device)
-
-    @override
-    def _join_extras(self, other: Self) -> None:
-        for name, held in self._grams.items():
-            for slot, tensor in held.items():
-                tensor.add_(other._grams[name][slot].to(tensor.device))
 
 
 def ridge_solution(start: Tensor, gram: Tensor, moment: Tensor, ridge: float) -> Tensor:

@@ -99,6 +99,7 @@ class PAINT(_Interpolation):
             raise ValueError(f"expected candidate shares in [0, 1], got {alphas}")
         self.alphas = tuple(alphas)
         self.chosen: list[float] = []
+        self._keep("chosen")
 
     @override
     def _plan(self, vector: State, step: Step) -> float:
@@ -120,11 +121,3 @@ class PAINT(_Interpolation):
     @override
     def _after_update(self, step: Step, plan: float) -> None:
         self.chosen.append(plan)
-
-    @override
-    def _extras(self) -> dict[str, Any]:
-        return {"chosen": list(self.chosen)}
-
-    @override
-    def _load_extras(self, extras: dict[str, Any]) -> None:
-        self.chosen = list(extras.get("chosen", []))

@@ -8,11 +8,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.removal import Removable
 from clmerge.merging.spectral import _Spectral, live_svd
 from clmerge.merging.step import Step
 
 
-class IsoC(_Spectral):
+class IsoC(_Spectral, Removable):
     """Sum the task matrices and flatten the spectrum of the sum (Iso-C, arXiv 2502.04959), as an exact stream.
 
     With ``U S V^T`` the singular value decomposition of ``sum(tau_t)``, a matrix becomes ``scale * mean(S) * U V^T``.
@@ -40,7 +41,6 @@ class IsoC(_Spectral):
     name = "iso_c"
     summary = "sum the matrices, then flatten the spectrum"
     source = "2502.04959"
-    removable = True
 
     def __init__(
         self,

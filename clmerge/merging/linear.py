@@ -7,16 +7,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots
-from clmerge.merging.merger import Merger
+from clmerge.merging.removal import Removable, largest_entry
 from clmerge.merging.scope import Scope
 from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
 
-class _Sum(Merger):
+class _Sum(Removable):
     """Keep the sum of the task vectors, each times a fixed weight, in one accumulator per parameter."""
 
-    removable = True
     scope: Scope = "entry"
 
     def _weight(self, step: Step) -> float:
@@ -29,6 +28,10 @@ class _Sum(Merger):
     @override
     def _plan(self, vector: State, step: Step) -> float:
         return step.sign * self._weight(step)
+
+    @override
+    def _mass(self, vector: State, step: Step, plan: float) -> float:
+        return abs(plan) * largest_entry(vector, step)
 
     @override
     def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: float) -> None:

@@ -1,7 +1,6 @@
 """MaTS: conjugate gradients from a given merge towards all tasks, in the metric of their layers' inputs and outputs."""
 
 from collections.abc import Callable, Sequence
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -100,15 +99,15 @@ class MaTS(RegMean):
         held["moment"] = held["moment"] + moment if "moment" in held else moment
 
     @override
-    def _join_extras(self, other: Self) -> None:
+    def _joined_grams(self, ours: dict[str, Slots], theirs: dict[str, Slots]) -> dict[str, Slots]:
         if not self.outputs:
-            super()._join_extras(other)
-            return
-        for name, held in self._grams.items():
-            theirs = {key: tensor.to(held["moment"].device) for key, tensor in other._grams[name].items()}
-            for inputs, outputs in _pairs(theirs):
+            return super()._joined_grams(ours, theirs)
+        for name, held in ours.items():
+            others = {key: tensor.to(held["moment"].device) for key, tensor in theirs[name].items()}
+            for inputs, outputs in _pairs(others):
                 _append(held, inputs.clone(), outputs.clone())
-            held["moment"] = held["moment"] + theirs["moment"]
+            held["moment"] = held["moment"] + others["moment"]
+        return ours
 
     @override
     def _solve(self, total: Tensor, held: Slots, dtype: torch.dtype) -> Tensor:

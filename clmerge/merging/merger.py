@@ -1,7 +1,8 @@
 """The contract of every merge rule: an accumulator that folds task vectors in, one task at a time."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from clmerge.merging.accumulators import SlotDtypes, Slots, allocate, copied, device_of, float_dtype, slot_blocks, widen
 from clmerge.merging.checks import Shapes, check_base, check_finite, check_shapes, is_finite, read_shapes
 from clmerge.merging.configured import Configured
+from clmerge.merging.identity import examine, with_statistics
+from clmerge.merging.kept_beside import Join, added, duplicate
 from clmerge.merging.scope import Scope, Scoped
 from clmerge.merging.sparsify import Sparsifier
-from clmerge.merging.step import Score, Statistics, Step
+from clmerge.merging.step import PIECE, Score, Statistics, Step
 from clmerge.weights.bank import TaskVectorBank
 from clmerge.weights.task_vector import State, TaskVector
 
@@ -38,7 +41,8 @@ class Merger(Configured, Scoped, ABC):
             one parameter.
         requires: What ``update`` needs beside the vector: ``"score"``, or names of statistics.
         scope: Whether parameters can be merged one at a time; see ``Scoped``.
-        num_tasks: How many task vectors were merged.
+        tasks: Index of every merged task, in order of arrival.
+        num_tasks: How many there are.
         base: Fingerprint of the base model, once known.
     """
 
@@ -51,14 +55,15 @@ class Merger(Configured, Scoped, ABC):
     reading_bytes: int = 0
     requires: frozenset[str] = frozenset()
     scope: Scope = "parameter"
-    _sees_model = frozenset({"_plan", "_overview", "_after_update", "_take", "compute"})
+    _sees_model = frozenset({"_plan", "_overview", "_after_update", "_fold_in", "compute"})
 
     def __init__(self) -> None:
         self._device: torch.device | None = None
-        self.num_tasks = 0
         self.base: str | None = None
+        self._identities: dict[int, str] = {}
         self._shapes: Shapes = {}
         self._slots: dict[str, Slots] = {}
+        self._kept_beside: dict[str, tuple[Any, Join]] = {}
 
     # What a rule defines
 
@@ -104,15 +109,32 @@ class Merger(Configured, Scoped, ABC):
         for slot, accumulator in slots.items():
             accumulator.add_(other[slot])
 
+    def _keep(self, attribute: str, *, join: Join = None) -> None:
+        """Declare what the rule keeps beside the accumulators: it is saved, loaded, reset, moved and joined.
+
+        Args:
+            attribute: Name of an attribute, whose present value is that before the first update: a number, a tensor, or
+                a dictionary of such by strings.
+            join: ``"sum"`` adds the values of two accumulators, number by number; else what returns the joined value;
+                None where the rule cannot be joined.
+        """
+        self._kept_beside[attribute] = (duplicate(getattr(self, attribute)), join)
+
     def _extras(self) -> dict[str, Any]:
-        """Return what the rule keeps beside the accumulators, as primitives."""
-        return {}
+        """Return what the rule keeps beside the accumulators, as primitives and copies of tensors."""
+        return {attribute.strip("_"): duplicate(getattr(self, attribute)) for attribute in self._kept_beside}
 
     def _load_extras(self, extras: dict[str, Any]) -> None:
         """Take back what ``_extras`` returned; ``{}`` is the state before the first update."""
+        for attribute, (initial, _) in self._kept_beside.items():
+            setattr(self, attribute, duplicate(extras.get(attribute.strip("_"), initial), self._device))
 
     def _join_extras(self, other: Self) -> None:
         """Join what the rule keeps beside the accumulators."""
+        for attribute, (_, join) in self._kept_beside.items():
+            ours, theirs = getattr(self, attribute), getattr(other, attribute)
+            if join is not None:
+                setattr(self, attribute, added(ours, theirs) if join == "sum" else join(ours, theirs))
 
     def _held(self) -> Mapping[str, Slots]:
         """Return the accumulators by parameter, for reading."""
@@ -123,6 +145,16 @@ class Merger(Configured, Scoped, ABC):
         return False
 
     # What every rule has
+
+    @property
+    def tasks(self) -> tuple[int, ...]:
+        """Index of every merged task, in order of arrival."""
+        return tuple(self._identities)
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks are merged."""
+        return len(self._identities)
 
     def matrices(self, shapes: Shapes) -> list[str]:
         """Return lines, for printing, that say what the rule decomposes as matrices; none for rules that do not.
@@ -145,23 +177,42 @@ class Merger(Configured, Scoped, ABC):
 
         Args:
             task_vector: Parameter name -> tensor, any floating dtype, the same names and shapes every time.
-            task: Index of the task, which seeds random rules. Default: the number of vectors merged so far.
+            task: Index of the task: it names the task in this accumulator, seeds random rules, and finds settings per
+                task. Default: one more than the largest so far, 0 at first.
             base: Fingerprint of the base model (``clmerge.weights.fingerprint``). Default: not checked.
             score: Held-out accuracy of theta0 + vector, for rules whose ``requires`` names it.
             statistics: What else ``requires`` names, for example ``{"fisher": {name: tensor}}``.
 
         Raises:
             TypeError: If ``task_vector`` is not a mapping of names to tensors.
-            ValueError: If it holds NaN or Inf, names, shapes or the base differ from before, or something the
-                rule requires is missing. The state is then as it was.
+            ValueError: If it holds NaN or Inf, names, shapes or the base differ from before, the task is merged
+                already, or something the rule requires is missing. The state is then as it was.
         """
-        given = Step(
-            task=self.num_tasks if task is None else task,
-            position=self.num_tasks,
-            score=score,
-            statistics=statistics or {},
-        )
+        task = max(self.tasks, default=-1) + 1 if task is None else task
+        if task in self._identities:
+            raise ValueError(
+                f"expected a task that is not merged yet, got task {task} again (merged are {_listed(self.tasks)}); "
+                "give every task vector an index of its own"
+            )
+        given = Step(task=task, position=self.num_tasks, score=score, statistics=statistics or {})
         self._change(task_vector, base, given)
+
+    def update_piece(self, piece: State, task: int, *, statistics: Statistics | None = None) -> None:
+        """Fold in one parameter, or a flat piece of one, of a task vector that is brought piece by piece.
+
+        For walkers over vectors that are not in memory: nothing ties the piece to the whole vector, so the accumulator
+        can neither be joined nor take it out again. ``merge_out_of_core`` is such a walker.
+
+        Args:
+            piece: Name -> tensor.
+            task: Index of the task.
+            statistics: What else ``requires`` names.
+
+        Raises:
+            ValueError: As for ``update``.
+        """
+        given = Step(task=task, position=self.num_tasks, statistics=statistics or {}, identity=PIECE)
+        self._change(piece, None, given)
 
     def downdate(
         self,
@@ -171,25 +222,26 @@ class Merger(Configured, Scoped, ABC):
         base: str | None = None,
         statistics: Statistics | None = None,
     ) -> None:
-        """Take a task vector out again: the inverse of the ``update`` that folded it in, to rounding.
+        """Take a task vector out again: the inverse of the ``update`` that folded it in.
 
         Args:
             task_vector: The vector as it was given to ``update``.
-            task: Its task index then, for random rules. Default: that of the last update.
+            task: Its task index then. Default: that of the task with this vector.
             base: Fingerprint of the base model. Default: not checked.
             statistics: What was given beside it then.
 
         Raises:
             TypeError: If the rule cannot forget single tasks.
             RuntimeError: If no task is merged.
-            ValueError: As for ``update``; the state is then as it was.
+            ValueError: As for ``update``, and if this is not a vector that was merged; the state is then as it was.
         """
         if not self.removable:
             raise TypeError(f"expected a rule that can take tasks out again, got {self!r}; merge the others anew")
         if not self.num_tasks:
             raise RuntimeError(f"expected a merged task to take out of {self!r}, got none")
-        position = self.num_tasks - 1
-        given = Step(task=position if task is None else task, position=position, statistics=statistics or {}, sign=-1)
+        given = Step(
+            task=-1 if task is None else task, position=self.num_tasks - 1, statistics=statistics or {}, sign=-1
+        )
         self._change(task_vector, base, given)
 
     def task_view(self, task: int) -> TaskVector:
@@ -234,7 +286,7 @@ class Merger(Configured, Scoped, ABC):
         Raises:
             RuntimeError: If the rule depends on the order of tasks or the settings differ.
             TypeError: If ``other`` is another rule.
-            ValueError: If base model, names or shapes differ.
+            ValueError: If base model, names or shapes differ, or both have merged a task of the same index.
         """
         if type(other) is not type(self):
             raise TypeError(f"expected another {type(self).__name__} to join, got {type(other).__name__}")
@@ -248,11 +300,18 @@ class Merger(Configured, Scoped, ABC):
         check_base(other.base, self.base, "a merger")
         if not other.num_tasks:
             return
+        if both := sorted(self._identities.keys() & other._identities.keys()):
+            raise ValueError(
+                f"expected to join mergers of different tasks, got two that both hold {_listed(both)}; give every task "
+                "an index of its own: update(vector, task=...)"
+            )
         if self.num_tasks:
             check_shapes(other._shapes, self._shapes, "a merger")
             self._check_dtypes(other._float_dtypes(), "a merger")
         with torch.inference_mode(False), torch.no_grad():
             self._join(other)
+        self._shapes, self.base = dict(self._shapes or other._shapes), self.base or other.base
+        self._identities = self._identities | other._identities
 
     def use_bank(self, bank: TaskVectorBank) -> None:
         """Read task vectors from a bank where the rule would keep copies; nothing changes for rules that keep none.
@@ -266,7 +325,7 @@ class Merger(Configured, Scoped, ABC):
 
     def reset(self) -> None:
         """Forget every task; settings and the device asked for with ``to`` stay."""
-        self.num_tasks, self.base = 0, None
+        self._identities, self.base = {}, None
         self._shapes, self._slots = {}, {}
         self._load_extras({})
 
@@ -278,6 +337,8 @@ class Merger(Configured, Scoped, ABC):
         """
         self._device = torch.device(device)
         self._slots = copied(self._slots, self._device)
+        for attribute in self._kept_beside:
+            setattr(self, attribute, duplicate(getattr(self, attribute), self._device))
         return self
 
     def state_size(self, num_params: int, num_tasks: int) -> int:
@@ -295,7 +356,7 @@ class Merger(Configured, Scoped, ABC):
         return {
             "class": type(self).__name__,
             "settings": self.settings(),
-            "num_tasks": self.num_tasks,
+            "tasks": {str(task): identity for task, identity in self._identities.items()},
             "base": self.base,
             "shapes": {name: list(shape) for name, shape in self._shapes.items()},
             "slots": copied(self._slots),
@@ -315,8 +376,13 @@ class Merger(Configured, Scoped, ABC):
         for key, expected in (("class", type(self).__name__), ("settings", self.settings())):
             if state.get(key) != expected:
                 raise ValueError(f"expected the state of {self!r}, got one with {key} {state.get(key)!r}")
+        if "tasks" not in state:
+            raise ValueError(
+                f"expected the tasks merged in the state of {self!r}, got one of another version of clmerge"
+            )
+        identities = {int(task): str(identity) for task, identity in state["tasks"].items()}
         shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
-        wanted = set(self._slot_dtypes(state["num_tasks"]))
+        wanted = set(self._slot_dtypes(len(identities)))
         for name, shape in shapes.items():
             found = {slot: tuple(tensor.shape) for slot, tensor in state["slots"].get(name, {}).items()}
             if found != dict.fromkeys(wanted, shape):
@@ -328,14 +394,14 @@ class Merger(Configured, Scoped, ABC):
             slots = copied(state["slots"], self._device)
         self._load_extras(state["extras"])
         self._slots, self._shapes = slots, shapes
-        self.num_tasks, self.base = state["num_tasks"], state["base"]
+        self._identities, self.base = identities, state["base"]
 
     # How it works inside
 
     def _change(self, vector: State, base: str | None, step: Step) -> None:
         """Check a task vector and what comes with it, then fold it in or take it out."""
         shapes = read_shapes(vector)
-        source = f"the task vector of task {step.task}"
+        source = "the task vector" if step.task < 0 else f"the task vector of task {step.task}"
         if self.num_tasks:
             check_shapes(shapes, self._shapes, source)
         check_base(base, self.base, source)
@@ -351,21 +417,54 @@ class Merger(Configured, Scoped, ABC):
         # Accumulators made in inference mode could never be changed outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._check_dtypes({name: vector[name].dtype for name in vector}, source)
-            check_finite(vector)
+            if step.identity:
+                check_finite(vector)
+            else:
+                read = {name: step.statistics[name] for name in self.requires if name in step.statistics}
+                identity, largest = examine(vector)
+                step = replace(step, identity=with_statistics(identity, read), largest=largest)
+            if step.sign < 0:
+                step = replace(step, task=self._merged_task(step))
+                if self.num_tasks == 1:
+                    self.reset()
+                    return
             self._take(vector, shapes, base, step)
 
+    def _merged_task(self, step: Step) -> int:
+        """Return which task is to be taken out, or refuse a vector that was never merged."""
+        matching = [task for task, identity in self._identities.items() if identity == step.identity]
+        if step.task in matching or (step.task < 0 and len(matching) == 1):
+            return step.task if step.task >= 0 else matching[0]
+        if step.task < 0 and matching:
+            raise ValueError(
+                f"expected one task with this vector, got {_listed(matching)}; say which to take out: task=..."
+            )
+        where = f"the vector and statistics of task {step.task}" if step.task >= 0 else "those of a merged task"
+        raise ValueError(
+            f"expected {where} to take out of {self!r} (merged are {_listed(self.tasks)}), got others; give what "
+            "update() was given"
+        )
+
     def _take(self, vector: State, shapes: Shapes, base: str | None, step: Step) -> None:
-        """Fold a checked task vector in, or take it out."""
+        """Fold a checked task vector in, or take it out, and write down whose it is."""
+        plan = self._fold_in(vector, shapes, step)
+        self._shapes, self.base = shapes, self.base or base
+        if step.sign > 0:
+            self._identities[step.task] = step.identity
+        else:
+            del self._identities[step.task]
+        self._after_update(step, plan)
+
+    def _fold_in(self, vector: State, shapes: Shapes, step: Step) -> Any:
+        """Fold a checked task vector in, or take it out; return the plan."""
         plan = self._plan(vector, step)
         dtypes = self._slot_dtypes(step.position + 1)
         slots = self._slots or allocate(vector, dtypes, self._device)
         widen(slots, dtypes)
         for name, accumulators in slots.items():
             self._fold(name, accumulators, vector[name].detach().to(device_of(accumulators)), step, plan)
-        self._slots, self._shapes = slots, shapes
-        self.base = self.base or base
-        self.num_tasks += step.sign
-        self._after_update(step, plan)
+        self._slots = slots
+        return plan
 
     def _float_dtypes(self) -> dict[str, torch.dtype]:
         return {name: float_dtype(slots) for name, slots in self._slots.items()}
@@ -390,7 +489,10 @@ class Merger(Configured, Scoped, ABC):
                     self._join_block(block, dict(zip(order, cast, strict=True)))
             self._join_extras(other)
         else:
-            self._slots, self._shapes = copied(other._slots, self._device), dict(other._shapes)
+            self._slots = copied(other._slots, self._device)
             self._load_extras(other._extras())
-        self.num_tasks += other.num_tasks
-        self.base = self.base or other.base
+
+
+def _listed(tasks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, tasks[:6])) + (f" and {len(tasks) - 6} more" if len(tasks) > 6 else "")
+    return f"task{'s' if len(tasks) != 1 else ''} {shown}"

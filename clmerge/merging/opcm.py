@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -81,6 +81,7 @@ class OPCM(_Spectral):
         self.scale = scale
         self.scope = "model"  # one length for all parameters
         self._length = 0.0  # summed over the task vectors
+        self._keep("_length")
 
     @override
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
@@ -126,11 +127,3 @@ class OPCM(_Spectral):
     @override
     def _read(self, name: str, slots: Slots, overview: float) -> Tensor:
         return slots["sum"] * overview
-
-    @override
-    def _extras(self) -> dict[str, Any]:
-        return {"length": self._length}
-
-    @override
-    def _load_extras(self, extras: dict[str, Any]) -> None:
-        self._length = extras.get("length", 0.0)

@@ -174,7 +174,7 @@ def _fold(merger: Merger, vectors: Vectors, name: str, piece: slice | None = Non
     merger.reset()
     for task in range(vectors.num_tasks):
         known = vectors.statistics(task, [name])
-        merger.update({name: vectors.read(task, name, piece)}, task=task, statistics=known)
+        merger.update_piece({name: vectors.read(task, name, piece)}, task, statistics=known)
 
 
 def _pieces(shape: tuple[int, ...]) -> list[slice]:

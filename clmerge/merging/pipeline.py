@@ -5,10 +5,9 @@ from dataclasses import replace
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.accumulators import SlotDtypes
 from clmerge.merging.checks import Shapes
 from clmerge.merging.finish import Finisher
 from clmerge.merging.linear import TaskArithmetic
@@ -64,8 +63,9 @@ class Pipeline(Merger):
         self.keeps_vectors = self._inner.keeps_vectors
         self.reading_bytes = self._inner.reading_bytes
         self.scope = widest(self._inner, sparsifier, finisher)
-        self._sums = finisher is not None and finisher.uses_sum
-        if self._sums and "score" in self.requires:
+        # The plain sum of the task vectors, for a finisher that looks at it.
+        self._total: Merger | None = TaskArithmetic(1.0) if finisher is not None and finisher.uses_sum else None
+        if self._total is not None and "score" in self.requires:
             raise ValueError(
                 f"expected a finisher without the sum of the task vectors for {self._inner!r}, which scores candidates "
                 f"before they are merged, got {finisher!r}; set its alpha"
@@ -90,12 +90,13 @@ class Pipeline(Merger):
 
     @override
     def to(self, device: torch.device | str) -> Self:
-        self._inner.to(device)
+        for part in self._parts():
+            part.to(device)
         return super().to(device)
 
     @override
     def state_size(self, num_params: int, num_tasks: int) -> int:
-        return self._inner.state_size(num_params, num_tasks) + super().state_size(num_params, num_tasks)
+        return sum(part.state_size(num_params, num_tasks) for part in self._parts())
 
     @override
     def _sparsify_with(self, sparsifiers: list[Sparsifier]) -> bool:
@@ -105,24 +106,29 @@ class Pipeline(Merger):
 
     @override
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {"sum": None} if self._sums else {}
+        return {}
+
+    def _parts(self) -> list[Merger]:
+        """Return the mergers that hold the state."""
+        return [self._inner] if self._total is None else [self._inner, self._total]
 
     @override
-    def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
-        slots["sum"].add_(tau, alpha=step.sign)
-
-    @override
-    def _take(self, vector: State, shapes: Shapes, base: str | None, step: Step) -> None:
+    def _fold_in(self, vector: State, shapes: Shapes, step: Step) -> None:
         if step.score is not None and self.finisher is not None:
             step = replace(step, score=self._score_finished(step.score))
         sparse = vector
         if self.sparsifier is not None and not self._handed_down:
             sparse = Sparsified(vector, self.sparsifier, step.task)
-        self._inner._take(sparse, shapes, base, step)
-        if self._sums:
-            super()._take(vector, shapes, base, step)
-        else:
-            self._shapes, self.base, self.num_tasks = shapes, self.base or base, self.num_tasks + step.sign
+        # A part that refuses to take a task out leaves the other one as it was, too.
+        before = deepcopy(self._parts()) if step.sign < 0 and self._total is not None else None
+        try:
+            self._inner._take(sparse, shapes, None, step if sparse is vector else replace(step, largest={}))
+            if self._total is not None:
+                self._total._take(vector, shapes, None, step)
+        except BaseException:
+            if before is not None:
+                self._inner, self._total = before[0], before[1]
+            raise
 
     @override
     def _float_dtypes(self) -> dict[str, torch.dtype]:
@@ -131,7 +137,7 @@ class Pipeline(Merger):
     def _finished(self, vector: TaskVector) -> TaskVector:
         if self.finisher is None:
             return vector
-        total = {name: slots["sum"] for name, slots in self._slots.items()}
+        total = {} if self._total is None else self._total.compute()
         return self.finisher.finish_beside(vector, total, self.num_tasks)
 
     def _score_finished(self, score: Score) -> Score:
@@ -139,15 +145,17 @@ class Pipeline(Merger):
 
     @override
     def _extras(self) -> dict[str, Any]:
-        return {"reducer": self._inner.state_dict()}
+        return {"parts": {str(index): part.state_dict() for index, part in enumerate(self._parts())}}
 
     @override
     def _load_extras(self, extras: dict[str, Any]) -> None:
-        if extras:
-            self._inner.load_state_dict(extras["reducer"])
-        else:
-            self._inner.reset()
+        for index, part in enumerate(self._parts()):
+            if extras:
+                part.load_state_dict(extras["parts"][str(index)])
+            else:
+                part.reset()
 
     @override
     def _join_extras(self, other: Self) -> None:
-        self._inner.merge_state(other._inner)
+        for ours, theirs in zip(self._parts(), other._parts(), strict=True):
+            ours.merge_state(theirs)

@@ -71,6 +71,7 @@ class GreedySoup(Merger):
         super().__init__()
         self.strict = strict
         self.num_kept = 0
+        self._keep("num_kept")
 
     @override
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
@@ -104,11 +105,3 @@ class GreedySoup(Merger):
     @override
     def _read_block(self, slots: Slots, overview: Any) -> Tensor:
         return slots["sum"] / self.num_kept
-
-    @override
-    def _extras(self) -> dict[str, Any]:
-        return {"num_kept": self.num_kept}
-
-    @override
-    def _load_extras(self, extras: dict[str, Any]) -> None:
-        self.num_kept = extras.get("num_kept", 0)

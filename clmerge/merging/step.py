@@ -12,6 +12,10 @@ Statistics = Mapping[str, State | float]
 """What was measured on a task beside its vector, by name: tensors by parameter name, or one number."""
 
 
+PIECE = "piece"
+"""The identity of what is not a whole task vector."""
+
+
 @dataclass(frozen=True)
 class Step:
     """What one update knows beside the task vector.
@@ -22,6 +26,8 @@ class Step:
         score: The held-out metric, for rules that require it.
         statistics: What else was measured on the task, for rules that require it.
         sign: 1 to fold the vector in, -1 to take it out again.
+        largest: Largest magnitude of every parameter, where somebody has looked.
+        identity: What the accumulator will know the task by, the vector and its statistics; see ``identity.py``.
     """
 
     task: int
@@ -29,3 +35,10 @@ class Step:
     score: Score | None = None
     statistics: Statistics = field(default_factory=dict)
     sign: int = 1
+    largest: Mapping[str, float] = field(default_factory=dict)
+    identity: str = ""
+
+    @property
+    def is_piece(self) -> bool:
+        """Whether this is a part of a task vector, brought piece by piece."""
+        return self.identity == PIECE

@@ -1,14 +1,14 @@
 """Model Stock: how far to go along the average, from the angle between the task vectors."""
 
 import math
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, slot_blocks
-from clmerge.merging.merger import Merger
 from clmerge.merging.norms import squared_norm
+from clmerge.merging.removal import Removable
 from clmerge.merging.step import Step
 
 _NO_DIRECTION = 1e-30  # norms below it are zero: their reciprocal is not a float32
@@ -38,7 +38,7 @@ def stock_ratio(unit_sum_squared: float, count: int) -> float:
     return count * cosine / (1 + (count - 1) * cosine)
 
 
-class ModelStock(Merger):
+class ModelStock(Removable):
     """Take the share of the average that the angle between the task vectors allows (arXiv 2403.19522).
 
     For every parameter tensor the mean of the task vectors is multiplied by ``N cos / (1 + (N - 1) cos)``
@@ -65,12 +65,12 @@ class ModelStock(Merger):
     name = "model_stock"
     summary = "the average, shortened by the angle between the task vectors"
     source = "2403.19522"
-    removable = True
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
         self.scale = scale
         self._directions: dict[str, int] = {}
+        self._keep("_directions", join="sum")
 
     @override
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
@@ -91,15 +91,3 @@ class ModelStock(Merger):
         count = self._directions[name]
         ratio = stock_ratio(squared_norm(slots["unit_sum"]), count)
         return slots["sum"] * (self.scale * ratio / max(count, 1))
-
-    @override
-    def _extras(self) -> dict[str, Any]:
-        return {"directions": dict(self._directions)}
-
-    @override
-    def _load_extras(self, extras: dict[str, Any]) -> None:
-        self._directions = dict(extras.get("directions", {}))
-
-    @override
-    def _join_extras(self, other: Self) -> None:
-        self._directions = {name: count + other._directions[name] for name, count in self._directions.items()}

@@ -45,15 +45,11 @@ class _Stored(Merger):
 
     # What rules use
 
-    @property
-    def _tasks(self) -> list[int]:
-        return [kept.task for kept in self._kept]
-
     def _position(self, task: int) -> int:
-        """Return when a task came; the last time, if it came several times."""
-        if task not in self._tasks:
-            raise ValueError(f"expected one of the merged tasks {self._tasks}, got {task}")
-        return len(self._tasks) - 1 - self._tasks[::-1].index(task)
+        """Return when a task came."""
+        if task not in self.tasks:
+            raise ValueError(f"expected one of the merged tasks {list(self.tasks)}, got {task}")
+        return self.tasks.index(task)
 
     def _taus(self, slots: Slots) -> list[Tensor]:
         """Return the task vectors in a parameter's slots, or in a piece of them, in order of arrival."""
@@ -120,8 +116,8 @@ class _Stored(Merger):
         return {name: torch.float64 if name in self._wide else torch.float32 for name in self._shapes}
 
     @override
-    def _take(self, vector: State, shapes: Shapes, base: str | None, step: Step) -> None:
-        self._plan(vector, step)
+    def _fold_in(self, vector: State, shapes: Shapes, step: Step) -> Any:
+        plan = self._plan(vector, step)
         if not self._kept:
             self._wide = frozenset(name for name in vector if vector[name].dtype == torch.float64)
         if self._bank is not None and not isinstance(vector, LazyVector):
@@ -131,7 +127,7 @@ class _Stored(Merger):
         else:
             kept = _Kept(step.task, self._parts(vector, step.task))
         self._kept = [*self._kept, kept]
-        self._shapes, self.base, self.num_tasks = shapes, self.base or base, self.num_tasks + 1
+        return plan
 
     def _sparsified(self, vector: State, task: int) -> State:
         for sparsifier in self._sparsifiers:
@@ -157,10 +153,8 @@ class _Stored(Merger):
     @override
     def _join(self, other: Self) -> None:
         if not self.num_tasks:
-            self._shapes, self._wide = dict(other._shapes), other._wide
+            self._wide = other._wide
         self._kept = self._kept + [self._moved(kept) for kept in other._kept]
-        self.num_tasks += other.num_tasks
-        self.base = self.base or other.base
 
     # State
 

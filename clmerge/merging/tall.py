@@ -66,7 +66,7 @@ class _Masked(_Stored):
 
     def _mask(self, slots: Slots, position: int, total: Tensor) -> Tensor:
         tau = slots[f"task{position}"].double()
-        return tall_mask(tau, total, self._threshold(self._tasks[position]))
+        return tall_mask(tau, total, self._threshold(self.tasks[position]))
 
 
 class TALL(_Masked):

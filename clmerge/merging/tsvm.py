@@ -109,8 +109,6 @@ class TSVM(_Spectral):
             for left, right, their_left, their_right in zip(*wide, strict=True):
                 rank = len(right)
                 _append(left, right, self.num_tasks, their_left[:, :rank], their_right, other.num_tasks)
-        self.num_tasks += other.num_tasks
-        self.base = self.base or other.base
 
     def _wide(self, name: str, tensor: Tensor) -> list[Tensor]:
         """Return views of the matrices of a parameter, or of its accumulator, none of them taller than wide."""

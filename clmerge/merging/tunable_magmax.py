@@ -122,10 +122,10 @@ class TunableMagMax(_Stored):
     @override
     def _read(self, name: str, slots: Slots, overview: Any) -> Tensor:
         taus = torch.stack(self._taus(slots)).view(self.num_tasks, -1)
-        given = [1.0 if self.preference is None else self.preference[task] for task in self._tasks]
+        given = [1.0 if self.preference is None else self.preference[task] for task in self.tasks]
 
         def lots(position: int) -> Tensor:
-            task = self._tasks[position]
+            task = self.tasks[position]
             return seeded_uniform(taus[0], seed=self.seed, task=task, name=name, purpose="tunable_magmax")
 
         winners = quota_winners(taus.abs(), entry_quotas(taus.shape[1], given), lots)

@@ -3,14 +3,14 @@
 import math
 from abc import abstractmethod
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Self
 
 from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots
-from clmerge.merging.merger import Merger
+from clmerge.merging.removal import Removable, magnitude, share_of
 from clmerge.merging.scope import Scope
 from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
@@ -19,46 +19,72 @@ from clmerge.weights.task_vector import State
 # of this step, hence 0 for weights of ordinary size, and accumulators are hardly ever rescaled.
 _OFFSET_STEP = 40.0
 
-# Taking out more than all but this share of the weight would leave mostly rounding of float32.
-_SMALLEST_REST = 1e-4
+_UNIT64 = 2.0**-53
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one update does to the sum of one parameter: ``sum = sum * rescale + weight * tau``."""
+    """What one update does to the sum of one parameter: ``sum = sum * rescale + weight * tau``.
+
+    Attributes:
+        counts: Whether the weight is above 0.
+        offset: What the sum's weights are relative to afterwards.
+        rescale: Factor of the sum so far.
+        weight: The task's weight, relative to the offset.
+        mass: The largest entry of what is added.
+    """
 
     counts: bool
     offset: float
     rescale: float
     weight: float
+    mass: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Total:
-    """Sum of the ``count`` weights above 0 of one parameter, ``value * e^offset``."""
+    """Sum of the ``count`` weights above 0 of one parameter, ``value * e^offset``, and bounds on the sum's rounding.
+
+    Attributes:
+        mass: Bound on the entries of the weighted sum.
+        error: Bound on what rounding has added to them.
+    """
 
     offset: float = -math.inf
     value: float = 0.0
     count: int = 0
+    mass: float = 0.0
+    error: float = 0.0
 
-    def share(self, log_weight: float) -> Share:
+    def share(self, log_weight: float, largest: float) -> Share:
         if log_weight == -math.inf:
-            return Share(counts=False, offset=self.offset, rescale=1.0, weight=0.0)
+            return Share(counts=False, offset=self.offset, rescale=1.0, weight=0.0, mass=0.0)
         offset = max(self.offset, _OFFSET_STEP * round(log_weight / _OFFSET_STEP))
         rescale = math.exp(self.offset - offset)
         if not self.count:  # what taking all tasks out again left behind is rounding
             rescale = 1.0 if self.offset == -math.inf else 0.0
-        return Share(counts=True, offset=offset, rescale=rescale, weight=math.exp(log_weight - offset))
+        weight = math.exp(log_weight - offset)
+        return Share(counts=True, offset=offset, rescale=rescale, weight=weight, mass=weight * largest)
+
+    def after(self, share: Share, sign: int, unit: float) -> "_Total":
+        """Return the total once a task is folded in (sign 1) or taken out (-1)."""
+        held = self.mass * share.rescale
+        return _Total(
+            offset=share.offset,
+            value=self.value * share.rescale + sign * share.weight,
+            count=self.count + sign * share.counts,
+            mass=max(held + sign * share.mass, 0.0),
+            error=self.error * share.rescale + 3 * unit * max(held, held + sign * share.mass),
+        )
 
 
-class WeightedSum(Merger):
+class WeightedSum(Removable):
     """Keep ``sum(w_t * tau_t)`` and ``sum(w_t)`` of positive weights; the result is their quotient.
 
     A subclass gives the logarithms of the weights. They are summed as in a streaming softmax, relative to an offset
     that grows with the largest weight.
     """
 
-    removable = True
     scope: Scope = "parameter"
 
     def __init__(self, scale: float) -> None:
@@ -77,20 +103,27 @@ class WeightedSum(Merger):
     @override
     def _plan(self, vector: State, step: Step) -> dict[str, Share]:
         logs = self._log_weights(vector, step)
-        plan = {name: self._totals.get(name, _Total()).share(log) for name, log in logs.items()}
-        if step.sign < 0:
-            self._check_rest(plan, step)
-        return plan
+        return {
+            name: self._totals.get(name, _Total()).share(
+                log, step.largest[name] if name in step.largest else magnitude(vector[name])
+            )
+            for name, log in logs.items()
+        }
 
-    def _check_rest(self, plan: dict[str, Share], step: Step) -> None:
-        """Refuse to leave nothing but the rounding of what is taken out."""
-        for name, share in plan.items():
-            total = self._totals[name]
-            if share.counts and total.count > 1 and total.value - share.weight < _SMALLEST_REST * total.value:
-                raise ValueError(
-                    f"expected to leave at least {_SMALLEST_REST} of the weight of {name!r} in {self!r}, got task "
-                    f"{step.task} with nearly all of it; merge the other tasks anew"
-                )
+    @override
+    def _mass(self, vector: State, step: Step, plan: dict[str, Share]) -> float:
+        return max((share.mass for share in plan.values()), default=0.0)
+
+    @override
+    def _uncertain(self, before: dict[str, Slots], extras: dict[str, Any], plan: dict[str, Share]) -> float:
+        error = largest = lost = 0.0
+        for name, slots in self._slots.items():
+            total = self._totals[name].after(plan[name], -1, self._unit())
+            if total.count:
+                error = max(error, share_of(total.error, total.value))
+                largest = max(largest, share_of(magnitude(slots["sum"]), total.value))
+                lost = max(lost, share_of(4 * _UNIT64 * self._totals[name].value, total.value))
+        return share_of(error, largest) + lost
 
     @override
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: dict[str, Share]) -> None:
@@ -105,11 +138,9 @@ class WeightedSum(Merger):
 
     @override
     def _after_update(self, step: Step, plan: dict[str, Share]) -> None:
+        unit = self._unit()
         for name, share in plan.items():
-            total = self._totals.setdefault(name, _Total())
-            total.value = total.value * share.rescale + step.sign * share.weight
-            total.offset = share.offset
-            total.count += step.sign * share.counts
+            self._totals[name] = self._totals.get(name, _Total()).after(share, step.sign, unit)
 
     @override
     def _read(self, name: str, slots: Slots, overview: Any) -> Tensor:
@@ -133,19 +164,34 @@ class WeightedSum(Merger):
                 if total.offset < offset:
                     factor = math.exp(total.offset - offset)
                     stream._slots[name]["sum"].mul_(factor)
-                    stream._totals[name] = _Total(offset, total.value * factor, total.count)
+                    stream._totals[name] = replace(
+                        total,
+                        offset=offset,
+                        value=total.value * factor,
+                        mass=total.mass * factor,
+                        error=total.error * factor,
+                    )
         return copy
 
     @override
     def _extras(self) -> dict[str, Any]:
-        return {"totals": {name: [total.offset, total.value, total.count] for name, total in self._totals.items()}}
+        return super()._extras() | {"totals": {name: list(astuple(total)) for name, total in self._totals.items()}}
 
     @override
     def _load_extras(self, extras: dict[str, Any]) -> None:
+        super()._load_extras(extras)
         self._totals = {name: _Total(*numbers) for name, numbers in extras.get("totals", {}).items()}
 
     @override
     def _join_extras(self, other: Self) -> None:
+        super()._join_extras(other)
+        unit = self._unit()
         for name, total in self._totals.items():
-            total.value += other._totals[name].value
-            total.count += other._totals[name].count
+            theirs = other._totals[name]
+            self._totals[name] = replace(
+                total,
+                value=total.value + theirs.value,
+                count=total.count + theirs.count,
+                mass=total.mass + theirs.mass,
+                error=total.error + theirs.error + unit * (total.mass + theirs.mass),
+            )

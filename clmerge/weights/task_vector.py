@@ -5,6 +5,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,13 @@ _NAMES_SHOWN = 3
 
 
 class CheckedVector(dict[str, Tensor]):
-    """A task vector that was found to be finite: several mergers need not look through it, nor hash it, again."""
+    """A task vector that was found to be finite: several mergers need not look through it, nor hash it, again.
+
+    Attributes:
+        examined: What an accumulator found when it looked; see ``clmerge.merging.identity``.
+    """
+
+    examined: Any = None
 
     @cached_property
     def sha256(self) -> str:

@@ -78,9 +78,8 @@ def average(scale: float) -> Batch:
 
 def max_magnitude(scale: float) -> Batch:
     def rule(taus):
-        last_first = taus[::-1]  # argmax takes the first of equals, and the last task is to win
-        winner = np.abs(last_first).argmax(axis=0)
-        return scale * np.take_along_axis(last_first, winner[None], axis=0)[0]
+        largest = np.abs(taus).max(axis=0)
+        return scale * np.where(np.max(taus, axis=0) == largest, largest, -largest)  # +x before -x
 
     return each(rule)
 

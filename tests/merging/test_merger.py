@@ -113,16 +113,54 @@ def test_joining_nothing_or_into_nothing():
 
 def test_joining_tells_the_base():
     left, right = one(MagMax()), MagMax()
-    right.update({"w": torch.ones(2)}, base="abc")
+    right.update({"w": torch.ones(2)}, task=1, base="abc")
     left.merge_state(right)
     assert left.base == "abc"
 
 
-def test_joining_a_merger_with_itself_doubles_it():
+def test_a_task_is_merged_once():
     merger = one(WeightAverage())
-    merger.merge_state(merger)
-    assert merger.num_tasks == 2
+    with pytest.raises(ValueError, match="both hold task 0"):
+        merger.merge_state(merger)
+    with pytest.raises(ValueError, match="task 0 again"):
+        merger.update({"w": torch.ones(2)}, task=0)
+    assert merger.tasks == (0,)
     assert merger.compute()["w"].tolist() == [1.0, 2.0]
+
+
+def test_only_what_was_merged_is_taken_out():
+    merger = one(one(WeightAverage()), 5.0)
+    with pytest.raises(ValueError, match="expected those of a merged task"):
+        merger.downdate({"w": torch.tensor([7.0, 2.0])})
+    with pytest.raises(ValueError, match="vector and statistics of task 1"):
+        merger.downdate({"w": torch.tensor([1.0, 2.0])}, task=1)
+    assert merger.tasks == (0, 1)
+    merger.downdate({"w": torch.tensor([1.0, 2.0], dtype=torch.bfloat16)})
+    assert merger.tasks == (1,)
+    assert merger.compute()["w"].tolist() == [5.0, 2.0]
+
+
+def test_a_vector_that_two_tasks_share_is_taken_out_by_its_index():
+    merger = one(one(WeightAverage()))
+    with pytest.raises(ValueError, match="one task with this vector, got tasks 0, 1"):
+        merger.downdate({"w": torch.tensor([1.0, 2.0])})
+    merger.downdate({"w": torch.tensor([1.0, 2.0])}, task=0)
+    assert merger.tasks == (1,)
+
+
+def test_after_the_last_task_is_taken_out_nothing_is_left():
+    merger = one(WeightAverage())
+    merger.downdate({"w": torch.tensor([1.0, 2.0])})
+    assert (merger.num_tasks, merger.base) == (0, None)
+    merger.update({"other": torch.ones(3)})
+    assert merger.compute()["other"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_the_next_task_has_an_index_of_its_own():
+    merger = one(one(one(WeightAverage()), 5.0), 6.0)
+    merger.downdate({"w": torch.tensor([5.0, 2.0])}, task=1)
+    one(merger, 9.0)
+    assert merger.tasks == (0, 2, 3)
 
 
 def test_moving_accumulators_keeps_them_there():

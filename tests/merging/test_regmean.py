@@ -84,7 +84,7 @@ def test_refused_gram_matrices_leave_the_state_as_it_was(grams, message):
 def test_joining_refuses_other_gram_matrices_and_changes_nothing():
     one, other = RegMean(), RegMean()
     before = merged(one, [data(0)])
-    other.update({"w": data(1)[0]}, statistics={"gram": {}})
+    other.update({"w": data(1)[0]}, task=1, statistics={"gram": {}})
     with pytest.raises(ValueError, match="for example 'w'"):
         one.merge_state(other)
     assert one.num_tasks == 1

@@ -76,16 +76,16 @@ def test_counts_are_widened_before_they_overflow():
     merger = TIES(1.0)
     merger.update({"w": torch.tensor([1.0, -1.0])})
     state = merger.state_dict()
-    state["num_tasks"] = limit - 1
+    state["tasks"] = {str(task): "" for task in range(limit - 1)}
     for count in ("pos_count", "neg_count"):
         state["slots"]["w"][count] *= limit - 1
     for total in ("pos_sum", "neg_sum"):
         state["slots"]["w"][total] *= limit - 1
     merger.load_state_dict(state)
     half = TIES(1.0)
-    half.load_state_dict(state)
-    for _ in range(3):
-        merger.update({"w": torch.tensor([1.0, -1.0])})
+    half.load_state_dict(state | {"tasks": {str(task): "" for task in range(limit, 2 * limit - 1)}})
+    for task in range(3):
+        merger.update({"w": torch.tensor([1.0, -1.0])}, task=3 * limit + task)
     assert merger.compute()["w"].tolist() == [1.0, -1.0]
     assert merger.state_size(2, merger.num_tasks) == 2 * 16
     half.merge_state(merger)

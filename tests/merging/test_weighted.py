@@ -6,9 +6,10 @@ import torch
 from clmerge.merging import WeightedAverage
 
 
-def merged(merger, values, statistics=None):
+def merged(merger, values, statistics=None, first=0):
     for index, value in enumerate(values):
-        merger.update({"w": torch.tensor(value)}, statistics=statistics[index] if statistics else None)
+        given = statistics[index] if statistics else None
+        merger.update({"w": torch.tensor(value)}, task=first + index, statistics=given)
     return merger.compute()["w"].tolist()
 
 
@@ -40,7 +41,7 @@ def test_losses_of_any_size_neither_overflow_nor_vanish(shift):
 def test_joining_streams_whose_losses_are_far_apart():
     left, right = WeightedAverage("loss"), WeightedAverage("loss")
     merged(left, [[4.0]], losses(1000.0 + math.log(3)))
-    merged(right, [[50.0], [8.0]], losses(3000.0, 1000.0))
+    merged(right, [[50.0], [8.0]], losses(3000.0, 1000.0), first=1)
     before = right.compute()["w"].item()
     left.merge_state(right)
     assert left.compute()["w"].item() == pytest.approx(7.0)

@@ -6,11 +6,11 @@ import torch
 from clmerge.merging import WeightedAverage
 
 
-def stream(*pairs):
+def stream(*pairs, first=0):
     """Merge values with weights e^-loss."""
     merger = WeightedAverage("loss")
-    for value, loss in pairs:
-        merger.update({"w": torch.tensor([value])}, statistics={"loss": loss})
+    for task, (value, loss) in enumerate(pairs, first):
+        merger.update({"w": torch.tensor([value])}, task=task, statistics={"loss": loss})
     return merger
 
 
@@ -32,7 +32,7 @@ def test_sums_are_kept_relative_to_the_largest_weight():
 
 @pytest.mark.parametrize("swap", [False, True])
 def test_joining_gives_both_sides_the_larger_offset(swap):
-    parts = [stream((1.0, 0.0), (2.0, -30.0)), stream((5.0, -60.0), (9.0, -30.0 + math.log(3)))]
+    parts = [stream((1.0, 0.0), (2.0, -30.0)), stream((5.0, -60.0), (9.0, -30.0 + math.log(3)), first=2)]
     left, right = reversed(parts) if swap else parts
     before = right.state_dict()
     left.merge_state(right)

@@ -1,0 +1,107 @@
+"""How an accumulator recognises a task vector it has met before."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clmerge.merging.checks import check_finite
+from clmerge.merging.step import Statistics
+from clmerge.weights.task_vector import CheckedVector, State
+
+_SAMPLED = 1024  # entries of a tensor that are looked at: no two trainings agree in them
+
+
+class Examined(NamedTuple):
+    """What one walk over a task vector tells.
+
+    Attributes:
+        identity: What an accumulator knows the vector by.
+        largest: Largest magnitude of every parameter.
+    """
+
+    identity: str
+    largest: dict[str, float]
+
+
+def examine(vector: State) -> Examined:
+    """Return the identity of a task vector and its largest entries, and refuse one that is not finite.
+
+    The identity is a SHA-256 over names, shapes and up to 1024 evenly spaced entries of every tensor, by value: the
+    same on every device and in every dtype that holds the values. It tells vectors apart; that files are undamaged is
+    for ``clmerge.weights.fingerprint`` to say, which reads every byte.
+
+    Args:
+        vector: The task vector; a ``CheckedVector`` is looked at once, whoever asks.
+
+    Raises:
+        ValueError: If a tensor holds NaN or Inf; the message names the first.
+
+    Example:
+        >>> examine({"w": torch.ones(2)}) == examine({"w": torch.ones(2, dtype=torch.bfloat16)})
+        True
+        >>> examine({"w": torch.tensor([1.0, -3.0])}).largest
+        {'w': 3.0}
+    """
+    if not isinstance(vector, CheckedVector):
+        return _examine(vector)
+    if vector.examined is None:
+        vector.examined = _examine(vector)
+    found: Examined = vector.examined
+    return found
+
+
+def with_statistics(identity: str, statistics: Statistics) -> str:
+    """Return the identity of a task vector together with what was measured beside it.
+
+    Args:
+        identity: That of the vector.
+        statistics: What the rule reads of the task's statistics.
+    """
+    if not statistics:
+        return identity
+    digest = hashlib.sha256(identity.encode())
+    for name in sorted(statistics):
+        value = statistics[name]
+        found = _sampled(value) if isinstance(value, Mapping) else float(value).hex()
+        digest.update(f"\n{name} {found}".encode())
+    return digest.hexdigest()
+
+
+def _examine(vector: State) -> Examined:
+    names = sorted(vector)
+    # NaN shows in both limits, and Inf in one; None is an empty tensor.
+    limits = [torch.aminmax(vector[name].detach()) if vector[name].numel() else None for name in names]
+    numbers = [limit.to(torch.float64).reshape(1) for pair in limits if pair is not None for limit in pair]
+    found = iter(_gathered(numbers).tolist())
+    largest = {}
+    for name, pair in zip(names, limits, strict=True):
+        low, high = (next(found), next(found)) if pair is not None else (0.0, 0.0)
+        largest[name] = max(-low, high) if math.isfinite(low) and math.isfinite(high) else math.inf
+    if math.inf in largest.values():
+        check_finite(vector)
+    return Examined(_sampled(vector), largest)
+
+
+def _sampled(state: State) -> str:
+    """Hash names, shapes and some entries of every tensor."""
+    digest = hashlib.sha256()
+    samples: list[Tensor] = []
+    for name in sorted(state):
+        flat = state[name].detach().reshape(-1)
+        digest.update(json.dumps([name, list(state[name].shape)]).encode() + b"\n")
+        # Adding zero makes one number of both zeros.
+        samples.append(flat[:: -(-max(flat.numel(), 1) // _SAMPLED)].double() + 0.0)
+    digest.update(_gathered(samples).numpy().data)
+    return digest.hexdigest()
+
+
+def _gathered(pieces: list[Tensor]) -> Tensor:
+    """Return flat float64 tensors as one on the CPU: one copy from their device instead of one for each."""
+    if not pieces:
+        return torch.empty(0, dtype=torch.float64)
+    return torch.cat([piece.to(pieces[0].device) for piece in pieces]).cpu()

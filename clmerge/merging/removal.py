@@ -1,0 +1,144 @@
+"""Taking a task out of sums again: exact to a stated bound, or refused."""
+
+import math
+from abc import ABC
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from clmerge.merging.accumulators import Slots, copied, float_dtype
+from clmerge.merging.checks import Shapes
+from clmerge.merging.kept_beside import added
+from clmerge.merging.merger import Merger
+from clmerge.merging.step import Step
+from clmerge.weights.task_vector import State
+
+TOLERANCE = 1e-4
+"""How far what remains may be off after a removal, as a share of its largest entry."""
+
+
+def largest_entry(vector: State, step: Step) -> float:
+    """Return the largest magnitude in a task vector.
+
+    Args:
+        vector: The vector that is folded in.
+        step: Its update, which may have looked already.
+    """
+    if step.largest:
+        return max(step.largest.values())
+    return max((magnitude(vector[name]) for name in vector), default=0.0)
+
+
+def magnitude(tensor: Tensor) -> float:
+    """Return the largest magnitude of a tensor, 0 for an empty one.
+
+    Example:
+        >>> magnitude(torch.tensor([1.0, -3.0]))
+        3.0
+    """
+    if not tensor.numel():
+        return 0.0
+    low, high = torch.aminmax(tensor.detach())
+    return max(-float(low), float(high))
+
+
+class Removable(Merger, ABC):
+    """A rule whose accumulators are sums over the tasks: a task is taken out by subtracting what was added.
+
+    Subtraction brings out what rounding did to the sum while the task was in it. The rule bounds that: ``mass`` is a
+    bound on the entries of the sum, ``error`` one on what rounding has added to them since the first task. A removal
+    that leaves more than ``TOLERANCE`` of the largest remaining entry uncertain is refused, and the state stays. Once
+    none of the tasks that are left added anything (``count`` did), the sum is zero.
+    """
+
+    removable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rounding = {"mass": 0.0, "error": 0.0, "count": 0}
+        self._keep("_rounding", join=self._joined)
+
+    def _mass(self, vector: State, step: Step, plan: Any) -> float:
+        """Return a bound on the entries of what is added to the sum for a task."""
+        return largest_entry(vector, step)
+
+    def _uncertain(self, before: dict[str, Slots], extras: dict[str, Any], plan: Any) -> float:
+        """Return a bound on the rounding error of what remains, as a share of its largest entry.
+
+        Args:
+            before: The accumulators before the removal; ``self._slots`` are those after it.
+            extras: What was kept beside them.
+            plan: The plan of the removal.
+        """
+        remains = max((magnitude(slots["sum"]) for slots in self._slots.values()), default=0.0)
+        return share_of(self._rounding["error"], remains)
+
+    @override
+    def _fold_in(self, vector: State, shapes: Shapes, step: Step) -> Any:
+        if step.is_piece:  # of a vector that is not known as a whole, and cannot be taken out
+            return super()._fold_in(vector, shapes, step)
+        if step.sign > 0:
+            plan = super()._fold_in(vector, shapes, step)
+            self._note(self._mass(vector, step, plan))
+            return plan
+        before, extras = self._slots, self._extras()
+        self._slots = copied(before)
+        try:
+            plan = super()._fold_in(vector, shapes, step)
+            self._note(-self._mass(vector, step, plan))
+            if self._rounding["count"]:
+                self._check(self._uncertain(before, extras, plan), step)
+            else:
+                self._clear()
+        except BaseException:
+            self._slots = before
+            self._load_extras(extras)
+            raise
+        return plan
+
+    def _joined(self, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+        """Return the bounds of two sums that are added."""
+        total: dict[str, Any] = added(ours, theirs)
+        return total | {"error": total["error"] + self._unit() * total["mass"]}
+
+    def _note(self, mass: float) -> None:
+        """Add up what one more operation does to the bounds; a negative mass is that of a task that leaves."""
+        held = self._rounding["mass"]
+        self._rounding = {
+            "mass": max(held + mass, 0.0),
+            # A product and a sum are rounded, the sum among the largest numbers there are before or after.
+            "error": self._rounding["error"] + 2 * self._unit() * max(held, held + mass),
+            "count": self._rounding["count"] + (mass > 0) - (mass < 0),
+        }
+
+    def _clear(self) -> None:
+        for slots in self._slots.values():
+            for accumulator in slots.values():
+                accumulator.zero_()
+        self._rounding = {"mass": 0.0, "error": 0.0, "count": 0}
+
+    def _unit(self) -> float:
+        """Return half the distance between neighbouring numbers around 1."""
+        return max((torch.finfo(float_dtype(slots)).eps / 2 for slots in self._slots.values()), default=0.0)
+
+    def _check(self, uncertain: float, step: Step) -> None:
+        if not uncertain <= TOLERANCE:
+            raise ValueError(
+                f"expected to leave what the other tasks added to {self!r}, got task {step.task} so much larger that "
+                f"{uncertain:.0e} of what remains may be rounding (at most {TOLERANCE:.0e} is accepted); merge the "
+                "other tasks anew instead"
+            )
+
+
+def share_of(error: float, remains: float) -> float:
+    """Return an error as a share of what remains: infinite if nothing does, unless there is no error either.
+
+    Example:
+        >>> share_of(0.5, 2.0), share_of(0.5, 0.0), share_of(0.0, 0.0)
+        (0.25, inf, 0.0)
+    """
+    if error == 0:
+        return 0.0
+    return error / remains if remains > 0 else math.inf
