@@ -238,6 +238,7 @@ def kept_bytes(folder: Path, model: str) -> float:
     """Return the bytes that must be kept between tasks beside the model in training."""
     import clmerge.merging
     from clmerge.checkpoints.ledger import configured_from
+    from clmerge.merging.checks import num_entries
     from clmerge.weights import TaskVectorBank
 
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -246,12 +247,12 @@ def kept_bytes(folder: Path, model: str) -> float:
     numbers = results["bytes"]
     if model not in ("expert", "zero_shot"):
         bank = TaskVectorBank(folder / "bank")
-        num_params = sum(tensor.numel() for tensor in bank[0].values())
+        shapes = {name: tuple(tensor.shape) for name, tensor in bank[0].items()}
         for plain in config["mergers"]:
             name = plain["class_path"].rsplit(".", 1)[-1]
             if getattr(clmerge.merging, name).name == model.partition("+")[0]:
                 merger = configured_from({"class_path": name, "init_args": plain.get("init_args") or {}})
-                kept += merger.state_size(num_params, len(bank)) + 4 * num_params  # and theta_0
+                kept += merger.state_size(shapes, len(bank)) + 4 * num_entries(shapes)  # and theta_0
     name, _, calibration = model.partition("+")
     prefix = "calibration." if calibration else ("regularizer.", "replay")
     return kept + sum(number for key, number in numbers.items() if key.startswith(prefix))

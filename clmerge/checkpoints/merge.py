@@ -137,10 +137,8 @@ class CheckpointMerge:
     def describe(self) -> str:
         """Return the plan as a short table: inputs, policy, memory."""
         sizes = {name: entry.numel for name, entry in self.base.entries.items()}
-        costs = {
-            working_memory(merger, [sizes[name] for name in names], len(self.models)): passes_of(merger)
-            for merger, names in self._work()
-        }
+        work = [(merger, {name: self.base.entries[name].shape for name in names}) for merger, names in self._work()]
+        costs = {working_memory(merger, shapes, len(self.models)): passes_of(merger) for merger, shapes in work}
         lines = [f"merger  {part}" for part in self.parts]
         lines.append(f"base    {describe(self.base)}")
         lines += [f"task {task:<3}{describe(model)}" for task, model in enumerate(self.models)]
@@ -149,8 +147,7 @@ class CheckpointMerge:
         what = ", the weights themselves" if self.origin == "zero" else ""
         merged = sum(sizes[name] for name in self.policy.merged)
         lines.append(f"merges  {merged:,} entries of {len(self.models)} models{what}")
-        for merger, names in self._work():
-            shapes = {name: self.base.entries[name].shape for name in names}
+        for merger, shapes in work:
             lines += [f"matrix  {line}" for line in merger.matrices(shapes)]
         lines.append(f"writes  {self.nbytes / 1e6:,.1f} MB, safetensors")
         lines.append(f"memory  {max(costs) / 2**20:,.1f} MiB: {_PASSES[costs[max(costs)]]}")

@@ -89,8 +89,8 @@ class Comparison:
             "exact_online": merger.exact_online,
             "search": search,
         }
-        size = self.run.num_parameters
-        self.bytes_kept[name] = [merger.state_size(size, t) for t in range(1, len(rows) + 1)]
+        shapes = self.run.shapes
+        self.bytes_kept[name] = [merger.state_size(shapes, t) for t in range(1, len(rows) + 1)]
         self.merge_seconds[name] = [row["merge_seconds"] for row in rows]
 
 

@@ -162,7 +162,7 @@ def _groups(run: StoredRun, mergers: Mapping[str, Merger], memory: int, num_task
     group: dict[str, Merger] = {}
     used = 0
     for name, merger in mergers.items():
-        size = merger.state_size(run.num_parameters, num_tasks) + 4 * run.num_parameters
+        size = merger.state_size(run.shapes, num_tasks) + 4 * run.num_parameters
         if group and used + size > memory:
             yield group
             group, used = {}, 0

@@ -15,6 +15,7 @@ from torch import Tensor
 from clmerge.callbacks.running_merge import RunningMerge
 from clmerge.evaluation import Rows, accuracy_on, evaluate
 from clmerge.merging import Statistics, WeightAverage
+from clmerge.merging.checks import Shapes, num_entries
 from clmerge.modules import ContinualClassifier
 from clmerge.results import Results, Setting
 from clmerge.run_folder import RunFolder
@@ -96,9 +97,14 @@ class StoredRun:
         module.load_state_dict(weights)  # the text head comes with them
 
     @property
+    def shapes(self) -> Shapes:
+        """Shapes of the merged parameters by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.base.items()}
+
+    @property
     def num_parameters(self) -> int:
         """Entries of one task vector."""
-        return sum(tensor.numel() for tensor in self.base.values())
+        return num_entries(self.shapes)
 
     @property
     def has_validation(self) -> bool:

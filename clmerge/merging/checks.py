@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from math import prod
 
 import torch
 from torch import Tensor
@@ -9,6 +10,16 @@ from torch import Tensor
 from clmerge.weights.task_vector import State
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+def num_entries(shapes: Shapes) -> int:
+    """Return how many entries parameters have in all.
+
+    Example:
+        >>> num_entries({"w": (2, 3), "scale": ()})
+        7
+    """
+    return sum(prod(shape) for shape in shapes.values())
 
 
 def read_shapes(vector: State) -> Shapes:

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, device_of, float_dtype, slot_blocks
 from clmerge.merging.bits import BitWriter, unpack_bits
+from clmerge.merging.checks import Shapes, num_entries
 from clmerge.merging.merger import Merger
 from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State, TaskVector
@@ -88,8 +89,8 @@ class EMR(Merger):
         return {"total": None, "pos_max": None, "neg_max": None}
 
     @override
-    def state_size(self, num_params: int, num_tasks: int) -> int:
-        return super().state_size(num_params, num_tasks) + num_tasks * 2 * -(-num_params // 8)
+    def state_size(self, shapes: Shapes, num_tasks: int) -> int:
+        return super().state_size(shapes, num_tasks) + num_tasks * 2 * -(-num_entries(shapes) // 8)
 
     @override
     def _plan(self, vector: State, step: Step) -> _Scratch:

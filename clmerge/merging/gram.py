@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, device_of, float_dtype, slot_blocks
+from clmerge.merging.checks import Shapes
 from clmerge.merging.kept_beside import added
 from clmerge.merging.orientation import IN_OUT, outputs_first
 from clmerge.merging.removal import Removable, share_of
@@ -108,15 +109,26 @@ class _Gram(Removable):
         self._grams = {}
 
     @override
-    def state_size(self, num_params: int, num_tasks: int) -> int:
-        """Return the bytes the accumulators take; the Gram part follows the shapes and is 0 before an update.
+    def state_size(self, shapes: Shapes, num_tasks: int) -> int:
+        """Return the bytes the accumulators take: of a matrix with Gram matrix that and the moments, in float64.
 
         Args:
-            num_params: Entries of one task vector.
+            shapes: Shapes of the merged parameters by name.
             num_tasks: Task vectors merged.
         """
-        matrices = sum(tensor.nbytes for held in self._grams.values() for tensor in held.values())
-        return super().state_size(num_params, num_tasks) + matrices
+        matrices = [self._oriented_shape(name, shape) for name, shape in shapes.items() if self._has_gram(name, shape)]
+        return super().state_size(shapes, num_tasks) + sum(self._gram_size(*shape, num_tasks) for shape in matrices)
+
+    def _has_gram(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Return whether a parameter has a Gram matrix: what the state tells, else every matrix that can have one."""
+        return name in self._grams if self._shapes else len(shape) == 2 and min(shape) > 0
+
+    def _oriented_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+        outputs, inputs = self._oriented(name, torch.empty(shape, device="meta")).shape
+        return outputs, inputs
+
+    def _gram_size(self, outputs: int, inputs: int, num_tasks: int) -> int:
+        return 8 * inputs * (inputs + outputs)
 
 
 def ridge_solution(start: Tensor, gram: Tensor, moment: Tensor, ridge: float) -> Tensor:

@@ -110,6 +110,12 @@ class MaTS(RegMean):
         return ours
 
     @override
+    def _gram_size(self, outputs: int, inputs: int, num_tasks: int) -> int:
+        if not self.outputs:
+            return super()._gram_size(outputs, inputs, num_tasks)
+        return 8 * (outputs * inputs + num_tasks * (inputs**2 + outputs**2))
+
+    @override
     def _solve(self, total: Tensor, held: Slots, dtype: torch.dtype) -> Tensor:
         def apply(weights: Tensor) -> Tensor:
             if not self.outputs:

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, allocate, copied, device_of, float_dtype, slot_blocks, widen
-from clmerge.merging.checks import Shapes, check_base, check_finite, check_shapes, is_finite, read_shapes
+from clmerge.merging.checks import (
+    Shapes,
+    check_base,
+    check_finite,
+    check_shapes,
+    is_finite,
+    num_entries,
+    read_shapes,
+)
 from clmerge.merging.configured import Configured
 from clmerge.merging.identity import examine, with_statistics
 from clmerge.merging.kept_beside import Join, added, duplicate
@@ -341,15 +349,20 @@ class Merger(Configured, Scoped, ABC):
             setattr(self, attribute, duplicate(getattr(self, attribute), self._device))
         return self
 
-    def state_size(self, num_params: int, num_tasks: int) -> int:
-        """Return the bytes the accumulators take for task vectors of float32 or less.
+    def state_size(self, shapes: Shapes, num_tasks: int) -> int:
+        """Return the bytes that the accumulators' tensors take for task vectors of float32 or less.
 
         Args:
-            num_params: Entries of one task vector.
+            shapes: Shapes of the merged parameters by name.
             num_tasks: Task vectors merged.
+
+        Example:
+            >>> from clmerge.merging import TIES
+            >>> TIES().state_size({"w": (100, 10)}, num_tasks=8)
+            12000
         """
         dtypes = self._slot_dtypes(num_tasks).values()
-        return num_params * sum((dtype or torch.float32).itemsize for dtype in dtypes)
+        return num_entries(shapes) * sum((dtype or torch.float32).itemsize for dtype in dtypes)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on: primitives and copies of tensors, safe to load weights-only."""

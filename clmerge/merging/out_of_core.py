@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots, slot_blocks
-from clmerge.merging.checks import is_finite
+from clmerge.merging.checks import Shapes, is_finite, num_entries
 from clmerge.merging.merger import Merger
 from clmerge.merging.pipeline import Pipeline
 from clmerge.merging.scope import widest
@@ -71,20 +71,23 @@ def passes_of(merger: Merger) -> Passes:
     return "thresholds" if widest(merger._inner, merger.finisher) == "parameter" else "model"
 
 
-def working_memory(merger: Merger, sizes: Sequence[int], num_tasks: int) -> int:
+def working_memory(merger: Merger, shapes: Shapes, num_tasks: int) -> int:
     """Estimate the bytes that merging takes at its peak, for float32.
 
     Args:
         merger: The rule.
-        sizes: Entries of every parameter.
+        shapes: Shapes of the parameters by name.
         num_tasks: How many task vectors are merged.
     """
-    numel = sum(sizes) if passes_of(merger) == "model" else max(sizes, default=0)
+    largest = max((prod(shape) for shape in shapes.values()), default=0)
+    whole = passes_of(merger) == "model"
+    numel = num_entries(shapes) if whole else largest
     # One parameter of a task vector, of the merged vector (twice while a sign is undecided) and of the merged model.
-    buffers = 8 * numel + 8 * max(sizes, default=0)
-    if merger.keeps_vectors and passes_of(merger) == "model":
-        return merger.reading_bytes * numel + 4 * num_tasks * max(sizes, default=0) + buffers
-    return merger.state_size(numel, num_tasks) + buffers
+    buffers = 8 * numel + 8 * largest
+    if merger.keeps_vectors and whole:
+        return merger.reading_bytes * numel + 4 * num_tasks * largest + buffers
+    held = [shapes] if whole else [{name: shape} for name, shape in shapes.items()]
+    return max((merger.state_size(part, num_tasks) for part in held), default=0) + buffers
 
 
 def merge_out_of_core(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:

@@ -95,8 +95,8 @@ class Pipeline(Merger):
         return super().to(device)
 
     @override
-    def state_size(self, num_params: int, num_tasks: int) -> int:
-        return sum(part.state_size(num_params, num_tasks) for part in self._parts())
+    def state_size(self, shapes: Shapes, num_tasks: int) -> int:
+        return sum(part.state_size(shapes, num_tasks) for part in self._parts())
 
     @override
     def _sparsify_with(self, sparsifiers: list[Sparsifier]) -> bool:

@@ -35,7 +35,7 @@ class Quantise(Sparsifier):
         >>> Quantise(bits=1)(vector)
         {'w': tensor([ 2., -2.,  2.])}
         >>> from clmerge.merging import TALL, Pipeline
-        >>> Pipeline(TALL(), sparsifier=Quantise(bits=1)).state_size(num_params=8000, num_tasks=10)
+        >>> Pipeline(TALL(), sparsifier=Quantise(bits=1)).state_size({"w": (80, 100)}, num_tasks=10)
         10040
     """
 

@@ -1,6 +1,7 @@
 """RegMean: the weights that give every task's layers their own outputs, in the least-squares sense."""
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any, Self
 
 import torch
@@ -95,6 +96,15 @@ class RegMean(_Gram):
             return None
         gram = plan[name].detach().to(tau.device, torch.float64)
         return torch.lerp(torch.diag(gram.diagonal()), gram, self.reduce)
+
+    @override
+    def _has_gram(self, name: str, shape: tuple[int, ...]) -> bool:
+        if self._shapes:
+            return name in self._grams
+        # Before the first task: the inputs of linear layers are collected, not those of embeddings.
+        return super()._has_gram(name, shape) and (
+            name.endswith("weight") or any(fnmatchcase(name, pattern) for pattern in self.transposed)
+        )
 
     @override
     def _solve(self, total: Tensor, held: Slots, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, copied
-from clmerge.merging.checks import Shapes
+from clmerge.merging.checks import Shapes, num_entries
 from clmerge.merging.merger import Merger
 from clmerge.merging.quantise import Quantise
 from clmerge.merging.sparsify import Sparsified, Sparsifier
@@ -81,20 +81,19 @@ class _Stored(Merger):
         return self
 
     @override
-    def state_size(self, num_params: int, num_tasks: int) -> int:
+    def state_size(self, shapes: Shapes, num_tasks: int) -> int:
         """Return the bytes that the kept vectors take in memory: none where they are references.
 
         Args:
-            num_params: Entries of one task vector.
+            shapes: Shapes of the merged parameters by name.
             num_tasks: Task vectors merged.
         """
         if self._bank is not None or any(kept.reference is not None for kept in self._kept):
             return 0
         packing = self._packing
         if packing is None:
-            return 4 * num_params * num_tasks
-        sizes = [prod(shape) for shape in self._shapes.values()] or [num_params]
-        return num_tasks * sum(packing.packed_bytes(size) for size in sizes)
+            return 4 * num_entries(shapes) * num_tasks
+        return num_tasks * sum(packing.packed_bytes(prod(shape)) for shape in shapes.values())
 
     @property
     def _packing(self) -> Quantise | None:

@@ -7,6 +7,7 @@ from typing import Any
 from clmerge.callbacks.naming import name_mergers
 from clmerge.checkpoints.ledger import configured_from
 from clmerge.merging import Merger
+from clmerge.merging.checks import Shapes
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Rule:
         """The arXiv ids of the rule and of the rules it is made of."""
         return list(dict.fromkeys(_sources(self.merger)))
 
-    def bytes_kept(self, num_parameters: int, num_tasks: int) -> int:
+    def bytes_kept(self, shapes: Shapes, num_tasks: int) -> int:
         """Return the size of the accumulators in bytes."""
-        return self.merger.state_size(num_parameters, num_tasks)
+        return self.merger.state_size(shapes, num_tasks)
 
 
 def rule_of(setting: Mapping[str, Any]) -> Rule | None:

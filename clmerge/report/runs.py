@@ -10,6 +10,7 @@ from typing import Any
 
 from clmerge.bounded_yaml import read_yaml
 from clmerge.comparison.contract import validate_comparison
+from clmerge.merging.checks import Shapes, num_entries
 from clmerge.names import shown
 from clmerge.report.rules import Rule, configured_rules, rule_of
 from clmerge.results import SETTINGS, ZERO_SHOT, Results, Setting, validate
@@ -85,12 +86,17 @@ class Run:
         return found if isinstance(found, dict) else {}
 
     @cached_property
-    def num_parameters(self) -> int | None:
-        """Entries of one task vector, None if none was kept."""
+    def shapes(self) -> Shapes | None:
+        """Shapes of the merged parameters by name, None if no task vector was kept."""
         if not self.bank.tasks:
             return None
         with TensorFile(self.bank.path(self.bank.tasks[0])) as file:
-            return sum(math.prod(file.shape(name)) for name in file.names())
+            return {name: tuple(file.shape(name)) for name in file.names()}
+
+    @property
+    def num_parameters(self) -> int | None:
+        """Entries of one task vector, None if none was kept."""
+        return None if self.shapes is None else num_entries(self.shapes)
 
     def numbers(self, model: str, setting: Setting) -> Mapping[str, Any]:
         """Return the figures of one model."""

@@ -111,8 +111,8 @@ class Entry:
 
     def _bytes_of(self, run: Run) -> Sequence[float | None]:
         known: Sequence[float | None] = run.compared.get("bytes_kept", {}).get(self.model, [])
-        if not known and self.rule is not None and run.num_parameters is not None:
-            known = [self.rule.bytes_kept(run.num_parameters, t + 1) for t in range(run.num_finished)]
+        if not known and self.rule is not None and run.shapes is not None:
+            known = [self.rule.bytes_kept(run.shapes, t + 1) for t in range(run.num_finished)]
         return known
 
 

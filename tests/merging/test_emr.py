@@ -78,4 +78,4 @@ def test_unknown_tasks_and_settings_are_refused():
 
 
 def test_two_bits_per_entry_and_task():
-    assert EMR().state_size(1000, 5) - EMR().state_size(1000, 4) == 250
+    assert EMR().state_size({"w": (1000,)}, 5) - EMR().state_size({"w": (1000,)}, 4) == 250

@@ -108,7 +108,7 @@ def test_automatic_alpha_survives_joining_saving_and_taking_out():
     assert_close(resumed, reducer)
     resumed.downdate(VECTORS[3], task=3)
     assert_close(resumed, reducer, tasks=range(3))
-    assert resumed.state_size(48, 3) == 2 * 4 * 48
+    assert resumed.state_size({"w": (48,)}, 3) == 2 * 4 * 48
     zero = automatic(reducer, tasks=())
     zero.update({name: torch.zeros(2) for name in NAMES})
     assert not any(tensor.any() for tensor in zero.compute().values())

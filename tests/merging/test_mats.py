@@ -99,7 +99,7 @@ def test_factors_of_all_tasks_are_kept_joined_and_saved():
     twin.load_state_dict(merger.state_dict())
     whole = folded(MaTS(3, outputs=True))
     torch.testing.assert_close(twin.compute(), whole.compute())
-    assert whole.state_size(20, 3) == 4 * 20 + 8 * (20 + 3 * (5 * 5 + 4 * 4))
+    assert whole.state_size({"w": (4, 5)}, 3) == 4 * 20 + 8 * (20 + 3 * (5 * 5 + 4 * 4))
     assert not whole.removable
     assert not whole.exact_online
 

@@ -33,7 +33,7 @@ def one(merger, value=1.0):
 def test_a_rule_is_two_short_functions():
     merger = one(one(_Latest(), 1.0), 5.0)
     assert merger.compute()["w"].tolist() == [5.0, 2.0]
-    assert merger.state_size(10, 3) == 40
+    assert merger.state_size({"w": (5, 2)}, 3) == 40
 
 
 @pytest.mark.parametrize("vector", [None, [torch.ones(1)], {"w": 1.0}, {0: torch.ones(1)}])

@@ -64,7 +64,7 @@ def test_consensus_of_fewer_tasks_than_asked_for_wants_all_of_them():
 
 
 def test_state_grows_by_one_vector_per_task():
-    assert [TALL().state_size(10, tasks) for tasks in (1, 2, 5)] == [40, 80, 200]
+    assert [TALL().state_size({"w": (10,)}, tasks) for tasks in (1, 2, 5)] == [40, 80, 200]
     assert not TALL.exact_online
 
 

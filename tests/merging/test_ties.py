@@ -87,7 +87,7 @@ def test_counts_are_widened_before_they_overflow():
     for task in range(3):
         merger.update({"w": torch.tensor([1.0, -1.0])}, task=3 * limit + task)
     assert merger.compute()["w"].tolist() == [1.0, -1.0]
-    assert merger.state_size(2, merger.num_tasks) == 2 * 16
+    assert merger.state_size({"w": (2,)}, merger.num_tasks) == 2 * 16
     half.merge_state(merger)
     assert half.compute()["w"].tolist() == [1.0, -1.0]
 

@@ -78,7 +78,9 @@ def test_figures_that_results_do_not_hold_follow_from_the_matrices(tmp_path):
     gap = statistics.fmean(experts[t][t] - merged[2][t] for t in range(3))
     assert magmax.gap_to_experts("task_aware").mean == pytest.approx(gap, abs=1e-15)
     assert magmax.worst_task("task_aware").mean == min(merged[2])
-    assert [spread.mean for spread in ties.bytes_kept()] == [TIES(density=0.1).state_size(23, t + 1) for t in range(3)]
+    assert [spread.mean for spread in ties.bytes_kept()] == [
+        TIES(density=0.1).state_size({"w": (23,)}, t + 1) for t in range(3)
+    ]
     assert study.ranking("task_aware") == [magmax, ties]
 
 
