@@ -1,34 +1,30 @@
 """The contract of every merge rule: an accumulator that folds task vectors in, one task at a time."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from clmerge.merging.accumulators import SlotDtypes, Slots, allocate, copied, device_of, float_dtype, slot_blocks, widen
+from clmerge.merging.accumulators import Slots, allocate, device_of, float_dtype, slot_blocks, widen
 from clmerge.merging.checks import (
     Shapes,
     check_base,
     check_finite,
     check_shapes,
     is_finite,
-    num_entries,
     read_shapes,
 )
-from clmerge.merging.configured import Configured
 from clmerge.merging.identity import examine, with_statistics
-from clmerge.merging.kept_beside import Join, added, duplicate
 from clmerge.merging.scope import Scope, Scoped
 from clmerge.merging.sparsify import Sparsifier
+from clmerge.merging.state import Accumulator, listed
 from clmerge.merging.step import PIECE, Score, Statistics, Step
 from clmerge.weights.bank import TaskVectorBank
 from clmerge.weights.task_vector import State, TaskVector
 
 
-class Merger(Configured, Scoped, ABC):
+class Merger(Accumulator, Scoped):
     """Merge task vectors as a streaming reduction with constant memory.
 
     ``compute()`` after t updates is the rule applied to tasks 1..t, for every t. A subclass keeps its
@@ -41,7 +37,6 @@ class Merger(Configured, Scoped, ABC):
         summary: One line for the table of mergers.
         source: arXiv id of the paper.
         exact_online: Whether ``compute()`` equals the batch rule at every t with a state that does not grow.
-        order_free: Whether the order of the tasks does not matter; only then can accumulators be joined.
         removable: Whether a task can be taken out again: the rule is a group, ``downdate`` inverts ``update``. Such
             a rule multiplies what it adds to its accumulators by ``step.sign``.
         keeps_vectors: Whether every task vector is kept, in memory or in a bank (``use_bank``).
@@ -51,13 +46,11 @@ class Merger(Configured, Scoped, ABC):
         scope: Whether parameters can be merged one at a time; see ``Scoped``.
         tasks: Index of every merged task, in order of arrival.
         num_tasks: How many there are.
-        base: Fingerprint of the base model, once known.
     """
 
     summary: str = ""
     source: str = ""
     exact_online: bool = True
-    order_free: bool = True
     removable: bool = False
     keeps_vectors: bool = False
     reading_bytes: int = 0
@@ -65,19 +58,7 @@ class Merger(Configured, Scoped, ABC):
     scope: Scope = "parameter"
     _sees_model = frozenset({"_plan", "_overview", "_after_update", "_fold_in", "compute"})
 
-    def __init__(self) -> None:
-        self._device: torch.device | None = None
-        self.base: str | None = None
-        self._identities: dict[int, str] = {}
-        self._shapes: Shapes = {}
-        self._slots: dict[str, Slots] = {}
-        self._kept_beside: dict[str, tuple[Any, Join]] = {}
-
     # What a rule defines
-
-    @abstractmethod
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        """Name the accumulators of a parameter, and their dtypes after ``num_tasks`` tasks."""
 
     def _plan(self, vector: State, step: Step) -> Any:
         """Compute what folding needs to know of the whole vector; it may fail, and changes nothing."""
@@ -112,57 +93,11 @@ class Merger(Configured, Scoped, ABC):
         """Read one flat merged piece, scale included."""
         raise TypeError(f"{type(self).__name__} defines neither _read nor _read_block")
 
-    def _join_block(self, slots: Slots, other: Slots) -> None:
-        """Join the accumulators of two streams; by default they are sums."""
-        for slot, accumulator in slots.items():
-            accumulator.add_(other[slot])
-
-    def _keep(self, attribute: str, *, join: Join = None) -> None:
-        """Declare what the rule keeps beside the accumulators: it is saved, loaded, reset, moved and joined.
-
-        Args:
-            attribute: Name of an attribute, whose present value is that before the first update: a number, a tensor, or
-                a dictionary of such by strings.
-            join: ``"sum"`` adds the values of two accumulators, number by number; else what returns the joined value;
-                None where the rule cannot be joined.
-        """
-        self._kept_beside[attribute] = (duplicate(getattr(self, attribute)), join)
-
-    def _extras(self) -> dict[str, Any]:
-        """Return what the rule keeps beside the accumulators, as primitives and copies of tensors."""
-        return {attribute.strip("_"): duplicate(getattr(self, attribute)) for attribute in self._kept_beside}
-
-    def _load_extras(self, extras: dict[str, Any]) -> None:
-        """Take back what ``_extras`` returned; ``{}`` is the state before the first update."""
-        for attribute, (initial, _) in self._kept_beside.items():
-            setattr(self, attribute, duplicate(extras.get(attribute.strip("_"), initial), self._device))
-
-    def _join_extras(self, other: Self) -> None:
-        """Join what the rule keeps beside the accumulators."""
-        for attribute, (_, join) in self._kept_beside.items():
-            ours, theirs = getattr(self, attribute), getattr(other, attribute)
-            if join is not None:
-                setattr(self, attribute, added(ours, theirs) if join == "sum" else join(ours, theirs))
-
-    def _held(self) -> Mapping[str, Slots]:
-        """Return the accumulators by parameter, for reading."""
-        return self._slots
-
     def _sparsify_with(self, sparsifiers: list[Sparsifier]) -> bool:
         """Take over what a pipeline does to task vectors; False if the rule leaves that to the pipeline."""
         return False
 
     # What every rule has
-
-    @property
-    def tasks(self) -> tuple[int, ...]:
-        """Index of every merged task, in order of arrival."""
-        return tuple(self._identities)
-
-    @property
-    def num_tasks(self) -> int:
-        """How many tasks are merged."""
-        return len(self._identities)
 
     def matrices(self, shapes: Shapes) -> list[str]:
         """Return lines, for printing, that say what the rule decomposes as matrices; none for rules that do not.
@@ -199,7 +134,7 @@ class Merger(Configured, Scoped, ABC):
         task = max(self.tasks, default=-1) + 1 if task is None else task
         if task in self._identities:
             raise ValueError(
-                f"expected a task that is not merged yet, got task {task} again (merged are {_listed(self.tasks)}); "
+                f"expected a task that is not merged yet, got task {task} again (merged are {listed(self.tasks)}); "
                 "give every task vector an index of its own"
             )
         given = Step(task=task, position=self.num_tasks, score=score, statistics=statistics or {})
@@ -285,42 +220,6 @@ class Merger(Configured, Scoped, ABC):
                 )
         return merged
 
-    def merge_state(self, other: "Merger") -> None:
-        """Join another accumulator of the same rule, as if ``other``'s task vectors had come after these.
-
-        Args:
-            other: A merger of the same class and settings, over the same parameters; it is not changed.
-
-        Raises:
-            RuntimeError: If the rule depends on the order of tasks or the settings differ.
-            TypeError: If ``other`` is another rule.
-            ValueError: If base model, names or shapes differ, or both have merged a task of the same index.
-        """
-        if type(other) is not type(self):
-            raise TypeError(f"expected another {type(self).__name__} to join, got {type(other).__name__}")
-        if other.settings() != self.settings():
-            raise RuntimeError(f"expected the same settings to join two mergers, got {self!r} and {other!r}")
-        if not self.order_free:
-            raise RuntimeError(
-                f"expected a rule that does not depend on the order of tasks, got {self!r}; "
-                "update one merger with the task vectors in order instead"
-            )
-        check_base(other.base, self.base, "a merger")
-        if not other.num_tasks:
-            return
-        if both := sorted(self._identities.keys() & other._identities.keys()):
-            raise ValueError(
-                f"expected to join mergers of different tasks, got two that both hold {_listed(both)}; give every task "
-                "an index of its own: update(vector, task=...)"
-            )
-        if self.num_tasks:
-            check_shapes(other._shapes, self._shapes, "a merger")
-            self._check_dtypes(other._float_dtypes(), "a merger")
-        with torch.inference_mode(False), torch.no_grad():
-            self._join(other)
-        self._shapes, self.base = dict(self._shapes or other._shapes), self.base or other.base
-        self._identities = self._identities | other._identities
-
     def use_bank(self, bank: TaskVectorBank) -> None:
         """Read task vectors from a bank where the rule would keep copies; nothing changes for rules that keep none.
 
@@ -330,84 +229,6 @@ class Merger(Configured, Scoped, ABC):
         Args:
             bank: Where the vectors are.
         """
-
-    def reset(self) -> None:
-        """Forget every task; settings and the device asked for with ``to`` stay."""
-        self._identities, self.base = {}, None
-        self._shapes, self._slots = {}, {}
-        self._load_extras({})
-
-    def to(self, device: torch.device | str) -> Self:
-        """Keep the accumulators on this device from now on. Default: where the first task vector lives.
-
-        Args:
-            device: Where they go.
-        """
-        self._device = torch.device(device)
-        self._slots = copied(self._slots, self._device)
-        for attribute in self._kept_beside:
-            setattr(self, attribute, duplicate(getattr(self, attribute), self._device))
-        return self
-
-    def state_size(self, shapes: Shapes, num_tasks: int) -> int:
-        """Return the bytes that the accumulators' tensors take for task vectors of float32 or less.
-
-        Args:
-            shapes: Shapes of the merged parameters by name.
-            num_tasks: Task vectors merged.
-
-        Example:
-            >>> from clmerge.merging import TIES
-            >>> TIES().state_size({"w": (100, 10)}, num_tasks=8)
-            12000
-        """
-        dtypes = self._slot_dtypes(num_tasks).values()
-        return num_entries(shapes) * sum((dtype or torch.float32).itemsize for dtype in dtypes)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to go on: primitives and copies of tensors, safe to load weights-only."""
-        return {
-            "class": type(self).__name__,
-            "settings": self.settings(),
-            "tasks": {str(task): identity for task, identity in self._identities.items()},
-            "base": self.base,
-            "shapes": {name: list(shape) for name, shape in self._shapes.items()},
-            "slots": copied(self._slots),
-            "extras": self._extras(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken, bit for bit.
-
-        Args:
-            state: What ``state_dict`` of a merger of the same class and settings returned.
-
-        Raises:
-            ValueError: If it belongs to another rule or other settings, or tensors are missing. The state is
-                then as it was.
-        """
-        for key, expected in (("class", type(self).__name__), ("settings", self.settings())):
-            if state.get(key) != expected:
-                raise ValueError(f"expected the state of {self!r}, got one with {key} {state.get(key)!r}")
-        if "tasks" not in state:
-            raise ValueError(
-                f"expected the tasks merged in the state of {self!r}, got one of another version of clmerge"
-            )
-        identities = {int(task): str(identity) for task, identity in state["tasks"].items()}
-        shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
-        wanted = set(self._slot_dtypes(len(identities)))
-        for name, shape in shapes.items():
-            found = {slot: tuple(tensor.shape) for slot, tensor in state["slots"].get(name, {}).items()}
-            if found != dict.fromkeys(wanted, shape):
-                raise ValueError(
-                    f"expected accumulators {sorted(wanted)} of shape {shape} for {name!r} in the state of "
-                    f"{self!r}, got {found}; the checkpoint is damaged or of another version"
-                )
-        with torch.inference_mode(False):
-            slots = copied(state["slots"], self._device)
-        self._load_extras(state["extras"])
-        self._slots, self._shapes = slots, shapes
-        self._identities, self.base = identities, state["base"]
 
     # How it works inside
 
@@ -450,11 +271,11 @@ class Merger(Configured, Scoped, ABC):
             return step.task if step.task >= 0 else matching[0]
         if step.task < 0 and matching:
             raise ValueError(
-                f"expected one task with this vector, got {_listed(matching)}; say which to take out: task=..."
+                f"expected one task with this vector, got {listed(matching)}; say which to take out: task=..."
             )
         where = f"the vector and statistics of task {step.task}" if step.task >= 0 else "those of a merged task"
         raise ValueError(
-            f"expected {where} to take out of {self!r} (merged are {_listed(self.tasks)}), got others; give what "
+            f"expected {where} to take out of {self!r} (merged are {listed(self.tasks)}), got others; give what "
             "update() was given"
         )
 
@@ -478,34 +299,3 @@ class Merger(Configured, Scoped, ABC):
             self._fold(name, accumulators, vector[name].detach().to(device_of(accumulators)), step, plan)
         self._slots = slots
         return plan
-
-    def _float_dtypes(self) -> dict[str, torch.dtype]:
-        return {name: float_dtype(slots) for name, slots in self._slots.items()}
-
-    def _check_dtypes(self, dtypes: dict[str, torch.dtype], source: str) -> None:
-        """Refuse what would lose precision: float64 for an accumulator that began in float32."""
-        for name, dtype in self._float_dtypes().items():
-            if dtypes[name] == torch.float64 != dtype:
-                raise ValueError(
-                    f"expected {name!r} in float32 or less as in the first task vector, got float64 in "
-                    f"{source}; convert all task vectors to one dtype"
-                )
-
-    def _join(self, other: Self) -> None:
-        if self.num_tasks:
-            widen(self._slots, self._slot_dtypes(self.num_tasks + other.num_tasks))
-            for name, slots in self._slots.items():
-                order, dtype = list(slots), float_dtype(slots)
-                theirs = [other._slots[name][slot].to(device_of(slots)) for slot in order]
-                for block, pieces in slot_blocks(slots, *theirs):
-                    cast = (piece.to(dtype) if piece.is_floating_point() else piece for piece in pieces)
-                    self._join_block(block, dict(zip(order, cast, strict=True)))
-            self._join_extras(other)
-        else:
-            self._slots = copied(other._slots, self._device)
-            self._load_extras(other._extras())
-
-
-def _listed(tasks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, tasks[:6])) + (f" and {len(tasks) - 6} more" if len(tasks) > 6 else "")
-    return f"task{'s' if len(tasks) != 1 else ''} {shown}"

@@ -165,7 +165,7 @@ def test_packed_vectors_take_the_bytes_that_are_said(bits, taken):
 def test_a_damaged_state_is_refused(rule):
     merger, state = in_memory(rule, (0,)), in_memory(rule).state_dict()
     before = merger.compute()
-    kept = (state if rule == "tall" else state["extras"]["reducer"])["extras"]["kept"]
+    kept = (state if rule == "tall" else state["extras"]["parts"]["0"])["extras"]["kept"]
     del kept["2"]["parts"]["bias"]
     with pytest.raises(ValueError, match="damaged"):
         merger.load_state_dict(state)
