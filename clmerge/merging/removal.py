@@ -12,6 +12,7 @@ from clmerge.merging.accumulators import Slots, copied, float_dtype
 from clmerge.merging.checks import Shapes
 from clmerge.merging.kept_beside import added
 from clmerge.merging.merger import Merger
+from clmerge.merging.scope import Scope
 from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
@@ -54,6 +55,7 @@ class Removable(Merger, ABC):
     """
 
     removable = True
+    scope: Scope = "parameter"  # pieces of task vectors, which are never taken out, are folded in as they are
 
     def __init__(self) -> None:
         super().__init__()

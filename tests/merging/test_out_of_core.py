@@ -121,7 +121,7 @@ def test_how_rules_are_streamed():
 
 
 def test_memory_does_not_grow_with_the_tasks_but_with_the_scope():
-    sizes = [100] * 50
+    sizes = {f"{index}.weight": (10, 10) for index in range(50)}
     assert working_memory(TIES(), sizes, 2) == working_memory(TIES(), sizes, 200)
     assert working_memory(DARE(reducer=TIES()), sizes, 2) > 25 * working_memory(TIES(), sizes, 2)
 
