@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from clmerge.results import Results
+from clmerge.results import ZERO_SHOT, Results
 from clmerge.run_folder import RunFolder
 from clmerge.streams.identity import check_stream, stream_identity
 
@@ -37,7 +37,8 @@ def restore(learner: "Learner", run: RunFolder) -> Results:
         raise ValueError(f"expected the stream of {run.path} ({results.tasks}), got {fresh.tasks}")
     _check_settings(run, settings_of(learner))
     if found.stream:
-        check_stream(learner.stream, found.stream, str(run.path))
+        tested = found.evaluated > 0 or ZERO_SHOT in found.results.get("models", {})
+        check_stream(learner.stream, found.stream, str(run.path), trained=run.tasks_begun, tested=tested)
     else:
         found.stream = stream_identity(learner.stream)
     results.options = found.options_by_task(len(tasks)) if found.options else []

@@ -112,7 +112,13 @@ class RunFolder:
     @property
     def is_untrained(self) -> bool:
         """Whether nothing that was trained is there: neither a committed task nor a checkpoint."""
-        return not (self.manifest.has_trained or any((self.path / "checkpoints").glob("task_*")))
+        return self.tasks_begun == 0
+
+    @property
+    def tasks_begun(self) -> int:
+        """Tasks that something was trained of."""
+        began = self.manifest.branch > 0 or any((self.path / "checkpoints").glob("task_*"))
+        return self.manifest.trained + began
 
     def change_options(self, options: Sequence[str], *, begin_anew: bool) -> bool:
         """Take down what is other than in ``config.yaml`` from the task on that is trained next.
@@ -127,7 +133,7 @@ class RunFolder:
         manifest = self.manifest
         manifest.options.append({"task": manifest.trained, "options": list(options)})
         checkpoints = list((self.path / "checkpoints").glob("task_*"))
-        began = manifest.branch > 0 or bool(checkpoints)
+        began = self.tasks_begun > manifest.trained
         if begin_anew and not manifest.finished:
             # Before the commit: a kill in between costs epochs, and never mixes two sets of options.
             for found in checkpoints if self.writes else ():

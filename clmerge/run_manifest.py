@@ -56,11 +56,6 @@ class Manifest:
     stream: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def has_trained(self) -> bool:
-        """Whether anything that was trained is committed."""
-        return self.trained > 0 or self.branch > 0
-
     def options_in_force(self) -> list[str]:
         """Return the options beside ``config.yaml`` that the latest task was or will be trained with."""
         return [option for entry in self.options for option in entry["options"]]

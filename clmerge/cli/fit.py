@@ -216,7 +216,9 @@ def _run(arguments: Sequence[str], resume: str | None) -> int:
         hint = ""
         if run is not None and not run.is_untrained:
             hint = f"; what was trained is kept: resume with clmerge fit --resume {run.path}"
-        elif run is not None and resume is None:
+        elif resume is not None and run is not None:
+            hint = f"; resume with clmerge fit --resume {run.path}"
+        elif run is not None:
             with suppress(OSError):  # a start that failed; if the folder stays, the next start takes it over
                 run.discard()
         if isinstance(error, UnreadableImageError):

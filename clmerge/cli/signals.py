@@ -39,12 +39,20 @@ def run_until_stopped(name: str, run: Callable[[], int]) -> int:
     received: list[Stopped] = []
     try:
         with _raised(received):
-            return run()
+            code = run()
+        if not (code and received):
+            return code
+        stop = received[0]
     except Stopped as stopped:
         stop = stopped
     except SystemExit as end:
         # Where the exception is lost, in a destructor for instance, Lightning ends by itself, and with success.
         if end.code or not received:
+            raise
+        stop = received[0]
+    except Exception:
+        # Raised within a library's C code, it may come out as an error of that library.
+        if not received:
             raise
         stop = received[0]
     except KeyboardInterrupt:  # from where the handler was another one

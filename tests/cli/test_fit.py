@@ -17,6 +17,7 @@ from wandb_reader import find_runs
 from clmerge.cli import main
 from clmerge.cli.fit import spread_mergers
 from clmerge.cli.resume import split_resume
+from clmerge.run_folder import RunFolder
 from clmerge.task_training import TaskTraining
 
 CONFIG = """
@@ -293,9 +294,9 @@ def stopped_after_first_task(config, run, monkeypatch, *options):
 def test_options_of_a_resume_are_on_record_and_edited_files_are_refused(config, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     stopped_after_first_task(config, run, monkeypatch)
-    assert (
-        f"the disk is gone; what was trained is kept: resume with clmerge fit --resume {run}" in capsys.readouterr().err
-    )
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("clmerge fit: the disk is gone")
+    assert told.endswith(f"; what was trained is kept: resume with clmerge fit --resume {run}")
     whole = {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
     text = (run / "config.yaml").read_text()
@@ -337,7 +338,9 @@ def test_a_start_that_fails_leaves_no_folder(config, tmp_path, monkeypatch, caps
     monkeypatch.setattr(TaskTraining, "train", failing)
     command = ["fit", "--config", str(config), "--run_dir", str(run), "--logging.wandb=false"]
     assert main(command) == 1
-    assert capsys.readouterr().err.endswith("clmerge fit: expected an image, got a.png\n")
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("clmerge fit: expected an image, got a.png")
+    assert "--resume" not in told
     assert not run.exists()
 
 
@@ -382,6 +385,39 @@ def test_an_unreadable_image_ends_a_run_with_one_line(spoilt, capsys):
     assert "TEST/щит/image_1.png, got cannot identify image file" in told
     assert "; --check_data finds all such images before a run" in told
     assert not run.exists(), "nothing was trained"
+
+
+def test_a_run_that_met_an_unreadable_image_goes_on_when_it_is_mended(spoilt, capsys, monkeypatch):
+    """The images of the second task are spoilt; one test image is, too, which a resume meets before it has trained."""
+    arguments, run = spoilt
+    photos = run.parent / "photos"
+    sound = (photos / "Train" / "кот" / "image_1.png").read_bytes()
+    (photos / "Train" / "кот" / "image_3.png").write_bytes(sound)
+    late = [path for path in (photos / "Train" / "щит").iterdir() if path.name != "image_0.png"]
+    for path in late:
+        path.write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "discard", lambda self: None)  # as where the process was killed
+        assert main(arguments) == 1
+    capsys.readouterr()
+    resume = ["fit", "--resume", str(run)]
+    assert main(resume) == 1
+    told = capsys.readouterr().err
+    assert "TEST/щит/image_1.png, got cannot identify image file" in told
+    assert f"; resume with clmerge fit --resume {run}; --check_data finds" in told
+    (photos / "TEST" / "щит" / "image_1.png").write_bytes(sound + b"mended")
+    assert main(resume) == 1
+    told = capsys.readouterr().err
+    assert "Train/щит/image_" in told
+    assert f"; what was trained is kept: resume with clmerge fit --resume {run}" in told
+    for path in late:
+        path.write_bytes(sound + b"mended, too")
+    (photos / "TEST" / "щит" / "image_1.png").write_bytes(sound)
+    assert main(resume) == 1
+    assert "for task 2 (щит), got test images in files of other sizes" in capsys.readouterr().err
+    (photos / "TEST" / "щит" / "image_1.png").write_bytes(sound + b"mended")
+    assert main(resume) == 0
+    assert json.loads((run / "manifest.json").read_text())["finished"]
 
 
 def test_unreadable_images_are_left_out_of_a_run_and_of_its_comparison(spoilt, capsys, monkeypatch):

@@ -47,6 +47,26 @@ def test_a_signal_unwinds_the_stack_and_is_the_exit_code(number, message, capsys
     assert signal.getsignal(number) is before
 
 
+def as_error():
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except Stopped:
+        raise ValueError("could not determine the shape") from None
+
+
+def as_exit_code():
+    try:
+        as_error()
+    except ValueError:
+        return 1
+
+
+@pytest.mark.parametrize("run", [as_error, as_exit_code])
+def test_a_signal_that_a_library_turns_into_an_error_of_its_own_is_still_what_ended_the_command(run, capsys):
+    assert run_until_stopped("merge", run) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "clmerge merge: stopped by SIGTERM\n"
+
+
 def test_what_is_ignored_stays_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     assert run_until_stopped("fit", lambda: signal.raise_signal(signal.SIGHUP) or 0) == 0

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -33,27 +35,48 @@ def test_a_folder_that_was_moved_is_the_same_and_one_that_was_changed_is_not(fol
     expected = stream_identity(of_folder(folder))
     assert [task["train"] for task in expected["tasks"]] == [6, 6]
     moved = folder.rename(tmp_path / "elsewhere")
-    check_stream(of_folder(moved), expected, "runs/a")
+    check = partial(check_stream, expected=expected, run="runs/a", trained=2, tested=True)
+    check(of_folder(moved))
     image = moved / "train" / "d" / "0.png"
-    image.write_bytes(image.read_bytes() + b"more")
-    with pytest.raises(ValueError, match=r"expected the data of runs/a for task 2 \(c-d\), got other images"):
-        check_stream(of_folder(moved), expected, "runs/a")
     image.rename(image.with_name("9.png"))
     with pytest.raises(ValueError, match=r"task 2 \(c-d\), got other images"):
-        check_stream(of_folder(moved), expected, "runs/a")
+        check(of_folder(moved))
     image.with_name("9.png").unlink()
     with pytest.raises(
         ValueError, match=r"task 2 \(c-d\), got 5 train images instead of 6; give the run its data back"
     ):
-        check_stream(of_folder(moved), expected, "runs/a")
+        check(of_folder(moved))
     with pytest.raises(ValueError, match=r"expected the 2 tasks of runs/a, got a stream of 4"):
-        check_stream(ClassIncremental(ImageFolderSource(str(moved)), num_tasks=4, val_fraction=0), expected, "runs/a")
+        check(ClassIncremental(ImageFolderSource(str(moved)), num_tasks=4, val_fraction=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "tested", "used"),
+    [
+        ("train/d/0.png", 2, False, True),
+        ("train/d/0.png", 1, True, False),
+        ("train/a/0.png", 1, False, True),
+        ("test/d/0.png", 0, True, True),
+        ("test/a/0.png", 2, False, False),
+    ],
+)
+def test_a_file_may_be_mended_until_it_is_used(folder, name, trained, tested, used):
+    expected = stream_identity(of_folder(folder))
+    (folder / name).write_bytes(b"mended")
+    check = partial(check_stream, of_folder(folder), expected, "runs/a", trained=trained, tested=tested)
+    if not used:
+        check()
+        return
+    message = r"expected the data of runs/a for task \d \(.-.\), got (train|test) images in files of other sizes; give"
+    with pytest.raises(ValueError, match=message):
+        check()
 
 
 def test_other_arrays_and_other_labels_are_noticed(tmp_path):
     expected = stream_identity(of_arrays(tmp_path))
-    check_stream(of_arrays(tmp_path), expected, "runs/a")
+    check = partial(check_stream, expected=expected, run="runs/a", trained=0, tested=False)
+    check(of_arrays(tmp_path))
     with pytest.raises(ValueError, match=r"task 1 \(a-b\), got other images"):
-        check_stream(of_arrays(tmp_path, first=9), expected, "runs/a")
+        check(of_arrays(tmp_path, first=9))
     with pytest.raises(ValueError, match=r"task 1 \(a-b\), got other labels"):
-        check_stream(of_arrays(tmp_path, labels=(1, 0, 2, 3)), expected, "runs/a")
+        check(of_arrays(tmp_path, labels=(1, 0, 2, 3)))
