@@ -345,7 +345,7 @@ def test_a_start_that_fails_leaves_no_folder(config, tmp_path, monkeypatch, caps
 
 
 def failing(self, results, task):
-    raise ValueError("expected an image, got a.png")
+    raise OSError("expected an image, got a.png")
 
 
 @pytest.fixture
