@@ -1,6 +1,7 @@
 """A checkpoint that is open: names, shapes and dtypes at once, tensors one at a time from a memory map."""
 
 import json
+import mmap
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -178,6 +179,25 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         return len(self.entries)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is in a memory map."""
+
+    memory: mmap.mmap
+    begin: int
+    entry: Entry
+
+    def flat(self, start: int, stop: int) -> Tensor:
+        """Return some entries, as a view."""
+        dtype = self.entry.dtype
+        if start >= stop:
+            return torch.empty(0, dtype=dtype)
+        # Also where the entries are not aligned in the file: the view begins at any byte.
+        return torch.frombuffer(
+            self.memory, dtype=dtype, count=stop - start, offset=self.begin + start * dtype.itemsize
+        )
+
+
 class SafetensorsCheckpoint(Checkpoint):
     """One or several safetensors files.
 
@@ -192,7 +212,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def __init__(self, source: Path, files: Sequence[Path], kind: str = "safetensors") -> None:
         entries: dict[str, Entry] = {}
-        self._holders: dict[str, Any] = {}
+        self._places: dict[str, _Place] = {}
         self.metadata: dict[str, str] = {}
         for file in files:
             try:
@@ -201,16 +221,19 @@ class SafetensorsCheckpoint(Checkpoint):
                 raise ValueError(
                     f"expected a whole safetensors file, got {file}: {error}; copy or download it again"
                 ) from error
-            _check_header(file)
-            self.metadata |= holder.metadata() or {}
+            header, data_start = _read_header(file)
+            self.metadata |= header.get("__metadata__") or {}
+            with file.open("rb") as opened:
+                # Private, so that nothing can reach the file; tensors that look at it keep it.
+                memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
             for name in holder.offset_keys():
                 if name in entries:
                     raise ValueError(
                         f"expected every tensor in one file of {source}, got {name!r} twice, also in {file}"
                     )
-                view = holder.get_slice(name)
-                entries[name] = Entry(tuple(view.get_shape()), _dtype(view.get_dtype(), name, file))
-                self._holders[name] = holder
+                said = header[name]
+                entries[name] = Entry(tuple(said["shape"]), _dtype(said["dtype"], name, file))
+                self._places[name] = _Place(memory, data_start + said["data_offsets"][0], entries[name])
         self._factors: dict[str, tuple[str, str, float]] = {}
         if is_bank := is_bank_header(self.metadata):
             self._factors = factor_names(
@@ -239,8 +262,14 @@ class SafetensorsCheckpoint(Checkpoint):
         if name in self._factors:  # of a task vector that is kept as factors
             a, b, scale = self._factors[name]
             return Product(self._read(a), self._read(b), scale).dense()
-        tensor: Tensor = self._holders[name].get_tensor(name)
-        return tensor
+        place = self._places[name]
+        return place.flat(0, place.entry.numel).view(place.entry.shape)
+
+    @override
+    def _read_piece(self, name: str, piece: slice) -> Tensor:
+        if name in self._factors:
+            return super()._read_piece(name, piece)
+        return self._places[name].flat(*piece.indices(self._places[name].entry.numel)[:2])
 
 
 class TorchCheckpoint(Checkpoint):
@@ -287,19 +316,24 @@ def describe(checkpoint: Checkpoint) -> str:
     return f"{checkpoint.source} ({checkpoint.kind}{task}: {size}{names})"
 
 
-def _check_header(file: Path) -> None:
-    """Refuse a header that says two things of one tensor, of which safetensors believes the last."""
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """Return the header and where the data begins.
+
+    A header that says two things of one tensor is refused; safetensors believes the last.
+    """
     with file.open("rb") as opened:
-        text = opened.read(int.from_bytes(opened.read(8), "little"))
+        size = int.from_bytes(opened.read(8), "little")
+        text = opened.read(size)
 
     def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        if len(dict(pairs)) < len(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
             [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
             raise ValueError(f"expected every tensor once in {file}, got {name[:80]!r} twice in its header")
-        return dict(pairs)
+        return found
 
     try:
-        json.loads(text, object_pairs_hook=once)
+        return json.loads(text, object_pairs_hook=once), 8 + size
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"expected a header in JSON, got {file}: {error}; copy or download it again") from error
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from clmerge.checkpoints.reader import Checkpoint
+from clmerge.checkpoints.writer import raw_bytes
 
-_PROBE = 16  # entries at either end that are compared before all are
+_PROBE = 64  # bytes at either end that are compared before all are
 
 
 def resolve_ties(base: Checkpoint, models: Sequence[Checkpoint]) -> dict[str, str]:
@@ -59,8 +60,8 @@ def twins(checkpoint: Checkpoint) -> dict[str, str]:
         if memory is not None and (leader := by_memory.setdefault(memory, name)) != name:
             found[name] = leader
         elif len(entry.shape) > 1 and entry.numel > 1:
-            flat = checkpoint.tensor(name).reshape(-1)
-            ends = bytes(_bits(flat[:_PROBE]).tolist() + _bits(flat[-_PROBE:]).tolist())
+            bits = raw_bytes(checkpoint.tensor(name))
+            ends = bytes(bits[:_PROBE]) + bytes(bits[-_PROBE:])
             by_probe.setdefault((entry.shape, entry.dtype, ends), []).append(name)
     for names in by_probe.values():
         leaders: list[str] = []

@@ -45,6 +45,7 @@ class SafetensorsWriter:
         self._missing = set(entries)
         self._file = path.open("w+b")
         self._file.write(header)
+        self._position = 0  # in the data
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Write one tensor.
@@ -60,8 +61,11 @@ class SafetensorsWriter:
         if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
             raise ValueError(f"expected {entry} for {name!r}, got {tensor.dtype} of shape {tuple(tensor.shape)}")
         self._missing.discard(name)
-        self._file.seek(self._data_start + self._offsets[name])
+        start = self._offsets[name]
+        if start != self._position:  # a seek gives up the buffer, which many small tensors fill together
+            self._file.seek(self._data_start + start)
         self._file.write(raw_bytes(tensor))
+        self._position = start + entry.nbytes
 
     def data_sha256(self) -> str:
         """Return the SHA-256 of everything after the header."""
