@@ -1,6 +1,6 @@
-"""Task vectors taken from open checkpoints, one parameter at a time."""
+"""Task vectors taken from open checkpoints, a few parameters at a time."""
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from typing import Literal
 
 import torch
@@ -64,31 +64,34 @@ class CheckpointVectors:
             sides.append(self.base.entries[name].dtype)
         return torch.float64 if torch.float64 in sides else torch.float32
 
-    def read(self, task: int, name: str, piece: slice | None = None) -> Tensor:
-        """Return one parameter of one task vector, or a flat piece of it; the next call overwrites it."""
+    def kind(self, name: str) -> Hashable:
+        """Return what parameters have in common that can be read together."""
+        sides = [(model.entries.get(name), self._sign(model, name)) for model in self.models]
+        return self.base.entries[name].dtype, *((entry and entry.dtype, sign) for entry, sign in sides)
+
+    def read(self, task: int, names: Sequence[str], piece: slice | None = None) -> Tensor:
+        """Return parameters of one kind of one task vector, flat, or a piece of that; the next call overwrites it."""
         model = self.models[task]
-        if name in model.entries:
-            theta = model.tensor(name, piece)
+        theta = self._flat(model, names, piece)
+        if names[0] in model.entries:
             self._on_bytes(theta.nbytes)
-        else:
-            theta = self._zeros(name, piece)
-        sign = self._sign(model, name)
+        sign = self._sign(model, names[0])
         if not sign:
             return theta.to(accumulator_dtype(theta))
-        start = self.base.tensor(name, piece)
+        start = self._flat(self.base, names, piece)
         dtype = accumulator_dtype(theta, start)
-        tau = self._buffer(dtype, theta.numel()).view(theta.shape)
+        tau = self._buffer(dtype, theta.numel())
         if theta.dtype == start.dtype == dtype:
             return torch.add(theta, start, alpha=sign, out=tau)
         return tau.copy_(theta).add_(start.to(dtype), alpha=sign)
 
-    def sample(self, task: int, name: str, step: int) -> Tensor:
-        """Return one of ``step`` entries of a parameter of one task vector, flat, in short runs."""
+    def sample(self, task: int, names: Sequence[str], step: int) -> Tensor:
+        """Return one of ``step`` entries of parameters of one task vector, flat, in short runs."""
         model = self.models[task]
-        dtype = self.dtype(task, name)
-        theta = _sampled(model.tensor(name) if name in model.entries else self._zeros(name), step).to(dtype)
-        sign = self._sign(model, name)
-        return theta + sign * _sampled(self.base.tensor(name), step).to(dtype) if sign else theta
+        dtype = self.dtype(task, names[0])
+        theta = _sampled(self._flat(model, names), step).to(dtype)
+        sign = self._sign(model, names[0])
+        return theta + sign * _sampled(self._flat(self.base, names), step).to(dtype) if sign else theta
 
     def statistics(self, task: int, names: Sequence[str]) -> Statistics:
         """Return the statistics that the rule requires: the base's weights, and counts of the task."""
@@ -105,13 +108,16 @@ class CheckpointVectors:
             return int(self.origin == "zero")
         return -int(self.origin == "base")
 
-    def _zeros(self, name: str, piece: slice | None = None) -> Tensor:
-        """Return what an adapter has where it does not reach."""
-        return (
-            torch.zeros(1).expand(self.shape(name))
-            if piece is None
-            else torch.zeros(1).expand(piece.stop - piece.start)
-        )
+    def _flat(self, checkpoint: Checkpoint, names: Sequence[str], piece: slice | None = None) -> Tensor:
+        """Return parameters of one kind as a checkpoint has them, one after another."""
+        sizes = [self.base.entries[name].numel for name in names]
+        piece = piece or slice(0, sum(sizes))
+        if names[0] not in checkpoint.entries:  # where an adapter does not reach
+            return torch.zeros(1).expand(piece.stop - piece.start)
+        if len(names) == 1:
+            return checkpoint.tensor(names[0], piece)
+        parts = [checkpoint.tensor(name, slice(0, size)) for name, size in zip(names, sizes, strict=True)]
+        return torch.cat(parts)[piece]
 
     def _buffer(self, dtype: torch.dtype, numel: int) -> Tensor:
         if dtype not in self._buffers or self._buffers[dtype].numel() < numel:
@@ -143,9 +149,8 @@ def check_statistics(merger: Merger, models: Sequence[Checkpoint]) -> None:
             )
 
 
-def _sampled(tensor: Tensor, step: int) -> Tensor:
+def _sampled(flat: Tensor, step: int) -> Tensor:
     """Return one of ``step`` entries, in runs of 16: what costs is the number of cache lines that are touched."""
-    flat = tensor.reshape(-1)
     period = _RUN * step
     whole = flat.numel() // period * period
     runs = flat[:whole].view(-1, period)[:, :_RUN].reshape(-1)

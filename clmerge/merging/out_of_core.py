@@ -1,10 +1,10 @@
-"""Merge task vectors that are on disk, one parameter at a time: memory does not grow with the number of tasks."""
+"""Merge task vectors that are on disk, a few parameters at a time: memory does not grow with the number of tasks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
 from math import prod
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,42 +16,15 @@ from clmerge.merging.merger import Merger
 from clmerge.merging.pipeline import Pipeline
 from clmerge.merging.scope import widest
 from clmerge.merging.sparsify import TrimModel
-from clmerge.merging.step import Statistics
 from clmerge.merging.threshold import kth_of_pieces, sample_step
 from clmerge.merging.ties import TIES, sum_of_signs
+from clmerge.merging.vectors import Vectors, packs
 from clmerge.weights.task_vector import LazyVector, State
 
 _PIECE = 1 << 20
 
 Passes = Literal["entry", "parameter", "thresholds", "model"]
 """How a rule is streamed: in pieces, parameter by parameter, in pieces after a pass for thresholds, or as a whole."""
-
-
-class Vectors(Protocol):
-    """Task vectors that are read one parameter at a time.
-
-    Attributes:
-        names: The parameters, in the order in which they are best read.
-        num_tasks: How many task vectors there are.
-    """
-
-    names: Sequence[str]
-    num_tasks: int
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a parameter."""
-
-    def dtype(self, task: int, name: str) -> torch.dtype:
-        """Return the dtype that ``read`` gives: float32 or float64."""
-
-    def read(self, task: int, name: str, piece: slice | None = None) -> Tensor:
-        """Return one parameter of one task vector, or a flat piece of it; the next call may overwrite it."""
-
-    def sample(self, task: int, name: str, step: int) -> Tensor:
-        """Return one of ``step`` entries of what ``read`` gives, flat and spread evenly."""
-
-    def statistics(self, task: int, names: Sequence[str]) -> Statistics:
-        """Return what is known beside a task vector, of some parameters; ``check_statistics`` says what must be."""
 
 
 def passes_of(merger: Merger) -> Passes:
@@ -79,19 +52,21 @@ def working_memory(merger: Merger, shapes: Shapes, num_tasks: int) -> int:
         shapes: Shapes of the parameters by name.
         num_tasks: How many task vectors are merged.
     """
-    largest = max((prod(shape) for shape in shapes.values()), default=0)
+    held = [{name: shapes[name] for name in names} for names in packs(shapes, shapes.__getitem__, lambda name: None)]
+    largest = max(map(num_entries, held), default=0)
     whole = passes_of(merger) == "model"
     numel = num_entries(shapes) if whole else largest
-    # One parameter of a task vector, of the merged vector (twice while a sign is undecided) and of the merged model.
+    # One pack of a task vector, of the merged vector (twice while a sign is undecided) and of the merged model.
     buffers = 8 * numel + 8 * largest
     if merger.keeps_vectors and whole:
         return merger.reading_bytes * numel + 4 * num_tasks * largest + buffers
-    held = [shapes] if whole else [{name: shape} for name, shape in shapes.items()]
-    return max((merger.state_size(part, num_tasks) for part in held), default=0) + buffers
+    return max((merger.state_size(part, num_tasks) for part in ([shapes] if whole else held)), default=0) + buffers
 
 
 def merge_out_of_core(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:
     """Merge task vectors parameter by parameter, with the bits that merging them in memory gives.
+
+    Small parameters are merged together, so that a model of many costs what its entries do.
 
     Rules with one threshold for the whole model (TIES by default, a pipeline with ``TrimModel``) read everything
     twice. Any other rule whose ``scope`` is ``"model"`` holds its state, one task vector and the result in memory; one
@@ -110,23 +85,24 @@ def merge_out_of_core(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, T
     """
     merger = deepcopy(merger)
     merger.reset()
+    packed = packs(vectors.names, vectors.shape, vectors.kind)
     match passes_of(merger):
         case "model":
             yield from _whole(merger, vectors)
         case "parameter":
-            yield from _by_parameter(merger, vectors)
+            yield from _by_parameter(merger, vectors, packed)
         case "entry":
-            yield from _by_entry(merger, vectors)
+            yield from _by_entry(merger, vectors, packed)
         case "thresholds":
-            thresholds = [_threshold(_trim_density(merger), vectors, task) for task in range(vectors.num_tasks)]
+            thresholds = [_threshold(_trim_density(merger), vectors, task, packed) for task in range(vectors.num_tasks)]
             if isinstance(merger, TIES):
                 merger._sparsifier = _KnownThresholds(merger.density, thresholds)
                 with torch.inference_mode(False), torch.no_grad():
-                    yield from _ties(merger, vectors)
+                    yield from _ties(merger, vectors, packed)
             elif isinstance(merger, Pipeline):
                 merger.sparsifier = _KnownThresholds(_trim_density(merger), thresholds)
                 merger._sparsify_with([])
-                yield from _by_parameter(merger, vectors)
+                yield from _by_parameter(merger, vectors, packed)
 
 
 class _KnownThresholds(TrimModel):
@@ -142,16 +118,15 @@ class _KnownThresholds(TrimModel):
 
 
 class _Flat:
-    """The parameters of one task vector, flat, read anew at every walk."""
+    """The entries of one task vector, read anew at every walk."""
 
-    def __init__(self, vectors: Vectors, task: int) -> None:
-        self.vectors = vectors
-        self.task = task
+    def __init__(self, vectors: Vectors, task: int, packed: list[list[str]]) -> None:
+        self.vectors, self.task, self.packed = vectors, task, packed
 
     def __iter__(self) -> Iterator[Tensor]:
-        for name in self.vectors.names:
-            for piece in _pieces(self.vectors.shape(name)):
-                yield self.vectors.read(self.task, name, piece)
+        for names in self.packed:
+            for piece in _pieces(_numel(self.vectors, names)):
+                yield self.vectors.read(self.task, names, piece)
 
 
 def _trim_density(merger: Merger) -> float:
@@ -161,59 +136,93 @@ def _trim_density(merger: Merger) -> float:
     return trim.density
 
 
-def _threshold(density: float, vectors: Vectors, task: int) -> float:
+def _threshold(density: float, vectors: Vectors, task: int, packed: list[list[str]]) -> float:
     """Find what ``TrimModel.plan`` finds, without holding the task vector."""
-    total = sum(prod(vectors.shape(name)) for name in vectors.names)
+    total = _numel(vectors, vectors.names)
     count = int(density * total) + 1
     if count > total:
         return 0.0
     wide = any(vectors.dtype(task, name) == torch.float64 for name in vectors.names)
     step = sample_step(total)
-    sample = [vectors.sample(task, name, step) for name in vectors.names]
-    return kth_of_pieces(_Flat(vectors, task), sample, torch.float64 if wide else torch.float32, total, count).value
+    sample = [vectors.sample(task, names, step) for names in packed]
+    entries = _Flat(vectors, task, packed)
+    return kth_of_pieces(entries, sample, torch.float64 if wide else torch.float32, total, count).value
 
 
-def _fold(merger: Merger, vectors: Vectors, name: str, piece: slice | None = None) -> None:
-    merger.reset()
-    for task in range(vectors.num_tasks):
-        known = vectors.statistics(task, [name])
-        merger.update_piece({name: vectors.read(task, name, piece)}, task, statistics=known)
+def _numel(vectors: Vectors, names: Sequence[str]) -> int:
+    return sum(prod(vectors.shape(name)) for name in names)
 
 
-def _pieces(shape: tuple[int, ...]) -> list[slice]:
+def _pieces(numel: int) -> list[slice]:
     """Cut a parameter into pieces whose accumulators stay in the processor's cache over all tasks."""
-    numel = prod(shape)
     return [slice(start, min(start + _PIECE, numel)) for start in range(0, max(numel, 1), _PIECE)]
 
 
-def _by_piece(vectors: Vectors, name: str, merged: Callable[[slice], Tensor]) -> Tensor:
-    """Merge a parameter piece by piece."""
-    shape = vectors.shape(name)
+def _unpacked(vectors: Vectors, names: Sequence[str], flat: Tensor) -> dict[str, Tensor]:
+    """Return the parameters that are in a pack, as views."""
+    shapes = [vectors.shape(name) for name in names]
+    parts = flat.split_with_sizes([prod(shape) for shape in shapes])
+    return {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+
+
+def _by_piece(vectors: Vectors, names: Sequence[str], merged: Callable[[Sequence[str], slice], Tensor]) -> Tensor:
+    """Merge a pack piece by piece."""
+    numel = _numel(vectors, names)
     whole: Tensor | None = None
-    for piece in _pieces(shape):
-        part = merged(piece)
+    for piece in _pieces(numel):
+        part = merged(names, piece)
         if whole is None:
-            whole = part.new_empty(prod(shape))
+            whole = part.new_empty(numel)
         whole[piece] = part
     assert whole is not None, "an empty parameter has one piece"
-    return whole.view(shape)
+    return whole
 
 
-def _by_entry(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:
-    for name in vectors.names:
+def _as_one(
+    vectors: Vectors, names: Sequence[str], merged: Callable[[Sequence[str], slice], Tensor]
+) -> dict[str, Tensor]:
+    """Merge a pack as if it were one parameter, which is the same to a rule that looks at single entries."""
+    try:
+        return _unpacked(vectors, names, _by_piece(vectors, names, merged))
+    except (ValueError, RuntimeError):
+        if len(names) == 1:
+            raise
+    # What is wrong with one of them can be said by name.
+    parts = [_unpacked(vectors, [name], _by_piece(vectors, [name], merged)) for name in names]
+    return {name: part for found in parts for name, part in found.items()}
 
-        def merged(piece: slice, name: str = name) -> Tensor:
-            _fold(merger, vectors, name, piece)
-            return merger.compute()[name]
 
-        yield name, _by_piece(vectors, name, merged)
+def _fold_as_one(merger: Merger, vectors: Vectors, names: Sequence[str], piece: slice) -> None:
+    merger.reset()
+    for task in range(vectors.num_tasks):
+        known = vectors.statistics(task, names)
+        merger.update_piece({names[0]: vectors.read(task, names, piece)}, task, statistics=known)
+
+
+def _given(found: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Give parameters away, so that they can be freed while others are merged."""
+    for name in list(found):
+        yield name, found.pop(name)
+
+
+def _by_entry(merger: Merger, vectors: Vectors, packed: list[list[str]]) -> Iterator[tuple[str, Tensor]]:
+    def merged(names: Sequence[str], piece: slice) -> Tensor:
+        _fold_as_one(merger, vectors, names, piece)
+        return merger.compute()[names[0]]
+
+    for names in packed:
+        yield from _given(_as_one(vectors, names, merged))
     merger.reset()
 
 
-def _by_parameter(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:
-    for name in vectors.names:
-        _fold(merger, vectors, name)
-        yield name, merger.compute()[name]
+def _by_parameter(merger: Merger, vectors: Vectors, packed: list[list[str]]) -> Iterator[tuple[str, Tensor]]:
+    for names in packed:
+        merger.reset()
+        for task in range(vectors.num_tasks):
+            known = vectors.statistics(task, names)
+            parts = _unpacked(vectors, names, vectors.read(task, names))
+            merger.update_piece(parts, task, statistics=known)
+        yield from _given(merger.compute())
     merger.reset()
 
 
@@ -230,7 +239,7 @@ class _Reread(LazyVector):
 
     @override
     def __getitem__(self, name: str) -> Tensor:
-        return self._vectors.read(self._task, name).clone()
+        return self._vectors.read(self._task, [name]).view(self._vectors.shape(name)).clone()
 
 
 def _whole(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:
@@ -241,34 +250,35 @@ def _whole(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:
     yield from merger.compute().items()
 
 
-def _ties(merger: TIES, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:
+def _ties(merger: TIES, vectors: Vectors, packed: list[list[str]]) -> Iterator[tuple[str, Tensor]]:
     """Merge by TIES with one trim for the model.
 
     Entries whose sum is zero take the sign that most entries of the model have, which is known only at the end. Where
     it would make a difference a guess is written first, and the parameter is merged again if it was wrong.
     """
     surplus = 0
-    guesses: dict[str, int] = {}
+    guesses: dict[str, int] = {}  # by the first name of a pack
 
     def elected() -> int:
         # Without a majority, only the largest magnitude is another than with a negative one.
         return 1 if surplus > 0 else 0 if merger.merge == "max" and not surplus else -1
 
-    def merged(name: str, piece: slice, sign: int) -> Tensor:
+    def merged(names: Sequence[str], piece: slice, sign: int) -> Tensor:
         nonlocal surplus
-        _fold(merger, vectors, name, piece)
-        for block, _ in slot_blocks(merger._slots[name]):
+        _fold_as_one(merger, vectors, names, piece)
+        for block, _ in slot_blocks(merger._slots[names[0]]):
             total = merger._total(block)
             surplus += sum_of_signs([total])
-            if name not in guesses and _undecided(block, total):
-                guesses[name] = sign
-        return _read(merger, name, sign)
+            if names[0] not in guesses and _undecided(block, total):
+                guesses[names[0]] = sign
+        return _read(merger, names[0], sign)
 
-    for name in vectors.names:
-        yield name, _by_piece(vectors, name, partial(merged, name, sign=elected()))
+    for names in packed:
+        yield from _given(_as_one(vectors, names, partial(merged, sign=elected())))
     sign = elected()
-    for name in [name for name, guess in guesses.items() if guess != sign]:
-        yield name, _by_piece(vectors, name, partial(merged, name, sign=sign))
+    for names in packed:
+        if guesses.get(names[0], sign) != sign:
+            yield from _given(_as_one(vectors, names, partial(merged, sign=sign)))
     merger.reset()
 
 

@@ -9,7 +9,7 @@ class Scoped:
     """Base of mergers, sparsifiers and finishers: they say whether parameters can be merged one by one.
 
     Attributes:
-        scope: ``"entry"`` if what happens to an entry depends on that entry (and the parameter's name) alone;
+        scope: ``"entry"`` if what happens to an entry depends on that entry alone, whatever parameter it is in;
             ``"parameter"`` if what happens to a parameter depends on that parameter alone, so that a model can be
             merged one parameter at a time; ``"model"`` otherwise. A class that overrides one of the functions that see
             the whole model counts as ``"model"`` until it says otherwise.

@@ -24,18 +24,21 @@ class Held:
     def dtype(self, task, name):
         return self.vectors[task][name].dtype
 
-    def read(self, task, name, piece=None):
-        tau = self.vectors[task][name]
-        tau = tau if piece is None else tau.view(-1)[piece]
+    def kind(self, name):
+        return self.vectors[0][name].dtype
+
+    def read(self, task, names, piece=None):
+        tau = torch.cat([self.vectors[task][name].reshape(-1) for name in names])
+        tau = tau if piece is None else tau[piece]
         if tau.dtype not in self.buffers:
-            self.buffers[tau.dtype] = torch.empty(160 * 160, dtype=tau.dtype)
-        return self.buffers[tau.dtype][: tau.numel()].view(tau.shape).copy_(tau)
+            self.buffers[tau.dtype] = torch.empty(160 * 160 + 2048, dtype=tau.dtype)
+        return self.buffers[tau.dtype][: tau.numel()].copy_(tau)
 
     def statistics(self, task, names):
         return statistics_of(task, {name: self.shape(name) for name in names})
 
-    def sample(self, task, name, step):
-        return self.vectors[task][name].reshape(-1)[::step].clone()
+    def sample(self, task, names, step):
+        return torch.cat([self.vectors[task][name].reshape(-1) for name in names])[::step]
 
 
 @pytest.fixture(autouse=True, params=[1000, 1 << 19])
@@ -121,7 +124,7 @@ def test_how_rules_are_streamed():
 
 
 def test_memory_does_not_grow_with_the_tasks_but_with_the_scope():
-    sizes = {f"{index}.weight": (10, 10) for index in range(50)}
+    sizes = {str(number): (300, 300) for number in range(50)}
     assert working_memory(TIES(), sizes, 2) == working_memory(TIES(), sizes, 200)
     assert working_memory(DARE(reducer=TIES()), sizes, 2) > 25 * working_memory(TIES(), sizes, 2)
 
