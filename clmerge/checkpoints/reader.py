@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class Entry:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Number of entries."""
         return prod(self.shape)
@@ -117,6 +118,14 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         stored = self.stored(name)
         return self._read(stored) if piece is None else self._read_piece(stored, piece)
 
+    def joined(self, names: Sequence[str]) -> Tensor:
+        """Return tensors of one dtype, flat and one after another; the result must not be written to.
+
+        Args:
+            names: Their names.
+        """
+        return torch.cat([self.tensor(name).reshape(-1) for name in names])
+
     def stored(self, name: str) -> str:
         """Return the name that a tensor has in the file."""
         return self._in_file.get(name, name)
@@ -171,6 +180,10 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         return self.tensor(name)
 
     @override
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries  # without reading it
+
+    @override
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
@@ -188,14 +201,13 @@ class _Place:
     entry: Entry
 
     def flat(self, start: int, stop: int) -> Tensor:
-        """Return some entries, as a view."""
+        """Return some entries, as a view; it may go beyond the tensor, where others of its dtype follow."""
         dtype = self.entry.dtype
         if start >= stop:
             return torch.empty(0, dtype=dtype)
         # Also where the entries are not aligned in the file: the view begins at any byte.
-        return torch.frombuffer(
-            self.memory, dtype=dtype, count=stop - start, offset=self.begin + start * dtype.itemsize
-        )
+        begin = self.begin + start * dtype.itemsize
+        return torch.frombuffer(self.memory, dtype=dtype, count=stop - start, offset=begin)
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -270,6 +282,24 @@ class SafetensorsCheckpoint(Checkpoint):
         if name in self._factors:
             return super()._read_piece(name, piece)
         return self._places[name].flat(*piece.indices(self._places[name].entry.numel)[:2])
+
+    @override
+    def joined(self, names: Sequence[str]) -> Tensor:
+        if not self._replaced.keys().isdisjoint(names):
+            return super().joined(names)
+        places = [self._places.get(self.stored(name)) for name in names]
+        runs: list[tuple[_Place, int]] = []  # tensors that follow each other in a file are read as one
+        end: tuple[mmap.mmap, int] | None = None
+        for place in places:
+            if place is None:  # kept as factors
+                return super().joined(names)
+            if end == (place.memory, place.begin):
+                runs[-1] = runs[-1][0], runs[-1][1] + place.entry.numel
+            else:
+                runs.append((place, place.entry.numel))
+            end = place.memory, place.begin + place.entry.nbytes
+        parts = [first.flat(0, numel) for first, numel in runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class TorchCheckpoint(Checkpoint):

@@ -110,14 +110,10 @@ class CheckpointVectors:
 
     def _flat(self, checkpoint: Checkpoint, names: Sequence[str], piece: slice | None = None) -> Tensor:
         """Return parameters of one kind as a checkpoint has them, one after another."""
-        sizes = [self.base.entries[name].numel for name in names]
-        piece = piece or slice(0, sum(sizes))
+        piece = piece or slice(0, sum(self.base.entries[name].numel for name in names))
         if names[0] not in checkpoint.entries:  # where an adapter does not reach
             return torch.zeros(1).expand(piece.stop - piece.start)
-        if len(names) == 1:
-            return checkpoint.tensor(names[0], piece)
-        parts = [checkpoint.tensor(name, slice(0, size)) for name, size in zip(names, sizes, strict=True)]
-        return torch.cat(parts)[piece]
+        return checkpoint.tensor(names[0], piece) if len(names) == 1 else checkpoint.joined(names)[piece]
 
     def _buffer(self, dtype: torch.dtype, numel: int) -> Tensor:
         if dtype not in self._buffers or self._buffers[dtype].numel() < numel:
