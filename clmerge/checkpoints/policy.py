@@ -9,7 +9,7 @@ from clmerge.checkpoints.reader import Checkpoint, Entry
 from clmerge.checkpoints.tied import resolve_ties, twins
 
 # Statistics of batch normalisation: floating-point, but not parameters.
-_STATISTICS = ("*running_mean", "*running_var", "*num_batches_tracked")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _SHOWN = 3
 _MERGED = ("merged", "in the base and in every model", False)
 
@@ -148,7 +148,7 @@ def _treatment(
     entry = base.entries[name]
     if not entry.dtype.is_floating_point:
         return "copied", "integer, bool or complex", "", False
-    if any(fnmatchcase(name, pattern) for pattern in _STATISTICS):
+    if name.endswith(_STATISTICS):
         return "copied", "running statistics", "", False
     if is_left_out(name, include, exclude):
         return "copied", "left out by --include or --exclude", "", False
@@ -197,18 +197,19 @@ def _check_fit(base: Checkpoint, models: Sequence[Checkpoint], wanted: Sequence[
         wanted: What may be merged of the base.
         merged: What is.
     """
-    for model in models:
+    room = _numel(base, wanted)
+    fitting = [_fitting(model, base, wanted) for model in models]
+    for model, found in zip(models, fitting, strict=True):
         offered = [name for name, entry in model.entries.items() if entry.dtype.is_floating_point]
-        fitting = _fitting(model, base, wanted)
-        smaller = min((base, wanted), (model, offered), key=lambda side: _numel(*side))
-        if 10 * len(fitting) < min(len(wanted), len(offered)) or 10 * _numel(base, fitting) < _numel(*smaller):
+        smaller = min(room, _numel(model, offered))
+        if 10 * len(found) < min(len(wanted), len(offered)) or 10 * _numel(base, found) < smaller:
             ours, theirs = (", ".join(map(repr, names[:_SHOWN])) for names in (offered, wanted))
             raise ValueError(
-                f"expected a model with the base's tensors, got {model.source}, of which {len(fitting)} of "
+                f"expected a model with the base's tensors, got {model.source}, of which {len(found)} of "
                 f"{len(offered)} fit: it has {ours}, and {base.source} has {theirs}; use models of one architecture, "
                 "or leave out with --exclude what is meant to differ"
             )
-    least = min((_numel(base, _fitting(model, base, wanted)) for model in models), default=0)
+    least = min((_numel(base, found) for found in fitting), default=0)
     if not merged or 10 * _numel(base, merged) < least:
         raise ValueError(
             f"expected floating-point tensors that {base.source} and every model have, got {len(merged)} of them; "

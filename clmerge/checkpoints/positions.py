@@ -1,7 +1,8 @@
 """Position embeddings of a base at another image size than its models: resampled as their libraries do, or refused."""
 
+import re
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 from math import isqrt
 
 import torch
@@ -12,6 +13,8 @@ from clmerge.checkpoints.reader import Checkpoint
 
 _IMAGE = ("pos_embed", "*.pos_embed", "visual.positional_embedding", "*.visual.positional_embedding")
 _OTHER = ("*positional_embedding", "*position_embedding*", "*pos_embedding*", "*relative_position*", "*rel_pos*")
+
+_POSITIONS = re.compile("|".join(map(translate, (*_IMAGE, *_OTHER))))
 
 
 def fit_positions(base: Checkpoint, models: Sequence[Checkpoint], is_merged: Callable[[str], bool]) -> list[str]:
@@ -30,7 +33,7 @@ def fit_positions(base: Checkpoint, models: Sequence[Checkpoint], is_merged: Cal
     """
     notes = []
     for name, entry in list(base.entries.items()):
-        if not any(fnmatchcase(name, pattern) for pattern in (*_IMAGE, *_OTHER)) or not is_merged(name):
+        if not _POSITIONS.match(name) or not is_merged(name):
             continue
         shapes = {model.entries[name].shape: model for model in reversed(models) if name in model.entries}
         if shapes.keys() <= {entry.shape}:

@@ -49,7 +49,7 @@ class Entry:
         """Number of entries."""
         return prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the data."""
         return self.numel * self.dtype.itemsize

@@ -76,10 +76,11 @@ def packs(
         if numel > _LARGEST:
             found.append([name])
             continue
-        pack, filled = filling.get(kind(name), ([], PACK))
+        its_kind = kind(name)
+        pack, filled = filling.get(its_kind, ([], PACK + 1))
         if filled + numel > PACK:
             pack, filled = [], 0
             found.append(pack)
         pack.append(name)
-        filling[kind(name)] = pack, filled + numel
+        filling[its_kind] = pack, filled + numel
     return found

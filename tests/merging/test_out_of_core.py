@@ -2,7 +2,18 @@ import pytest
 import torch
 from merging.reference import CASES, statistics_of
 
-from clmerge.merging import DARE, PAINT, TIES, MagMax, Pipeline, Scale, TaskArithmetic, TrimModel, out_of_core
+from clmerge.merging import (
+    DARE,
+    PAINT,
+    TIES,
+    MagMax,
+    Pipeline,
+    Scale,
+    TaskArithmetic,
+    TrimModel,
+    WeightAverage,
+    out_of_core,
+)
 from clmerge.merging.finish import Finisher
 from clmerge.merging.out_of_core import merge_out_of_core, passes_of, working_memory
 
@@ -59,8 +70,9 @@ def eighths(num_tasks, seed):
 
 def assert_same_bits(merger, vectors):
     whole = type(merger)(**{key: getattr(merger, key) for key in merger.settings()})
+    shapes = {name: tuple(tensor.shape) for name, tensor in vectors[0].items()}
     for task, vector in enumerate(vectors):
-        whole.update(vector, task=task, statistics=statistics_of(task, SHAPES if whole.requires else {}))
+        whole.update(vector, task=task, statistics=statistics_of(task, shapes if whole.requires else {}))
     found = dict(merge_out_of_core(merger, Held(vectors)))
     expected = whole.compute()
     assert found.keys() == expected.keys()
@@ -138,3 +150,42 @@ def test_an_overflow_is_refused():
     vectors = [{"w": torch.full((3,), 3e38)}] * 2
     with pytest.raises(RuntimeError, match="overflow in 'w'"):
         dict(merge_out_of_core(TIES(1.0, merge="sum"), Held(vectors)))
+
+
+@pytest.mark.parametrize(
+    "label", [label for label, case in CASES.items() if not case.build().requires - {"weights", "samples", "steps"}]
+)
+def test_many_small_parameters_are_merged_together_with_the_bits_of_each(label):
+    """Of sizes at which vector instructions leave some entries over, other ones in a pack than in the parameter."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {f"{size}.weight": (size % 5 + 1, size) for size in range(14)} | {
+        f"{size}.bias": (size,) for size in (1, 9)
+    }
+    vectors = [{n: torch.randn(s, generator=generator) for n, s in shapes.items()} for _ in range(3)]
+    for vector in vectors:
+        vector["1.weight"], vector["9.weight"] = vector["1.weight"].double(), vector["9.weight"].double()
+    assert_same_bits(CASES[label].build(), vectors)
+
+
+def test_many_small_parameters_are_read_together():
+    reads = []
+
+    class Counted(Held):
+        def read(self, task, names, piece=None):
+            reads.append(list(names))
+            return super().read(task, names, piece)
+
+    vectors = [{str(number): torch.randn(3, 2) for number in range(300)} for _ in range(2)]
+    for merger in (TaskArithmetic(), TIES(trim="tensor"), TIES()):
+        dict(merge_out_of_core(merger, Counted(vectors)))
+    assert len(reads) < 60
+
+
+@pytest.mark.parametrize("merger", [MagMax(), TIES(1.0, merge="sum"), TIES(trim="tensor", merge="sum"), DARE(0.1)])
+@pytest.mark.parametrize("bad", [3e38, float("nan")])
+def test_what_is_wrong_with_one_of_many_parameters_has_its_name(merger, bad):
+    vectors = [{"a": torch.ones(5), "b": torch.full((3,), bad), "c": torch.ones(2)} for _ in range(5)]
+    if bad == 3e38 and isinstance(merger, MagMax):
+        merger = WeightAverage(scale=5.0)
+    with pytest.raises((ValueError, RuntimeError), match="'b'"):
+        dict(merge_out_of_core(merger, Held(vectors)))
