@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from streams.tiny_layouts import write_tree
 from support.tiny import tiny_clip
 from wandb_reader import find_runs
 
+from clmerge.callbacks.progress import EpochLines
 from clmerge.cli import main
 from clmerge.cli.fit import spread_mergers
 from clmerge.cli.resume import split_resume
@@ -331,6 +333,26 @@ def test_options_of_a_resume_are_on_record_and_edited_files_are_refused(config, 
     assert (run / "plots" / "task_aware" / "matrices.png").is_file()
     assert (run / "model" / "ties.safetensors").is_file()
     assert not list(run.rglob("*.tmp"))
+
+
+def test_sigterm_in_training_ends_with_143_and_the_run_resumes_to_the_same_bits(
+    config, finished, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochLines, "on_train_batch_start", terminated_in_the_second_task)
+        assert main(["fit", "--config", str(config), "--run_dir", str(run), "--logging.wandb=false"]) == 143
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"clmerge fit: stopped by SIGTERM; resume with clmerge fit --resume {run}"
+    assert json.loads((run / "manifest.json").read_text())["trained"] == 1
+    assert main(["fit", "--resume", str(run)]) == 0
+    for name in ("model/magmax.safetensors", "model/ties.safetensors", "bank/task_001.safetensors"):
+        assert (run / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def terminated_in_the_second_task(self, trainer, module, batch, batch_idx):
+    if trainer.datamodule.task == 1 and batch_idx == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_start_that_fails_leaves_no_folder(config, tmp_path, monkeypatch, capsys):
