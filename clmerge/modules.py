@@ -86,6 +86,7 @@ class ContinualClassifier(LightningModule):
         self.old_classes: list[int] = []
         self._task_classes: list[int] = []
         self._seen_classes: list[int] = []
+        self._on_device: dict[tuple[float, ...], Tensor] = {}
         # Metrics add up sums and counts over processes; Lightning's own mean averages the shares' rounded sizes.
         self.val_loss = MeanMetric(nan_strategy="disable")
         self.val_accuracy = MeanMetric(nan_strategy="disable")
@@ -167,7 +168,7 @@ class ContinualClassifier(LightningModule):
         """
         if self.loss_classes != "all":
             classes = self._task_classes if self.loss_classes == "current" else self._seen_classes
-            columns = torch.tensor(classes, device=logits.device)
+            columns = self._there(classes, logits.device)
             logits = logits[:, columns]
             labels = torch.searchsorted(columns, labels)
         return functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
@@ -186,14 +187,23 @@ class ContinualClassifier(LightningModule):
             self.log(f"train/{name}", term.detach(), sync_dist=True)
             loss = loss + term
         # Lightning keeps an "epoch" that a module logs itself; its own would start at 0 again in every task.
-        self.log("epoch", float(self.epoch_offset + self.current_epoch))
+        self.log("epoch", self._there([float(self.epoch_offset + self.current_epoch)], loss.device)[0])
         return loss
+
+    def _there(self, numbers: Sequence[float], device: torch.device) -> Tensor:
+        """Return numbers as a tensor on a device; copying them there in every step would make a GPU wait."""
+        key = tuple(numbers)
+        if key not in self._on_device or self._on_device[key].device != device:
+            # The classes of the task, those seen, and the epoch are all there is at a time.
+            self._on_device = dict(list(self._on_device.items())[-3:])
+            self._on_device[key] = torch.tensor(list(numbers), device=device)
+        return self._on_device[key]
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, labels = batch[0], batch[1]
         logits = self(images)
-        columns = torch.tensor(self._task_classes, device=logits.device)
+        columns = self._there(self._task_classes, logits.device)
         # Once per image: torchmetrics ignores weights where it does not look for NaN, and drops NaN where it does.
         self.val_loss.update(self.loss(logits, labels).expand(len(labels)))
         self.val_accuracy.update((columns[logits[:, columns].argmax(dim=1)] == labels).float())

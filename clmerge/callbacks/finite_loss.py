@@ -1,5 +1,6 @@
-"""Stop a fit whose loss is no number, before its weights are none either."""
+"""Stop a fit whose loss is no number, before its weights can be merged."""
 
+import math
 from typing import Any
 
 import torch
@@ -11,19 +12,46 @@ from typing_extensions import override
 class FiniteLoss(Callback):
     """Refuse to go on with a loss that is NaN or infinite: nothing that is trained from there on can be merged.
 
+    On a CUDA device the loss of a step is looked at in the next one, when it has long been copied: looking at once
+    would make the processor wait for the device in every step.
+
     Args:
         label: What is being trained.
     """
 
     def __init__(self, label: str) -> None:
         self.label = label
+        self._copied: tuple[Tensor, torch.cuda.Event, int, int] | None = None
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> Any:
-        if not torch.isfinite(loss.detach()).all():
+        value = loss.detach().mean()
+        epoch, step = trainer.current_epoch + 1, trainer.global_step + 1
+        if value.device.type != "cuda":
+            self._check(float(value), epoch, step)
+            return
+        self._check_copied()
+        host = torch.empty((), dtype=value.dtype, pin_memory=True)
+        host.copy_(value, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._copied = host, event, epoch, step
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_copied()
+
+    def _check_copied(self) -> None:
+        if self._copied is not None:
+            host, event, epoch, step = self._copied
+            self._copied = None
+            event.synchronize()
+            self._check(float(host), epoch, step)
+
+    def _check(self, loss: float, epoch: int, step: int) -> None:
+        if not math.isfinite(loss):
             raise RuntimeError(
-                f"expected a finite loss in {self.label}, got {float(loss.detach().mean())} in epoch "
-                f"{trainer.current_epoch + 1}, step {trainer.global_step + 1} of the task; lower the learning rate "
-                "(--model.optimizer.lr), warm up (--model.warmup_steps), clip (--trainer.gradient_clip_val), or train "
-                "with more precision (--trainer.precision=bf16-mixed or 32)"
+                f"expected a finite loss in {self.label}, got {loss} in epoch {epoch}, step {step} of the task; lower "
+                "the learning rate (--model.optimizer.lr), warm up (--model.warmup_steps), clip "
+                "(--trainer.gradient_clip_val), or train with more precision (--trainer.precision=bf16-mixed or 32)"
             )
