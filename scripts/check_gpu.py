@@ -59,7 +59,7 @@ ENTRYWISE: dict[str, tuple[Callable[[], Merger], float]] = {
     "MagMax": (MagMax, 0.0),
     "TIES": (TIES, 0.0),
     "TIES by tensor": (lambda: TIES(trim="tensor"), 0.0),
-    "DARE": (DARE, 0.0),
+    "DARE": (DARE, 1e-6),
     "EMR": (EMR, 1e-6),
     "Breadcrumbs": (Breadcrumbs, 0.0),
     "ModelStock": (ModelStock, 1e-6),
