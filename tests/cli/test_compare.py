@@ -179,7 +179,11 @@ def test_a_comparison_that_was_interrupted_goes_on(run, monkeypatch, capsys):
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Ledger, "add", killed)
-    assert main([*arguments, "--out", str(run / "killed")]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is ignored
+    try:
+        assert main([*arguments, "--out", str(run / "killed")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     (run / "killed" / ".rows.json.abc.tmp").write_text("what a kill in the middle of a write leaves")
     (run / "killed" / ".scratch").mkdir()
     monkeypatch.setattr(Ledger, "add", add)
