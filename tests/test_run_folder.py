@@ -12,7 +12,7 @@ from support.tiny import ForeignModule, toy_loader
 
 import clmerge
 import clmerge.run_folder
-from clmerge.checkpoint_io import AtomicCheckpointIO
+from clmerge.checkpoint_io import AtomicCheckpointIO, damage
 from clmerge.results import Results
 from clmerge.run_folder import RunFolder
 from clmerge.run_manifest import Manifest
@@ -451,6 +451,24 @@ def test_a_damaged_checkpoint_is_told_of_and_passed_over(run, capsys):
     path.mkdir()
     assert not run.has_whole(path)
     assert not path.exists()
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed_or_changes_nothing(tmp_path):
+    path = tmp_path / "a.ckpt"
+    whole = {"epoch": 1, "weights": torch.arange(3.0), "callbacks": {"a": None}}
+    AtomicCheckpointIO().save_checkpoint(whole, path)
+    data = path.read_bytes()
+    noticed = 0
+    for position in range(len(data)):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1 << position % 8]) + data[position + 1 :])
+        if damage(path) is not None:
+            noticed += 1
+            continue
+        found = torch.load(path, weights_only=True)
+        assert torch.equal(found.pop("weights"), whole["weights"]), position
+        assert found == {"epoch": 1, "callbacks": {"a": None}}, position
+    assert noticed > 300
 
 
 def test_results_that_a_kill_left_behind_the_manifest_are_written_again(run):
