@@ -15,7 +15,6 @@ from clmerge.calibration import CalibratedModels, Calibration
 from clmerge.callbacks import MergeCallback
 from clmerge.callbacks.progress import matrix_lines, trainable_line
 from clmerge.callbacks.provided import PROVIDED
-from clmerge.callbacks.running_merge import Buffers
 from clmerge.evaluation import Rows, accuracy_on, evaluate
 from clmerge.final_models import save_models
 from clmerge.learner_checks import check_learner
@@ -33,6 +32,7 @@ from clmerge.streams import Stream, StreamDataModule
 from clmerge.task_statistics import measure, training_images
 from clmerge.task_training import TaskTraining
 from clmerge.trainers import TrainerFactory, Trainers
+from clmerge.weights.batch_norm import Buffers
 from clmerge.weights.parametrization import running_statistics
 
 
@@ -272,7 +272,7 @@ class Learner:
         """Return what is trained but never merged: a head that learns its classes, and running statistics."""
         learned = not self.module.head.open_vocabulary
         head = {f"head.{name}": tensor for name, tensor in self.module.head.state_dict().items()} if learned else {}
-        return {**head, **running_statistics(self.module)}
+        return {**head, **running_statistics(self.module, counts=True)}
 
     def _statistics(self, module: LightningModule) -> Statistics:
         """Measure what mergers may require of the task that was just trained."""

@@ -11,9 +11,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.callbacks.running_merge import Buffers, RunningMerge
+from clmerge.callbacks.running_merge import RunningMerge
 from clmerge.merging import Merger, Statistics
 from clmerge.weights import fingerprint
+from clmerge.weights.batch_norm import Buffers
 
 
 class RecordedMerge(RunningMerge):

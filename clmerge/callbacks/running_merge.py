@@ -15,7 +15,7 @@ from clmerge.merging import Merger, Statistics
 from clmerge.merging.checks import is_finite
 from clmerge.results import EXPERT
 from clmerge.weights import CheckedVector, apply_task_vector, fingerprint, load_tensors
-from clmerge.weights.batch_norm import estimated_statistics
+from clmerge.weights.batch_norm import Buffers, estimated_statistics
 from clmerge.weights.modes import eval_mode
 from clmerge.weights.parametrization import (
     dense_weights,
@@ -28,8 +28,6 @@ from clmerge.weights.parametrization import (
 from clmerge.weights.swap import full_copy, swapped
 
 _FIRST_FIT = "the weights at the start of the first fit"
-
-Buffers = Literal["latest", "base", "mean", "re-estimated"]
 
 
 class RunningMerge:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import clmerge
 from clmerge.checkpoints.groups import Group
@@ -15,6 +15,7 @@ from clmerge.checkpoints.reader import Checkpoint
 from clmerge.checkpoints.vectors import Origin
 from clmerge.merging import Finisher, Merger, Sparsifier
 from clmerge.merging.configured import Configured
+from clmerge.weights.batch_norm import Buffers
 from clmerge.weights.io import parse_json
 from clmerge.weights.tensor_files import load_metadata
 
@@ -57,6 +58,9 @@ class Ledger:
         dtype: Of the result's floating-point tensors; None is the base's.
         shards: SHA-256 of every shard by file name (None with ``--no-hash``).
         weights: Which set was asked for of files that hold several.
+        buffers: Whose running statistics the result has.
+        estimated: Names of those that images gave, which cannot be computed again from the files.
+        images: Which images that were, in words.
     """
 
     merger: dict[str, Any] | None
@@ -74,6 +78,9 @@ class Ledger:
     dtype: str | None = None
     shards: dict[str, str | None] = field(default_factory=dict)
     weights: str | None = None
+    buffers: Buffers = "base"
+    estimated: list[str] = field(default_factory=list)
+    images: str | None = None
     schema: int = SCHEMA
 
     def metadata(self) -> dict[str, str]:
@@ -160,6 +167,9 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "origin": lambda value: value in ("base", "zero"),
     "dtype": lambda value: isinstance(value, str | None),
     "weights": lambda value: isinstance(value, str | None),
+    "buffers": lambda value: value in get_args(Buffers),
+    "estimated": _are_texts,
+    "images": lambda value: isinstance(value, str | None),
     "shards": _are_shards,
     "schema": lambda value: True,
 }

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from clmerge.checkpoints.buffers import MergedBuffers
+from clmerge.checkpoints.estimation import Estimation
 from clmerge.checkpoints.faults import explained
 from clmerge.checkpoints.formats import open_checkpoint, open_models
 from clmerge.checkpoints.groups import Group, assign
@@ -23,6 +25,7 @@ from clmerge.checkpoints.vectors import CheckpointVectors, Origin, check_statist
 from clmerge.checkpoints.writer import sha256_of
 from clmerge.merging import Merger
 from clmerge.merging.out_of_core import merge_out_of_core, passes_of, working_memory
+from clmerge.weights.batch_norm import Buffers
 from clmerge.weights.task_vector import LazyVector, accumulator_dtype, fingerprint
 
 OnBytes = Callable[[int], None]
@@ -48,6 +51,10 @@ class CheckpointMerge:
         exclude: Glob patterns of what is copied from the base.
         strict: Refuse tensors that do not match.
         weights: Which set is read of files that hold several, as ``open_checkpoint`` takes it.
+        buffers: Whose running statistics the result has: those of the ``"latest"`` model, of the ``"base"``, their
+            ``"mean"`` over the models, or ``"re-estimated"`` ones. Default: the base's, with a note if models have
+            others.
+        estimation: Estimates statistics, for ``"re-estimated"``.
 
     Raises:
         FileNotFoundError: If an input does not exist.
@@ -67,6 +74,8 @@ class CheckpointMerge:
         exclude: Sequence[str] = (),
         strict: bool = False,
         weights: str | None = None,
+        buffers: Buffers | None = None,
+        estimation: Estimation | None = None,
     ) -> None:
         self.origin: Origin = origin
         self.base = open_checkpoint(base, weights)
@@ -81,9 +90,17 @@ class CheckpointMerge:
         dtypes = {name: entry.dtype for name, entry in self.base.entries.items()}
         parts = assign(self.base.entries, groups, merger)
         left = {name for part in parts if part.merger is None for name in part.names}
-        self.notes = fit_positions(
-            self.base, self.models, lambda name: name not in left and not is_left_out(name, include, exclude)
-        )
+
+        def is_wanted(name: str) -> bool:
+            return name not in left and not is_left_out(name, include, exclude)
+
+        self.notes = fit_positions(self.base, self.models, is_wanted)
+        self.buffers = MergedBuffers(self.base, self.models, buffers, is_wanted)
+        self.notes += self.buffers.notes
+        self.estimation = estimation
+        if estimation is not None:
+            estimation.prepare(self.base, self.buffers.estimated)
+            self.notes.append(f"measures on {estimation.what}")
         self.entries = {
             name: Entry(entry.shape, wanted or dtypes[name]) if entry.dtype.is_floating_point else entry
             for name, entry in self.base.entries.items()
@@ -96,6 +113,7 @@ class CheckpointMerge:
             strict=strict,
             left=left,
             patterns=[pattern for part in parts for pattern in part.match],
+            statistics=self.buffers.treatments,
         )
         self.parts = [part for part in assign(self.policy.merged, groups, merger) if part.names]
         for part in self.parts:
@@ -110,11 +128,14 @@ class CheckpointMerge:
             dtype=dtype,
             base=str(Path(base).absolute()),
             models=[str(Path(model).absolute()) for model in models],
-            files=input_files([self.base, *self.models]),
+            files=input_files([self.base, *self.models, *self.buffers.files]),
             include=list(include),
             exclude=list(exclude),
             strict=strict,
             weights=weights,
+            buffers=self.buffers.policy,
+            estimated=self.buffers.estimated,
+            images=None if estimation is None else estimation.what,
             threads=torch.get_num_threads(),
             versions=versions(),
         )
@@ -150,7 +171,9 @@ class CheckpointMerge:
         for merger, shapes in work:
             lines += [f"matrix  {line}" for line in merger.matrices(shapes)]
         lines.append(f"writes  {self.nbytes / 1e6:,.1f} MB, safetensors")
-        lines.append(f"memory  {max(costs) / 2**20:,.1f} MiB: {_PASSES[costs[max(costs)]]}")
+        held = 0 if self.estimation is None else self.nbytes
+        also = ", and the merged model to measure on" if held else ""
+        lines.append(f"memory  {(max(costs) + held) / 2**20:,.1f} MiB: {_PASSES[costs[max(costs)]]}{also}")
         return "\n".join(lines)
 
     def run(
@@ -170,10 +193,13 @@ class CheckpointMerge:
             on_bytes: Told of every piece that was read, in bytes.
 
         Raises:
-            ValueError: If ``out`` is one of the inputs, the disk is too small, or a model is refused.
+            ValueError: If ``out`` is one of the inputs, the disk is too small, a model is refused, or statistics are to
+                be re-estimated by nothing.
             RuntimeError: If the merged vector overflows.
         """
         out = Path(out)
+        if self.buffers.estimated and self.estimation is None:
+            raise ValueError("expected an estimation= for buffers='re-estimated', got none")
         check_target(out, self.ledger, nbytes=self.nbytes, shard_bytes=shard_bytes)
         if not hashes:
             for file in self.ledger.files:
@@ -184,9 +210,16 @@ class CheckpointMerge:
             _hashed_meanwhile([file.path for file in self.ledger.files] if hashes else []) as sums,
             new_output(out, self.entries, self.ledger, shard_bytes=shard_bytes) as output,
         ):
+            held: dict[str, Tensor] = {}
             for name, tensor in self.stream(on_bytes):
                 output.put(name, tensor)
+                if self.estimation is not None:
+                    held[name] = tensor.clone()
                 del tensor  # else it would be held while the next is merged
+            if self.estimation is not None:
+                found = self.estimation.run(held)
+                for name in self.buffers.estimated:
+                    output.put(name, found[name].to(self.entries[name].dtype))
             if hashes:
                 for file in self.ledger.files:
                     file.sha256 = sums[file.path].result()
@@ -194,6 +227,8 @@ class CheckpointMerge:
 
     def stream(self, on_bytes: OnBytes = lambda count: None) -> Iterator[tuple[str, Tensor]]:
         """Merge, and yield the tensors of the merged model; a later one of the same name takes the place of an earlier.
+
+        Running statistics that are to be estimated are the base's here.
 
         Args:
             on_bytes: Told of every piece that was read, in bytes.
@@ -204,7 +239,8 @@ class CheckpointMerge:
             further.setdefault(leader, []).append(name)
         for name in self.base.entries:
             if name not in merged:
-                yield name, self.base.tensor(name).to(self.entries[name].dtype)
+                source = self.buffers if self.buffers.takes(name) else self.base
+                yield name, source.tensor(name).to(self.entries[name].dtype)
         try:
             for merger, names in self._work():
                 vectors = CheckpointVectors(

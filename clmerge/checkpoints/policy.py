@@ -1,6 +1,6 @@
 """The policy: which tensors of the base are merged, which are copied, and what in the models is ignored."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -8,10 +8,13 @@ from fnmatch import fnmatchcase
 from clmerge.checkpoints.reader import Checkpoint, Entry
 from clmerge.checkpoints.tied import resolve_ties, twins
 
-# Statistics of batch normalisation: floating-point, but not parameters.
+# Statistics of batch normalisation, which are no parameters.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _SHOWN = 3
 _MERGED = ("merged", "in the base and in every model", False)
+
+Treatment = tuple[str, str, str, bool]
+"""What happens to one tensor: action, reason, detail, and whether it is a problem."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class Row:
     """One line of the table: tensors that are treated alike.
 
     Attributes:
-        action: ``"merged"``, ``"tied"`` (merged under another name), ``"copied"`` (from the base) or ``"ignored"``.
+        action: ``"merged"``, ``"tied"`` (merged under another name), ``"copied"`` (from the base), ``"ignored"``, or
+            what is done to running statistics.
         reason: Why.
         names: The tensors.
         detail: What the first of them looks like, where that helps.
@@ -62,6 +66,7 @@ def decide(
     strict: bool = False,
     left: Collection[str] = (),
     patterns: Sequence[str] = (),
+    statistics: Mapping[str, Treatment] | None = None,
 ) -> Policy:
     """Decide what happens to every tensor, from names, shapes and dtypes, and from whether tensors are tied.
 
@@ -78,6 +83,7 @@ def decide(
         strict: Whether missing, extra and mismatched tensors are errors.
         left: Tensors that no rule is given for.
         patterns: Further patterns that must match something.
+        statistics: What happens to running statistics that are not the base's.
 
     Raises:
         ValueError: If a pattern matches nothing, nothing is left to merge, or ``strict`` is violated.
@@ -93,6 +99,8 @@ def decide(
     details: dict[tuple[str, str, bool], str] = {}
     for name in base.entries:
         action, reason, detail, is_problem = _treatment(name, base, models, include, exclude)
+        if statistics and name in statistics:
+            action, reason, detail, is_problem = statistics[name]
         if name in left and (action == "merged" or is_problem):
             action, reason, detail, is_problem = "copied", "no rule is given for it", "", False
         if action == "merged" and name in tied and tied[name] in merged:
@@ -141,14 +149,18 @@ def describe_rows(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def is_statistic(name: str) -> bool:
+    """Return whether a tensor is a running statistic of batch normalisation, by its name."""
+    return name.endswith(_STATISTICS)
+
+
 def _treatment(
     name: str, base: Checkpoint, models: Sequence[Checkpoint], include: Sequence[str], exclude: Sequence[str]
-) -> tuple[str, str, str, bool]:
-    """Return action, reason, detail, and whether it is a problem."""
+) -> Treatment:
     entry = base.entries[name]
     if not entry.dtype.is_floating_point:
         return "copied", "integer, bool or complex", "", False
-    if name.endswith(_STATISTICS):
+    if is_statistic(name):
         return "copied", "running statistics", "", False
     if is_left_out(name, include, exclude):
         return "copied", "left out by --include or --exclude", "", False

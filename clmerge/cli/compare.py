@@ -229,7 +229,7 @@ def open_run(
     if not folder.config.is_file():
         raise FileNotFoundError(f"expected the configuration of a run of `clmerge fit` in {folder.config}, got none")
     parser = build_fit_parser()
-    config = _read_config(parser, folder.config, folder.manifest.options_in_force(), allow)
+    config = read_config(parser, folder.config, folder.manifest.options_in_force(), allow)
     seed_everything(config.seed, workers=True, verbose=False)
     objects = parser.instantiate(config)
     objects.data.seed = config.seed
@@ -249,7 +249,7 @@ def open_run(
     return run, objects.mergers
 
 
-def _read_config(parser: "CommandParser", file: Path, options: Sequence[str], allow: Sequence[str]) -> Any:
+def read_config(parser: "CommandParser", file: Path, options: Sequence[str], allow: Sequence[str]) -> Any:
     """Parse the configuration of a run for one process and without its loggers; import what is known or allowed."""
     from jsonargparse import ArgumentError
 

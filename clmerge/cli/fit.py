@@ -254,7 +254,7 @@ def _build(
     objects.data.seed = config.seed
     # The other ranks of a DDP run are started when rank zero has made the folder.
     known = run.path if run is not None else None if _is_main() else Path(os.environ[RUN_DIR_VARIABLE])
-    check = _check_images(objects.stream, config, known)
+    check = leave_unreadable_out(objects.stream, config, known)
     learner = Learner(
         objects.stream, objects.model, objects.mergers, objects.data, seed=config.seed, **vars(objects.learner)
     )
@@ -265,7 +265,7 @@ def _build(
     return learner, objects.logging, check
 
 
-def _check_images(stream: "Stream", config: Any, run: Path | None) -> "DataCheck | None":
+def leave_unreadable_out(stream: "Stream", config: Any, run: Path | None) -> "DataCheck | None":
     """Open all images if that is asked for, or read what a run has found, and leave out what cannot be read."""
     from clmerge.streams.data_check import RECORD, DataCheck, check_images, leave_out
 

@@ -34,6 +34,7 @@ def build_parser() -> "CommandParser":
     from clmerge.cli.named_code import set_policy
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
     from clmerge.merging import Finisher, Merger, Sparsifier
+    from clmerge.weights.batch_norm import Buffers
 
     set_policy()
     CommandParser.class_names = known_subclasses((Merger, Sparsifier, Finisher))
@@ -63,6 +64,18 @@ def build_parser() -> "CommandParser":
         "Which set of weights is read of files that hold several, such as state_dict or ema_model (default: averaged "
         "weights if there are some: state_dict_ema, model_ema; then state_dict, model and the like)."
     )
+    buffers_help = (
+        "Running statistics of batch normalisation: those of the latest model, of the base (default), their mean over "
+        "the models, or re-estimated with the merged weights on training images."
+    )
+    data_help = (
+        "A configuration of clmerge fit whose model and training images (of its last task) --buffers re-estimated "
+        "takes (default: those of the run that is the last of --models)."
+    )
+    allow_help = (
+        "Packages beside clmerge, torch, Lightning, timm, open_clip, avalanche, torchvision and torchmetrics whose "
+        "code the configuration for --buffers re-estimated may name; that code is run."
+    )
     no_hash_help = "Leave the SHA-256 of inputs and result out of the ledger, which then says so."
     shard_help = "Write --out as a folder in Hugging Face's layout, in files of at most this size, for example 5GB."
     threads_help = "Threads that merge; another one computes the SHA-256 meanwhile."
@@ -78,6 +91,9 @@ def build_parser() -> "CommandParser":
     parser.add_argument("--include", type=str, nargs="+", default=[], help=include_help)
     parser.add_argument("--exclude", type=str, nargs="+", default=[], help=exclude_help)
     parser.add_argument("--weights", type=str | None, default=None, help=weights_help)
+    parser.add_argument("--buffers", type=Buffers | None, default=None, help=buffers_help)
+    parser.add_argument("--data", type=str | None, default=None, help=data_help)
+    parser.add_argument("--allow", type=str, nargs="+", default=[], metavar="PACKAGE", help=allow_help)
     parser.add_argument("--strict", action="store_true", help=strict_help)
     parser.add_argument(
         "--dry-run", action="store_true", help="Print what would be done and what it takes; write nothing."
@@ -102,7 +118,18 @@ def main(argv: Sequence[str]) -> int:
         return complain("merge", error)
     config = parser.parse_args(arguments)
     defaults = parser.get_defaults()
-    for option in ("models", "groups", "origin", "include", "exclude", "strict", "dry_run", "overwrite", "no_hash"):
+    for option in (
+        "models",
+        "groups",
+        "origin",
+        "include",
+        "exclude",
+        "allow",
+        "strict",
+        "dry_run",
+        "overwrite",
+        "no_hash",
+    ):
         if config[option] is None and defaults[option] is not None:
             parser.error(f"expected a value of {option}, got null; leave it out for its default")
     if config.threads is None or not 1 <= config.threads <= MOST_THREADS:
@@ -113,6 +140,10 @@ def main(argv: Sequence[str]) -> int:
             needed["--out"] = config.out
         if missing := [option for option, value in needed.items() if not value]:
             parser.error(f"expected --base, --models, --merger and --out (or --dry-run), got no {', '.join(missing)}")
+        if (config.data or config.allow) and config.buffers != "re-estimated":
+            parser.error(
+                "expected --data and --allow with --buffers re-estimated, got another --buffers; leave them out"
+            )
     elif config.base or config.models or config.merger or config.out:
         parser.error("expected --verify alone, since the file says how it was made, got other options beside it")
     try:
@@ -164,6 +195,11 @@ def _merge(parser: "CommandParser", config: Any) -> int:
     if there is not None and not config.overwrite and not config.dry_run:
         raise FileExistsError(f"expected a new file, got {there}, which exists; name another or pass --overwrite")
     made = parser.instantiate(config)
+    estimation = None
+    if config.buffers == "re-estimated":
+        from clmerge.cli.estimation import open_estimation
+
+        estimation = open_estimation(config.models, config.data, config.allow)
     job = CheckpointMerge(
         config.base,
         models=config.models,
@@ -175,6 +211,8 @@ def _merge(parser: "CommandParser", config: Any) -> int:
         exclude=config.exclude,
         strict=config.strict,
         weights=config.weights,
+        buffers=config.buffers,
+        estimation=estimation,
     )
     print(job.describe(), flush=True)
     for row in job.policy.problems:
@@ -197,8 +235,14 @@ def _verify(path: str) -> int:
     if differences:
         print(f"{path} is NOT what its ledger says")
         return 1
+    if ledger.estimated:
+        shown = ", ".join(ledger.estimated[:3]) + (
+            f" and {len(ledger.estimated) - 3} more" * (len(ledger.estimated) > 3)
+        )
+        print(f"not replayed: {len(ledger.estimated)} running statistics, from {ledger.images}: {shown}")
     hashed = "" if all(file.sha256 for file in ledger.files) else " (its ledger has no SHA-256 of the inputs)"
-    print(f"{path} is what its ledger says, bit for bit{hashed}")
+    rest = " but for what images gave" if ledger.estimated else ""
+    print(f"{path} is what its ledger says, bit for bit{rest}{hashed}")
     return 0
 
 

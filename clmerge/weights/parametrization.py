@@ -195,14 +195,23 @@ def state_of(
     return values
 
 
-def running_statistics(module: nn.Module) -> dict[str, Tensor]:
-    """Return copies on the CPU of a module's running statistics (BatchNorm's means and variances) by dense name."""
+def running_statistics(module: nn.Module, *, counts: bool = False) -> dict[str, Tensor]:
+    """Return copies on the CPU of a module's running statistics (BatchNorm's means and variances) by dense name.
+
+    Args:
+        module: The module.
+        counts: Whether the numbers of batches that they come from are there, too.
+    """
     buffers = {name.replace(COMPILE_PREFIX, "") for name, _ in module.named_buffers()}
     tensors = own_tensors(module)
     return {
         name: full_copy(tensors[own], torch.device("cpu"))
         for name, own in own_names(module).items()
-        if own in buffers and tensors[own].is_floating_point() and own.rsplit(".", 1)[-1].startswith("running_")
+        if own in buffers
+        and (
+            (tensors[own].is_floating_point() and own.rsplit(".", 1)[-1].startswith("running_"))
+            or (counts and own.rsplit(".", 1)[-1] == "num_batches_tracked")
+        )
     }
 
 

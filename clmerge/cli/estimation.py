@@ -1,0 +1,83 @@
+"""What ``clmerge merge --buffers re-estimated`` runs: the model and the training images of a run or a configuration."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from clmerge.checkpoints.estimation import Estimation
+
+
+def open_estimation(models: Sequence[str], data: str | None, allow: Sequence[str]) -> "Estimation":
+    """Build the model and the stream that running statistics are estimated with.
+
+    Args:
+        models: What is merged; without ``data`` the last must be a run folder.
+        data: A configuration of ``clmerge fit``, of which stream and model count.
+        allow: Packages whose code a configuration may name, beside the known ones.
+
+    Raises:
+        FileNotFoundError: If there is no configuration.
+        ValueError: If there is neither, or it names code of other packages.
+    """
+    from clmerge.lightning_compat import quiet_lightning
+
+    quiet_lightning()
+    if data is not None:
+        return _of_config(Path(data), allow)
+    if not (Path(models[-1]) / "manifest.json").is_file():
+        raise ValueError(
+            f"expected a run folder as the last of --models for --buffers re-estimated, got {models[-1]}; name a "
+            "configuration of `clmerge fit` with --data"
+        )
+    return _of_run(models[-1], allow)
+
+
+def _of_run(path: str, allow: Sequence[str]) -> "Estimation":
+    from clmerge.checkpoints.estimation import Estimation
+    from clmerge.cli.compare import open_run
+
+    run, _ = open_run(path, name=path, allow=allow)
+    run.module.to(run.device)
+    last = run.tasks[-1]
+    number = min(run.config["learner"]["statistics_images"], len(run.stream.dataset(last.index, "train")))
+    what = _in_words(number, last.name, path)
+    return Estimation(run.module.backbone, lambda: run.images(last.index), what)
+
+
+def _of_config(file: Path, allow: Sequence[str]) -> "Estimation":
+    from lightning.pytorch import seed_everything
+
+    from clmerge.checkpoints.estimation import Estimation
+    from clmerge.cli.compare import read_config
+    from clmerge.cli.fit import build_parser, leave_unreadable_out, trainer_factory
+    from clmerge.task_statistics import training_images
+
+    if not file.is_file():
+        raise FileNotFoundError(f"expected a configuration of `clmerge fit` for --data, got {file}, which is no file")
+    parser = build_parser()
+    config = read_config(parser, file, [], allow)
+    if config.stream is None:
+        raise ValueError(f"expected a configuration of `clmerge fit` with a stream for --data, got {file} without one")
+    seed_everything(config.seed, workers=True, verbose=False)
+    objects = parser.instantiate(config)
+    stream, module, data = objects.stream, objects.model, objects.data
+    data.seed = config.seed
+    leave_unreadable_out(stream, config, None)
+    data.setup_stream(stream, module.backbone.train_transform, module.backbone.eval_transform)
+    options = {"logger": False, "callbacks": [], "plugins": [], "enable_checkpointing": False}
+    trainer = trainer_factory(config)(**options, enable_model_summary=False, enable_progress_bar=False)
+    module.to(trainer.strategy.root_device)
+    last = stream.tasks[-1]
+    number = min(config.learner.statistics_images, len(stream.dataset(last.index, "train")))
+
+    def images() -> Iterator["Tensor"]:
+        return training_images(module, data, last.index, num_images=number, seed=config.seed)
+
+    return Estimation(module.backbone, images, _in_words(number, last.name, str(file)))
+
+
+def _in_words(number: int, task: str, where: str) -> str:
+    return f"{number} training images of task {task} of {where}"
