@@ -1,11 +1,16 @@
 """Another mode or device of a module, for a while."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import nn
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule  # clmerge merge reads running statistics without it
 
 
 @contextmanager
