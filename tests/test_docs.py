@@ -193,6 +193,7 @@ PYTHON = {
     ("README.md", 1): (on_its_own, lambda found: found["merged"]["w"].tolist() == [0.625] * 3),
     ("diagnostics.md", 0): (in_a_run, lambda found: found["found"]["vectors"]["whole"]["cosine"][0][0] is not None),
     ("linearized.md", 0): (in_a_module, lambda found: found["MyModule"]()),
+    ("mergers.md", 0): (dict, lambda found: found["here"].tasks == (0,)),
     ("tuning.md", 0): (in_a_module, lambda found: found["MyModule"]()),
 }
 # The first defines a merger, which would be one in all tests that follow: it has a process of its own.
