@@ -1,6 +1,5 @@
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
 from support.tiny import tiny_clip
 
 from clmerge import ContinualClassifier, Learner
@@ -197,7 +196,7 @@ def test_start_from_names_the_merger_whose_model_is_the_start(clip, tmp_path):
 def test_the_expert_can_be_deployed(clip, tmp_path):
     learner = make_learner(clip, WeightAverage(), deploy="expert", start_policy="merged")
     learner.fit(RunFolder.create(tmp_path / "run"), trainer=traced([]))
-    assert learner.merge._evaluation_state(learner.module) is None
+    assert learner.merge._evaluation_state(Trainer(logger=False, accelerator="cpu"), learner.module) is None
     saved = load_tensors(tmp_path / "run" / "model" / "expert.safetensors")
     assert torch.equal(saved["visual.proj"], learner.module.backbone.model.visual.proj)
     with pytest.raises(ValueError, match=r"expected deploy to be one of \['magmax', 'expert'\], got 'ties'"):

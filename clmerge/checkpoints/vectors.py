@@ -1,6 +1,7 @@
 """Task vectors taken from open checkpoints, a few parameters at a time."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence, Set
+from math import prod
 from typing import Literal
 
 import torch
@@ -110,7 +111,7 @@ class CheckpointVectors:
 
     def _flat(self, checkpoint: Checkpoint, names: Sequence[str], piece: slice | None = None) -> Tensor:
         """Return parameters of one kind as a checkpoint has them, one after another."""
-        piece = piece or slice(0, sum(self.base.entries[name].numel for name in names))
+        piece = piece or slice(0, sum(prod(self.shape(name)) for name in names))
         if names[0] not in checkpoint.entries:  # where an adapter does not reach
             return torch.zeros(1).expand(piece.stop - piece.start)
         return checkpoint.tensor(names[0], piece) if len(names) == 1 else checkpoint.joined(names)[piece]

@@ -83,7 +83,7 @@ class CommandParser(ArgumentParser):
         config = [action.dest for action in self._actions if isinstance(action, ActionConfigFile)]
         files = [
             (word.partition("=")[2] or following)
-            for word, following in zip(words, [*words[1:], ""], strict=True)
+            for word, following in zip(words, [*words, ""][1:], strict=True)
             if word.partition("=")[0].removeprefix("--") in config
         ]
         key = re.search(r"(?:Parser key \"|Option '|Group ')([\w-]+)", text)

@@ -285,7 +285,7 @@ def stopped_after_first_task(config, run, monkeypatch, *options):
 
     def stop(self, results, task):
         if task == 1:
-            raise RuntimeError("the disk is gone")
+            raise OSError("the disk is gone")
         train(self, results, task)
 
     with monkeypatch.context() as patch:

@@ -60,7 +60,7 @@ def test_splits_are_loaded_once_and_late():
 
 
 def test_label_without_a_name():
-    with pytest.raises(ValueError, match=r"labels in 0\.\.1 .* got 2 for image 1 of the train split of Food101"):
+    with pytest.raises(ValueError, match=r"labels in 0\.\.1 .* got 2 for image 1 in the train split of Food101"):
         Shapes([0, 2]).train()
 
 
