@@ -1,5 +1,6 @@
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from support.tiny import tiny_clip
 
 from clmerge import ContinualClassifier, Learner

@@ -188,7 +188,8 @@ def test_strategies_that_train_in_this_process_pass(strategy):
 @pytest.fixture
 def restored():
     """Put logging and warnings back as they were."""
-    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
+    names = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         yield loggers
