@@ -214,7 +214,7 @@ one = learner(sys.argv[2], *(make() for make in REGULARIZERS.values()), num_task
 one.module.optimizer_factory = SAM
 main = "LOCAL_RANK" not in os.environ
 one.fit(RunFolder.create(out / "run") if main else RunFolder(out / "run", writes=False), trainer=build)
-tuned = one.calibrated.models(one._merged(), 1, torch.device("cpu"))["weight_average+tuned"]
+tuned = one.calibrated.models(one.merged(), 1, torch.device("cpu"))["weight_average+tuned"]
 (out / f"rank{ranks[0]}").write_text(fingerprint(one.module.state_dict()) + fingerprint(tuned))
 """
 

@@ -119,13 +119,8 @@ def described(theclass: type) -> str:
 
     Example:
         >>> from clmerge.merging import Scale
-        >>> print(described(Scale))
-        Multiply the merged vector by a scaling coefficient, on top of the reducer's own.
-        <BLANKLINE>
-        Example:
-            >>> import torch
-            >>> Scale(0.5).finish({"w": torch.tensor([2.0])})
-            {'w': tensor([1.])}
+        >>> described(Scale).splitlines()[0]
+        "Multiply the merged vector by a scaling coefficient, on top of the reducer's own."
     """
     text = inspect.getdoc(theclass) or ""
     return re.sub(r"^Args:\n(?:[ ].*\n|\n)*", "", f"{text}\n", flags=re.MULTILINE).strip()

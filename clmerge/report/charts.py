@@ -193,7 +193,7 @@ def to_csv(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     Example:
         >>> to_csv(["a", "b"], [["=1+1", "-0.5"]])
-        "a,b\\n'=1+1,-0.5\\n"
+        "a,b\n'=1+1,-0.5\n"
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
