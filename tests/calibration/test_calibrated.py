@@ -83,7 +83,7 @@ def test_a_tuned_model_is_one_of_its_own_and_fits_the_buffer_better(clip, tmp_pa
     assert sorted(images.targets) == [c for c in range(10) for _ in range(4)]
     assert found["bytes"] == {"calibration.tuned": 40 * 3 * 8 * 8}
     batch = torch.stack([images[i][0] for i in range(len(images))])
-    merged = tuned._merged()
+    merged = tuned.merged()
     states = merged | tuned.calibrated.models(merged, 1, torch.device("cpu"))
     labels = torch.tensor(images.targets)
     for name in ("weight_average", "magmax"):
@@ -130,7 +130,7 @@ def test_alignment_trains_the_head_alone_and_on_all_classes(clip, tmp_path, head
     """After a head whose old rows have drifted away, alignment gets the old task's accuracy back."""
     one = learner(clip, HeadAlignment(epochs=20, lr=0.1), head=head())
     results = run(one, tmp_path / "run")
-    merged = one._merged()
+    merged = one.merged()
     (state,) = one.calibrated.models(merged, 1, torch.device("cpu")).values()
     changed = {key for key, value in state.items() if key not in merged["weight_average"]}
     assert changed == {"head.blocks.0", "head.blocks.1"}
