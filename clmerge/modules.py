@@ -86,7 +86,7 @@ class ContinualClassifier(LightningModule):
         self.old_classes: list[int] = []
         self._task_classes: list[int] = []
         self._seen_classes: list[int] = []
-        self._on_device: dict[tuple[float, ...], Tensor] = {}
+        self._on_device: dict[tuple[type | float, ...], Tensor] = {}
         # Metrics add up sums and counts over processes; Lightning's own mean averages the shares' rounded sizes.
         self.val_loss = MeanMetric(nan_strategy="disable")
         self.val_accuracy = MeanMetric(nan_strategy="disable")
@@ -192,7 +192,7 @@ class ContinualClassifier(LightningModule):
 
     def _there(self, numbers: Sequence[float], device: torch.device) -> Tensor:
         """Return numbers as a tensor on a device; copying them there in every step would make a GPU wait."""
-        key = tuple(numbers)
+        key = (*map(type, numbers), *numbers)  # class 1 and epoch 1.0 are equal, but one of them is no index
         if key not in self._on_device or self._on_device[key].device != device:
             # The classes of the task, those seen, and the epoch are all there is at a time.
             self._on_device = dict(list(self._on_device.items())[-3:])

@@ -78,8 +78,8 @@ def test_mergers_and_clmerge_merge_read_factors(model, tmp_path):
     vectors = CheckpointVectors(opened[0], opened, sorted(base))
     for name, tensor in taus[1].items():
         assert vectors.shape(name) == tensor.shape
-        assert torch.equal(vectors.read(1, name), tensor)
-        assert torch.equal(vectors.read(1, name, slice(1, 5)), tensor.flatten()[1:5])
+        assert torch.equal(vectors.read(1, [name]), tensor)
+        assert torch.equal(vectors.read(1, [name], slice(1, 5)), tensor.flatten()[1:5])
 
 
 def test_what_is_no_product_stays_dense(model, tmp_path):
