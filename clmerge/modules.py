@@ -192,7 +192,8 @@ class ContinualClassifier(LightningModule):
 
     def _there(self, numbers: Sequence[float], device: torch.device) -> Tensor:
         """Return numbers as a tensor on a device; copying them there in every step would make a GPU wait."""
-        key = (*map(type, numbers), *numbers)  # class 1 and epoch 1.0 are equal, but one of them is no index
+        key: tuple[type | float, ...] = (*map(type, numbers), *numbers)
+        # Class 1 and epoch 1.0 are equal, but only one of them is an index.
         if key not in self._on_device or self._on_device[key].device != device:
             # The classes of the task, those seen, and the epoch are all there is at a time.
             self._on_device = dict(list(self._on_device.items())[-3:])
