@@ -1,8 +1,9 @@
 """Run clmerge in forked children of a process that has imported everything, under a library that disturbs file calls.
 
 ``Forks`` compiles fault_shim.c with gcc, starts ``forks.py WORK`` as a server under it, and sends it one command line
-after the other; the server forks a child for each, which arms the library for files under one folder. Pictures
-of one pixel are written in place of figures, which would take more time than all the rest.
+after the other; the server, which has written the inputs of tiny_runs.py into the folder, forks a child for each, which
+arms the library for files under one folder. Pictures of one pixel are written in place of figures, which would take
+more time than all the rest.
 """
 
 import ctypes
@@ -17,6 +18,8 @@ import time
 import traceback
 import warnings
 from pathlib import Path
+
+from tiny_runs import write_configs, write_models
 
 HERE = Path(__file__).resolve().parent
 # What the library does at the operation that it is armed for.
@@ -33,7 +36,7 @@ class Forks:
     """The server, as a context manager; ``run`` sends it a command.
 
     Args:
-        work: The folder that commands run in; configurations that are there already are parsed sooner.
+        work: The folder that commands run in; gets their configurations and models.
     """
 
     def __init__(self, work):
@@ -43,6 +46,7 @@ class Forks:
         library = self.work / "fault_shim.so"
         subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, HERE / "fault_shim.c", "-ldl"], check=True)
         more = {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+        more["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.server = subprocess.Popen(
             [sys.executable, __file__, str(self.work)],
             stdin=subprocess.PIPE,
@@ -84,6 +88,8 @@ def serve(work):
     os.chdir(work)
     warnings.filterwarnings("ignore")
     library = ctypes.CDLL(os.environ.pop("LD_PRELOAD"))
+    write_configs(Path(work))
+    write_models(Path(work) / "models")
     import_everything()
     for line in sys.stdin:
         order = json.loads(line)

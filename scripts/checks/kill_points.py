@@ -25,7 +25,7 @@ from collections import Counter
 from pathlib import Path
 
 from forks import EIO, ENOSPC, HANGS, KILL, TORN, Forks
-from tiny_runs import VARIANTS, write_configs, write_models
+from tiny_runs import VARIANTS
 
 CALLS = {"kill": KILL, "torn": TORN, "enospc": ENOSPC, "eio": EIO}
 SIGNALS = {"time": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "hup": signal.SIGHUP}
@@ -41,7 +41,7 @@ COMMANDS = {name: (f"fit --config {name}.yaml --run_dir run", "run") for name in
 TIMES = ("seconds", "merge_seconds", "time", "created", "files")
 
 
-def main():
+def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--points", type=int, default=3)
@@ -49,14 +49,15 @@ def main():
     parser.add_argument("--modes", default=",".join([*CALLS, *SIGNALS]))
     parser.add_argument("--log", default="", help="gets a line of JSON for every disturbance")
     parser.add_argument("--keep", default="", help="gets a copy of the folder of every fault")
-    options = parser.parse_args()
+    return parser
+
+
+def main():
+    options = build_parser().parse_args()
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="kill_points.") as folder:
-        write_configs(Path(folder))
-        write_models(Path(folder) / "models")
-        with Forks(folder) as forks:
-            tester = Tester(forks, options)
-            tester.sweep()
+    with tempfile.TemporaryDirectory(prefix="kill_points.") as folder, Forks(folder) as forks:
+        tester = Tester(forks, options)
+        tester.sweep()
     shown = ", ".join(f"{count} {what}" for what, count in sorted(tester.counts.items()))
     print(
         f"kill_points: {tester.number} disturbances in {time.monotonic() - started:.0f} s (seed {options.seed}): "

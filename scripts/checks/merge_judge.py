@@ -34,26 +34,12 @@ def worker(options):
     os.environ["FUZZ_CANARY"] = str(canary)
     os.chdir(work)
     pipe.write(json.dumps({"what": "ready"}) + "\n")
-    chosen = [c for c in CATEGORIES if not options.only or c in options.only.split(",")]
-    number = options.first
+    chosen, number = options.only.split(",") if options.only else list(CATEGORIES), options.first
     if options.case:
         category, _, at = options.case.partition(":")
         chosen, number = [category], int(at)
-    weights = [CATEGORIES[c][1] for c in chosen]
     while number < options.end:
-        rng = random.Random(f"{options.seed}-{number}")
-        category = rng.choices(list(CATEGORIES), [CATEGORIES[c][1] for c in CATEGORIES])[0]
-        if options.case:
-            category = chosen[0]
-        elif category not in chosen:
-            category = rng.choices(chosen, weights)[0]
-        rng = random.Random(f"{options.seed}-{category}-{number}")
-        torch.manual_seed(rng.getrandbits(32))
-        folder = work / "case"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        case = Case(folder, rng)
-        CATEGORIES[category][0](case)
+        category, case = make_case(work / "case", options.seed, number, chosen)
         as_process = bool(options.process) and number % options.process == 0
         begin = {"what": "begin", "number": number, "category": category, "name": case.name, "process": as_process}
         pipe.write(json.dumps(begin) + "\n")
@@ -64,6 +50,21 @@ def worker(options):
             break
         number += 1
     return 0
+
+
+def make_case(folder, seed, number, chosen=tuple(CATEGORIES)):
+    """Return the category of an input and the input, which is made anew in a folder."""
+    rng = random.Random(f"{seed}-{number}")
+    category = rng.choices(list(CATEGORIES), [weight for _, weight in CATEGORIES.values()])[0]
+    if category not in chosen:
+        category = rng.choices(chosen, [CATEGORIES[name][1] for name in chosen])[0]
+    rng = random.Random(f"{seed}-{category}-{number}")
+    torch.manual_seed(rng.getrandbits(32))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    case = Case(folder, rng)
+    CATEGORIES[category][0](case)
+    return category, case
 
 
 def snapshot(folder):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from forks import EACCES, ENOSPC, HANGS, KILL, Forks
 from kill_points import contents, differences, last_lines
-from tiny_runs import VARIANTS, write_configs
+from tiny_runs import VARIANTS
 
 STATE = "state/task_001"
 # The checkpoint that the killed run leaves.
@@ -146,26 +146,29 @@ def cases(rng, checkpoint):
     return found
 
 
-def main():
+def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--only", default="", help="names of damages, separated by commas")
     parser.add_argument("--log", default="", help="gets a line of JSON for every damage")
-    options = parser.parse_args()
-    started, counts, faults = time.monotonic(), Counter(), []
-    with tempfile.TemporaryDirectory(prefix="resume_faults.") as folder:
-        write_configs(Path(folder))
-        with Forks(folder) as forks:
-            resume(forks, options, counts, faults)
+    return parser
+
+
+def main():
+    options = build_parser().parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="resume_faults.") as folder, Forks(folder) as forks:
+        counts, faults = resume(forks, options)
     shown = ", ".join(f"{count} {what}" for what, count in counts.items())
     took = f"{time.monotonic() - started:.0f} s (seed {options.seed})"
     print(f"resume_faults: {counts.total()} damages in {took}: {shown}; {len(faults)} faults")
     return 1 if faults or not counts else 0
 
 
-def resume(forks, options, counts, faults):
-    """Resume after every damage to every variant."""
+def resume(forks, options):
+    """Resume after every damage to every variant; return how many resumes ended how, and what was wrong."""
+    counts, faults = Counter(), []
     for variant in options.variants.split(","):
         killed = Killed(forks, variant)
         for name, case in cases(random.Random(f"{options.seed} {variant}"), CHECKPOINTS[variant]).items():
@@ -181,6 +184,7 @@ def resume(forks, options, counts, faults):
                 entry = {"variant": variant, "name": name, "bad": bad, **found}
                 with Path(options.log).open("a") as file:
                     file.write(json.dumps(entry) + "\n")
+    return counts, faults
 
 
 class Killed:

@@ -1,5 +1,6 @@
 """Inputs of ``clmerge merge`` that somebody damaged or made to harm: a result, or one message that names the file."""
 
+import functools
 import json
 import os
 import time
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import clmerge.cli.merge
 from clmerge.cli import main
 from clmerge.weights import TaskVectorBank, fingerprint
 
@@ -18,9 +20,13 @@ LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["attn"]}
 
 
+one_parser = functools.cache(clmerge.cli.merge.build_parser)  # to build it takes longer than most of these tests
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(clmerge.cli.merge, "build_parser", one_parser)
     torch.manual_seed(0)
     for name in ("base", "m0", "m1"):
         save_file({"attn.weight": torch.randn(8, 6), "bias": torch.randn(3)}, f"{name}.safetensors")
