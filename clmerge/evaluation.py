@@ -1,6 +1,8 @@
-"""Evaluate several sets of weights of one model on all tasks of a stream in one pass over the images."""
+"""Evaluate several predictors on all tasks of a stream in one pass over the images."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -9,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from clmerge.distributed import sum_over_processes
 from clmerge.metrics import TaskAccuracy
-from clmerge.modules import ContinualClassifier, sum_over_processes
+from clmerge.models import Classifier
+from clmerge.predictors import Predictor
 from clmerge.streams import StreamDataModule
 from clmerge.weights.exchange import Exchange
 from clmerge.weights.modes import eval_mode
@@ -20,46 +24,45 @@ Rows = dict[str, dict[str, list[float]]]
 
 
 class Evaluator(LightningModule):
-    """Score models that differ in weights only; every image is decoded and moved to the device once.
+    """Score predictors; every image is decoded and moved to the device once, and what they share is computed once.
 
     Args:
-        module: The classifier; its own weights are used for a model whose weights are ``None``.
-        weights: Model name -> weights by the module's parameter and buffer names, without the ``_orig_mod.``
-            of ``torch.compile``. What is not named stays the module's own.
+        module: The classifier.
+        predictors: Predictors by name. Their weights go by the module's parameter and buffer names, without the
+            ``_orig_mod.`` of ``torch.compile``; what is not named stays the module's own.
         task_classes: Global class ids of every task.
         num_classes: Number of classes ``C`` of the stream.
-
-    Raises:
-        RuntimeError: If weights are named or shaped unlike the module's.
     """
 
     def __init__(
         self,
-        module: ContinualClassifier,
-        weights: Mapping[str, Mapping[str, Tensor] | None],
+        module: Classifier,
+        predictors: Mapping[str, Predictor],
         task_classes: Sequence[Sequence[int]],
         num_classes: int,
     ) -> None:
         super().__init__()
         self.module = module
-        self.weights = {
-            name: None if state is None else _own_names(module, state, name) for name, state in weights.items()
-        }
+        self.predictors = dict(predictors)
         self._exchange: Exchange | None = None
         self._rows: Rows = {}
-        self._accuracies = {name: TaskAccuracy(len(task_classes), num_classes, task_classes) for name in weights}
+        self._accuracies = {name: TaskAccuracy(len(task_classes), num_classes, task_classes) for name in predictors}
         # A ModuleDict refuses names with dots, and mergers are named after settings such as density0.1.
         self.metrics = nn.ModuleList(self._accuracies.values())
 
     @override
     def on_test_start(self) -> None:
-        self.weights = {
-            name: None if state is None else {key: value.to(self.device) for key, value in state.items()}
-            for name, state in self.weights.items()
-        }
-        names = {key for state in self.weights.values() for key in state or ()}
         # Here, because the Trainer has moved the module by now.
-        self._exchange = Exchange(self.module, names, share=len(self.weights) > 1).__enter__()
+        names = {
+            key for name, predictor in self.predictors.items() for key in predictor.prepare(partial(self._place, name))
+        }
+        self._exchange = Exchange(self.module, names, share=len(self.predictors) > 1).__enter__()
+
+    def _place(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        if self._exchange is not None:
+            self._exchange.put({})
+        state = _own_names(self.module, make(), name)
+        return {key: value.to(self.device) for key, value in state.items()}
 
     @override
     def on_test_end(self) -> None:
@@ -74,26 +77,35 @@ class Evaluator(LightningModule):
     @override
     def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         images, labels, tasks = batch
-        assert self._exchange is not None
-        self._exchange.next_input()
-        for name, state in self.weights.items():
-            self._exchange.put(state or {})
-            self._accuracies[name].update(self.module(images).float(), labels, tasks)
+        exchange = self._exchange
+        assert exchange is not None
+        exchange.next_input()
+
+        def compute(state: Mapping[str, Tensor]) -> Tensor:
+            exchange.put(state)
+            logits: Tensor = self.module(images)
+            return logits.float()
+
+        for name, predictor in self.predictors.items():
+            self._accuracies[name].update(predictor.scores(compute, tasks), labels, tasks)
 
     @override
     def on_test_epoch_end(self) -> None:
         # Counts of several processes are added up here, while they are on a device that the processes share.
         for name, accuracy in self._accuracies.items():
-            result = accuracy.compute()
-            self._rows[name] = {kind: result[kind].reshape(-1).tolist() for kind in ("task_agnostic", "task_aware")}
+            predictor, result = self.predictors[name], accuracy.compute()
+            aware, agnostic = (result[kind].reshape(-1).tolist() for kind in ("task_aware", "task_agnostic"))
+            aware = [value if predictor.knows(task) else math.nan for task, value in enumerate(aware)]
+            agnostic = [math.nan] * len(agnostic) if predictor.needs_task else agnostic
+            self._rows[name] = {"task_agnostic": agnostic, "task_aware": aware}
 
     def rows(self) -> Rows:
-        """Return model name -> ``task_agnostic`` and ``task_aware``: one accuracy in [0, 1] per task.
+        """Return name -> ``task_agnostic`` and ``task_aware``: one accuracy in [0, 1] per task, NaN where undefined.
 
         Raises:
             RuntimeError: Before a ``trainer.test``.
         """
-        if not self._rows and self.weights:
+        if not self._rows and self.predictors:
             raise RuntimeError("expected an Evaluator that has run, got a new one; call trainer.test first")
         return self._rows
 
@@ -116,33 +128,33 @@ def _own_names(module: nn.Module, state: Mapping[str, Tensor], model: str) -> di
 
 def evaluate(
     trainer: Trainer,
-    module: ContinualClassifier,
-    weights: Mapping[str, Mapping[str, Tensor] | None],
+    module: Classifier,
+    predictors: Mapping[str, Predictor],
     data: StreamDataModule,
     *,
     task_classes: Sequence[Sequence[int]],
     num_classes: int,
     split: Literal["val", "test"] = "test",
 ) -> Rows:
-    """Return the accuracy on every task for every set of weights, from one ``trainer.test``.
+    """Return the accuracy on every task of every predictor, from one ``trainer.test``.
 
     Args:
         trainer: A Trainer without a MergeCallback.
         module: The classifier; unchanged afterwards.
-        weights: Model name -> weights, or None for the module's own.
+        predictors: Predictors by name.
         data: Serves the test images of all tasks.
         task_classes: Global class ids of every task.
         num_classes: Number of classes of the stream.
         split: Which images of every task.
 
     Returns:
-        Model name -> ``task_agnostic`` and ``task_aware``: one accuracy in [0, 1] per task, NaN for a task
-        without test images.
+        Name -> ``task_agnostic`` and ``task_aware``: one accuracy in [0, 1] per task; NaN for a task without test
+        images, for one that the predictor does not know, and for all without the task if it needs to be told.
 
     Raises:
         RuntimeError: If weights are named or shaped unlike the module's.
     """
-    evaluator = Evaluator(module, weights, task_classes, num_classes)
+    evaluator = Evaluator(module, predictors, task_classes, num_classes)
     try:
         if split == "test":
             trainer.test(evaluator, datamodule=data, verbose=False)
@@ -154,7 +166,7 @@ def evaluate(
 
 
 class _Probabilities(LightningModule):
-    def __init__(self, module: ContinualClassifier) -> None:
+    def __init__(self, module: Classifier) -> None:
         super().__init__()
         self.module = module
 
@@ -165,7 +177,7 @@ class _Probabilities(LightningModule):
 
 
 def probabilities(
-    trainer: Trainer, module: ContinualClassifier, weights: Mapping[str, Tensor], data: StreamDataModule
+    trainer: Trainer, module: Classifier, weights: Mapping[str, Tensor], data: StreamDataModule
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what one model believes of every test image of the stream, in one process.
 
@@ -187,7 +199,7 @@ def probabilities(
 
 @torch.no_grad()
 def accuracy_on(
-    module: ContinualClassifier, loader: DataLoader[Any], task_classes: Sequence[Sequence[int]] | None = None
+    module: Classifier, loader: DataLoader[Any], task_classes: Sequence[Sequence[int]] | None = None
 ) -> float:
     """Return the share of images that the module classifies right, among all classes its head knows or the task's own.
 

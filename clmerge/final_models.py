@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from clmerge.callbacks import MergeCallback
-from clmerge.modules import ContinualClassifier
+from clmerge.models import Classifier
 from clmerge.results import EXPERT
 from clmerge.run_folder import RunFolder
 from clmerge.weights import save_tensors
@@ -13,7 +13,7 @@ from clmerge.weights.task_vector import State
 
 def save_models(
     run: RunFolder,
-    module: ContinualClassifier,
+    module: Classifier,
     merge: MergeCallback,
     mergers: Sequence[str],
     more: Mapping[str, State],

@@ -1,4 +1,4 @@
-"""The LightningModule that fine-tunes one task: backbone, head, loss and optimizer."""
+"""The LightningModule around a classifier: how one task is trained."""
 
 import math
 import warnings
@@ -9,23 +9,21 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from clmerge.models import Backbone, Full, Head, Tuning, ZeroShotHead
+from clmerge.models import Backbone, Classifier, Head, Tuning
+from clmerge.models.classifier import Batch
 from clmerge.regularizers import Regularizer, regularized_loss
 from clmerge.sharpness import SAM
-from clmerge.weights.modes import eval_mode
 
-Batch = tuple[Tensor, Tensor]
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
 
-class ContinualClassifier(LightningModule):
-    """A backbone and a head that are fine-tuned one task after another.
+class ContinualClassifier(Classifier, LightningModule):
+    """A classifier that Lightning fine-tunes, one task after another.
 
     Args:
         backbone: The image encoder.
@@ -63,122 +61,27 @@ class ContinualClassifier(LightningModule):
         label_smoothing: float = 0.0,
         regularizers: Sequence[Regularizer] | None = None,
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = ZeroShotHead() if head is None else head
-        if loss_classes == "all" and not self.head.open_vocabulary:
-            raise ValueError(
-                f"expected loss_classes 'current' or 'seen' with {type(self.head).__name__}, got 'all': "
-                "it does not know classes of tasks to come"
-            )
-        if warmup_steps < 0 or not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(
-                "expected warmup_steps of 0 or more and label_smoothing in [0, 1), "
-                f"got {warmup_steps} and {label_smoothing}"
-            )
-        self.loss_classes = loss_classes
+        super().__init__(backbone, head, tuning=tuning, loss_classes=loss_classes, label_smoothing=label_smoothing)
+        if warmup_steps < 0:
+            raise ValueError(f"expected warmup_steps of 0 or more, got {warmup_steps}")
+        if regularizers and not self.trained_names:
+            raise ValueError(f"expected no regularizers for a backbone that is frozen, got {len(regularizers)}")
         self.optimizer_factory = optimizer or partial(AdamW, lr=1e-5, weight_decay=0.1)
         self.schedule = schedule
         self.warmup_steps = warmup_steps
-        self.label_smoothing = label_smoothing
         self.regularizers = nn.ModuleList(regularizers or [])
         self.epoch_offset = 0
-        self.old_classes: list[int] = []
-        self._task_classes: list[int] = []
-        self._seen_classes: list[int] = []
-        self._on_device: dict[tuple[type | float, ...], Tensor] = {}
         # Metrics add up sums and counts over processes; Lightning's own mean averages the shares' rounded sizes.
         self.val_loss = MeanMetric(nan_strategy="disable")
         self.val_accuracy = MeanMetric(nan_strategy="disable")
-        self.tuning = Full() if tuning is None else tuning
-        self.trained_names = tuple(f"backbone.model.{name}" for name in self.tuning.prepare(backbone))
-        if regularizers and not self.trained_names:
-            raise ValueError(f"expected no regularizers for a backbone that is frozen, got {len(regularizers)}")
-
-    def begin_stream(self, num_classes: int, prompts: Sequence[Sequence[str]] = ()) -> None:
-        """Build the head for a stream of ``num_classes`` classes.
-
-        Args:
-            num_classes: Number of classes ``C`` of the whole stream.
-            prompts: One list of prompts per class; needed by open-vocabulary heads only.
-        """
-        self.head.build(self.backbone, num_classes, prompts)
-
-    def begin_task(self, classes: Sequence[int], batches: Iterable[Batch] | None = None) -> None:
-        """Get ready to train a task.
-
-        Args:
-            classes: Global class ids of the task.
-            batches: Training images under the evaluation transform with their labels; read only by heads
-                that start from class means. Under DDP every process may bring its share of them.
-
-        Raises:
-            ValueError: If a head that starts from class means gets no ``batches``, or none with images of
-                one of the classes.
-        """
-        self._task_classes = sorted(set(classes))
-        self.old_classes = self._seen_classes
-        self._seen_classes = sorted({*self._seen_classes, *classes})
-        prototypes = None
-        if self.head.wants_prototypes and batches is not None:
-            prototypes = self._class_means(self._task_classes, batches)
-        self.head.add_classes(self._task_classes, prototypes)
-        self.head.train_blocks(self._task_classes if self.loss_classes == "current" else None)
-
-    def resume_tasks(self, tasks: Sequence[Sequence[int]]) -> None:
-        """Take note of the tasks that were trained, and of no others.
-
-        Their parts of the head come with ``load_state_dict``.
-
-        Args:
-            tasks: Global class ids of every task, the latest last.
-        """
-        self._task_classes = sorted(set(tasks[-1]))
-        self._seen_classes = sorted({label for classes in tasks for label in classes})
-
-    @torch.no_grad()
-    def _class_means(self, classes: list[int], batches: Iterable[Batch]) -> Tensor:
-        device = next(self.backbone.parameters()).device
-        sums = torch.zeros(len(classes), self.backbone.feature_dim, device=device)
-        counts = torch.zeros(len(classes), 1, device=device)
-        position = {c: i for i, c in enumerate(classes)}
-        with eval_mode(self.backbone):
-            for images, labels, *_ in batches:
-                rows = torch.tensor([position[int(c)] for c in labels], device=device)
-                features = functional.normalize(self.backbone(images.to(device)).float(), dim=-1)
-                sums.index_add_(0, rows, features)
-                counts.index_add_(0, rows, torch.ones(len(rows), 1, device=device))
-        sums, counts = sum_over_processes(sums), sum_over_processes(counts)
-        if missing := [c for c, count in zip(classes, counts.flatten().tolist(), strict=True) if not count]:
-            raise ValueError(f"expected training images of every class of the task, got none of class {missing[0]}")
-        return sums / counts
-
-    @override
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits of shape ``(B, C)`` over all classes of the stream, ``-inf`` for unknown ones."""
-        logits: Tensor = self.head(self.backbone(images))
-        return logits
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy over the classes that ``loss_classes`` names.
-
-        Args:
-            logits: Logits over all classes of the stream, ``(B, C)``.
-            labels: Global class ids, ``(B,)``.
-        """
-        if self.loss_classes != "all":
-            classes = self._task_classes if self.loss_classes == "current" else self._seen_classes
-            columns = self._there(classes, logits.device)
-            logits = logits[:, columns]
-            labels = torch.searchsorted(columns, labels)
-        return functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch[0], batch[1]
         terms: dict[str, Tensor] = {}
         if self.regularizers:
-            loss, terms = regularized_loss(self, images, labels)
+            added: list[Regularizer] = list(self.regularizers)  # type: ignore[arg-type]
+            loss, terms = regularized_loss(self, added, images, labels)
         else:
             loss = self.loss(self(images), labels)
         # Every process has equally many images in a training step, so that the mean of their means is exact.
@@ -187,27 +90,17 @@ class ContinualClassifier(LightningModule):
             self.log(f"train/{name}", term.detach(), sync_dist=True)
             loss = loss + term
         # Lightning keeps an "epoch" that a module logs itself; its own would start at 0 again in every task.
-        self.log("epoch", self._there([float(self.epoch_offset + self.current_epoch)], loss.device)[0])
+        epoch = float(self.epoch_offset + self.current_epoch)
+        self.log("epoch", torch.full((), epoch, device=loss.device))  # filled there: a copy would make a GPU wait
         return loss
-
-    def _there(self, numbers: Sequence[float], device: torch.device) -> Tensor:
-        """Return numbers as a tensor on a device; copying them there in every step would make a GPU wait."""
-        key: tuple[type | float, ...] = (*map(type, numbers), *numbers)
-        # Class 1 and epoch 1.0 are equal, but only one of them is an index.
-        if key not in self._on_device or self._on_device[key].device != device:
-            # The classes of the task, those seen, and the epoch are all there is at a time.
-            self._on_device = dict(list(self._on_device.items())[-3:])
-            self._on_device[key] = torch.tensor(list(numbers), device=device)
-        return self._on_device[key]
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, labels = batch[0], batch[1]
         logits = self(images)
-        columns = self._there(self._task_classes, logits.device)
         # Once per image: torchmetrics ignores weights where it does not look for NaN, and drops NaN where it does.
         self.val_loss.update(self.loss(logits, labels).expand(len(labels)))
-        self.val_accuracy.update((columns[logits[:, columns].argmax(dim=1)] == labels).float())
+        self.val_accuracy.update(self.right(logits, labels))
         self.log("val/loss", self.val_loss)
         self.log("val/accuracy", self.val_accuracy, prog_bar=True)
 
@@ -268,15 +161,3 @@ def lr_factor(step: int, *, total: int, warmup: int, cosine: bool) -> float:
     if not cosine:
         return 1.0
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """Add up ``values`` over all processes of a distributed run, in the same order on each of them.
-
-    Goes through the CPU, because evaluation between two fits runs there even where NCCL does not.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values
-    parts: list[Tensor] = [torch.empty(0)] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, values.cpu())
-    return torch.stack(parts).sum(dim=0).to(values.device)

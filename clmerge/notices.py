@@ -3,14 +3,14 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
-from clmerge.modules import ContinualClassifier
+from clmerge.models import Classifier
 from clmerge.run_folder import RunFolder
 from clmerge.streams import Stream, Task
 
 _MOST_NAMES = 5
 
 
-def notices(module: ContinualClassifier, stream: Stream) -> list[str]:
+def notices(module: Classifier, stream: Stream) -> list[str]:
     """Return a line for everything about a run that its user may not expect.
 
     Args:
@@ -41,7 +41,7 @@ def add_place(error: Exception, run: RunFolder, tasks: Sequence[Task]) -> None:
     error.add_note(f"in task {task + 1} of {len(tasks)}, {tasks[task].name}")
 
 
-def _weights(module: ContinualClassifier) -> Iterator[str]:
+def _weights(module: Classifier) -> Iterator[str]:
     if how := module.backbone.starts_random:
         yield f"{type(module.backbone).__name__} starts from random weights, not from pretrained ones: {how}"
 
@@ -79,7 +79,7 @@ def _empty_classes(stream: Stream) -> Iterator[str]:
         yield f"no task has training images of {_listed(never)}"
 
 
-def _alone(module: ContinualClassifier, stream: Stream) -> Iterator[str]:
+def _alone(module: Classifier, stream: Stream) -> Iterator[str]:
     alone = [task.name for task in stream.tasks if len(task.classes) == 1]
     if alone and module.loss_classes == "current":
         yield (

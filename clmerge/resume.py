@@ -1,16 +1,14 @@
 """Take up a run where its folder says it stopped, after checking that it is the same run."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from clmerge.learner_parts import LearnerParts
 from clmerge.results import ZERO_SHOT, Results
 from clmerge.run_folder import RunFolder
 from clmerge.streams.identity import check_stream, stream_identity
 
-if TYPE_CHECKING:
-    from clmerge.learner import Learner
 
-
-def restore(learner: "Learner", run: RunFolder) -> Results:
+def restore(learner: LearnerParts, run: RunFolder) -> Results:
     """Give the learner what the run has committed; a new run gets to know its stream and its settings.
 
     Args:
@@ -35,7 +33,7 @@ def restore(learner: "Learner", run: RunFolder) -> Results:
     results = Results.from_dict(found.results) if found.results else fresh
     if results.tasks != fresh.tasks or results.classes != fresh.classes:
         raise ValueError(f"expected the stream of {run.path} ({results.tasks}), got {fresh.tasks}")
-    _check_settings(run, settings_of(learner))
+    _check_settings(run, learner.settings())
     if found.stream:
         tested = found.evaluated > 0 or ZERO_SHOT in found.results.get("models", {})
         check_stream(learner.stream, found.stream, str(run.path), trained=run.tasks_begun, tested=tested)
@@ -50,27 +48,6 @@ def restore(learner: "Learner", run: RunFolder) -> Results:
         learner.merge.load_accumulators(accumulators)
         learner.calibrated.load_state_dict(accumulators.get("calibration", {}))
     return results
-
-
-def settings_of(learner: "Learner") -> dict[str, Any]:
-    """Return what must not change while a learner's run goes on, in JSON types."""
-    merge = learner.merge
-    return {
-        "seed": learner.seed,
-        "mergers": {name: repr(merger) for name, merger in learner.mergers.items()},
-        "start_policy": merge.start_policy,
-        "start_from": merge.start_from,
-        "deploy": merge.deploy,
-        "buffers": merge.buffers,
-        "branches": learner.branches,
-        "rounds": learner.rounds,
-        "branch_merger": repr(learner.branch_merger),
-        "epochs": learner.epochs,
-        "keep_task_vectors": learner.keep_task_vectors,
-        "statistics_images": learner.statistics_images,
-        "evaluation": learner.evaluation,
-        "replay": learner.data.replay,
-    }
 
 
 def _check_settings(run: RunFolder, settings: dict[str, Any]) -> None:

@@ -5,12 +5,13 @@ import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from clmerge.names import shorten
-from clmerge.results import Results, Setting, is_reference
+from clmerge.results import SETTINGS, Results, Setting, is_reference
 
 _NAME_LENGTH = 60
 _FIGURES = ("average", "forget", "BWT")
@@ -97,6 +98,12 @@ def render_text(results: Results, *, setting: Setting | None = None, width: int 
     return "\n".join([cells.title, *body, *notes])
 
 
+def needs_task(results: Results, model: str) -> bool:
+    """Return whether a model has task-aware accuracies alone, because it serves every task with a view of its own."""
+    agnostic, aware = (results.matrix(model, setting) for setting in SETTINGS)
+    return bool(np.isnan(agnostic).all() and not np.isnan(aware).all())
+
+
 def align(lines: Sequence[Sequence[str]]) -> list[str]:
     """Return lines of cells as text: the first column to the left, the others to the right.
 
@@ -124,6 +131,9 @@ def _cells(results: Results, setting: Setting, width: int) -> _Cells:
     accuracies = [results.matrix(model, setting)[-1, :done].tolist() for model in models]
     figures = [_latest_figures(results, model, setting) for model in models]
     notes = [_HINTS[setting], *(["* best merger by average accuracy"] if best else [])]
+
+    if told := [model for model in results.mergers if needs_task(results, model)]:
+        notes.append(f"{', '.join(told)}: must be told the task of every image, so task-aware only")
 
     tasks = [shorten(name, _NAME_LENGTH) for name in results.tasks[:done]]
     short = all(len(name) <= 6 for name in tasks)

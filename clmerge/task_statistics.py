@@ -12,7 +12,7 @@ from clmerge.merging import Statistics
 from clmerge.merging.collectors import diagonal_fisher, gram_matrices
 from clmerge.merging.mask_nodes import mask_node_fisher
 from clmerge.merging.output_factors import output_gram_matrices
-from clmerge.modules import ContinualClassifier
+from clmerge.models import Classifier
 from clmerge.streams import StreamDataModule
 from clmerge.streams.splits import derived_seed
 from clmerge.weights.modes import eval_mode
@@ -22,7 +22,7 @@ from clmerge.weights.parametrization import folded
 class _KnownLogits(nn.Module):
     """The classifier with the logits of classes that its head does not know (-inf) left out."""
 
-    def __init__(self, module: ContinualClassifier, classes: Tensor) -> None:
+    def __init__(self, module: Classifier, classes: Tensor) -> None:
         super().__init__()
         self.module = module
         self.classes = classes
@@ -35,7 +35,7 @@ class _KnownLogits(nn.Module):
 
 def measure(
     needed: Set[str],
-    module: ContinualClassifier,
+    module: Classifier,
     data: StreamDataModule,
     task: int,
     *,
@@ -85,7 +85,7 @@ def measure(
 
 
 def training_images(
-    module: ContinualClassifier, data: StreamDataModule, task: int, *, num_images: int, seed: int
+    module: Classifier, data: StreamDataModule, task: int, *, num_images: int, seed: int
 ) -> Iterator[Tensor]:
     """Yield the images that statistics are measured on, in batches on the module's device.
 

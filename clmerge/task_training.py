@@ -2,21 +2,18 @@
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from clmerge.branching import BranchedTask, branch_label
 from clmerge.callbacks.provided import provided
+from clmerge.learner_parts import LearnerParts
 from clmerge.results import Results
 from clmerge.run_folder import RunFolder
 from clmerge.streams.replay import replay_memory
 from clmerge.streams.splits import derived_seed
 from clmerge.trainers import Trainers
-
-if TYPE_CHECKING:
-    from clmerge.learner import Learner
 
 
 class TaskTraining:
@@ -28,7 +25,7 @@ class TaskTraining:
         trainers: Builds the run's Trainers.
     """
 
-    def __init__(self, learner: "Learner", run: RunFolder, trainers: Trainers) -> None:
+    def __init__(self, learner: LearnerParts, run: RunFolder, trainers: Trainers) -> None:
         self.learner = learner
         self.run = run
         self.trainers = trainers

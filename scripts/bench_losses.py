@@ -44,7 +44,7 @@ def build_step(
     def closure() -> Tensor:
         stepper.zero_grad()
         if regularizers:
-            loss, terms = regularized_loss(module, images, labels)
+            loss, terms = regularized_loss(module, list(module.regularizers), images, labels)
             loss = loss + sum(terms.values())
         else:
             loss = module.loss(module(images), labels)

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from clmerge.evaluation import Evaluator, accuracy_on, evaluate
 from clmerge.models import CosineHead, LinearHead
 from clmerge.modules import ContinualClassifier
+from clmerge.predictors import Merged, PerTask, Predictor
 from clmerge.streams.samplers import ShardSampler
 
 CLASSES = [(0, 3), (1, 2)]
@@ -72,7 +74,8 @@ def trainer(**options):
 
 
 def run(module, weights, data=None):
-    return evaluate(trainer(), module, weights, data or Data(), task_classes=CLASSES, num_classes=4)
+    predictors = {name: found if isinstance(found, Predictor) else Merged(found) for name, found in weights.items()}
+    return evaluate(trainer(), module, predictors, data or Data(), task_classes=CLASSES, num_classes=4)
 
 
 def expected_row(module, state):
@@ -104,6 +107,27 @@ def test_one_pass_gives_what_separate_passes_give(module, weights):
     rows = run(module, weights)
     for name, state in weights.items():
         assert run(module, {name: state}) == {name: rows[name]}
+
+
+def test_views_answer_the_images_of_their_own_tasks(module, weights):
+    """Batches of seven cross the border between the tasks; what needs the task has no task-agnostic accuracy."""
+    views = [weights["magmax"], weights["a.b.c"]]
+    asked = []
+
+    def view(task):
+        asked.append(task)
+        assert torch.equal(module.backbone.model[1].weight, own), "made while the module has its own weights"
+        return views[task]
+
+    own = module.backbone.model[1].weight.detach().clone()
+    rows = run(module, {"emr": PerTask(view, [0, 1]), "half": PerTask(view, [1]), "magmax": views[0]})
+    expected = [expected_row(module, state)["task_aware"][task] for task, state in enumerate(views)]
+    assert rows["emr"]["task_aware"] == expected
+    assert all(math.isnan(value) for name in ("emr", "half") for value in rows[name]["task_agnostic"])
+    assert math.isnan(rows["half"]["task_aware"][0])
+    assert rows["half"]["task_aware"][1] == expected[1]
+    assert rows["magmax"] == expected_row(module, views[0])
+    assert sorted(asked) == [0, 1, 1], "a view is made once, when its task comes up"
 
 
 def test_every_image_is_encoded_once_per_model(module, weights):
@@ -151,7 +175,7 @@ def test_weights_of_another_architecture_are_refused(module):
 
 def test_an_evaluator_that_has_not_run_has_no_rows(module):
     with pytest.raises(RuntimeError, match=r"call trainer\.test first"):
-        Evaluator(module, {"expert": None}, CLASSES, 4).rows()
+        Evaluator(module, {"expert": Merged()}, CLASSES, 4).rows()
 
 
 def test_accuracy_on_counts_right_images_in_evaluation_mode(module):
@@ -179,7 +203,7 @@ def figures(**options):
     module, data, runner = ContinualClassifier(ToyBackbone(), CosineHead()), Data(), trainer(**options)
     module.begin_stream(4)
     module.begin_task(range(4), data.test_dataloader())
-    rows = evaluate(runner, module, {"expert": None}, data, task_classes=CLASSES, num_classes=4)
+    rows = evaluate(runner, module, {"expert": Merged()}, data, task_classes=CLASSES, num_classes=4)
     accuracy = accuracy_on(module, data.test_dataloader())
     again = ContinualClassifier(module.backbone, CosineHead())
     again.begin_stream(4)

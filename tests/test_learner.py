@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -7,8 +8,11 @@ from support.tiny import tiny_clip
 from torch.nn import functional
 
 from clmerge import ContinualClassifier, Learner
+from clmerge.evaluation import accuracy_on
 from clmerge.merging import (
+    EMR,
     PAINT,
+    TALL,
     TIES,
     FedNova,
     Fisher,
@@ -19,13 +23,17 @@ from clmerge.merging import (
     MaTS,
     Pipeline,
     RegMean,
+    Scale,
     TaskArithmetic,
     WeightAverage,
     WeightedAverage,
 )
 from clmerge.models import CosineHead, Frozen, LinearHead, OpenClip, Timm, ZeroShotHead
+from clmerge.plots import save_plots
+from clmerge.results import Results
 from clmerge.run_folder import RunFolder
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
+from clmerge.tables import render_text
 from clmerge.weights import TaskVectorBank, load_tensors
 
 
@@ -98,6 +106,37 @@ def test_expert_and_mergers_are_what_they_say(clip, tmp_path):
                 correct.index_add_(0, tasks, hit.float())
                 total.index_add_(0, tasks, torch.ones(len(y)))
         assert results.matrix(model)[-1].tolist() == pytest.approx((correct / total).tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("merger", [EMR(), TALL(), Pipeline(TALL(), finisher=Scale(0.5))], ids=repr)
+def test_rules_with_a_view_per_task_are_evaluated_with_their_views(clip, tmp_path, merger):
+    learner = make_learner(clip, [merger, MagMax()], head=LinearHead(), loss="seen", num_tasks=2, val_fraction=0)
+    results = run(learner, tmp_path / "run")
+    name = merger.name
+    images = learner.data.eval_dataloader("test")
+    row = []
+    for task in learner.tasks:
+        view = learner.merge.state_with(learner.merge.mergers[name].task_view(task.index), learner.module, merger=name)
+        learner.module.load_state_dict(view, strict=False)
+        row.append(accuracy_on(learner.module, _only(images, task.index), [t.classes for t in learner.tasks]))
+    found = results.matrix(name, "task_aware").tolist()
+    assert found[1] == pytest.approx(row)
+    assert math.isnan(found[0][1]), "the second task had no view yet"
+    assert not math.isnan(found[0][0])
+    document = results.to_dict()
+    assert document["models"][name]["task_agnostic"]["R"] == [[None, None], [None, None]]
+    assert results.best_merger() == "magmax"
+    assert f"{name}: must be told the task of every image" in render_text(results)
+    assert Results.from_dict(json.loads(json.dumps(document))).to_dict() == document
+    save_plots(results, tmp_path / "plots")
+
+
+def _only(images, task):
+    """The batches' images of one task."""
+    for x, y, tasks in images:
+        chosen = tasks == task
+        if chosen.any():
+            yield x[chosen], y[chosen], tasks[chosen]
 
 
 def test_zero_shot_is_the_model_before_the_first_task(clip, tmp_path):

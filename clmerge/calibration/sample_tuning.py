@@ -12,10 +12,10 @@ from typing_extensions import override
 from clmerge.calibration.calibration import Calibration
 from clmerge.modules import ContinualClassifier, lr_factor
 from clmerge.streams import StreamDataModule
+from clmerge.streams.plan import Transform
 from clmerge.streams.replay import Images, replay_memory
 from clmerge.streams.samplers import EpochSampler, SeededDataset
 from clmerge.streams.splits import derived_seed
-from clmerge.streams.stream import Transform
 
 
 class SampleTuning(Calibration):

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from clmerge.merging import Merger
-from clmerge.modules import ContinualClassifier
+from clmerge.models import Classifier
 from clmerge.weights.parametrization import merged_parameters
 
 
@@ -61,7 +61,7 @@ class EpochLines(Callback):
             print(line, file=sys.stderr, flush=True)
 
 
-def trainable_line(module: ContinualClassifier) -> str:
+def trainable_line(module: Classifier) -> str:
     """Say in one line what is trained, with its parameter count."""
     own = dict(module.backbone.named_parameters())
     trained = sum(parameter.numel() for parameter in own.values() if parameter.requires_grad)
@@ -70,7 +70,7 @@ def trainable_line(module: ContinualClassifier) -> str:
     return f"{module.tuning}: training {share}, merging {len(module.trained_names)} tensors"
 
 
-def matrix_lines(module: ContinualClassifier, mergers: Mapping[str, Merger]) -> list[str]:
+def matrix_lines(module: Classifier, mergers: Mapping[str, Merger]) -> list[str]:
     """Say for every merger that decomposes matrices which parameters it takes for one, in one line."""
     merged = merged_parameters(module, module.trained_names)
     shapes = {name: tuple(tensor.shape) for name, tensor in merged.items()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clmerge.callbacks.naming import check_requirements, check_settings, name_mergers
 from clmerge.merging import Merger, Statistics
 from clmerge.merging.checks import is_finite
+from clmerge.predictors import Merged, PerTask, Predictor
 from clmerge.results import EXPERT
 from clmerge.weights import CheckedVector, apply_task_vector, fingerprint, load_tensors
 from clmerge.weights.batch_norm import Buffers, estimated_statistics
@@ -214,6 +215,18 @@ class RunningMerge:
             ValueError: If ``vector`` has a name or a shape that the base does not have.
         """
         return state_of(model, self.base, vector, buffers=self._running_statistics(merger), origin=self._base_origin)
+
+    def predictor(self, name: str, model: nn.Module) -> Predictor:
+        """Return what answers images for a merger: one merged model, or a view for every task merged so far.
+
+        Args:
+            name: Which merger.
+            model: The LightningModule that was fitted.
+        """
+        merger = self.mergers[name]
+        if not merger.task_views:
+            return Merged(self.state_with(self.merged_vector(name), model, merger=name))
+        return PerTask(lambda task: self.state_with(merger.task_view(task), model, merger=name), merger.tasks)
 
     def weights_with(self, vector: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """Return theta_0 plus ``vector`` as the module's parameters, without running statistics.

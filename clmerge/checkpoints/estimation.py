@@ -1,21 +1,15 @@
 """Running statistics of merged weights on training images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from clmerge.checkpoints.names import align_names
 from clmerge.checkpoints.reader import Checkpoint, TorchCheckpoint
 from clmerge.merging.checks import is_finite
 from clmerge.weights.batch_norm import estimated_statistics
 from clmerge.weights.parametrization import folded, running_statistics
-
-if TYPE_CHECKING:
-    from clmerge.models import Backbone
 
 _MODEL = "model."
 
@@ -24,12 +18,12 @@ class Estimation:
     """Estimate running statistics of merged weights, as ``fit`` does it.
 
     Args:
-        backbone: Computes with the weights; its own are overwritten.
+        backbone: Computes with the weights, those of its part ``model``; its own are overwritten.
         images: Gives the training images in batches, on the backbone's device.
         what: Which images they are, in words.
     """
 
-    def __init__(self, backbone: Backbone, images: Callable[[], Iterable[Tensor]], what: str) -> None:
+    def __init__(self, backbone: nn.Module, images: Callable[[], Iterable[Tensor]], what: str) -> None:
         self.what = what
         self._backbone = backbone
         self._images = images

@@ -31,7 +31,7 @@ def build_parser() -> "CommandParser":
     from clmerge.cli.named_code import set_policy
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
     from clmerge.merging import Finisher, Merger, Sparsifier
-    from clmerge.streams.stream import Evaluation
+    from clmerge.streams.plan import Evaluation
 
     set_policy()
     CommandParser.class_names = known_subclasses((Merger, Sparsifier, Finisher))

@@ -23,7 +23,7 @@ examples:
 def build_parser() -> "CommandParser":
     """Return the parser of ``clmerge report``."""
     from clmerge.cli.parser import CommandFormatter, CommandParser
-    from clmerge.streams.stream import Evaluation
+    from clmerge.streams.plan import Evaluation
 
     parser = CommandParser(
         prog="clmerge report",

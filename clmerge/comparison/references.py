@@ -8,6 +8,7 @@ from clmerge.comparison.ledger import Ledger, Row, make_row
 from clmerge.comparison.stored_run import StoredRun
 from clmerge.evaluation import evaluate, probabilities
 from clmerge.metrics import TaskAccuracy
+from clmerge.predictors import Merged
 from clmerge.results import ENSEMBLE, EXPERT, JOINT, SETTINGS, TASK_ORACLE, ZERO_SHOT, Results
 
 
@@ -110,7 +111,7 @@ def joint_row(run: StoredRun, joint: StoredRun, ledger: Ledger) -> Row:
         rows = evaluate(
             run.trainers.for_evaluation(f"{run.name}: joint training, test images"),
             joint.module,
-            {JOINT: None},
+            {JOINT: Merged()},
             run.data,
             task_classes=[task.classes for task in run.tasks],
             num_classes=len(run.stream.class_names),

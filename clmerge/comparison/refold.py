@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from lightning.pytorch import LightningModule
-from torch import Tensor
 
 from clmerge.callbacks.naming import check_settings
 from clmerge.callbacks.provided import PROVIDED
@@ -15,6 +14,7 @@ from clmerge.comparison.grid import with_values
 from clmerge.comparison.ledger import Ledger, Row, make_row
 from clmerge.comparison.stored_run import Split, StoredRun
 from clmerge.merging import Merger, Statistics
+from clmerge.predictors import Predictor
 from clmerge.weights.parametrization import own_names
 from clmerge.weights.swap import swapped
 
@@ -132,10 +132,10 @@ def sweep(
             missing = [name for name in group if (name, count) in keys and keys[name, count] not in ledger]
             if not missing:
                 continue
-            states, seconds = _merged(run, refold.merge, missing)
+            predictors, seconds = _merged(run, refold.merge, missing)
             label = f"{run.name}: task {count}/{len(order)}: {len(missing)} {what}, {split} images"
             with _line(label, silent=run.trainers.progress):
-                rows = run.evaluate(label, states, max(order[:count]), split)
+                rows = run.evaluate(label, predictors, max(order[:count]), split)
             ledger.add({keys[name, count]: make_row(rows[name], seconds[name]) for name in missing})
     return {name: {count: ledger[keys[name, count]] for count in counts} for name in mergers}
 
@@ -143,18 +143,17 @@ def sweep(
 def _told(run: StoredRun, merger: Merger) -> str:
     """Return a merger with its settings, and what it is scored by where that matters and is not the usual one."""
     scored = "score" in merger.requires and run.evaluation != "task_agnostic"
-    return f"{merger!r} by {run.evaluation}" if scored else repr(merger)
+    return f"{merger!r}{f' by {run.evaluation}' if scored else ''}{' per task' if merger.task_views else ''}"
 
 
-def _merged(
-    run: StoredRun, merge: RunningMerge, names: Sequence[str]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
-    states, seconds = {}, {}
+def _merged(run: StoredRun, merge: RunningMerge, names: Sequence[str]) -> tuple[dict[str, Predictor], dict[str, float]]:
+    predictors: dict[str, Predictor] = {}
+    seconds = {}
     for name in names:
         started = time.perf_counter()
-        states[name] = merge.state_with(merge.merged_vector(name), run.module, merger=name)
+        predictors[name] = merge.predictor(name, run.module)
         seconds[name] = merge.update_seconds[name] + time.perf_counter() - started
-    return states, seconds
+    return predictors, seconds
 
 
 def _groups(run: StoredRun, mergers: Mapping[str, Merger], memory: int, num_tasks: int) -> Iterator[dict[str, Merger]]:

@@ -126,7 +126,8 @@ def _try(candidates: Mapping[Search, Sequence[Values]], ledger: Ledger, memory: 
     table = sweep(run, mergers, ledger, split="val", last_only=True, memory=memory, what=what)
     for search, several in candidates.items():
         rows = [table[f"{search.name} {i}"][len(run.tasks)] for i in range(len(several))]
-        search.keep(several, [row[run.evaluation] for row in rows])
+        setting = "task_aware" if search.merger.task_views else run.evaluation
+        search.keep(several, [row[setting] for row in rows])
 
 
 def _evolve(search: Search, ledger: Ledger, memory: int) -> None:

@@ -17,6 +17,7 @@ from clmerge.evaluation import Rows, accuracy_on, evaluate
 from clmerge.merging import Statistics, WeightAverage
 from clmerge.merging.checks import Shapes, num_entries
 from clmerge.modules import ContinualClassifier
+from clmerge.predictors import Predictor
 from clmerge.results import Results, Setting
 from clmerge.run_folder import RunFolder
 from clmerge.streams import Stream, StreamDataModule
@@ -218,19 +219,19 @@ class StoredRun:
         own = [task.classes for task in self.tasks] if self.evaluation == "task_aware" else None
         return accuracy_on(self.module, self.data.eval_dataloader("val", tasks), own)
 
-    def evaluate(self, label: str, states: Mapping[str, Mapping[str, Tensor]], task: int, split: Split) -> Rows:
+    def evaluate(self, label: str, predictors: Mapping[str, Predictor], task: int, split: Split) -> Rows:
         """Return the accuracies of several models on all tasks, exactly as ``fit`` does after a task.
 
         Args:
             label: What the progress bar says.
-            states: Weights by model.
+            predictors: Predictors by name.
             task: The latest task that was merged; a head that grows has no accuracy on later ones.
             split: Which images.
         """
         rows = evaluate(
             self.trainers.for_evaluation(label),
             self.module,
-            states,
+            predictors,
             self.data,
             task_classes=[t.classes for t in self.tasks],
             num_classes=len(self.stream.class_names),

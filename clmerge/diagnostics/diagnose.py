@@ -12,8 +12,8 @@ from clmerge.diagnostics.models import diagnose_models
 from clmerge.diagnostics.vectors import diagnose_vectors
 from clmerge.results import Setting
 from clmerge.streams import StreamDataModule
+from clmerge.streams.plan import Split
 from clmerge.streams.splits import derived_seed
-from clmerge.streams.stream import Split
 from clmerge.weights import State, TaskVectorBank
 
 

@@ -71,6 +71,7 @@ class EMR(Merger):
     name = "emr"
     summary = "elected signs with largest magnitudes; a 1-bit mask and a factor per task"
     source = "2405.17461"
+    task_views = True
     scope = "parameter"  # that of compute(); the factors of task views are the whole model's
 
     def __init__(self, scale: float = 1.0, *, rescale: Rescaler = "l1", undecided: Undecided = "zero") -> None:

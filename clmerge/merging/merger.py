@@ -39,6 +39,8 @@ class Merger(Accumulator, Scoped):
         exact_online: Whether ``compute()`` equals the batch rule at every t with a state that does not grow.
         removable: Whether a task can be taken out again: the rule is a group, ``downdate`` inverts ``update``. Such
             a rule multiplies what it adds to its accumulators by ``step.sign``.
+        task_views: Whether every task is served by a view of its own (``task_view``), so that images must say which
+            task they are of; ``compute()`` is then what is left where they do not.
         keeps_vectors: Whether every task vector is kept, in memory or in a bank (``use_bank``).
         reading_bytes: What ``compute()`` of such a rule takes per parameter, beside the result and the task vectors of
             one parameter.
@@ -52,6 +54,7 @@ class Merger(Accumulator, Scoped):
     source: str = ""
     exact_online: bool = True
     removable: bool = False
+    task_views: bool = False
     keeps_vectors: bool = False
     reading_bytes: int = 0
     requires: frozenset[str] = frozenset()

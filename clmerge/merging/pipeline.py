@@ -59,6 +59,7 @@ class Pipeline(Merger):
         self.exact_online = self._inner.exact_online
         self.order_free = self._inner.order_free
         self.removable = self._inner.removable
+        self.task_views = self._inner.task_views
         self.requires = self._inner.requires
         self.keeps_vectors = self._inner.keeps_vectors
         self.reading_bytes = self._inner.reading_bytes

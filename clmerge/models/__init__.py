@@ -1,6 +1,7 @@
 """Backbones, heads and modes of tuning; open_clip and timm are imported when a backbone is built."""
 
 from clmerge.models.backbone import Backbone, OpenClip, Timm
+from clmerge.models.classifier import Classifier
 from clmerge.models.heads import CosineHead, Head, LinearHead, ZeroShotHead
 from clmerge.models.tuning import (
     IA3,
@@ -23,6 +24,7 @@ __all__ = [
     "IA3",
     "Adapters",
     "Backbone",
+    "Classifier",
     "CosineHead",
     "Frozen",
     "Full",

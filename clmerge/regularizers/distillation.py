@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
+from clmerge.models import Classifier
 from clmerge.regularizers.regularizer import HEAD, FisherOf, Step, check_strength
 from clmerge.regularizers.teacher import TeacherRegularizer, backbone_tensors
-
-if TYPE_CHECKING:
-    from clmerge.modules import ContinualClassifier
 
 
 def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -57,12 +55,12 @@ class LwF(TeacherRegularizer):
         self.temperature = temperature
 
     @override
-    def frozen(self, module: ContinualClassifier) -> dict[str, Tensor]:
+    def frozen(self, module: Classifier) -> dict[str, Tensor]:
         head = {HEAD + name: parameter for name, parameter in module.head.named_parameters()}
         return {**backbone_tensors(module), **head}
 
     @override
-    def begin_task(self, module: ContinualClassifier, fisher: FisherOf) -> None:
+    def begin_task(self, module: Classifier, fisher: FisherOf) -> None:
         self.remember(module, again=True)
 
     @override

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from clmerge.models import Classifier
 from clmerge.regularizers.regularizer import FisherOf, Regularizer, Step, check_strength, current_weights, flat, named
-
-if TYPE_CHECKING:
-    from clmerge.modules import ContinualClassifier
 
 
 class EWC(Regularizer):
@@ -60,7 +58,7 @@ class EWC(Regularizer):
         return self.strength / 2 * (torch.stack(terms).sum() + self.constant)
 
     @override
-    def end_task(self, module: ContinualClassifier, fisher: FisherOf) -> None:
+    def end_task(self, module: Classifier, fisher: FisherOf) -> None:
         weights = current_weights(module)
         theta, measured = flat(weights), fisher()
         new = flat({name: measured[name] for name in weights}).to(theta)

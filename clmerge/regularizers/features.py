@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
+from clmerge.models import Classifier
 from clmerge.regularizers.l2 import check_anchor
 from clmerge.regularizers.regularizer import FisherOf, Step, check_strength
 from clmerge.regularizers.teacher import TeacherRegularizer, backbone_tensors
-
-if TYPE_CHECKING:
-    from clmerge.modules import ContinualClassifier
 
 
 class FeatureDistance(TeacherRegularizer):
@@ -51,11 +49,11 @@ class FeatureDistance(TeacherRegularizer):
         self.distance = distance
 
     @override
-    def frozen(self, module: ContinualClassifier) -> dict[str, Tensor]:
+    def frozen(self, module: Classifier) -> dict[str, Tensor]:
         return backbone_tensors(module)
 
     @override
-    def begin_task(self, module: ContinualClassifier, fisher: FisherOf) -> None:
+    def begin_task(self, module: Classifier, fisher: FisherOf) -> None:
         self.remember(module, again=self.goal == "previous")
 
     @override

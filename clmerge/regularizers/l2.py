@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from clmerge.models import Classifier
 from clmerge.regularizers.regularizer import FisherOf, Regularizer, Step, check_strength, current_weights, flat, named
-
-if TYPE_CHECKING:
-    from clmerge.modules import ContinualClassifier
 
 
 class L2(Regularizer):
@@ -39,7 +37,7 @@ class L2(Regularizer):
         self.keep("anchor", torch.empty(0))
 
     @override
-    def begin_task(self, module: ContinualClassifier, fisher: FisherOf) -> None:
+    def begin_task(self, module: Classifier, fisher: FisherOf) -> None:
         if self.goal == "previous" or not self.anchor.numel():
             self.keep("anchor", flat(current_weights(module)))
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from clmerge.models import Classifier
 from clmerge.weights.parametrization import dense_weights
 from clmerge.weights.selection import COMPILE_PREFIX
-
-if TYPE_CHECKING:
-    from clmerge.modules import ContinualClassifier
 
 BACKBONE, HEAD = "backbone.", "head."
 FisherOf = Callable[[], Mapping[str, Tensor]]
@@ -33,7 +31,7 @@ class Step:
         logits: Logits over all classes of the stream, ``(B, C)``.
     """
 
-    module: ContinualClassifier
+    module: Classifier
     images: Tensor
     features: Tensor
     logits: Tensor
@@ -52,7 +50,7 @@ class Regularizer(nn.Module, ABC):
 
     name: ClassVar[str]
 
-    def begin_task(self, module: ContinualClassifier, fisher: FisherOf) -> None:
+    def begin_task(self, module: Classifier, fisher: FisherOf) -> None:
         """Take note of the weights that a task starts from; depends on nothing but these and what is remembered.
 
         Args:
@@ -64,11 +62,11 @@ class Regularizer(nn.Module, ABC):
     def penalty(self, step: Step) -> Tensor:
         """Return the term, a scalar, differentiable by the trained parameters."""
 
-    def weights(self, module: ContinualClassifier) -> dict[str, Tensor] | None:
+    def weights(self, module: Classifier) -> dict[str, Tensor] | None:
         """Return weights that the task's loss is computed with instead of the trained ones, by the module's names."""
         return None
 
-    def end_task(self, module: ContinualClassifier, fisher: FisherOf) -> None:
+    def end_task(self, module: Classifier, fisher: FisherOf) -> None:
         """Take note of the weights that a task ended with.
 
         Args:
@@ -99,7 +97,7 @@ class Regularizer(nn.Module, ABC):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def current_weights(module: ContinualClassifier) -> dict[str, Tensor]:
+def current_weights(module: Classifier) -> dict[str, Tensor]:
     """Return the dense weights that are merged, as the module computes with them now; differentiable."""
     return dense_weights(module, module.trained_names, origin="what is trained")
 
@@ -132,18 +130,20 @@ def named(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: part.view(tensor.shape) for (name, tensor), part in zip(like.items(), parts, strict=True)}
 
 
-def regularized_loss(module: ContinualClassifier, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the task's loss, and the term of every regularizer of the module by name.
+def regularized_loss(
+    module: Classifier, regularizers: Sequence[Regularizer], images: Tensor, labels: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the task's loss, and the term of every regularizer by name.
 
     Args:
         module: The classifier in training.
+        regularizers: They add to its loss.
         images: A batch, ``(B, 3, H, W)``.
         labels: Global class ids, ``(B,)``.
 
     Raises:
         ValueError: If two regularizers choose the weights that the loss is computed with.
     """
-    regularizers: list[Regularizer] = list(module.regularizers)  # type: ignore[arg-type]
     chosen = [weights for one in regularizers if (weights := one.weights(module)) is not None]
     if len(chosen) > 1:
         raise ValueError(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from clmerge.models import Classifier
 from clmerge.regularizers.regularizer import FisherOf, Regularizer, Step, check_strength, current_weights, flat, named
 from clmerge.weights.parametrization import state_of
 from clmerge.weights.swap import swapped
-
-if TYPE_CHECKING:
-    from clmerge.modules import ContinualClassifier
 
 
 class _AroundBase(Regularizer):
@@ -29,11 +27,11 @@ class _AroundBase(Regularizer):
         self.keep("num_measured", torch.zeros((), dtype=torch.long))
 
     @override
-    def begin_task(self, module: ContinualClassifier, fisher: FisherOf) -> None:
+    def begin_task(self, module: Classifier, fisher: FisherOf) -> None:
         if not self.base.numel():
             self.keep("base", flat(current_weights(module)))
 
-    def measure(self, module: ContinualClassifier, fisher: FisherOf) -> None:
+    def measure(self, module: Classifier, fisher: FisherOf) -> None:
         """Add the present task to the mean Fisher information of the base model."""
         weights = current_weights(module)
         with swapped(module, state_of(module, named(self.base, weights), {}), origin="the base model"):
@@ -76,7 +74,7 @@ class ITA(_AroundBase):
         return self.alpha / 2 * torch.stack(terms).sum()
 
     @override
-    def end_task(self, module: ContinualClassifier, fisher: FisherOf) -> None:
+    def end_task(self, module: Classifier, fisher: FisherOf) -> None:
         self.measure(module, fisher)
 
 
@@ -109,7 +107,7 @@ class IEL(_AroundBase):
         self._num_tasks = 1  # a number, which does not make a GPU wait at every step
 
     @override
-    def begin_task(self, module: ContinualClassifier, fisher: FisherOf) -> None:
+    def begin_task(self, module: Classifier, fisher: FisherOf) -> None:
         super().begin_task(module, fisher)
         if not self.past.numel():
             self.keep("past", torch.zeros_like(self.base))
@@ -117,7 +115,7 @@ class IEL(_AroundBase):
         self.measure(module, fisher)
 
     @override
-    def weights(self, module: ContinualClassifier) -> dict[str, Tensor]:
+    def weights(self, module: Classifier) -> dict[str, Tensor]:
         now = current_weights(module)
         base, past = named(self.base, now), named(self.past, now)
         mean = {name: (past[name] + (weight - base[name])) / self._num_tasks for name, weight in now.items()}
@@ -135,6 +133,6 @@ class IEL(_AroundBase):
         return self.beta * torch.stack(terms).sum()
 
     @override
-    def end_task(self, module: ContinualClassifier, fisher: FisherOf) -> None:
+    def end_task(self, module: Classifier, fisher: FisherOf) -> None:
         self.keep("past", self.past + flat(current_weights(module)) - self.base)
         self.keep("num_past", self.num_past + 1)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from clmerge.models import Classifier
 from clmerge.regularizers.regularizer import BACKBONE, HEAD, Regularizer, current_weights, flat, named, run_with
 from clmerge.weights.modes import eval_mode
 from clmerge.weights.parametrization import running_statistics, state_of
-
-if TYPE_CHECKING:
-    from clmerge.modules import ContinualClassifier
 
 
 class TeacherRegularizer(Regularizer):
@@ -29,10 +26,10 @@ class TeacherRegularizer(Regularizer):
         self._like: dict[str, Tensor] = {}
 
     @abstractmethod
-    def frozen(self, module: ContinualClassifier) -> dict[str, Tensor]:
+    def frozen(self, module: Classifier) -> dict[str, Tensor]:
         """Return what the teacher is made of: dense weights, running statistics, parameters of the head."""
 
-    def remember(self, module: ContinualClassifier, *, again: bool) -> None:
+    def remember(self, module: Classifier, *, again: bool) -> None:
         """Make the module as it stands the teacher.
 
         Args:
@@ -45,7 +42,7 @@ class TeacherRegularizer(Regularizer):
             self.keep("teacher", flat(tensors))
 
     @torch.no_grad()
-    def taught(self, module: ContinualClassifier, images: Tensor, *, features: bool = False) -> Tensor:
+    def taught(self, module: Classifier, images: Tensor, *, features: bool = False) -> Tensor:
         """Return what the teacher computes.
 
         Args:
@@ -68,7 +65,7 @@ class TeacherRegularizer(Regularizer):
             return run_with(part, values, images)
 
 
-def backbone_tensors(module: ContinualClassifier) -> dict[str, Tensor]:
+def backbone_tensors(module: Classifier) -> dict[str, Tensor]:
     """Return the dense weights that are trained, and the running statistics."""
     weights = current_weights(module)
     device = next(iter(weights.values())).device

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from clmerge.streams.from_avalanche import FromAvalanche
     from clmerge.streams.image_folder import ImageFolderSource
     from clmerge.streams.npz import NpzSource
+    from clmerge.streams.plan import Task
     from clmerge.streams.source_groups import DomainFolders, DomainLists, PrefixDomains, SourceGroup
     from clmerge.streams.sources import DataSource, LabelledImages
-    from clmerge.streams.stream import Stream, Task
+    from clmerge.streams.stream import Stream
     from clmerge.streams.task_incremental import TaskIncremental
     from clmerge.streams.torchvision_source import TorchvisionSource
 

@@ -11,9 +11,10 @@ from typing_extensions import override
 from clmerge.streams.avalanche_index import IndexDataset, avalanche_benchmarks, experience_indices
 from clmerge.streams.layout import ValidationCut
 from clmerge.streams.orders import CLASS_ORDERS
+from clmerge.streams.plan import StreamPlan, Task
 from clmerge.streams.sources import DataSource
 from clmerge.streams.splits import derived_seed
-from clmerge.streams.stream import Stream, StreamPlan, Task, safe_name, task_names
+from clmerge.streams.stream import Stream, safe_name, task_names
 
 NamedOrder: TypeAlias = Literal[
     "natural", "random", "magmax_cifar100", "magmax_cub200", "magmax_imagenet_r", "magmax_domainnet"

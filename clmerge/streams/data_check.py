@@ -14,7 +14,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from clmerge.streams.decoding import UnreadableImageError
 from clmerge.streams.images import ImageDataset
-from clmerge.streams.stream import Split, Stream
+from clmerge.streams.plan import Split
+from clmerge.streams.stream import Stream
 
 RECORD = "data_check.json"
 """Name of the record in a run folder."""

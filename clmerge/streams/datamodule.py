@@ -13,10 +13,11 @@ from typing_extensions import override
 
 from clmerge.streams.cache import CachedImages, TaskImages, cached
 from clmerge.streams.images import ImageDataset, subset
+from clmerge.streams.plan import Split, Transform
 from clmerge.streams.replay import Images, Replay, ReplaySampler, replay_memory
 from clmerge.streams.samplers import EpochSampler, SeededDataset, ShardSampler, even_steps_batch_size
 from clmerge.streams.splits import dealt, derived_seed
-from clmerge.streams.stream import Split, Stream, Transform
+from clmerge.streams.stream import Stream
 
 
 class StreamDataModule(LightningDataModule):

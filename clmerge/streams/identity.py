@@ -11,7 +11,8 @@ from clmerge.streams.files import FileImages
 from clmerge.streams.sources import ArrayImages, ImageSubset, LabelledImages
 
 if TYPE_CHECKING:
-    from clmerge.streams.stream import Split, Stream
+    from clmerge.streams.plan import Split
+    from clmerge.streams.stream import Stream
 
 _SPLITS: tuple[Split, ...] = ("train", "val", "test")
 _LOOKED_AT = 64  # images of a split whose content, or whose file's size, is looked at

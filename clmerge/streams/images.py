@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import Dataset
 
 from clmerge.streams.decoding import UnreadableImageError
-from clmerge.streams.stream import SplitPlan, Transform
+from clmerge.streams.plan import SplitPlan, Transform
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from clmerge.streams.plan import Split, SplitPlan
 from clmerge.streams.sources import DataSource, LabelledImages
 from clmerge.streams.splits import stratified_cut
-from clmerge.streams.stream import Split, SplitPlan
 
 
 @dataclass(frozen=True)

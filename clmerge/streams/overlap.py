@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from clmerge.streams.files import FileImages
+from clmerge.streams.plan import Split, StreamPlan
 from clmerge.streams.sources import ImageSubset, LabelledImages
-from clmerge.streams.stream import Split, StreamPlan
 
 
 def require_disjoint(plan: StreamPlan) -> None:

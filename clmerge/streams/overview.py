@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from clmerge.streams.stream import Split, Stream
+from clmerge.streams.plan import Split
+from clmerge.streams.stream import Stream
 
 _SPLITS: tuple[Split, ...] = ("train", "val", "test")
 _WIDTH = 100

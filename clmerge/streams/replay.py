@@ -11,9 +11,10 @@ from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from clmerge.streams.images import ImageDataset, subset
+from clmerge.streams.plan import Transform
 from clmerge.streams.samplers import EpochSampler
 from clmerge.streams.splits import derived_seed
-from clmerge.streams.stream import Stream, Transform
+from clmerge.streams.stream import Stream
 
 Replay: TypeAlias = int | Literal["all"]
 """How many images of earlier tasks are kept: a number, or all of them (joint training)."""

@@ -1,70 +1,22 @@
-"""Tasks and streams: which classes and which images a task has, and what they are called."""
+"""Streams: tasks over one set of classes, and their images."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING
+
+from clmerge.streams.overlap import require_disjoint
+from clmerge.streams.plan import Evaluation, Split, SplitPlan, StreamPlan, Task, Transform
 
 if TYPE_CHECKING:
     from clmerge.streams.images import ImageDataset
-    from clmerge.streams.sources import DataSource, LabelledImages
-
-Split: TypeAlias = Literal["train", "val", "test"]
-Transform: TypeAlias = Callable[[Any], Any]
-Evaluation: TypeAlias = Literal["task_agnostic", "task_aware"]
 
 _LONGEST_NAME = 40
 _SPLIT_NAMES: dict[Split, str] = {"train": "training", "val": "validation", "test": "test"}
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is known about one task before its images are read.
-
-    Attributes:
-        index: position in the stream, from 0.
-        name: short name, unique in the stream and safe in file names.
-        classes: global class ids of the task, ascending.
-        class_names: the classes' names, in the order of ``classes``.
-    """
-
-    index: int
-    name: str
-    classes: tuple[int, ...]
-    class_names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class SplitPlan:
-    """One split of one task: positions in a source's images and the global class id of each."""
-
-    images: LabelledImages
-    indices: tuple[int, ...]
-    targets: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class StreamPlan:
-    """Everything a stream knows once its sources' labels were read.
-
-    Attributes:
-        tasks: the tasks in order.
-        splits: per task, its splits by name.
-        class_names: display names by global class id, all different.
-        prompt_names: names to put into the prompts by global class id; a class may have several.
-        sources: the data source whose templates a class uses, by global class id; None if it has none.
-    """
-
-    tasks: tuple[Task, ...]
-    splits: tuple[dict[Split, SplitPlan], ...]
-    class_names: tuple[str, ...]
-    prompt_names: tuple[tuple[str, ...], ...]
-    sources: tuple[DataSource | None, ...]
 
 
 class Stream(ABC):
@@ -91,8 +43,6 @@ class Stream(ABC):
 
     @cached_property
     def _plan(self) -> StreamPlan:
-        from clmerge.streams.overlap import require_disjoint
-
         plan = self._build()
         require_disjoint(plan)
         return plan
@@ -140,13 +90,13 @@ class Stream(ABC):
         Raises:
             ValueError: if there is no such task or split.
         """
-        from clmerge.streams.images import ImageDataset
-
         plans = self._plan.splits
         if not 0 <= task < len(plans):
             raise ValueError(f"expected a task in 0..{len(plans) - 1} of stream {self.name}, got {task}")
         if split not in plans[task]:
             raise ValueError(f"expected a split in {sorted(plans[task])}, got {split!r}")
+        from clmerge.streams.images import ImageDataset  # which brings torch
+
         label = f"{_SPLIT_NAMES[split]} images of task {task + 1}, {self._plan.tasks[task].name}"
         return ImageDataset(plans[task][split], transform, label=label)
 

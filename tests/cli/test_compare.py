@@ -31,6 +31,8 @@ mergers:
 - FedNova
 - {{class_path: WeightedAverage, init_args: {{by: loss}}}}
 - PAINT
+- EMR
+- TALL
 data: {{batch_size: 64}}
 learner: {{statistics_images: 16}}
 trainer: {{max_epochs: 1, accelerator: cpu, log_every_n_steps: 1, limit_train_batches: 6, limit_val_batches: 1}}

@@ -22,7 +22,7 @@ def test_terms_go_by_name_and_numbers_tell_two_of_a_kind_apart():
     start(module, [0, 1])
     move(module, 1)
     labels = torch.tensor([0, 1, 0, 1, 0, 1])
-    loss, terms = regularized_loss(module, batch(), labels)
+    loss, terms = regularized_loss(module, list(module.regularizers), batch(), labels)
     assert set(terms) == {"l2", "l2_1", "lwf"}
     assert float(terms["l2_1"].detach()) == pytest.approx(2 * float(terms["l2"].detach()))
     assert torch.equal(loss, module.loss(module(batch()), labels))
@@ -44,7 +44,9 @@ def test_what_is_remembered_is_saved_and_loaded_before_its_shape_is_known(name):
         start(one, [2], lambda one=one: made_up_fisher(one, 3))
         move(one, 9)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    (loss, terms), (other_loss, others) = (regularized_loss(one, batch(), labels) for one in (module, twin))
+    (loss, terms), (other_loss, others) = (
+        regularized_loss(one, list(one.regularizers), batch(), labels) for one in (module, twin)
+    )
     assert torch.equal(loss, other_loss)
     assert all(torch.equal(terms[key], others[key]) for key in terms)
 
@@ -85,7 +87,7 @@ def test_terms_and_gradients_are_the_same_in_a_mode_that_trains_other_tensors(na
                     tensor.add_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64), alpha=0.3)
             if task < 2:
                 end(one, lambda task=task: made_up_fisher(plain, task))
-        loss, terms = regularized_loss(one, batch(), torch.tensor([0, 1, 2, 0, 1, 2]))
+        loss, terms = regularized_loss(one, list(one.regularizers), batch(), torch.tensor([0, 1, 2, 0, 1, 2]))
         total = loss + sum(terms.values())
         found.append((total.detach(), torch.autograd.grad(total, tensors)))
     (value, gradients), (again, others) = found
@@ -99,5 +101,5 @@ def test_a_foreign_trainer_needs_no_learner():
     module = small_classifier(EWC(), LwF())
     module.begin_task([0, 1])
     module.double()
-    _, terms = regularized_loss(module, batch(), torch.tensor([0, 1, 0, 1, 0, 1]))
+    _, terms = regularized_loss(module, list(module.regularizers), batch(), torch.tensor([0, 1, 0, 1, 0, 1]))
     assert [float(term) for term in terms.values()] == [0.0, 0.0]

@@ -101,7 +101,7 @@ def test_iel_computes_the_loss_with_the_composed_model(tasks):
     taus = [tau for tau, _ in seen] + [{n: now[n] - base[n] for n in now}]
     composed = {n: base[n] + sum(tau[n] for tau in taus) / len(taus) for n in now}
     images, labels = batch(), torch.full((6,), 3)
-    loss, _ = regularized_loss(module, images, labels)
+    loss, _ = regularized_loss(module, list(module.regularizers), images, labels)
     expected = module.loss(functional_call(module, composed, (images,)), labels).detach()
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-12)
     own = dict(module.named_parameters())
@@ -116,7 +116,7 @@ def test_only_one_regularizer_chooses_the_weights_of_the_loss():
     module = small_classifier(IEL(1.0), IEL(1.0))
     start(module, [0], lambda: made_up_fisher(module, 7))
     with pytest.raises(ValueError, match="give IEL only once"):
-        regularized_loss(module, batch(), torch.zeros(6, dtype=torch.long))
+        regularized_loss(module, list(module.regularizers), batch(), torch.zeros(6, dtype=torch.long))
 
 
 def test_iel_in_the_first_task_counts_two_tasks_as_the_authors_do():
@@ -154,7 +154,7 @@ def test_iel_trains_low_rank_factors_through_the_composed_model():
     dense = {name: value.detach().requires_grad_() for name, value in current_weights(module).items()}
     (iel,) = module.regularizers
     images, labels = batch(), torch.tensor([0, 1, 0, 1, 0, 1])
-    loss, terms = regularized_loss(module, images, labels)
+    loss, terms = regularized_loss(module, list(module.regularizers), images, labels)
     lora = module.backbone.model[0]
     a, b = lora.lora_A_weight, lora.lora_B_weight
     by_a, by_b = torch.autograd.grad(loss + terms["iel"], [a, b])
@@ -187,7 +187,10 @@ def test_iel_of_one_task_is_the_task_itself_in_every_mode_of_tuning(tmp_path, tu
         for parameter in trained:
             parameter.add_(0.05 * torch.randn_like(parameter))
     images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 0, 1])
-    composed, plain = regularized_loss(module, images, labels)[0], module.loss(module(images), labels)
+    composed, plain = (
+        regularized_loss(module, list(module.regularizers), images, labels)[0],
+        module.loss(module(images), labels),
+    )
     torch.testing.assert_close(composed, plain)
     for one, other in zip(*(torch.autograd.grad(loss, trained) for loss in (composed, plain)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from clmerge.streams.decoding import UnreadableImageError, as_rgb, open_image
 from clmerge.streams.files import FileImages
 from clmerge.streams.images import ImageDataset
-from clmerge.streams.stream import SplitPlan
+from clmerge.streams.plan import SplitPlan
 
 GREY = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
 EIGHT = [0, 1, 128, 255]

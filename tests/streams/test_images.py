@@ -4,8 +4,8 @@ import numpy as np
 from torchvision import transforms
 
 from clmerge.streams.images import ImageDataset
+from clmerge.streams.plan import SplitPlan
 from clmerge.streams.sources import ArrayImages
-from clmerge.streams.stream import SplitPlan
 
 
 def dataset(transform=None):
