@@ -1,37 +1,10 @@
 import gc
-import subprocess
-import sys
 
 import pytest
+from support.locks import end, other_process
 
 from clmerge.run_folder import RunFolder
 from clmerge.run_lock import hold_lock
-
-HOLD = """
-import os, sys, time
-from pathlib import Path
-from clmerge.run_lock import hold_lock
-class Holder: pass
-holder = Holder()
-hold_lock(Path(sys.argv[1]), holder)
-if len(sys.argv) > 2:
-    os.fork()  # both wait: a data loader's worker outlives its parent
-os.write(1, b"held\\n")
-sys.stdin.read()
-"""
-
-
-def other_process(folder, *options):
-    command = [sys.executable, "-c", HOLD, str(folder), *options]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    return process
-
-
-def end(process):
-    process.stdin.close()
-    process.stdout.close()
-    process.wait()
 
 
 def test_one_process_writes_a_run_and_the_others_are_told_who(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 import clmerge
 from clmerge.results import SETTINGS
+from clmerge.run_lock import hold_lock
 from clmerge.weights import write_json_atomic
 
 
@@ -29,10 +30,13 @@ def make_row(accuracies: Mapping[str, list[float]], merge_seconds: float = 0.0) 
 class Ledger:
     """Rows by what they are the result of, in one JSON file that is replaced atomically with every addition.
 
+    Its folder is made, and locked until the ledger is gone: a second process would overwrite the rows of the first.
+
     Args:
         file: The file; read if it is there.
 
     Raises:
+        BlockingIOError: If another process has locked the folder.
         ValueError: If the file is damaged.
 
     Example:
@@ -48,6 +52,8 @@ class Ledger:
     def __init__(self, file: Path) -> None:
         self.file = file
         self._rows: dict[str, Row] = {}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        hold_lock(file.parent, self)
         if file.is_file():
             try:
                 self._rows = {key: _from_json(row) for key, row in json.loads(file.read_text(encoding="utf-8")).items()}

@@ -1,9 +1,11 @@
+import gc
 import json
 import shutil
 import signal
 
 import pytest
 import torch
+from support.locks import end, other_process
 from support.tiny import tiny_clip
 from wandb_reader import find_runs
 
@@ -186,6 +188,7 @@ def test_a_comparison_that_was_interrupted_goes_on(run, monkeypatch, capsys):
         assert main([*arguments, "--out", str(run / "killed")]) == 130
     finally:
         signal.signal(signal.SIGINT, before)
+    gc.collect()  # the end of the process would take back the lock
     (run / "killed" / ".rows.json.abc.tmp").write_text("what a kill in the middle of a write leaves")
     (run / "killed" / ".scratch").mkdir()
     monkeypatch.setattr(Ledger, "add", add)
@@ -281,6 +284,20 @@ def test_an_unfinished_run_is_refused(run, capsys):
     (run / "manifest.json").write_text(json.dumps({**manifest, "finished": False}))
     assert main(["compare", str(run)]) == 1
     assert f"clmerge fit --resume {run}" in capsys.readouterr().err
+
+
+def test_two_comparisons_into_one_folder_at_once_are_refused(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / ".scratch").mkdir(parents=True)
+    process = other_process(out)
+    assert main(["compare", str(run), "--mergers", "MagMax", "--out", str(out)]) == 1
+    message = capsys.readouterr().err
+    assert f"no other process writes, got {out}, which process {process.pid} on " in message
+    assert len(message.splitlines()) == 1
+    assert {path.name for path in out.iterdir()} == {".lock", ".scratch"}, "nothing of the other was touched"
+    end(process)
+    compare(run, "--mergers", "MagMax", "--out", out)
+    assert {path.name for path in out.iterdir()} == {"results.json", "rows.json"}
 
 
 def test_help_is_static(capsys):
