@@ -30,6 +30,7 @@ from clmerge.comparison.refold import Refold
 from clmerge.comparison.stored_run import StoredRun
 from clmerge.lightning_compat import quiet_lightning
 from clmerge.merging import DARE, TIES, TSVM, Breadcrumbs, IsoC, MagMax, TaskArithmetic, WeightAverage
+from clmerge.predictors import Merged
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 MERGERS = (MagMax, TIES, WeightAverage, TaskArithmetic, DARE, Breadcrumbs, TSVM, IsoC)
@@ -60,8 +61,8 @@ def evaluation(run: StoredRun, num_models: int) -> float:
     for task in range(len(run.tasks)):
         refold.fold(task)
     merge = refold.merge
-    states = {name: merge.state_with(merge.merged_vector(name), run.module) for name in merge.mergers}
-    return min(seconds(lambda: run.evaluate("evaluating", states, len(run.tasks) - 1, "test")) for _ in range(3))
+    models = {name: merge.predictor(name, run.module) for name in merge.mergers}
+    return min(seconds(lambda: run.evaluate("evaluating", models, len(run.tasks) - 1, "test")) for _ in range(3))
 
 
 def forward(run: StoredRun) -> float:
@@ -98,7 +99,7 @@ def measure() -> dict[str, float]:
             found["compare"] = seconds(compare)
             found["train"] = sum(times)
             run, _ = open_run(str(path), name="run")
-            run.evaluate("warm up", {"expert": run.expert(0)}, 0, "test")
+            run.evaluate("warm up", {"expert": Merged(run.expert(0))}, 0, "test")
             found["one"], found["eight"] = evaluation(run, 1), evaluation(run, len(MERGERS))
             found["forward"] = forward(run)
     return found

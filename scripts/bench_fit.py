@@ -32,6 +32,7 @@ from clmerge.lightning_compat import quiet_lightning
 from clmerge.merging import TIES, MagMax
 from clmerge.models import OpenClip
 from clmerge.modules import lr_factor
+from clmerge.predictors import Merged
 from clmerge.run_folder import RunFolder
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
 
@@ -95,7 +96,7 @@ def harness(batch: int, epochs: int) -> dict[str, float]:
             evaluate(
                 Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False),
                 learner.module,
-                {"expert": None},
+                {"expert": Merged()},
                 learner.data,
                 task_classes=[task.classes for task in learner.tasks],
                 num_classes=10,

@@ -47,6 +47,7 @@ from clmerge.merging import (
 )
 from clmerge.models import Full, LinearHead, Linearized, LoRA, OpenClip, Tuning
 from clmerge.modules import ContinualClassifier
+from clmerge.predictors import Merged
 
 Vector = dict[str, Tensor]
 CUDA = torch.cuda.is_available()
@@ -347,7 +348,7 @@ def check_evaluation(tiny: bool, rounds: int) -> None:
     triple = (images, labels, torch.zeros_like(labels))
 
     def one_pass(names: list[str]) -> None:
-        evaluator = Evaluator(module, {n: models[n] for n in names}, [list(range(classes))], classes)
+        evaluator = Evaluator(module, {n: Merged(models[n]) for n in names}, [list(range(classes))], classes)
         evaluator.to(DEVICE)
         evaluator.on_test_start()
         with torch.inference_mode():

@@ -72,7 +72,9 @@ def test_one_process_per_task_goes_on_from_the_checkpoint(model, tmp_path, start
         module, merge = BackboneModule(), MergeCallback(MagMax(scale=0.5), start_policy=start_policy)
         saving = saver(tmp_path / str(task))
         module.load_state_dict(base)
-        new_trainer(merge, saving, Start(), epochs=2 * (task + 1)).fit(module, toy_loader(task), ckpt_path=path)
+        new_trainer(merge, saving, Start(tmp_path, save_top_k=0), epochs=2 * (task + 1)).fit(
+            module, toy_loader(task), ckpt_path=path
+        )
         left.append(weights(module))
         path = saving.last_model_path if kind == "last" else saving.best_model_path
     check_merged(merge, base, left)
