@@ -149,7 +149,10 @@ class KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize(("fit", "inside"), [(1, True), (4, False), (6, True)])
+@pytest.mark.parametrize(
+    ("fit", "inside"),
+    [(4, False), *(pytest.param(fit, True, marks=pytest.mark.exhaustive) for fit in (1, 6))],
+)
 def test_a_branched_run_resumes_to_the_same_bits(clip, tmp_path, fit, inside):
     class Kill(Callback):
         def on_train_start(self, trainer, pl_module):

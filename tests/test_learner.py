@@ -286,6 +286,7 @@ def test_replayed_classes_must_be_in_the_loss(clip):
         make_learner(clip, MagMax(), data=StreamDataModule(64, replay=10))
 
 
+@pytest.mark.exhaustive
 def test_replay_keeps_more_of_earlier_tasks_than_sequential_fine_tuning(clip, tmp_path):
     def last(name, **data):
         learner = make_learner(clip, MagMax(), loss="all", num_tasks=2, data=StreamDataModule(32, **data))

@@ -18,7 +18,16 @@ def clip(tmp_path_factory):
     return tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
-@pytest.mark.parametrize("method", METHODS)
+# One of every kind runs in the normal suite.
+FEW = {
+    *("attention_only", "bam", "chitale_lora", "ewc", "fisher", "iel", "joint", "lora_task_arithmetic", "magmax"),
+    *("regmean", "replay", "sam_merging", "simple_cil", "slca_alignment", "tangent_task_arithmetic"),
+}
+
+
+@pytest.mark.parametrize(
+    "method", [method if method in FEW else pytest.param(method, marks=pytest.mark.exhaustive) for method in METHODS]
+)
 def test_method_runs_on_the_quickstart_stream(method, clip, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("CLMERGE_RUN_DIR", raising=False)
     monkeypatch.setattr("clmerge.learner.save_plots", lambda results, folder: [])  # drawn elsewhere; seconds each

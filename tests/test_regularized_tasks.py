@@ -219,6 +219,7 @@ tuned = one.calibrated.models(one.merged(), 1, torch.device("cpu"))["weight_aver
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.distributed
 def test_two_processes_remember_the_same(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)

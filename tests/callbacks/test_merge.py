@@ -471,7 +471,9 @@ if trainer.is_global_zero:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "ddp lora"])
+@pytest.mark.parametrize(
+    "kind", ["fsdp2", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("ddp", "ddp lora"))]
+)
 def test_two_processes_merge_what_one_process_with_the_whole_batch_merges(tmp_path, kind):
     (tmp_path / "script.py").write_text(SCRIPT)
     out = tmp_path / "merged.safetensors"

@@ -186,6 +186,7 @@ WORKER = """
 """
 
 
+@pytest.mark.exhaustive  # tests/test_evaluation.py counts in two processes, too
 @pytest.mark.distributed
 def test_two_processes_with_uneven_shares_equal_one(tmp_path: Path):
     data = batch(5)
