@@ -23,6 +23,7 @@ def loaded_by(statement):
         ("import clmerge.cli; clmerge.cli.main(['fit', '--help'])", []),
         ("import clmerge.merging", ["torch", "numpy"]),
         ("import clmerge.weights", ["torch", "numpy"]),
+        ("import clmerge.report", ["torch", "numpy", "matplotlib"]),
     ],
 )
 def test_imports_stay_light(statement, allowed):

@@ -1,15 +1,19 @@
 """What a Trainer has of a task for those who merge it: statistics that need no data, and its training images."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Set
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from clmerge.merging.adam import adam_second_moments, require_second_moments
 from clmerge.weights.parametrization import dense_weights
 from clmerge.weights.swap import full_copy
+
+if TYPE_CHECKING:  # clmerge report, which names mergers, does without Lightning
+    from lightning.pytorch import LightningModule, Trainer
 
 PROVIDED = frozenset({"adam", "weights"})
 """Statistics that every run can give its mergers."""

@@ -1,7 +1,7 @@
 """The one call that makes a run's diagnostics document."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,10 +11,12 @@ from clmerge.diagnostics.document import document
 from clmerge.diagnostics.models import diagnose_models
 from clmerge.diagnostics.vectors import diagnose_vectors
 from clmerge.results import Setting
-from clmerge.streams import StreamDataModule
 from clmerge.streams.plan import Split
 from clmerge.streams.splits import derived_seed
 from clmerge.weights import State, TaskVectorBank
+
+if TYPE_CHECKING:  # it imports Lightning, which reading a document does without
+    from clmerge.streams import StreamDataModule
 
 
 def diagnose(
@@ -22,7 +24,7 @@ def diagnose(
     weights: Callable[[State], State],
     bank: TaskVectorBank,
     merged: Mapping[str, State],
-    data: StreamDataModule,
+    data: "StreamDataModule",
     *,
     setting: Setting = "task_agnostic",
     num_images: int = 256,

@@ -1,6 +1,12 @@
-"""Accuracy per task, the accuracy matrix, and the continual-learning figures computed from it."""
+"""Accuracy per task, the accuracy matrix, and the continual-learning figures computed from it.
 
-from clmerge.metrics.accuracy import TaskAccuracy
+``TaskAccuracy`` is imported on first use: torchmetrics brings torchvision, and ``clmerge report`` needs neither.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from clmerge.metrics.continual import (
     average,
     average_accuracy,
@@ -16,6 +22,9 @@ from clmerge.metrics.continual import (
     transfer,
 )
 from clmerge.metrics.matrix import AccuracyMatrix
+
+if TYPE_CHECKING:
+    from clmerge.metrics.accuracy import TaskAccuracy
 
 __all__ = [
     "AccuracyMatrix",
@@ -33,3 +42,11 @@ __all__ = [
     "normalised_accuracy",
     "transfer",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name != "TaskAccuracy":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from clmerge.metrics.accuracy import TaskAccuracy
+
+    return TaskAccuracy
