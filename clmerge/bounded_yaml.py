@@ -1,5 +1,6 @@
 """YAML that somebody else wrote: read only if it is no larger, and no deeper, than it looks."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ import yaml
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _MOST_REPEATED = 10_000
+_OF_A_NODE = 100  # characters of text that count as one node
 _DEEPEST = 100
+_LONG_NUMBER = re.compile(r"[-+_]*[0-9][0-9a-fA-Fx_:.]{1000,}")  # reading one takes time like its length squared
 # What the constructors of YAML's own tags raise beside YAMLError, for example for "!!bool x".
 _FAULTS = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)
 
@@ -50,9 +53,9 @@ def read_yaml(path: Path) -> Any:
 
 
 def check_yaml(text: str) -> None:
-    """Refuse a document whose aliases repeat more than 10,000 nodes, or that is nested more than 100 deep.
+    """Refuse a document whose aliases repeat more than 10,000 nodes, that is nested more than 100 deep, or a long number.
 
-    A few lines of aliases to aliases stand for more than any memory holds.
+    A few lines of aliases to aliases stand for more than any memory holds, and so do aliases to one long text.
 
     Args:
         text: The document.
@@ -82,7 +85,12 @@ def check_yaml(text: str) -> None:
             if anchor is not None:
                 sizes[anchor] = count - before
         elif isinstance(event, yaml.ScalarEvent):
-            count += 1
+            if _LONG_NUMBER.fullmatch(event.value):
+                raise ValueError("it has a number of more than 1,000 digits")
+            size = 1 + len(event.value) // _OF_A_NODE
+            count += size
+            if event.anchor is not None:
+                sizes[event.anchor] = size
 
 
 def yaml_cause(error: Exception) -> str:

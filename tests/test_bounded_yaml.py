@@ -33,6 +33,8 @@ def test_what_is_of_a_bearable_size_is_read(text):
     [
         (laughs(5), "aliases repeat more than 10,000 nodes"),
         (laughs(40), "aliases repeat more than 10,000 nodes"),
+        (f"a: &a {'x' * 10_000}\nb: [{'*a, ' * 200}]", "aliases repeat more than 10,000 nodes"),
+        ("a: " + "1:" * 100_000 + "1", "a number of more than 1,000 digits"),
         ("a: &a [*a]", r"the alias \*a stands inside"),
         ("[" * 101 + "]" * 101, "nested more than 100 deep"),
         ("[" * 100_000, "nested more than 100 deep"),

@@ -228,14 +228,15 @@ def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
         return {
             group: [run for run in runs if run.group == group] for group in dict.fromkeys(r.group or "" for r in runs)
         }
-    settled = [_flat(_settled(run.config)) for run in runs]
+    nested = [_settled(run.config) for run in runs]
     groups: dict[str, list[int]] = {}
-    for index, config in enumerate(settled):
+    for index, config in enumerate(nested):
         # Without a configuration nothing says that two runs are alike.
-        key = json.dumps(config, sort_keys=True, default=str) if config else str(runs[index].path)
+        key = json.dumps(config, default=str) if config else str(runs[index].path)
         groups.setdefault(key, []).append(index)
     if len(groups) == 1:
         return {"": list(runs)}
+    settled = [_flat(config) for config in nested]
     first = [members[0] for members in groups.values()]
     differing = sorted(
         {key for i in first for key in settled[i] if any(settled[j].get(key) != settled[i][key] for j in first)}
@@ -243,7 +244,7 @@ def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
     found: dict[str, list[Run]] = {}
     for members in groups.values():
         config = settled[members[0]]
-        parts = [f"{key.split('.')[-1]}={config[key]}" for key in differing if key in config]
+        parts = [f"{key[-1]}={config[key]}" for key in differing if key in config]
         label = ", ".join(parts) if parts and len(differing) <= 2 else runs[members[0]].name
         while label in found:
             label += "'"
@@ -255,16 +256,15 @@ def _settled(value: Any, depth: int = 0) -> Any:
     """Drop what repetitions may differ in: the free settings at the top, and seeds everywhere."""
     if isinstance(value, Mapping):
         free = _FREE if depth == 0 else {"seed"}
-        return {key: _settled(item, depth + 1) for key, item in value.items() if key not in free}
-    return value
+        kept = {str(key): item for key, item in value.items() if key not in free}
+        return {key: _settled(kept[key], depth + 1) for key in sorted(kept)}
+    return [_settled(item, depth + 1) for item in value] if isinstance(value, list) else value
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     if isinstance(value, Mapping):
-        return {
-            k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else key).items()
-        }
-    return {prefix: value} if prefix else {}
+        return {k: v for key, item in value.items() for k, v in _flat(item, (*path, key)).items()}
+    return {path: value}
 
 
 def _unfinished(runs: Sequence[Run], common: int) -> Iterable[str]:

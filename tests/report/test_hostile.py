@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import tracemalloc
 
 import pytest
 from made_up import make_results
@@ -124,3 +125,17 @@ def test_cells_that_begin_like_formulas_are_text(cell, kept):
 @pytest.mark.parametrize("cell", ["\t=1", "\r=1", "\n=1"])
 def test_cells_that_begin_with_a_control_character_show_it(cell):
     assert to_csv(["a"], [[cell]]).splitlines()[1] == repr(cell)[1:-1]
+
+
+def test_configurations_of_odd_keys_are_compared_in_little_memory(tmp_path):
+    many = {f"k{index}": index for index in range(1000)}
+    for name in ("a", "b"):
+        config = {"x" * 100_000: many, 1: {2: 0}, "lists": [{1: 0, "a": {"seed": name}}]}
+        write_run(tmp_path / name, config=config, models=("magmax", "expert"), bank=False)
+    tracemalloc.start()
+    try:
+        study = read_study([tmp_path / "a", tmp_path / "b"])
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+    assert [entry.name for entry in study.entries] == ["magmax", "expert", "zero_shot"]  # a seed is no difference
