@@ -53,7 +53,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def check_yaml(text: str) -> None:
-    """Refuse a document whose aliases repeat more than 10,000 nodes, that is nested more than 100 deep, or a long number.
+    """Refuse aliases that repeat more than 10,000 nodes, nesting more than 100 deep, and numbers of 1,000 digits.
 
     A few lines of aliases to aliases stand for more than any memory holds, and so do aliases to one long text.
 

@@ -14,6 +14,7 @@ from clmerge.final_models import save_models
 from clmerge.learner_parts import LearnerParts
 from clmerge.lightning_compat import quiet_lightning
 from clmerge.loggers import finish_loggers, log_artifacts, log_summary, log_task
+from clmerge.names import tell
 from clmerge.notices import add_place, notices
 from clmerge.plots import plot_files, save_plots
 from clmerge.predictors import Merged, Predictor
@@ -70,7 +71,7 @@ class Learner(LearnerParts):
         if run.writes:
             matrices = matrix_lines(self.module, self.mergers) if self.mergers else ()  # a frozen backbone has none
             for line in (trainable_line(self.module), *matrices, *notices(self.module, self.stream)):
-                print(line, file=sys.stderr, flush=True)
+                tell(line)
         told = loggers if run.writes else ()  # the Trainer's part of logging needs the same loggers on every rank
         deployed = self.merge.deploy if self.mergers else EXPERT
         training = TaskTraining(self, run, trainers)

@@ -2,7 +2,9 @@
 
 import hashlib
 import re
+import sys
 import unicodedata
+from typing import TextIO
 
 _JOINERS = "\u200c\u200d"  # scripts and emoji need them
 _LONGEST = 120  # bytes of a file name, with room for endings within the 255 that file systems have
@@ -26,6 +28,16 @@ def visible(text: str, *, keep: str = "") -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(character if character in keep or _is_plain(character) else _escape(character) for character in text)
+
+
+def tell(line: str, *, file: TextIO | None = None) -> None:
+    """Print one line, to stderr unless a file is named, with :func:`visible` text alone: names in it may be anybody's.
+
+    Args:
+        line: The line.
+        file: Where it goes.
+    """
+    print(visible(line), file=sys.stderr if file is None else file, flush=True)
 
 
 def shown(name: str) -> str:

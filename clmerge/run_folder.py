@@ -1,7 +1,6 @@
 """The run folder: one atomic manifest is the truth, everything else can be made from it or is a view of it."""
 
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import count
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clmerge.checkpoint_io import damage
-from clmerge.names import file_name
+from clmerge.names import file_name, tell
 from clmerge.run_lock import LOCK, hold_lock
 from clmerge.run_manifest import Manifest, check_config, read_manifest
 from clmerge.weights import checksum, load_tensors, save_tensors, save_torch, write_json_atomic, write_text_atomic
@@ -197,7 +196,7 @@ class RunFolder:
             return checkpoint.exists()
         if self.writes:
             note = f"clmerge: {checkpoint} is damaged ({wrong}): this fit starts again from its first epoch"
-            print(note, file=sys.stderr, flush=True)
+            tell(note)
             shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
         return False
 

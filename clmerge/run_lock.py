@@ -5,10 +5,11 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import time
 import weakref
 from pathlib import Path
+
+from clmerge.names import tell
 
 LOCK = ".lock"
 # Descriptor and number of holders of every folder that this process has locked.
@@ -62,7 +63,7 @@ def _locked_file(folder: Path) -> int | None:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP):
                 raise
             note = f"clmerge: the file system of {folder} knows no locks: let one process at a time write there"
-            print(note, file=sys.stderr, flush=True)
+            tell(note)
             return None
 
 

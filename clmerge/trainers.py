@@ -1,6 +1,5 @@
 """The Trainers of a run: a new one with fresh callbacks for every fit and every evaluation."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from clmerge.callbacks.finite_loss import FiniteLoss
 from clmerge.callbacks.progress import EpochLines, EpochSeed
 from clmerge.checkpoint_io import AtomicCheckpointIO
 from clmerge.lightning_compat import TaskProgressBar, logger_step, set_step_offset
+from clmerge.names import tell
 from clmerge.run_folder import RunFolder
 
 TrainerFactory = Callable[..., Trainer]
@@ -113,7 +113,7 @@ class Trainers:
         trainer = self._build(label, logger=list(self.loggers) or False, callbacks=own, **options)
         if self.run.writes and not self._told:
             for line in partial_lines(trainer):
-                print(line, file=sys.stderr, flush=True)
+                tell(line)
         self._told = True
         return trainer
 

@@ -1,6 +1,5 @@
 """Small callbacks of the learner: a fixed random state per epoch, and progress lines without a terminal."""
 
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from typing_extensions import override
 
 from clmerge.merging import Merger
 from clmerge.models import Classifier
+from clmerge.names import tell
 from clmerge.weights.parametrization import merged_parameters
 
 
@@ -58,7 +58,7 @@ class EpochLines(Callback):
             seconds = time.perf_counter() - self._started
             total = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
             line = f"{self.label}: epoch {trainer.current_epoch + 1}{total}{shown}  {seconds:.1f} s"
-            print(line, file=sys.stderr, flush=True)
+            tell(line)
 
 
 def trainable_line(module: Classifier) -> str:

@@ -25,6 +25,7 @@ from clmerge.checkpoints.vectors import CheckpointVectors, Origin, check_statist
 from clmerge.checkpoints.writer import sha256_of
 from clmerge.merging import Merger
 from clmerge.merging.out_of_core import merge_out_of_core, passes_of, working_memory
+from clmerge.names import visible
 from clmerge.weights.batch_norm import Buffers
 from clmerge.weights.task_vector import LazyVector, accumulator_dtype, fingerprint
 
@@ -174,7 +175,7 @@ class CheckpointMerge:
         held = 0 if self.estimation is None else self.nbytes
         also = ", and the merged model to measure on" if held else ""
         lines.append(f"memory  {(max(costs) + held) / 2**20:,.1f} MiB: {_PASSES[costs[max(costs)]]}{also}")
-        return "\n".join(lines)
+        return "\n".join(map(visible, lines))
 
     def run(
         self,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from clmerge.cli.messages import complain
 from clmerge.cli.signals import Stopped
+from clmerge.names import tell
 
 if TYPE_CHECKING:
     from clmerge.cli.parser import CommandParser
@@ -158,9 +159,9 @@ def _compare(config: Any, mergers: Any) -> int:
         print(json.dumps(document, indent=2))
     else:
         print_comparison(document)
-        print(f"results   {out / 'results.json'}")
+        tell(f"results   {out / 'results.json'}", file=sys.stdout)
         if command:
-            print(f"W&B       {command}")
+            tell(f"W&B       {command}", file=sys.stdout)
     return 0
 
 

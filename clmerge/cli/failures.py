@@ -5,7 +5,8 @@ import traceback
 from pathlib import Path
 
 import clmerge
-from clmerge.cli.messages import complain
+from clmerge.cli.messages import complain, traceback_of
+from clmerge.names import tell
 
 _PACKAGE = Path(clmerge.__file__).resolve().parent
 
@@ -37,6 +38,6 @@ def say(command: str, error: Exception) -> None:
     if is_foreseen(error):
         complain(command, error)
         return
-    traceback.print_exception(error)
+    print(traceback_of(error), file=sys.stderr, end="")
     text = f"ended by {type(error).__name__}, which is not foreseen; please report it"
-    print(f"clmerge {command}: {'; '.join([text, *getattr(error, '__notes__', ())])}", file=sys.stderr, flush=True)
+    tell(f"clmerge {command}: {'; '.join([text, *getattr(error, '__notes__', ())])}")

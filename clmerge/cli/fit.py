@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from clmerge.cli.messages import complain
 from clmerge.cli.signals import Stopped
+from clmerge.names import file_name, tell
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -179,7 +180,6 @@ def spread_mergers(argv: Sequence[str]) -> list[str]:
 def _run(arguments: Sequence[str], resume: str | None) -> int:
     from clmerge.cli.failures import is_foreseen
     from clmerge.cli.resume import give_hint, open_run, record_changes
-    from clmerge.names import file_name
     from clmerge.run_folder import RunFolder
     from clmerge.streams.data_check import RECORD
     from clmerge.streams.decoding import UnreadableImageError
@@ -210,7 +210,8 @@ def _run(arguments: Sequence[str], resume: str | None) -> int:
         if run.writes:
             if check is not None:
                 check.save(run.path / RECORD)
-            print("\n".join(stream_lines(learner.stream)), file=sys.stderr, flush=True)
+            for line in stream_lines(learner.stream):
+                tell(line)
         _fit(learner, logging, config, run)
     except Exception as error:
         hint = ""
@@ -259,7 +260,7 @@ def _build(
         objects.stream, objects.model, objects.mergers, objects.data, seed=config.seed, **vars(objects.learner)
     )
     if _is_main() and (read := objects.model.backbone.read):
-        print(f"backbone  {read}", flush=True)
+        tell(f"backbone  {read}", file=sys.stdout)
     if objects.logging.artifacts:
         learner.require_task_vectors()
     return learner, objects.logging, check
@@ -273,7 +274,7 @@ def leave_unreadable_out(stream: "Stream", config: Any, run: Path | None) -> "Da
     if check is None and (config.check_data or config.skip_unreadable):
         check = check_images(stream)
         for image in check.unreadable:
-            print(image.reason, file=sys.stderr)
+            tell(image.reason)
     if check is None:
         return None
     numbers = f"{len(check.unreadable)} of {check.num_images} images"
@@ -284,7 +285,7 @@ def leave_unreadable_out(stream: "Stream", config: Any, run: Path | None) -> "Da
         )
     leave_out(stream, check)
     found = f"leaving out {numbers}, which cannot be read" if check.unreadable else f"{numbers} cannot be read"
-    print(found, file=sys.stderr, flush=True)
+    tell(found)
     return check
 
 
@@ -380,8 +381,8 @@ def _print_table(results: "Results") -> None:
 def _print_ending(results: "Results", run: "RunFolder", *, wandb: bool) -> None:
     from clmerge.loggers import wandb_sync_command
 
-    print(f"results   {run.results}")
-    print(f"plots     {run.plots}")
-    print(f"models    {run.path / 'model'}")
+    places = {"results": str(run.results), "plots": str(run.plots), "models": str(run.path / "model")}
     if wandb and (command := wandb_sync_command(run.path)):
-        print(f"W&B       {command}")
+        places["W&B"] = command
+    for what, place in places.items():
+        tell(f"{what:<10}{place}", file=sys.stdout)

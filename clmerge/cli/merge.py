@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from clmerge.cli.messages import complain
 from clmerge.cli.signals import Stopped
+from clmerge.names import tell
 
 if TYPE_CHECKING:
     from clmerge.cli.parser import CommandParser
@@ -216,12 +217,12 @@ def _merge(parser: "CommandParser", config: Any) -> int:
     )
     print(job.describe(), flush=True)
     for row in job.policy.problems:
-        print(f"clmerge merge: warning: {len(row.names)} {row.action}, {row.reason}: {row.names[0]}", file=sys.stderr)
+        tell(f"clmerge merge: warning: {len(row.names)} {row.action}, {row.reason}: {row.names[0]}")
     if config.dry_run:
         return 0
     with progress("merging", job.work) as on_bytes:
         job.run(config.out, hashes=not config.no_hash, shard_bytes=shard_bytes, on_bytes=on_bytes)
-    print(f"wrote   {config.out}")
+    tell(f"wrote   {config.out}", file=sys.stdout)
     return 0
 
 
@@ -231,18 +232,20 @@ def _verify(path: str) -> int:
     with progress("verifying", None) as on_bytes:
         differences, ledger = verify(path, on_bytes=on_bytes)
     for line in differences:
-        print(f"clmerge merge: {line}", file=sys.stderr)
+        tell(f"clmerge merge: {line}")
     if differences:
-        print(f"{path} is NOT what its ledger says")
+        tell(f"{path} is NOT what its ledger says", file=sys.stdout)
         return 1
     if ledger.estimated:
         shown = ", ".join(ledger.estimated[:3]) + (
             f" and {len(ledger.estimated) - 3} more" * (len(ledger.estimated) > 3)
         )
-        print(f"not replayed: {len(ledger.estimated)} running statistics, from {ledger.images}: {shown}")
+        tell(
+            f"not replayed: {len(ledger.estimated)} running statistics, from {ledger.images}: {shown}", file=sys.stdout
+        )
     hashed = "" if all(file.sha256 for file in ledger.files) else " (its ledger has no SHA-256 of the inputs)"
     rest = " but for what images gave" if ledger.estimated else ""
-    print(f"{path} is what its ledger says, bit for bit{rest}{hashed}")
+    tell(f"{path} is what its ledger says, bit for bit{rest}{hashed}", file=sys.stdout)
     return 0
 
 

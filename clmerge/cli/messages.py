@@ -27,11 +27,16 @@ def complain(name: str, error: BaseException, hint: str = "") -> int:
         hint: What is said after the cause.
     """
     if os.environ.get(DEBUG_VARIABLE):
-        traceback.print_exception(error)
+        print(traceback_of(error), file=sys.stderr, end="")
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
-    text = visible(condensed(str(error)) + notes, keep="\n") + hint
+    text = visible(f"{condensed(str(error))}{notes}{hint}", keep="\n")
     print(f"clmerge {name}: {text}", file=sys.stderr)
     return 1
+
+
+def traceback_of(error: BaseException) -> str:
+    """Return the traceback of an error, as it is shown."""
+    return visible("".join(traceback.format_exception(error)), keep="\n")
 
 
 def condensed(message: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clmerge.cli.messages import complain
-from clmerge.names import visible
+from clmerge.names import tell
 
 if TYPE_CHECKING:
     from clmerge.cli.parser import CommandParser
@@ -71,19 +71,18 @@ def _report(config: Any) -> int:
     study = read_study(config.runs, evaluation=config.evaluation)
     for run in config.runs:
         if (Path(run) / "compare" / "results.json").is_file() and str(Path(run) / "compare") not in config.runs:
-            print(
-                f"clmerge report: {visible(run)}/compare holds a comparison: name it as well to see it", file=sys.stderr
-            )
+            tell(f"clmerge report: {run}/compare holds a comparison: name it as well to see it")
     for note in study.notes:
-        print(f"clmerge report: {note}", file=sys.stderr)
+        tell(f"clmerge report: {note}")
     if config.format == "html":
         files = write_report(study, config.out, title=config.title)
-        print(f"page      {visible(str(files[-1]))}\nfigures   {visible(str(files[0].parent))}")
+        tell(f"page      {files[-1]}", file=sys.stdout)
+        tell(f"figures   {files[0].parent}", file=sys.stdout)
         return 0
     text = "\n".join(paper_table(study, setting, config.format) for setting in study.settings)
     if config.out is None:
         print(text, end="")
     else:
         write_text_atomic(config.out, text)
-        print(f"table     {visible(config.out)}")
+        tell(f"table     {config.out}", file=sys.stdout)
     return 0

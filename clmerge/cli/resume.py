@@ -1,8 +1,9 @@
 """``clmerge fit --resume``: which run goes on, and what may change from here on."""
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from clmerge.names import tell
 
 if TYPE_CHECKING:
     from clmerge.cli.signals import Stopped
@@ -97,11 +98,8 @@ def record_changes(run: "RunFolder", changes: Sequence[str]) -> None:
     """
     begin_anew = any(not option.startswith("--logging.") for option in changes)
     if run.change_options(changes, begin_anew=begin_anew) and run.writes:
-        print(
-            f"clmerge fit: task {run.manifest.trained + 1} starts again from its first epoch, since a task has one "
-            "set of options",
-            file=sys.stderr,
-        )
+        task = run.manifest.trained + 1
+        tell(f"clmerge fit: task {task} starts again from its first epoch, since a task has one set of options")
 
 
 def give_hint(stop: "Stopped", run: "RunFolder | None") -> None:
@@ -122,5 +120,5 @@ def _joined(arguments: Sequence[str]) -> list[str]:
 
 
 def _refuse(message: str) -> None:
-    print(f"clmerge fit: {message}", file=sys.stderr)
+    tell(f"clmerge fit: {message}")
     raise SystemExit(2)

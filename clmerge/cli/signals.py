@@ -1,10 +1,11 @@
 """What stops a command from outside: Ctrl-C, SIGTERM and SIGHUP unwind the stack, and say so in one line."""
 
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from clmerge.names import tell
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
 
@@ -58,7 +59,7 @@ def run_until_stopped(name: str, run: Callable[[], int]) -> int:
     except KeyboardInterrupt:  # from where the handler was another one
         pass
     word = "interrupted" if stop.number == signal.SIGINT else f"stopped by {signal.Signals(stop.number).name}"
-    print(f"clmerge {name}: {word}{stop.hint and f'; {stop.hint}'}", file=sys.stderr, flush=True)
+    tell(f"clmerge {name}: {word}{stop.hint and f'; {stop.hint}'}")
     return 128 + stop.number
 
 

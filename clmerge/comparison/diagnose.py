@@ -1,6 +1,5 @@
 """Why the mergers of a comparison differ: diagnostics of a stored run's task vectors, experts and merged models."""
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from clmerge.comparison.refold import Refold
 from clmerge.comparison.stored_run import StoredRun
 from clmerge.diagnostics import diagnose
 from clmerge.merging import Merger
+from clmerge.names import tell
 from clmerge.weights import State
 
 
@@ -51,4 +51,4 @@ def diagnose_run(run: StoredRun, mergers: Mapping[str, Merger]) -> dict[str, Any
 
 
 def _tell(name: str) -> Any:
-    return lambda message: print(f"{name}: {message}", file=sys.stderr, flush=True)
+    return lambda message: tell(f"{name}: {message}")

@@ -1,6 +1,5 @@
 """Fold a run's task vectors again, in any order, and evaluate what comes out; what was found before is not repeated."""
 
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from clmerge.comparison.grid import with_values
 from clmerge.comparison.ledger import Ledger, Row, make_row
 from clmerge.comparison.stored_run import Split, StoredRun
 from clmerge.merging import Merger, Statistics
+from clmerge.names import tell
 from clmerge.predictors import Predictor
 from clmerge.weights.parametrization import own_names
 from clmerge.weights.swap import swapped
@@ -177,4 +177,4 @@ def _line(label: str, *, silent: bool) -> Iterator[None]:
     started = time.perf_counter()
     yield
     if not silent:
-        print(f"{label}: {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
+        tell(f"{label}: {time.perf_counter() - started:.1f} s")

@@ -1,6 +1,7 @@
 """A foreseen failure is one message, any other a traceback; both end with where it was and how to go on."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from support.tiny import tiny_clip
 import clmerge.cli.fit
 from clmerge.cli import main
 from clmerge.cli.failures import is_foreseen
+from clmerge.cli.signals import Stopped
 from clmerge.merging import MagMax
 from clmerge.modules import ContinualClassifier
 
@@ -85,6 +87,36 @@ def test_what_is_not_foreseen_keeps_its_traceback(capsys, monkeypatch):
     shown = capsys.readouterr().err
     assert "LookupError: nobody thought of this" in shown
     assert shown.splitlines()[-1].startswith("clmerge fit: ended by LookupError, which is not foreseen")
+
+
+@pytest.mark.parametrize("raised", [LookupError, ValueError, Stopped])
+def test_nothing_that_a_failure_says_steers_a_terminal(capsys, monkeypatch, raised):
+    def fail(argv):
+        error = Stopped(signal.SIGTERM) if raised is Stopped else raised("of \x1b[31mred")
+        error.hint = "resume with \x1b[31mred"
+        error.add_note("in \x1b[31mred")
+        raise error
+
+    monkeypatch.setattr(clmerge.cli.fit, "main", fail)
+    assert main(["fit"]) in (1, 128 + signal.SIGTERM)
+    shown = capsys.readouterr().err
+    assert "\x1b" not in shown
+    assert "\\x1b[31mred" in shown
+
+
+def test_names_of_tensors_options_and_folders_steer_no_terminal(tmp_path, capsys):
+    weights = {"\x1b[31mred": torch.ones(1), "b": torch.ones(1)}
+    torch.save(weights, tmp_path / "\x1bbase.pt")
+    torch.save(weights | {"more\x1b\n": torch.ones(2)}, tmp_path / "a.pt")
+    files = ["--base", str(tmp_path / "\x1bbase.pt"), "--models", str(tmp_path / "a.pt"), "--merger", "MagMax"]
+    assert main(["merge", *files, "--out", str(tmp_path / "\x1bout.safetensors")]) == 0
+    with pytest.raises(SystemExit):
+        main(["fit", "--resume", "run", "--\x1b[31mred=1"])
+    printed = capsys.readouterr()
+    assert "\x1b" not in printed.out + printed.err
+    assert "\\x1bout.safetensors" in printed.out
+    assert "more\\x1b\\n" in printed.out + printed.err
+    assert "--\\x1b[31mred" in printed.err
 
 
 def test_a_variable_shows_every_traceback(capsys, monkeypatch):
