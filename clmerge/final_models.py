@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from clmerge.callbacks import MergeCallback
 from clmerge.models import Classifier
-from clmerge.results import EXPERT
+from clmerge.results import EXPERT, HEAD
 from clmerge.run_folder import RunFolder
 from clmerge.weights import save_tensors
 from clmerge.weights.parametrization import folded
@@ -39,4 +39,4 @@ def save_models(
     if merge.deploy == EXPERT:
         save_tensors(run.model(EXPERT), whole, metadata={"merger": "none: the last task's un-merged model"})
     if not module.head.open_vocabulary:
-        save_tensors(run.model("head"), module.head.state_dict())
+        save_tensors(run.model(HEAD), module.head.state_dict())

@@ -13,9 +13,11 @@ ZERO_SHOT = "zero_shot"
 TASK_ORACLE = "task_oracle"
 ENSEMBLE = "ensemble"
 JOINT = "joint"
+BASE = "base"  # theta_0 in diagnostics
+HEAD = "head"  # the file of the head's weights beside those of the models
 REFERENCES = (EXPERT, ZERO_SHOT, TASK_ORACLE, ENSEMBLE, JOINT)
 
-__all__ = ["REFERENCES", "SCHEMA", "SETTINGS", "Results", "Setting", "is_reference", "validate"]
+__all__ = ["BASE", "HEAD", "REFERENCES", "SCHEMA", "SETTINGS", "Results", "Setting", "is_reference", "validate"]
 
 
 def is_reference(model: str) -> bool:

@@ -68,6 +68,7 @@ def _contract(num_tasks: int) -> Check:
             "samples": maybe(listed(count, num_tasks)),
             "baseline": maybe(record({setting: row for setting in SETTINGS})),
             "bytes": keyed(count),
+            "options": listed(listed(text)),
         },
     )
 

@@ -1,6 +1,5 @@
 """The manifest of a run: what is committed, read with every doubt."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -8,7 +7,9 @@ from typing import Any
 
 import clmerge
 from clmerge.results import validate
+from clmerge.shapes import anything, count, flag, keyed, listed, maybe, record, text
 from clmerge.weights.checksums import MANIFEST
+from clmerge.weights.io import parse_json
 
 SCHEMA = 1
 
@@ -83,7 +84,7 @@ def read_manifest(file: Path) -> Manifest:
     if not file.is_file():
         raise FileNotFoundError(f"expected a run folder with a {MANIFEST}, got {file.parent}")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json(file.read_bytes(), "something else")
     except ValueError as error:
         raise ValueError(f"expected a manifest in JSON, got {file}, which is damaged: {error}") from error
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
@@ -128,43 +129,41 @@ def check_config(file: Path, expected: str) -> None:
 
 def _contradiction(found: Mapping[str, Any]) -> str | None:
     """Return what a manifest should say and does not, None if nothing is wrong with it."""
-    for name in ("trained", "evaluated", "step", "epochs", "task_step", "task_epochs", "branch"):
-        if type(value := found.get(name, 0)) is not int or value < 0:
-            return f"a count for {name!r}, got {value!r},"
-    for name, kind in _KINDS.items():
-        if name in found and not isinstance(found[name], kind):
-            return f"another type for {name!r}, got {found[name]!r:.80},"
+    try:
+        _CONTRACT(found, "")
+    except ValueError as error:
+        return str(error).removeprefix("expected ")
+    if results := found.get("results"):
+        try:
+            validate(results)
+        except ValueError as error:
+            return f"results, got others ({error})"
     trained, evaluated = found.get("trained", 0), found.get("evaluated", 0)
     if evaluated not in (trained, trained - 1):
         return f"as many trained as evaluated tasks, or one more, got {trained} and {evaluated}"
     state = f"state/task_{trained - 1:03d}" if trained else None
     if found.get("state") != state:
         return f"the state {state!r} after {trained} tasks, got {found.get('state')!r}"
-    if not all(isinstance(value, str) for value in found.get("files", {}).values()):
-        return "checksums of files"
-    for entry in found.get("options", []):
-        if not isinstance(entry, dict) or type(entry.get("task")) is not int or not _strings(entry.get("options")):
-            return f"tasks and their options, got {entry!r:.80}"
-    if results := found.get("results"):
-        try:
-            validate(results)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            return f"results, got others ({error})"
     return None
 
 
-_KINDS: dict[str, Any] = {
-    "wandb_id": str | None,
-    "results": dict,
-    "finished": bool,
-    "clmerge": str,
-    "config": str,
-    "options": list,
-    "settings": dict,
-    "stream": dict,
-    "files": dict,
-}
-
-
-def _strings(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+_TASK = record(
+    {"name": text, **dict.fromkeys(("train", "val", "test"), count), "labels": text, "images": text}
+    | {"sizes": record(dict.fromkeys(("train", "val", "test"), text))}
+)
+_CONTRACT = record(
+    {},
+    {
+        **dict.fromkeys(("trained", "evaluated", "step", "epochs", "task_step", "task_epochs", "branch"), count),
+        "state": maybe(text),
+        "wandb_id": maybe(text),
+        "results": keyed(anything),
+        "finished": flag,
+        "clmerge": text,
+        "config": text,
+        "options": listed(record({"task": count, "options": listed(text)})),
+        "settings": keyed(anything),
+        "stream": record({}, {"tasks": listed(_TASK)}),
+        "files": keyed(text),
+    },
+)

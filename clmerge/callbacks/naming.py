@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from clmerge.callbacks.provided import PROVIDED
 from clmerge.merging import Merger
+from clmerge.results import BASE, HEAD, is_reference
 from clmerge.weights.task_vector import State
 
 
@@ -11,7 +12,9 @@ def name_mergers(mergers: Merger | Sequence[Merger] | Mapping[str, Merger]) -> d
     """Name mergers: by class, or by class and settings where a class occurs twice.
 
     Raises:
-        ValueError: If there is none, or if two are the same in class and settings.
+        ValueError: If there is none, if two are the same in class and settings, or if one has the name of a reference
+            model (``"expert"``, ``"zero_shot"``, ...), of the ``"base"`` or of the ``"head"``, which stand beside
+            mergers in results, diagnostics and ``model/``.
     """
     if isinstance(mergers, Merger):
         mergers = [mergers]
@@ -23,6 +26,11 @@ def name_mergers(mergers: Merger | Sequence[Merger] | Mapping[str, Merger]) -> d
         if twice := [label for label in labels if labels.count(label) > 1]:
             raise ValueError(f"expected different mergers, got {twice[0]!r} twice; drop one or change a setting")
         named = dict(zip(labels, mergers, strict=True))
+    if taken := [name for name in named if is_reference(name) or name in (BASE, HEAD)]:
+        raise ValueError(
+            f"expected another name for a merger than {taken[0]!r}, which results or files call something else: "
+            'rename it, for example with {"my_rule": merger}'
+        )
     if not named:
         raise ValueError("expected at least one merger, got none; pass for example MagMax(scale=0.5)")
     return named

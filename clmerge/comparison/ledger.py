@@ -10,7 +10,9 @@ from typing import Any, TypedDict
 import clmerge
 from clmerge.results import SETTINGS
 from clmerge.run_lock import hold_lock
+from clmerge.shapes import amount, keyed, listed, maybe, record, share
 from clmerge.weights import write_json_atomic
+from clmerge.weights.io import parse_json
 
 
 class Row(TypedDict):
@@ -56,11 +58,13 @@ class Ledger:
         hold_lock(file.parent, self)
         if file.is_file():
             try:
-                self._rows = {key: _from_json(row) for key, row in json.loads(file.read_text(encoding="utf-8")).items()}
-            except (ValueError, AttributeError, TypeError, KeyError) as error:
+                found = parse_json(file.read_bytes(), "something else")
+                _ROWS(found, "")
+            except ValueError as error:
                 raise ValueError(
-                    f"expected the rows of a comparison in {file}, got {error}; remove the file"
+                    f"expected the rows of a comparison in {file}, which is damaged: {error}; remove the file"
                 ) from error
+            self._rows = {key: _from_json(row) for key, row in found.items()}
 
     @staticmethod
     def key(run: str, model: str, split: str, tasks: Sequence[int]) -> str:
@@ -90,6 +94,9 @@ class Ledger:
         """
         self._rows.update(rows)
         write_json_atomic(self.file, {key: _to_json(row) for key, row in self._rows.items()})
+
+
+_ROWS = keyed(record({**dict.fromkeys(map(str, SETTINGS), listed(maybe(share))), "merge_seconds": amount}))
 
 
 def _to_json(row: Row) -> dict[str, Any]:

@@ -15,11 +15,10 @@ from clmerge.diagnostics.behaviour import (
     representation_bias,
 )
 from clmerge.diagnostics.json_types import to_json
-from clmerge.results import EXPERT, SETTINGS, Setting
+from clmerge.results import BASE, EXPERT, SETTINGS, Setting
 from clmerge.weights import State, TaskVector
 
 Batches = list[tuple[Tensor, Tensor]]
-BASE = "base"
 
 
 class TaskVectors(Protocol):

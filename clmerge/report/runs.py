@@ -1,6 +1,5 @@
 """What a folder of ``clmerge fit`` or ``clmerge compare`` holds, read and checked."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from clmerge.run_manifest import check_config
 from clmerge.weights import TaskVectorBank
 from clmerge.weights.checksums import verify_part
 from clmerge.weights.factored import TensorFile
+from clmerge.weights.io import parse_json
 
 MANIFEST, RESULTS, CONFIG = "manifest.json", "results.json", "config.yaml"
 
@@ -293,8 +293,8 @@ def _samples(document: Mapping[str, Any]) -> tuple[int, ...] | None:
 
 def _read_json(file: Path, advice: str) -> Mapping[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        found = parse_json(file.read_bytes(), "something else")
+    except ValueError as error:
         raise ValueError(f"expected JSON in {file}, which is damaged: {error}{advice}") from error
     if not isinstance(found, dict):
         raise ValueError(f"expected a JSON object in {file}, got {type(found).__name__}{advice}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
+from clmerge.shapes import count, listed, one_of, record, text
 from clmerge.streams.decoding import UnreadableImageError
 from clmerge.streams.images import ImageDataset
 from clmerge.streams.plan import Split
@@ -21,6 +21,8 @@ RECORD = "data_check.json"
 """Name of the record in a run folder."""
 
 _SPLITS: tuple[Split, ...] = ("train", "val", "test")
+_IMAGE = record({"task": count, "split": one_of(_SPLITS), "image": text, "reason": text})
+_CONTRACT = record({"num_images": count, "unreadable": listed(_IMAGE)})
 _FORK_ABOVE = 256
 _AT_MOST = 16
 
@@ -68,13 +70,16 @@ class DataCheck:
         Raises:
             ValueError: if the file holds something else.
         """
+        from clmerge.weights.io import parse_json
+
         if not path.is_file():
             return None
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return cls(int(found["num_images"]), tuple(UnreadableImage(**image) for image in found["unreadable"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"expected the record of a data check in {path}, got {error!r}") from error
+            found = parse_json(path.read_bytes(), "something else")
+            _CONTRACT(found, "")
+            return cls(found["num_images"], tuple(UnreadableImage(**image) for image in found["unreadable"]))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"expected the record of a data check in {path}, which is damaged: {error}") from error
 
 
 def check_images(stream: Stream, *, num_workers: int | None = None) -> DataCheck:

@@ -1,10 +1,12 @@
 """Checksums of the files that a run has committed: what is read later is what was written then."""
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from clmerge.shapes import keyed, record, text
+from clmerge.weights.io import parse_json
 
 MANIFEST = "manifest.json"
 
@@ -56,9 +58,9 @@ def verify_part(folder: Path, part: str) -> None:
     if not manifest.is_file():
         return
     try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))
-        files = found.get("files", {}) if isinstance(found, dict) else {}
-        kept = {str(name): str(value) for name, value in files.items() if name.startswith(part)}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"expected a manifest in JSON, got {manifest}, which is damaged: {error}") from error
+        found = parse_json(manifest.read_bytes(), "something else")
+        record({}, {"files": keyed(text)})(found, "")
+    except ValueError as error:
+        raise ValueError(f"expected the manifest of a run, got {manifest}, which is damaged: {error}") from error
+    kept = {name: value for name, value in found.get("files", {}).items() if name.startswith(part)}
     verify_files(folder, kept)

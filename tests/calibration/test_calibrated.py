@@ -208,6 +208,7 @@ def test_a_resumed_run_has_the_same_calibrated_models(clip, tmp_path):
         ([HeadAlignment()], {}, "a head that learns its classes for HeadAlignment, got ZeroShotHead"),
         ([SampleTuning(), SampleTuning()], {}, "calibrations of different kinds"),
         ([SampleTuning()], {"head": LinearHead(), "tuning": Frozen()}, "got a frozen one"),
+        ([SampleTuning()], {"mergers": {"a": MagMax(), "a+tuned": MagMax(0.5)}}, r"merger than 'a\+tuned'"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused_before_anything_is_trained(clip, calibrations, options, message):

@@ -16,6 +16,17 @@ def test_mergers_go_by_name_and_by_settings_where_a_class_comes_twice():
         name_mergers([])
 
 
+@pytest.mark.parametrize(
+    "name", ["expert", "zero_shot", "task_oracle", "ensemble", "joint", "head", "base", "expert@seed1"]
+)
+def test_names_of_what_stands_beside_mergers_are_refused(name):
+    own = MagMax()
+    own.name = name  # as a class of one's own may have it
+    for mergers in ({name: TIES()}, [TIES(), own], own):
+        with pytest.raises(ValueError, match=f"another name for a merger than '{name}'"):
+            name_mergers(mergers)
+
+
 def test_missing_requirements_are_named():
     check_requirements({"magmax": MagMax()}, score=False, statistics=False)
     check_requirements({"soup": GreedySoup(), "fisher": Fisher()}, score=True, statistics=True)

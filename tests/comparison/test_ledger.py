@@ -37,7 +37,16 @@ def test_rows_of_another_version_are_computed_again(monkeypatch):
     assert Ledger.key("run", "MagMax(scale=0.5)", "test", [0]) != key
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"a": {"task_agnostic": [1]}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[" * 100_000,
+        '{"a": {"task_agnostic": "0", "task_aware": [1], "merge_seconds": 1}}',
+        "[]",
+        '{"a": {"task_agnostic": [1]}}',
+    ],
+)
 def test_a_damaged_file_is_named(tmp_path, text):
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(ValueError, match=r"rows\.json"):

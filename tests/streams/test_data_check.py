@@ -75,7 +75,14 @@ def test_the_record_is_kept_and_checked(tree, tmp_path):
     assert len(json.loads(path.read_text())["unreadable"]) == 2
     with pytest.raises(ValueError, match=r"expected .*absent\.png among the test images of task 1, cat.* other data\?"):
         leave_out(stream_of(tree), DataCheck(16, (UnreadableImage(0, "test", "absent.png", "gone"),)))
-    for text in ("", "[]", '{"num_images": 2}', '{"num_images": 2, "unreadable": [{"task": 0}]}'):
+    for text in (
+        "",
+        "[" * 100_000,
+        "[]",
+        '{"num_images": "2", "unreadable": []}',
+        '{"num_images": 2}',
+        '{"num_images": 2, "unreadable": [{"task": 0}]}',
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"record of a data check in .*data_check\.json"):
             DataCheck.load(path)
