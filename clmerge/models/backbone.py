@@ -185,7 +185,8 @@ class Timm(Backbone):
         pretrained: Whether to load (and, if need be, download) the weights that timm has for ``name``.
         checkpoint: A checkpoint file to load instead; a classifier in it is left out, positions are resampled to
             ``image_size`` as timm does it.
-        image_size: Side of the square input in pixels; default the model's own.
+        image_size: Side of the square input in pixels; default the model's own. A model that takes images of any size,
+            such as a ResNet, is the same for each.
         weights: Which set is read of a ``checkpoint`` that holds several, as ``clmerge.checkpoints.open_checkpoint``
             takes it; default the averaged one if there is one.
 
@@ -218,7 +219,13 @@ class Timm(Backbone):
             with _naming(name, "timm"):
                 takes_size = bool(timm.get_pretrained_cfg(name).fixed_input_size)
         size: dict[str, Any] = {"img_size": image_size} if image_size is not None and takes_size else {}
-        self.model = timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
+        try:
+            self.model = timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
+        except TypeError as error:  # what a folder or a hub holds is known when it is built
+            if "img_size" not in str(error):
+                raise
+            size = {}
+            self.model = timm.create_model(name, pretrained=pretrained, num_classes=0)
         if not pretrained and checkpoint is None:
             self.starts_random = "set --model.backbone.pretrained=true or --model.backbone.checkpoint=FILE"
         if checkpoint is not None:

@@ -263,6 +263,20 @@ def test_a_convolutional_model_takes_an_image_size_too():
     assert backbone(images(32)).shape[1] == backbone.feature_dim
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_a_model_of_a_folder_takes_an_image_size_too(tmp_path, name):
+    model = timm.create_model(name, num_classes=0)
+    config = {"architecture": name, "num_classes": 0, "pretrained_cfg": {"input_size": [3, 160, 160]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    for checkpoint in (None, str(tmp_path / "model.safetensors")):
+        backbone = Timm(f"local-dir:{tmp_path}", pretrained=checkpoint is None, checkpoint=checkpoint, image_size=32)
+        assert backbone.eval_transform(picture()).shape == (3, 32, 32)
+        assert backbone(images(32)).shape[1] == backbone.feature_dim
+        first = next(name for name in model.state_dict() if name.endswith("weight"))
+        assert torch.equal(backbone.model.state_dict()[first], model.state_dict()[first])
+
+
 def test_feature_dim_is_that_of_the_features_where_a_model_projects_again():
     backbone = Timm("mobilenetv3_small_050", image_size=32).eval()
     assert backbone.model.num_features != backbone(images(32)).shape[1] == backbone.feature_dim
