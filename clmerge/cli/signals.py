@@ -41,13 +41,14 @@ def run_until_stopped(name: str, run: Callable[[], int]) -> int:
     try:
         with _raised(received):
             code = run()
-        if not (code and received):
+        # Where the exception is lost, in a destructor for instance, the command may come to its end.
+        if not received:
             return code
         stop = received[0]
     except Stopped as stopped:
         stop = stopped
     except SystemExit as end:
-        # Where the exception is lost, in a destructor for instance, Lightning ends by itself, and with success.
+        # Then Lightning may also end by itself, and with success.
         if end.code or not received:
             raise
         stop = received[0]

@@ -61,6 +61,22 @@ def as_exit_code():
         return 1
 
 
+class Closing:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_signal_that_is_lost_in_a_destructor_is_the_exit_code(code, capsys):
+    def run():
+        Closing()
+        return code
+
+    assert run_until_stopped("compare", run) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.endswith("clmerge compare: stopped by SIGTERM\n")
+
+
 @pytest.mark.parametrize("run", [as_error, as_exit_code])
 def test_a_signal_that_a_library_turns_into_an_error_of_its_own_is_still_what_ended_the_command(run, capsys):
     assert run_until_stopped("merge", run) == 128 + signal.SIGTERM
