@@ -112,10 +112,12 @@ class AdapterCheckpoint(Checkpoint):
         # PEFT keeps what it wraps under base_layer, which only shows where a module in a module has factors, too.
         owner, _, inner = module.partition(".base_layer.")
         wanted, alpha = self._rank_of.of(_plain(owner)), self._alpha_of.of(_plain(owner))
-        if len(rows) < 2 or len(columns) < 2 or rows[1] != columns[0] or wanted != columns[0] or not wanted:
+        is_product = len(rows) > 1 and len(columns) > 1 and rows[1] == columns[0] == wanted and prod(rows[2:]) == 1
+        if not is_product or not wanted:
+            is_grouped = len(rows) > 1 and wanted in columns[:1] and wanted != rows[1]
             raise ValueError(
                 f"expected factors of rank {wanted}, as {CONFIG} says, got shapes {rows} and {columns} of {module!r} "
-                f"in {weights.source}; {'grouped convolutions cannot be merged' if wanted == columns[0] else _ADVICE}"
+                f"in {weights.source}; {'grouped convolutions cannot be merged' if is_grouped else _ADVICE}"
             )
         shape = (rows[0], *columns[1:])
         turned = bool(match["embedding"]) or (bool(config.get("fan_in_fan_out")) and len(shape) == 2)

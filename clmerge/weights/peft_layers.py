@@ -119,6 +119,8 @@ def _unlike_lora(layer: Any) -> str | None:
         return f"which wraps {type(layer.base_layer).__name__}"
     if not weight.is_floating_point():
         return "whose weight is quantized"
+    if getattr(layer.base_layer, "groups", 1) > 1:
+        return "whose convolution has groups, for which PEFT has no product either"
     if layer.merged:
         return "whose adapter is merged into its weight now (unmerge_adapter() takes it out)"
     for adapter in _active(layer):

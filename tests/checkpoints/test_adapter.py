@@ -3,13 +3,14 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import conv2d
 from torch.testing import assert_close
 
 from clmerge.checkpoints import open_checkpoint
 from clmerge.checkpoints.merge import CheckpointMerge
 from clmerge.checkpoints.names import align_names
 from clmerge.checkpoints.verify import verify
-from clmerge.merging import TIES, MagMax, TaskArithmetic
+from clmerge.merging import TIES, MagMax, TaskArithmetic, WeightAverage
 
 RANK = 3
 
@@ -79,6 +80,20 @@ def test_layouts(tmp_path):
     turned = open_checkpoint(adapter(tmp_path / "b", factors("net.0", 8, 5), fan_in_fan_out=True))
     assert turned.entries["net.0.weight"].shape == (5, 8)
     assert_close(turned["net.0.weight"], 2 * product(factors("net.0", 8, 5), "net.0").t())
+
+
+def test_an_adapter_of_convolutions_is_merged_as_peft_computes(tmp_path):
+    tensors = {"conv.lora_A.weight": drawn(RANK, 4, 3, 3), "conv.lora_B.weight": drawn(6, RANK, 1, 1, seed=1)}
+    theta = {"conv.weight": drawn(6, 4, 3, 3, seed=2), "conv.bias": drawn(6, seed=3)}
+    save_file(theta, tmp_path / "base.safetensors")
+    path = adapter(tmp_path / "a", tensors)
+    job = CheckpointMerge(tmp_path / "base.safetensors", models=[path, path], merger=WeightAverage())
+    job.run(tmp_path / "out.safetensors")
+    merged, images = load_file(tmp_path / "out.safetensors"), drawn(2, 4, 8, 8, seed=4)
+    # As PEFT's layer runs: the base's convolution, and beside it that of A and then that of B.
+    added = conv2d(conv2d(images, tensors["conv.lora_A.weight"], padding=1), tensors["conv.lora_B.weight"])
+    expected = conv2d(images, theta["conv.weight"], theta["conv.bias"], padding=1) + 2 * added
+    assert_close(conv2d(images, merged["conv.weight"], merged["conv.bias"], padding=1), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
@@ -175,6 +190,8 @@ def test_what_is_no_product_is_refused(config, message, tmp_path):
         ({"w.lora_A.weight": torch.ones(RANK, 2)}, r"got .*w\.lora_A\.weight' without .*w\.lora_B\.weight'"),
         ({"w.weight": torch.ones(2)}, "expected LoRA factors"),
         ({"w.lora_A.weight": torch.ones(RANK, 2, 1), "w.lora_B.weight": torch.ones(4, 1, 1)}, "grouped convolutions"),
+        ({"w.lora_A.weight": torch.ones(RANK, 2, 2), "w.lora_B.weight": torch.ones(4, RANK, 2)}, "factors of rank 3"),
+        ({"w.lora_A.weight": torch.ones(()), "w.lora_B.weight": torch.ones(4)}, "factors of rank 3"),
     ],
 )
 def test_odd_tensors_are_refused(tensors, message, tmp_path):

@@ -15,22 +15,29 @@ from clmerge.weights.swap import swapped
 
 
 class PeftLike(nn.Module):
-    """What PEFT (0.21) makes of a linear layer, in little."""
+    """What PEFT (0.21) makes of a linear layer or a convolution, in little."""
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
     def __init__(self, base_layer, rank=2, scaling=2.0):
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, rank, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base_layer.out_features, bias=False)})
+        if isinstance(base_layer, nn.Conv2d):
+            own = base_layer.kernel_size, base_layer.stride, base_layer.padding
+            a = nn.Conv2d(base_layer.in_channels, rank, *own, bias=False)
+            b = nn.Conv2d(rank, base_layer.out_channels, 1, bias=False)
+        else:
+            a = nn.Linear(base_layer.in_features, rank, bias=False)
+            b = nn.Linear(rank, base_layer.out_features, bias=False)
+        self.lora_A, self.lora_B = nn.ModuleDict({"default": a}), nn.ModuleDict({"default": b})
         self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
         self.scaling, self.use_dora, self.lora_variant = {"default": scaling}, {}, {}
         self.active_adapters, self.disable_adapters, self.merged = ["default"], False, False
         nn.init.zeros_(self.lora_B["default"].weight)
 
     def get_delta_weight(self, adapter):
-        return self.lora_B[adapter].weight @ self.lora_A[adapter].weight * self.scaling[adapter]
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        return torch.einsum("or,ri...->oi...", b.flatten(1), a) * self.scaling[adapter]
 
     def forward(self, x):
         return self.base_layer(x) + self.scaling["default"] * self.lora_B["default"](self.lora_A["default"](x))
@@ -46,11 +53,22 @@ def real_peft(net):
     return peft.get_peft_model(net, peft.LoraConfig(r=2, lora_alpha=4, target_modules=["0", "3"]))
 
 
-@pytest.fixture(params=[peft_like, real_peft])
+class Pictures(nn.Sequential):
+    """A convolution of 2 x 2 pixels, and what comes after it."""
+
+    def forward(self, x):
+        features = self[0](x.reshape(-1, 1, 2, 2)).mean(dim=(2, 3))
+        return self[3](self[2](features))
+
+
+@pytest.fixture(params=[(kind, tune) for kind in ("linear", "convolution") for tune in (peft_like, real_peft)])
 def model(request):
+    kind, tune = request.param
     torch.manual_seed(0)
     model = ForeignModule(lr=0.3)
-    model.net = request.param(model.net)
+    if kind == "convolution":
+        model.net = Pictures(nn.Conv2d(1, 6, 3, padding=1), *model.net[1:])
+    model.net = tune(model.net)
     return model
 
 
@@ -134,6 +152,10 @@ def _quantized(layer):
     layer.base_layer.weight = nn.Parameter(torch.zeros(6, 4, dtype=torch.int8), requires_grad=False)
 
 
+def _grouped(layer):
+    layer.base_layer = nn.Conv2d(4, 6, 1, groups=2)
+
+
 def _attention(layer):
     layer.base_layer = nn.MultiheadAttention(4, 1)
 
@@ -149,6 +171,7 @@ def _ia3(layer):
         (_merged, "merged into its weight now"),
         (_biased, "a bias of its factors"),
         (_quantized, "quantized"),
+        (_grouped, "convolution has groups"),
         (_attention, "wraps MultiheadAttention"),
         (_ia3, "not LoRA"),
     ],
