@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from support.tiny import ForeignModule, toy_loader
+from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from clmerge.callbacks import MergeCallback
@@ -595,6 +596,48 @@ def test_running_statistics_are_estimated_again_for_every_merged_model():
     again = MergeCallback([MagMax(), WeightAverage()], buffers="re-estimated")
     again.load_state_dict(merge.state_dict())
     assert all(same(again.merged_state(name), merge.merged_state(name)) for name in merge.mergers)
+
+
+class Convolutional(LightningModule):
+    """Batches are dictionaries, in which nobody knows the images but the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch["pictures"]), batch["digits"])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_running_statistics_are_estimated_on_the_images_that_are_given():
+    torch.manual_seed(0)
+    model, asked = Convolutional(), []
+    tasks = [torch.randn(12, 1, 4, 4) + task for task in range(2)]
+
+    def images(module):
+        assert module is model
+        asked.append(module.net[0].weight.detach().clone())
+        return tasks[merge.num_tasks - 1].split(5)
+
+    merge = MergeCallback([MagMax(), WeightAverage()], buffers="re-estimated", images=images)
+    for pictures in tasks:
+        data = [{"pictures": picture, "digits": index % 2} for index, picture in enumerate(pictures)]
+        make_trainer(merge).fit(model, torch.utils.data.DataLoader(data, batch_size=4))
+    assert len(asked) == 2 * 2  # every merged model after every task
+    for name, weight in zip(merge.mergers, asked[-2:], strict=True):
+        merged = merge.merged_state(name)
+        torch.testing.assert_close(weight, merged["net.0.weight"])
+        convolved = [nn.functional.conv2d(p, weight, merged["net.0.bias"]) for p in tasks[-1].split(5)]
+        mean = torch.stack([each.mean(dim=(0, 2, 3)) for each in convolved]).mean(dim=0)
+        torch.testing.assert_close(merged["net.1.running_mean"], mean)
+        with merge.merged(model, name):
+            assert torch.equal(model.net[1].running_mean, merged["net.1.running_mean"])
 
 
 def test_estimating_statistics_leaves_the_order_of_later_batches_alone():
