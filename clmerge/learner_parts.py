@@ -9,13 +9,12 @@ from torch import Tensor
 
 from clmerge.calibration import CalibratedModels, Calibration
 from clmerge.callbacks import MergeCallback
-from clmerge.callbacks.naming import check_settings
+from clmerge.callbacks.naming import check_names, check_settings
 from clmerge.callbacks.provided import PROVIDED
 from clmerge.evaluation import accuracy_on
 from clmerge.merging import Merger, Statistics, WeightAverage
 from clmerge.modules import ContinualClassifier
 from clmerge.regularized_tasks import RegularizedTasks
-from clmerge.results import is_reference
 from clmerge.streams import Stream, StreamDataModule
 from clmerge.task_statistics import measure, training_images
 from clmerge.weights.batch_norm import Buffers
@@ -125,8 +124,7 @@ class LearnerParts:
                 out.
         """
         self._check_training()
-        if taken := [name for name in self.merge.mergers if is_reference(name)]:
-            raise ValueError(f"expected another name for a merger than {taken[0]!r}, a reference model's name")
+        check_names(self.merge.mergers, self.calibrated.calibrations)
         if not self.mergers:
             return
         needy = [name for name, merger in self.mergers.items() if "score" in merger.requires]

@@ -47,127 +47,10 @@ class EvaluationSwap(Callback):
         self._left = {}
         put_callback(trainer, self, first=False)
 
-    # The hooks before batches -------------------------------------------------------------------------------------
+    # Hooks. Tests and predictions are alike; only validation may also be a part of a fit.
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap_in(trainer, pl_module)
-
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap_in(trainer, pl_module)
-
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "validate":
-            self._swap_in(trainer, pl_module)
-
-    @override
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin_epoch(trainer, pl_module)
-
-    @override
-    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin_epoch(trainer, pl_module)
-
-    @override
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin_epoch(trainer, pl_module)
-
-    @override
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._begin_batch(trainer, pl_module)
-
-    @override
-    def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._begin_batch(trainer, pl_module)
-
-    @override
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._begin_batch(trainer, pl_module)
-
-    # The hooks after batches --------------------------------------------------------------------------------------
-
-    @override
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._end_batch(trainer, pl_module)
-
-    @override
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._end_batch(trainer, pl_module)
-
-    @override
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._end_batch(trainer, pl_module)
-
-    @override
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_epoch()
-
-    @override
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_epoch()
-
-    @override
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_epoch()
-
-    @override
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end(pl_module)
-
-    @override
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end(pl_module)
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end(pl_module)
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._swap_out()
-        restore_callbacks(trainer)
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._swap_out()
-        self._put_back(pl_module)
-        restore_callbacks(trainer)
-
-    # What they do -------------------------------------------------------------------------------------------------
-
-    def _swap_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._swaps or (state := self._evaluation_state(trainer, pl_module)) is None:
             return
         self._enter(pl_module, state)
@@ -183,27 +66,41 @@ class EvaluationSwap(Callback):
                     stacklevel=2,
                 )
 
-    def _swap_in_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Swap in over what somebody else has swapped in since."""
-        replaced = bool(self._replaced(trainer, pl_module))
-        if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
-            # Every process sees its own part of the weights, and placing whole ones takes all of them.
-            replaced = trainer.strategy.reduce_boolean_decision(replaced, all=False)
-        if replaced and (state := self._evaluation_state(trainer, pl_module)) is not None:
-            self._enter(pl_module, {name: state[name] for name in self._own(trainer)})
+    on_predict_start = on_test_start
 
-    def _begin_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self.on_test_start(trainer, pl_module)
+
+    @override
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._swaps:
             self._swap_in_again(trainer, pl_module)
             put_callback(trainer, self, first=True)
 
-    def _begin_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    on_predict_epoch_start = on_validation_epoch_start = on_test_epoch_start
+
+    @override
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         if self._swaps and not self._seen:
             self._swap_in_again(trainer, pl_module)
 
-    def _end_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn, after the first batch, if the weights were not the merged ones all the time."""
-        if self._swaps and not self._seen:
+    on_predict_batch_start = on_validation_batch_start = on_test_batch_start
+
+    @override
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._swaps and not self._seen:  # once: warn if the weights were not the merged ones all the time
             self._seen = True
             if names := self._replaced(trainer, pl_module):
                 warnings.warn(
@@ -213,6 +110,48 @@ class EvaluationSwap(Callback):
                     RuntimeWarning,
                     stacklevel=2,
                 )
+
+    on_predict_batch_end = on_validation_batch_end = on_test_batch_end
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_out(keep=1)
+
+    on_predict_epoch_end = on_validation_epoch_end = on_test_epoch_end
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._swaps:
+            self._swap_out()
+            tensors = named_tensors(pl_module, self._placed, origin=_ORIGIN)
+            self._left = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+    on_predict_end = on_validation_end = on_test_end
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._leave(trainer)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave(trainer)
+        self._put_back(pl_module)
+
+    # What they share ----------------------------------------------------------------------------------------------
+
+    def _leave(self, trainer: Trainer) -> None:
+        """End a run, in whichever way it ends."""
+        self._swap_out()
+        restore_callbacks(trainer)
+
+    def _swap_in_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Swap in over what somebody else has swapped in since."""
+        replaced = bool(self._replaced(trainer, pl_module))
+        if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
+            # Every process sees its own part of the weights, and placing whole ones takes all of them.
+            replaced = trainer.strategy.reduce_boolean_decision(replaced, all=False)
+        if replaced and (state := self._evaluation_state(trainer, pl_module)) is not None:
+            self._enter(pl_module, {name: state[name] for name in self._own(trainer)})
 
     def _enter(self, pl_module: LightningModule, state: Mapping[str, Tensor]) -> None:
         swap = swapped(pl_module, state)
@@ -227,15 +166,6 @@ class EvaluationSwap(Callback):
     def _replaced(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         own = self._own(trainer)
         return changed(named_tensors(pl_module, own, origin=_ORIGIN), own)
-
-    def _end_epoch(self) -> None:
-        self._swap_out(keep=1)
-
-    def _end(self, pl_module: LightningModule) -> None:
-        if self._swaps:
-            self._swap_out()
-            tensors = named_tensors(pl_module, self._placed, origin=_ORIGIN)
-            self._left = {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
     def _swap_out(self, *, keep: int = 0) -> None:
         while len(self._swaps) > keep:

@@ -119,9 +119,15 @@ class MergeCallback(RecordedMerge, EvaluationSwap):
         save_state: bool = True,
     ) -> None:
         super().__init__(
-            mergers, deploy=deploy, base=base, buffers=buffers, device=device, score=score, statistics=statistics
+            mergers,
+            deploy=deploy,
+            base=base,
+            buffers=buffers,
+            device=device,
+            score=score,
+            statistics=statistics,
+            images=images or training_images,
         )
-        self.images = images or training_images
         check_choice("start_policy", start_policy, ("base", "previous", "merged"))
         names = list(self.mergers)
         if start_from is not None and (start_policy != "merged" or start_from not in names):
@@ -354,16 +360,8 @@ class MergeCallback(RecordedMerge, EvaluationSwap):
         factors = {} if self.bank is None else read_factors(model, self.base, origin=self._base_origin)
         if self.bank is not None and trainer.is_global_zero:
             task, counts = self.num_tasks - 1, {"steps": steps, "samples": self._task_samples}
-            name = self._task_name or f"task_{task:03d}"
-            self.bank.append(
-                task,
-                tau,
-                name=name,
-                base=self.base_fingerprint,
-                counts=counts,
-                factors=factors,
-                overwrite=again,
-            )
+            name, base = self._task_name or f"task_{task:03d}", self.base_fingerprint
+            self.bank.append(task, tau, name=name, base=base, counts=counts, factors=factors, overwrite=again)
         trainer.strategy.barrier("bank")
         self._task_name = self._task_samples = None
         if trainer.world_size > 1:
@@ -389,13 +387,7 @@ class MergeCallback(RecordedMerge, EvaluationSwap):
             self._restored = state_dict
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        self._stage = None
-        self._restored = {}
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        super().on_exception(trainer, pl_module, exception)
+    def _leave(self, trainer: Trainer) -> None:
+        super()._leave(trainer)
         self._stage = None
         self._restored = {}

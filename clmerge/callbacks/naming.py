@@ -1,6 +1,6 @@
 """What the mergers of one run are called, and whether they get what they require."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from clmerge.callbacks.provided import PROVIDED
 from clmerge.merging import Merger
@@ -12,9 +12,7 @@ def name_mergers(mergers: Merger | Sequence[Merger] | Mapping[str, Merger]) -> d
     """Name mergers: by class, or by class and settings where a class occurs twice.
 
     Raises:
-        ValueError: If there is none, if two are the same in class and settings, or if one has the name of a reference
-            model (``"expert"``, ``"zero_shot"``, ...), of the ``"base"`` or of the ``"head"``, which stand beside
-            mergers in results, diagnostics and ``model/``.
+        ValueError: If there is none, or if two are the same in class and settings.
     """
     if isinstance(mergers, Merger):
         mergers = [mergers]
@@ -26,14 +24,26 @@ def name_mergers(mergers: Merger | Sequence[Merger] | Mapping[str, Merger]) -> d
         if twice := [label for label in labels if labels.count(label) > 1]:
             raise ValueError(f"expected different mergers, got {twice[0]!r} twice; drop one or change a setting")
         named = dict(zip(labels, mergers, strict=True))
-    if taken := [name for name in named if is_reference(name) or name in (BASE, HEAD)]:
-        raise ValueError(
-            f"expected another name for a merger than {taken[0]!r}, which results or files call something else: "
-            'rename it, for example with {"my_rule": merger}'
-        )
     if not named:
         raise ValueError("expected at least one merger, got none; pass for example MagMax(scale=0.5)")
     return named
+
+
+def check_names(names: Iterable[str], calibrations: Iterable[str] = ()) -> None:
+    """Refuse names of mergers that something else has in results, diagnostics or the files of models.
+
+    Args:
+        names: Names of mergers.
+        calibrations: Names of the calibrations, each of which makes a model ``MERGER+NAME`` of every merger.
+
+    Raises:
+        ValueError: If one is that of a reference model (``"expert"``, ``"zero_shot"``, ...), of the ``"base"``, of the
+            ``"head"``, or of a calibrated model.
+    """
+    names, calibrations = [*names], [*calibrations]
+    made = {f"{name}+{kind}{end}" for name in names for kind in calibrations for end in ("", f"-{HEAD}")}
+    if taken := [name for name in names if is_reference(name) or name in {BASE, HEAD, *made}]:
+        raise ValueError(f"expected another name for a merger than {taken[0]!r}, which results give something else")
 
 
 def check_requirements(mergers: Mapping[str, Merger], *, score: bool, statistics: bool) -> None:

@@ -2,52 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
-from pathlib import Path
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from typing_extensions import override
 
 from clmerge.callbacks.running_merge import RunningMerge
-from clmerge.merging import Merger, Statistics
+from clmerge.merging import Statistics
 from clmerge.weights import fingerprint
-from clmerge.weights.batch_norm import Buffers
 
 
 class RecordedMerge(RunningMerge):
-    """Keep the fingerprint of every task vector that was merged, in order.
+    """Keep the fingerprint of every task vector that was merged, in order; arguments are those of ``RunningMerge``."""
 
-    Args:
-        mergers: As for ``RunningMerge``, like all other arguments.
-        deploy: See there.
-        base: See there.
-        buffers: See there.
-        device: See there.
-        score: See there.
-        statistics: See there.
-
-    Attributes:
-        vectors: Fingerprints of the task vectors, in order.
-    """
-
-    def __init__(
-        self,
-        mergers: Merger | Sequence[Merger] | Mapping[str, Merger],
-        *,
-        deploy: str | None = None,
-        base: str | Path | Mapping[str, Tensor] | None = None,
-        buffers: Buffers = "latest",
-        device: Literal["cpu", "model"] = "cpu",
-        score: Callable[[LightningModule], float] | None = None,
-        statistics: Callable[[LightningModule], Statistics] | None = None,
-    ) -> None:
-        super().__init__(
-            mergers, deploy=deploy, base=base, buffers=buffers, device=device, score=score, statistics=statistics
-        )
-        self.vectors: list[str] = []
+    @cached_property
+    def vectors(self) -> list[str]:
+        """Fingerprints of the task vectors, in order."""
+        return []
 
     @override
     def fold(

@@ -70,6 +70,8 @@ class RunningMerge:
         self.mergers = name_mergers(mergers)
         check_choice("buffers", buffers, get_args(Buffers))
         check_choice("device", device, ("cpu", "model"))
+        if EXPERT in self.mergers:
+            raise ValueError(f"expected another name for a merger than {EXPERT!r}, which names the un-merged model")
         if deploy is not None and deploy not in [*self.mergers, EXPERT]:
             raise ValueError(f"expected deploy to be one of {[*self.mergers, EXPERT]}, got {deploy!r}")
         check_requirements(self.mergers, score=score is not None, statistics=statistics is not None)

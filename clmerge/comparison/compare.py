@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from clmerge.callbacks.naming import check_names
 from clmerge.comparison.diagnose import diagnose_run
 from clmerge.comparison.grid import grids
 from clmerge.comparison.ledger import Ledger, Row
@@ -106,6 +107,7 @@ def check_request(run: StoredRun, request: Request, joint: StoredRun | None = No
         ValueError: If it cannot, a setting is unknown, or the joint run is of other classes or another model.
     """
     mergers = dict(request.mergers)
+    check_names(mergers)
     check_mergers(run, mergers)
     if joint is not None:
         check_joint(run, joint)

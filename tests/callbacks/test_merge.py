@@ -380,6 +380,11 @@ def test_wrong_settings_are_named(options, message):
         MergeCallback(MagMax(), **options)
 
 
+def test_a_merger_cannot_be_called_what_deploy_calls_the_unmerged_model():
+    with pytest.raises(ValueError, match="another name for a merger than 'expert'"):
+        MergeCallback({"expert": MagMax()})
+
+
 def test_a_pattern_that_matches_nothing_is_an_error(model):
     merge = MergeCallback(MagMax(), include=["nett.*"])
     with pytest.raises(ValueError, match="nett"):

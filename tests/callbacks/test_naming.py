@@ -1,6 +1,8 @@
+import re
+
 import pytest
 
-from clmerge.callbacks.naming import check_requirements, name_mergers
+from clmerge.callbacks.naming import check_names, check_requirements, name_mergers
 from clmerge.merging import TIES, Fisher, GreedySoup, MagMax
 
 
@@ -17,14 +19,12 @@ def test_mergers_go_by_name_and_by_settings_where_a_class_comes_twice():
 
 
 @pytest.mark.parametrize(
-    "name", ["expert", "zero_shot", "task_oracle", "ensemble", "joint", "head", "base", "expert@seed1"]
+    "name", ["expert", "zero_shot", "task_oracle", "ensemble", "joint", "head", "base", "expert@seed1", "magmax+tuned"]
 )
 def test_names_of_what_stands_beside_mergers_are_refused(name):
-    own = MagMax()
-    own.name = name  # as a class of one's own may have it
-    for mergers in ({name: TIES()}, [TIES(), own], own):
-        with pytest.raises(ValueError, match=f"another name for a merger than '{name}'"):
-            name_mergers(mergers)
+    check_names(["magmax", "mine"], ["tuned"])
+    with pytest.raises(ValueError, match=re.escape(f"another name for a merger than '{name}'")):
+        check_names(["magmax", name], ["tuned"])
 
 
 def test_missing_requirements_are_named():
