@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,12 @@ def _from_torch(source: Path, paths: Sequence[Path], weights: str | None) -> Che
     is_lightning = any("pytorch-lightning_version" in file.content for file in files)
     kind = "Lightning checkpoint" if is_lightning else "torch.save"
     checkpoint = TorchCheckpoint(source, paths, states, kind, [path for file in files for path in file.ignored])
+    checkpoint.verifiers = {
+        name: partial(file.verify, found)
+        for file, (_, state) in zip(files, chosen, strict=True)
+        for name, found in state.items()
+        if isinstance(found, StoredTensor)
+    }
     checkpoint.sets = list(dict.fromkeys(key for file in files for key in _sets(file)))
     if weights_read := chosen[0][0] if chosen else None:
         checkpoint.weights = weights_read

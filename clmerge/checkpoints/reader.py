@@ -310,9 +310,10 @@ class TorchCheckpoint(Checkpoint):
         files: The files.
         states: The state dict of every file.
         kind: The format, in words.
-        weights: Name of the set of weights that is read, where the file names it.
-        sets: Names of all sets of weights in the file.
         ignored: Classes whose objects in the files were left out.
+
+    Attributes:
+        verifiers: What is called before a tensor is read, by its name in the file; raises if the data is damaged.
     """
 
     def __init__(
@@ -327,14 +328,17 @@ class TorchCheckpoint(Checkpoint):
         entries = {name: Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()}
         super().__init__(source, kind, files, entries)
         self.ignored = list(dict.fromkeys(ignored))
+        self.verifiers: Mapping[str, Callable[[], None]] = {}
 
     @override
     def memory(self, name: str) -> object | None:
-        tensor = self.tensor(name)
+        tensor = self._replaced[name] if name in self._replaced else self._tensors[self.stored(name)]
         return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else None
 
     @override
     def _read(self, name: str) -> Tensor:
+        if verify := self.verifiers.get(name):
+            verify()
         return self._tensors[name]
 
 

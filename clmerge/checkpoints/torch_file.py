@@ -3,6 +3,7 @@
 import os
 import struct
 import zipfile
+import zlib
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._sums: dict[str, int] = {}  # of records that are not verified yet
         try:
             with path.open("rb") as file:
                 is_zip = file.read(4) == b"PK\x03\x04"
@@ -84,6 +86,28 @@ class TorchFile:
         part = whole[storage.start * item : (storage.start + storage.numel) * item]
         return torch.empty(0, dtype=found.dtype).set_(part, found.offset, found.shape, found.stride)
 
+    def verify(self, found: StoredTensor) -> None:
+        """Compare the data of a tensor with the archive's checksum of it; each record is read for that once.
+
+        The older format has no checksums, and ``torch.save`` leaves them 0 after ``set_crc32_options(False)``.
+
+        Args:
+            found: A tensor that ``tensor`` has returned.
+
+        Raises:
+            ValueError: If the data is not what was saved.
+        """
+        key = found.storage.key
+        if expected := self._sums.get(key):
+            start, nbytes = self._records[key]
+            data = torch.empty(0, dtype=torch.uint8).set_(self._memory[start : start + nbytes], 0, (nbytes,), (1,))
+            if zlib.crc32(data.numpy().data) != expected:
+                raise ValueError(
+                    f"expected the data that torch.save wrote in {self.path}, got a record {key!r} that its checksum "
+                    "does not fit; copy or download it again"
+                )
+            self._sums.pop(key, None)
+
     def _open_zip(self) -> Pickle:
         with zipfile.ZipFile(self.path) as archive, self.path.open("rb") as file:
             self._records: dict[str, tuple[int, int]] = {}
@@ -104,15 +128,16 @@ class TorchFile:
             for name, info in others.items():
                 if name.startswith("data/"):
                     self._records[name.removeprefix("data/")] = self._place(file, info)
+                    self._sums[name.removeprefix("data/")] = info.CRC
             return unpickled(self._bytes(file, others["data.pkl"]))
 
     def _place(self, file: Any, info: zipfile.ZipInfo) -> tuple[int, int]:
         """Return where the data of a record is, and how long it is."""
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise ValueError(f"the record {info.filename!r} compressed or encrypted")
-        file.seek(info.header_offset)
+        file.seek(max(0, info.header_offset))  # zipfile moves it by what seems to stand before the archive
         signature, name, extra = _LOCAL.unpack(file.read(_LOCAL.size))
-        if signature != b"PK\x03\x04":
+        if signature != b"PK\x03\x04" or info.header_offset < 0:
             raise ValueError(f"no record {info.filename!r} where the archive says that it is")
         return info.header_offset + _LOCAL.size + name + extra, info.file_size
 
@@ -122,6 +147,8 @@ class TorchFile:
         data: bytes = file.read(size)
         if len(data) != size:
             raise ValueError(f"the end of the file within {info.filename!r}")
+        if info.CRC and zlib.crc32(data) != info.CRC:
+            raise ValueError(f"a record {info.filename!r} that its checksum does not fit")
         return data
 
     def _open_legacy(self) -> Pickle:

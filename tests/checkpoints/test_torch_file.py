@@ -279,6 +279,47 @@ def test_older_files_that_end_early(tmp_path):
             open_checkpoint(tmp_path / "b.pt")
 
 
+def test_bits_that_were_flipped_in_a_file_are_refused_or_change_nothing(tmp_path):
+    saved = {"w": torch.arange(40.0), "v": torch.arange(3.0)}
+    torch.save(saved, tmp_path / "a.pt")
+    data = (tmp_path / "a.pt").read_bytes()
+    refused = 0
+    for position in range(0, len(data), 3):
+        changed = bytearray(data)
+        changed[position] ^= 1 << position % 8
+        (tmp_path / "b.pt").write_bytes(changed)
+        try:
+            opened = open_checkpoint(tmp_path / "b.pt")
+            found = {name: opened.tensor(name) for name in opened.entries}
+        except ValueError as error:
+            assert "b.pt" in str(error)  # noqa: PT017
+            refused += 1
+        else:
+            assert found.keys() == saved.keys(), position
+            assert all(torch.equal(found[name], tensor) for name, tensor in saved.items()), position
+    assert refused > 100
+
+
+def test_records_without_checksums_are_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": torch.ones(4)}, tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert open_checkpoint(tmp_path / "a.pt")["w"].equal(torch.ones(4))
+
+
+def test_data_is_verified_when_it_is_read_and_not_before(tmp_path):
+    torch.save({"w": torch.ones(400), "v": torch.zeros(3)}, tmp_path / "a.pt")
+    data = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "a.pt").write_bytes(data.replace(torch.ones(400).numpy().tobytes(), torch.zeros(400).numpy().tobytes()))
+    opened = open_checkpoint(tmp_path / "a.pt")
+    assert opened["v"].equal(torch.zeros(3))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"in .*a\.pt, got a record '0' that its checksum does not fit"):
+            opened.tensor("w", slice(0, 2))
+
+
 def test_a_dictionary_of_an_unknown_class_is_one(tmp_path):
     state = Bad()
     dict.__setitem__(state, "w", torch.ones(2))
