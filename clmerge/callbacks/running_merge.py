@@ -16,7 +16,7 @@ from clmerge.merging.checks import is_finite
 from clmerge.predictors import Merged, PerTask, Predictor
 from clmerge.results import EXPERT
 from clmerge.weights import CheckedVector, apply_task_vector, fingerprint, load_tensors
-from clmerge.weights.batch_norm import Buffers, estimated_statistics
+from clmerge.weights.batch_norm import Buffers, check_callable, estimated_statistics
 from clmerge.weights.modes import eval_mode
 from clmerge.weights.parametrization import (
     dense_weights,
@@ -388,15 +388,6 @@ class RunningMerge:
             for name, value in running_statistics(pl_module).items():
                 mean = self._buffers.get(name, torch.zeros_like(value))
                 self._buffers[name] = mean + (value - mean) / (self.num_tasks + 1)
-
-
-def check_callable(model: nn.Module) -> None:
-    """Raise a TypeError unless a module can be called with inputs, which Lightning does not ask of one."""
-    if type(model).forward.__module__.split(".")[0] in ("lightning", "pytorch_lightning", "torch"):
-        raise TypeError(
-            f"expected {type(model).__name__} to have a forward(inputs), which buffers='re-estimated' calls with "
-            "training images, got none; define it, or choose 'latest', 'base' or 'mean'"
-        )
 
 
 def check_choice(parameter: str, value: str, allowed: Sequence[str]) -> None:

@@ -56,6 +56,15 @@ def estimated_statistics(module: nn.Module, batches: Iterable[Tensor]) -> dict[s
                     buffer.copy_(buffers[name])
 
 
+def check_callable(model: nn.Module) -> None:
+    """Raise a TypeError unless a module can be called with inputs, which Lightning does not ask of one."""
+    if type(model).forward.__module__.split(".")[0] in ("lightning", "pytorch_lightning", "torch"):
+        raise TypeError(
+            f"expected {type(model).__name__} to have a forward(inputs), which buffers='re-estimated' calls with "
+            "training images, got none; define it, or choose 'latest', 'base' or 'mean'"
+        )
+
+
 def _over_processes(tensor: Tensor) -> Tensor:
     """Return the mean over all processes."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
