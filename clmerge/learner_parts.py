@@ -17,7 +17,7 @@ from clmerge.modules import ContinualClassifier
 from clmerge.regularized_tasks import RegularizedTasks
 from clmerge.streams import Stream, StreamDataModule
 from clmerge.task_statistics import measure, training_images
-from clmerge.weights.batch_norm import Buffers
+from clmerge.weights.buffers import Buffers
 from clmerge.weights.parametrization import merged_parameters, running_statistics
 
 

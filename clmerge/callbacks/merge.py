@@ -24,7 +24,7 @@ from clmerge.lightning_compat import refuse_unsupported_strategy
 from clmerge.merging import Merger, Statistics
 from clmerge.results import EXPERT
 from clmerge.weights import CheckedVector, TaskVectorBank
-from clmerge.weights.batch_norm import Buffers
+from clmerge.weights.buffers import Buffers
 from clmerge.weights.modes import on_device
 from clmerge.weights.parametrization import read_factors, renew, unmerged_parameters
 from clmerge.weights.swap import assign, named_tensors

@@ -16,7 +16,8 @@ from clmerge.merging.checks import is_finite
 from clmerge.predictors import Merged, PerTask, Predictor
 from clmerge.results import EXPERT
 from clmerge.weights import CheckedVector, apply_task_vector, fingerprint, load_tensors
-from clmerge.weights.batch_norm import Buffers, check_callable, estimated_statistics
+from clmerge.weights.batch_norm import check_callable, estimated_statistics
+from clmerge.weights.buffers import Buffers
 from clmerge.weights.modes import eval_mode
 from clmerge.weights.parametrization import (
     dense_weights,

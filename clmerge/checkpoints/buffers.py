@@ -10,7 +10,7 @@ from clmerge.checkpoints.names import align_names
 from clmerge.checkpoints.policy import Treatment, is_statistic
 from clmerge.checkpoints.reader import Checkpoint
 from clmerge.merging.checks import is_finite
-from clmerge.weights.batch_norm import Buffers
+from clmerge.weights.buffers import Buffers
 from clmerge.weights.checksums import MANIFEST, verify_part
 from clmerge.weights.task_vector import accumulator_dtype
 

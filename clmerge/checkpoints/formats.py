@@ -14,7 +14,8 @@ from clmerge.checkpoints.adapter import CONFIG, WEIGHTS, AdapterCheckpoint, has_
 from clmerge.checkpoints.choice import KNOWN, choose_set, keep_chosen
 from clmerge.checkpoints.names import clean_names
 from clmerge.checkpoints.pickled import StandIn, StoredTensor, UnreadTensor
-from clmerge.checkpoints.reader import Checkpoint, SafetensorsCheckpoint, TorchCheckpoint
+from clmerge.checkpoints.reader import Checkpoint, TorchCheckpoint
+from clmerge.checkpoints.safetensors_file import SafetensorsCheckpoint
 from clmerge.checkpoints.torch_file import TorchFile
 from clmerge.weights.checksums import verify_part
 from clmerge.weights.io import parse_json

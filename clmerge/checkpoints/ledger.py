@@ -15,7 +15,7 @@ from clmerge.checkpoints.reader import Checkpoint
 from clmerge.checkpoints.vectors import Origin
 from clmerge.merging import Finisher, Merger, Sparsifier
 from clmerge.merging.configured import Configured
-from clmerge.weights.batch_norm import Buffers
+from clmerge.weights.buffers import Buffers
 from clmerge.weights.io import parse_json
 from clmerge.weights.tensor_files import load_metadata
 

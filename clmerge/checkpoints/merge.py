@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from clmerge.checkpoints.buffers import MergedBuffers
-from clmerge.checkpoints.estimation import Estimation
 from clmerge.checkpoints.faults import explained
 from clmerge.checkpoints.formats import open_checkpoint, open_models
 from clmerge.checkpoints.groups import Group, assign
@@ -25,9 +25,13 @@ from clmerge.checkpoints.vectors import CheckpointVectors, Origin, check_statist
 from clmerge.checkpoints.writer import sha256_of
 from clmerge.merging import Merger
 from clmerge.merging.out_of_core import merge_out_of_core, passes_of, working_memory
+from clmerge.merging.vectors import Pack, packs
 from clmerge.names import visible
-from clmerge.weights.batch_norm import Buffers
+from clmerge.weights.buffers import Buffers
 from clmerge.weights.task_vector import LazyVector, accumulator_dtype, fingerprint
+
+if TYPE_CHECKING:
+    from clmerge.checkpoints.estimation import Estimation
 
 OnBytes = Callable[[int], None]
 _PASSES = {
@@ -76,7 +80,7 @@ class CheckpointMerge:
         strict: bool = False,
         weights: str | None = None,
         buffers: Buffers | None = None,
-        estimation: Estimation | None = None,
+        estimation: "Estimation | None" = None,
     ) -> None:
         self.origin: Origin = origin
         self.base = open_checkpoint(base, weights)
@@ -212,22 +216,22 @@ class CheckpointMerge:
             new_output(out, self.entries, self.ledger, shard_bytes=shard_bytes) as output,
         ):
             held: dict[str, Tensor] = {}
-            for name, tensor in self.stream(on_bytes):
-                output.put(name, tensor)
+            for pack, flat in self.stream(on_bytes):
+                output.put(pack.names, flat)
                 if self.estimation is not None:
-                    held[name] = tensor.clone()
-                del tensor  # else it would be held while the next is merged
+                    held |= pack.parts(flat.clone())
+                del flat  # else it would be held while the next is merged
             if self.estimation is not None:
                 found = self.estimation.run(held)
                 for name in self.buffers.estimated:
-                    output.put(name, found[name].to(self.entries[name].dtype))
+                    output.put([name], found[name].to(self.entries[name].dtype))
             if hashes:
                 for file in self.ledger.files:
                     file.sha256 = sums[file.path].result()
             output.finish(self.ledger, hashes=hashes)
 
-    def stream(self, on_bytes: OnBytes = lambda count: None) -> Iterator[tuple[str, Tensor]]:
-        """Merge, and yield the tensors of the merged model; a later one of the same name takes the place of an earlier.
+    def stream(self, on_bytes: OnBytes = lambda count: None) -> Iterator[tuple[Pack, Tensor]]:
+        """Merge, and yield the merged model's tensors, some at a time; later ones take the place of earlier ones.
 
         Running statistics that are to be estimated are the base's here.
 
@@ -238,10 +242,12 @@ class CheckpointMerge:
         further: dict[str, list[str]] = {}
         for name, leader in self.policy.tied.items():
             further.setdefault(leader, []).append(name)
-        for name in self.base.entries:
-            if name not in merged:
-                source = self.buffers if self.buffers.takes(name) else self.base
-                yield name, source.tensor(name).to(self.entries[name].dtype)
+        rest = {name: entry.shape for name, entry in self.base.entries.items() if name not in merged}
+        taken = [name for name in rest if self.buffers.takes(name)]
+        for name in taken:
+            yield Pack({name: rest.pop(name)}), self.buffers.tensor(name).reshape(-1).to(self.entries[name].dtype)
+        for pack in packs(rest, lambda name: self.base.entries[name].dtype):
+            yield pack, self.base.joined(pack.names).to(self.entries[pack.names[0]].dtype)
         try:
             for merger, names in self._work():
                 vectors = CheckpointVectors(
@@ -252,10 +258,12 @@ class CheckpointMerge:
                     origin=self.origin,
                     on_bytes=on_bytes,
                 )
-                for name, tau in merge_out_of_core(merger, vectors):
-                    theta = self._applied(name, tau)
-                    for one in (name, *further.get(name, [])):
-                        yield one, theta
+                for pack, tau in merge_out_of_core(merger, vectors):
+                    theta = self._applied(pack, tau)
+                    yield pack, theta
+                    for name in further.keys() & pack.shapes.keys():
+                        for other in further[name]:
+                            yield Pack({other: pack.shapes[name]}), pack.parts(theta)[name].reshape(-1)
                     del tau, theta  # else they would be held while the next is merged
         except (ValueError, RuntimeError) as error:
             kind = ValueError if isinstance(error, ValueError) else RuntimeError
@@ -264,13 +272,13 @@ class CheckpointMerge:
     def _work(self) -> Iterator[tuple[Merger, list[str]]]:
         return ((part.merger, part.names) for part in self.parts if part.merger is not None)
 
-    def _applied(self, name: str, tau: Tensor) -> Tensor:
+    def _applied(self, pack: Pack, tau: Tensor) -> Tensor:
         """Return what is written: one rounding to the output's dtype, at the end."""
         if self.origin == "base":
-            start = self.base.tensor(name)
+            start = self.base.joined(pack.names)
             dtype = accumulator_dtype(start, tau)
             tau = tau.to(dtype).add_(start.to(dtype))
-        return tau.to(self.entries[name].dtype)
+        return tau.to(self.entries[pack.names[0]].dtype)
 
     def _check_base(self) -> None:
         """Refuse task vectors that were taken from another base model."""

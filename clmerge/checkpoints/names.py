@@ -19,7 +19,8 @@ def clean_names(checkpoint: Checkpoint) -> None:
     Args:
         checkpoint: Changed in place.
     """
-    found = [part for part in _WRAPPERS if any(part in name and part in name.split(".") for name in checkpoint.entries)]
+    text = "\n".join(checkpoint.entries)
+    found = [part for part in _WRAPPERS if part in text and any(part in name.split(".") for name in checkpoint.entries)]
     spell = _without(found)
     if found and _are_distinct(checkpoint.entries, spell):
         checkpoint.rename(spell)

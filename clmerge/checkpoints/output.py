@@ -4,9 +4,10 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -26,8 +27,8 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 class Output(Protocol):
     """What a merge is written to."""
 
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, again if need be."""
+    def put(self, names: Sequence[str], flat: Tensor) -> None:
+        """Write tensors of one dtype, whose entries follow one another, again if need be."""
 
     def finish(self, ledger: Ledger, *, hashes: bool) -> None:
         """Complete the ledger with what was written, and write it."""
@@ -45,13 +46,25 @@ class _OneFile:
 
 
 class _Shards:
-    def __init__(self, folder: Path, writers: Mapping[str, SafetensorsWriter], holders: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        entries: Mapping[str, Entry],
+        writers: Mapping[str, SafetensorsWriter],
+        holders: Mapping[str, str],
+    ) -> None:
         self._folder = folder
+        self._entries = entries
         self._writers = writers
         self._holders = holders
 
-    def put(self, name: str, tensor: Tensor) -> None:
-        self._writers[self._holders[name]].put(name, tensor)
+    def put(self, names: Sequence[str], flat: Tensor) -> None:
+        done = 0
+        for file, group in groupby(names, self._holders.__getitem__):
+            inside = list(group)
+            stop = done + sum(self._entries[name].numel for name in inside)
+            self._writers[file].put(inside, flat[done:stop])
+            done = stop
 
     def finish(self, ledger: Ledger, *, hashes: bool) -> None:
         ledger.result_sha256 = None
@@ -92,7 +105,7 @@ def new_output(
                 inside = {name: entry for name, entry in entries.items() if holders[name] == file}
                 writers[file] = SafetensorsWriter(folder / file, inside, _PLAIN)
                 stack.callback(writers[file].abandon)
-            yield _Shards(folder, writers, holders)
+            yield _Shards(folder, entries, writers, holders)
 
 
 def split(entries: Mapping[str, Entry], shard_bytes: int) -> dict[str, str]:

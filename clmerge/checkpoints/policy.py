@@ -209,34 +209,26 @@ def _check_fit(base: Checkpoint, models: Sequence[Checkpoint], wanted: Sequence[
         wanted: What may be merged of the base.
         merged: What is.
     """
-    room = _numel(base, wanted)
-    fitting = [_fitting(model, base, wanted) for model in models]
-    for model, found in zip(models, fitting, strict=True):
-        offered = [name for name, entry in model.entries.items() if entry.dtype.is_floating_point]
-        smaller = min(room, _numel(model, offered))
-        if 10 * len(found) < min(len(wanted), len(offered)) or 10 * _numel(base, found) < smaller:
-            ours, theirs = (", ".join(map(repr, names[:_SHOWN])) for names in (offered, wanted))
+    room = {name: base.entries[name].numel for name in wanted}
+    fitting = []
+    for model in models:
+        found = {name: numel for name, numel in room.items() if _fits(model.entries.get(name), base.entries[name])}
+        offered = {name: entry.numel for name, entry in model.entries.items() if entry.dtype.is_floating_point}
+        fitting.append(sum(found.values()))
+        smaller = min(sum(room.values()), sum(offered.values()))
+        if 10 * len(found) < min(len(room), len(offered)) or 10 * fitting[-1] < smaller:
+            ours, theirs = (", ".join(map(repr, [*names][:_SHOWN])) for names in (offered, room))
             raise ValueError(
                 f"expected a model with the base's tensors, got {model.source}, of which {len(found)} of "
                 f"{len(offered)} fit: it has {ours}, and {base.source} has {theirs}; use models of one architecture, "
                 "or leave out with --exclude what is meant to differ"
             )
-    least = min((_numel(base, found) for found in fitting), default=0)
-    if not merged or 10 * _numel(base, merged) < least:
+    if not merged or 10 * sum(room[name] for name in merged) < min(fitting, default=0):
         raise ValueError(
             f"expected floating-point tensors that {base.source} and every model have, got {len(merged)} of them; "
             "widen --include or use models of one architecture"
         )
 
 
-def _fitting(model: Checkpoint, base: Checkpoint, wanted: Sequence[str]) -> list[str]:
-    """Return the tensors of the base that a model has in the same shape."""
-    return [name for name in wanted if name in model.entries and _fits(model.entries[name], base.entries[name])]
-
-
-def _fits(entry: Entry, wanted: Entry) -> bool:
-    return entry.shape == wanted.shape and entry.dtype.is_floating_point
-
-
-def _numel(checkpoint: Checkpoint, names: Sequence[str]) -> int:
-    return sum(checkpoint.entries[name].numel for name in names)
+def _fits(entry: Entry | None, wanted: Entry) -> bool:
+    return entry is not None and entry.shape == wanted.shape and entry.dtype.is_floating_point

@@ -1,23 +1,14 @@
 """A checkpoint that is open: names, shapes and dtypes at once, tensors one at a time from a memory map."""
 
-import json
-import mmap
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import override
-
-from clmerge.weights.bank import is_bank_header
-from clmerge.weights.factored import Product, factor_names, product_shape
 
 # Names of dtypes in the headers of safetensors files.
 DTYPES = {
@@ -44,12 +35,12 @@ class Entry:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    @cached_property
+    @property
     def numel(self) -> int:
         """Number of entries."""
         return prod(self.shape)
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
         """Bytes of the data."""
         return self.numel * self.dtype.itemsize
@@ -118,13 +109,26 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         stored = self.stored(name)
         return self._read(stored) if piece is None else self._read_piece(stored, piece)
 
-    def joined(self, names: Sequence[str]) -> Tensor:
+    def joined(self, names: Sequence[str], piece: slice | None = None) -> Tensor:
         """Return tensors of one dtype, flat and one after another; the result must not be written to.
 
         Args:
             names: Their names.
+            piece: The entries that are wanted of all. Default: every entry.
         """
-        return torch.cat([self.tensor(name).reshape(-1) for name in names])
+        if len(names) == 1:
+            return self.tensor(names[0], piece).reshape(-1)
+        return torch.cat([self.tensor(name).reshape(-1) for name in names])[piece or slice(None)]
+
+    def ends(self, name: str, size: int) -> bytes:
+        """Return the first and the last bytes of a tensor, or all of them if there are fewer.
+
+        Args:
+            name: Its name.
+            size: How many bytes at either end.
+        """
+        data = raw_bytes(self.tensor(name))
+        return bytes(data[:size]) + bytes(data[-size:])
 
     def stored(self, name: str) -> str:
         """Return the name that a tensor has in the file."""
@@ -192,116 +196,6 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         return len(self.entries)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor is in a memory map."""
-
-    memory: mmap.mmap
-    begin: int
-    entry: Entry
-
-    def flat(self, start: int, stop: int) -> Tensor:
-        """Return some entries, as a view; it may go beyond the tensor, where others of its dtype follow."""
-        dtype = self.entry.dtype
-        if start >= stop:
-            return torch.empty(0, dtype=dtype)
-        # Also where the entries are not aligned in the file: the view begins at any byte.
-        begin = self.begin + start * dtype.itemsize
-        return torch.frombuffer(self.memory, dtype=dtype, count=stop - start, offset=begin)
-
-
-class SafetensorsCheckpoint(Checkpoint):
-    """One or several safetensors files.
-
-    Args:
-        source: The file or folder that was named.
-        files: The safetensors files; no two hold a tensor of one name.
-        kind: The format, in words.
-
-    Raises:
-        ValueError: If a file is damaged, or two files hold one name.
-    """
-
-    def __init__(self, source: Path, files: Sequence[Path], kind: str = "safetensors") -> None:
-        entries: dict[str, Entry] = {}
-        self._places: dict[str, _Place] = {}
-        self.metadata: dict[str, str] = {}
-        for file in files:
-            try:
-                holder: Any = safe_open(str(file), framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"expected a whole safetensors file, got {file}: {error}; copy or download it again"
-                ) from error
-            header, data_start = _read_header(file)
-            self.metadata |= header.get("__metadata__") or {}
-            with file.open("rb") as opened:
-                # Private, so that nothing can reach the file; tensors that look at it keep it.
-                memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-            for name in holder.offset_keys():
-                if name in entries:
-                    raise ValueError(
-                        f"expected every tensor in one file of {source}, got {name!r} twice, also in {file}"
-                    )
-                said = header[name]
-                entries[name] = Entry(tuple(said["shape"]), _dtype(said["dtype"], name, file))
-                self._places[name] = _Place(memory, data_start + said["data_offsets"][0], entries[name])
-        self._factors: dict[str, tuple[str, str, float]] = {}
-        if is_bank := is_bank_header(self.metadata):
-            self._factors = factor_names(
-                self.metadata, lambda name: entries[name].shape if name in entries else None, str(source)
-            )
-        for name, (a, b, _) in self._factors.items():
-            factors = entries.pop(a), entries.pop(b)
-            dtype = torch.float64 if torch.float64 in {factor.dtype for factor in factors} else torch.float32
-            entries[name] = Entry(product_shape(factors[0].shape, factors[1].shape), dtype)
-        super().__init__(source, kind, files, entries)
-        if is_bank:
-            self.is_task_vector = True
-            self.kind = "task vector"
-            self.task = self.metadata["name"]
-            self.base = self.metadata["base"] or None
-            self.counts = {
-                name: float(count)
-                for name in ("samples", "steps")
-                if (count := self.metadata.get(name, "")).isdecimal() and count.isascii()
-            }
-        # save_model of the safetensors package writes the names it leaves out into the header.
-        self.aliases = {name: kept for name, kept in self.metadata.items() if kept in entries and name not in entries}
-
-    @override
-    def _read(self, name: str) -> Tensor:
-        if name in self._factors:  # of a task vector that is kept as factors
-            a, b, scale = self._factors[name]
-            return Product(self._read(a), self._read(b), scale).dense()
-        place = self._places[name]
-        return place.flat(0, place.entry.numel).view(place.entry.shape)
-
-    @override
-    def _read_piece(self, name: str, piece: slice) -> Tensor:
-        if name in self._factors:
-            return super()._read_piece(name, piece)
-        return self._places[name].flat(*piece.indices(self._places[name].entry.numel)[:2])
-
-    @override
-    def joined(self, names: Sequence[str]) -> Tensor:
-        if not self._replaced.keys().isdisjoint(names):
-            return super().joined(names)
-        places = [self._places.get(self.stored(name)) for name in names]
-        runs: list[tuple[_Place, int]] = []  # tensors that follow each other in a file are read as one
-        end: tuple[mmap.mmap, int] | None = None
-        for place in places:
-            if place is None:  # kept as factors
-                return super().joined(names)
-            if end == (place.memory, place.begin):
-                runs[-1] = runs[-1][0], runs[-1][1] + place.entry.numel
-            else:
-                runs.append((place, place.entry.numel))
-            end = place.memory, place.begin + place.entry.nbytes
-        parts = [first.flat(0, numel) for first, numel in runs]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 class TorchCheckpoint(Checkpoint):
     """The state dict of a file that ``torch.save`` wrote.
 
@@ -342,34 +236,19 @@ class TorchCheckpoint(Checkpoint):
         return self._tensors[name]
 
 
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor on the CPU, without a copy if it is contiguous."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    data: memoryview = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    return data
+
+
 def describe(checkpoint: Checkpoint) -> str:
     """Return in one line what is read of a checkpoint: path, format, weights, number and names of tensors."""
     task = f", {checkpoint.task}" if checkpoint.task else ""
     names = "".join(f", names {how}" for how in checkpoint.renamed)
     size = f"{len(checkpoint)} tensors, {checkpoint.nbytes / 1e6:,.1f} MB"
     return f"{checkpoint.source} ({checkpoint.kind}{task}: {size}{names})"
-
-
-def _read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """Return the header and where the data begins.
-
-    A header that says two things of one tensor is refused; safetensors believes the last.
-    """
-    with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        text = opened.read(size)
-
-    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
-            raise ValueError(f"expected every tensor once in {file}, got {name[:80]!r} twice in its header")
-        return found
-
-    try:
-        return json.loads(text, object_pairs_hook=once), 8 + size
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"expected a header in JSON, got {file}: {error}; copy or download it again") from error
 
 
 def float_dtype(name: str) -> torch.dtype:
@@ -386,11 +265,3 @@ def float_dtype(name: str) -> torch.dtype:
     if name not in known:
         raise ValueError(f"expected a dtype of {', '.join(known)}, got {name!r}")
     return known[name]
-
-
-def _dtype(name: str, tensor: str, file: Path) -> torch.dtype:
-    if name not in DTYPES:
-        raise ValueError(
-            f"expected a dtype of {', '.join(DTYPES)}, got {name} for {tensor!r} in {file}; convert the file first"
-        )
-    return DTYPES[name]

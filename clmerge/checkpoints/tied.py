@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from clmerge.checkpoints.reader import Checkpoint
-from clmerge.checkpoints.writer import raw_bytes
 
 _PROBE = 64  # bytes at either end that are compared before all are
 
@@ -60,8 +59,7 @@ def twins(checkpoint: Checkpoint) -> dict[str, str]:
         if memory is not None and (leader := by_memory.setdefault(memory, name)) != name:
             found[name] = leader
         elif len(entry.shape) > 1 and entry.numel > 1:
-            bits = raw_bytes(checkpoint.tensor(name))
-            ends = bytes(bits[:_PROBE]) + bytes(bits[-_PROBE:])
+            ends = checkpoint.ends(name, _PROBE)
             by_probe.setdefault((entry.shape, entry.dtype, ends), []).append(name)
     for names in by_probe.values():
         leaders: list[str] = []

@@ -1,7 +1,6 @@
 """Task vectors taken from open checkpoints, a few parameters at a time."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence, Set
-from math import prod
 from typing import Literal
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from clmerge.checkpoints.reader import Checkpoint
 from clmerge.merging import Merger, Statistics
+from clmerge.merging.vectors import Pack, Shape
 from clmerge.weights.task_vector import accumulator_dtype
 
 COUNTS = ("samples", "steps")
@@ -45,17 +45,13 @@ class CheckpointVectors:
     ) -> None:
         self.base = base
         self.models = models
-        self.names: Sequence[str] = list(names)
+        self.shapes: Mapping[str, Shape] = {name: base.entries[name].shape for name in names}
         self.num_tasks = len(models)
         self.origin: Origin = origin
         self._needed = needed
         self._on_bytes = on_bytes
         # One buffer for all: fresh memory would cost as much as the subtraction.
         self._buffers: dict[torch.dtype, Tensor] = {}
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a parameter."""
-        return self.base.entries[name].shape
 
     def dtype(self, task: int, name: str) -> torch.dtype:
         """Return the dtype that ``read`` gives."""
@@ -70,29 +66,29 @@ class CheckpointVectors:
         sides = [(model.entries.get(name), self._sign(model, name)) for model in self.models]
         return self.base.entries[name].dtype, *((entry and entry.dtype, sign) for entry, sign in sides)
 
-    def read(self, task: int, names: Sequence[str], piece: slice | None = None) -> Tensor:
+    def read(self, task: int, pack: Pack, piece: slice | None = None) -> Tensor:
         """Return parameters of one kind of one task vector, flat, or a piece of that; the next call overwrites it."""
-        model = self.models[task]
-        theta = self._flat(model, names, piece)
-        if names[0] in model.entries:
+        model, first = self.models[task], pack.names[0]
+        theta = _flat(model, pack, piece)
+        if first in model.entries:
             self._on_bytes(theta.nbytes)
-        sign = self._sign(model, names[0])
+        sign = self._sign(model, first)
         if not sign:
             return theta.to(accumulator_dtype(theta))
-        start = self._flat(self.base, names, piece)
+        start = _flat(self.base, pack, piece)
         dtype = accumulator_dtype(theta, start)
         tau = self._buffer(dtype, theta.numel())
         if theta.dtype == start.dtype == dtype:
             return torch.add(theta, start, alpha=sign, out=tau)
         return tau.copy_(theta).add_(start.to(dtype), alpha=sign)
 
-    def sample(self, task: int, names: Sequence[str], step: int) -> Tensor:
+    def sample(self, task: int, pack: Pack, step: int) -> Tensor:
         """Return one of ``step`` entries of parameters of one task vector, flat, in short runs."""
-        model = self.models[task]
-        dtype = self.dtype(task, names[0])
-        theta = _sampled(self._flat(model, names), step).to(dtype)
-        sign = self._sign(model, names[0])
-        return theta + sign * _sampled(self._flat(self.base, names), step).to(dtype) if sign else theta
+        model, first = self.models[task], pack.names[0]
+        dtype = self.dtype(task, first)
+        theta = _sampled(_flat(model, pack), step).to(dtype)
+        sign = self._sign(model, first)
+        return theta + sign * _sampled(_flat(self.base, pack), step).to(dtype) if sign else theta
 
     def statistics(self, task: int, names: Sequence[str]) -> Statistics:
         """Return the statistics that the rule requires: the base's weights, and counts of the task."""
@@ -108,13 +104,6 @@ class CheckpointVectors:
         if model.is_difference(name):
             return int(self.origin == "zero")
         return -int(self.origin == "base")
-
-    def _flat(self, checkpoint: Checkpoint, names: Sequence[str], piece: slice | None = None) -> Tensor:
-        """Return parameters of one kind as a checkpoint has them, one after another."""
-        piece = piece or slice(0, sum(prod(self.shape(name)) for name in names))
-        if names[0] not in checkpoint.entries:  # where an adapter does not reach
-            return torch.zeros(1).expand(piece.stop - piece.start)
-        return checkpoint.tensor(names[0], piece) if len(names) == 1 else checkpoint.joined(names)[piece]
 
     def _buffer(self, dtype: torch.dtype, numel: int) -> Tensor:
         if dtype not in self._buffers or self._buffers[dtype].numel() < numel:
@@ -144,6 +133,13 @@ def check_statistics(merger: Merger, models: Sequence[Checkpoint]) -> None:
                 f"expected the number of {name} of every task for {merger!r}, got none in {missing[0]}; name a run "
                 "folder or its bank, whose task vectors say it"
             )
+
+
+def _flat(checkpoint: Checkpoint, pack: Pack, piece: slice | None = None) -> Tensor:
+    """Return parameters of one kind as a checkpoint has them, one after another."""
+    if pack.names[0] not in checkpoint.entries:  # where an adapter does not reach
+        return torch.zeros(1).expand(pack.numel if piece is None else piece.stop - piece.start)
+    return checkpoint.joined(pack.names, piece)
 
 
 def _sampled(flat: Tensor, step: int) -> Tensor:

@@ -87,9 +87,10 @@ def _differences(path: str | os.PathLike[str], job: CheckpointMerge, on_bytes: O
         return [f"{path} has other tensors than {job.base.source}"]
     different: dict[str, None] = {}
     estimated = set(job.buffers.estimated)
-    for name, tensor in job.stream(on_bytes):
-        different.pop(name, None)
-        is_replayed = name not in estimated
-        if job.entries[name] != written.entries[name] or (is_replayed and not same_bits(tensor, written.tensor(name))):
-            different[name] = None
+    for pack, flat in job.stream(on_bytes):
+        for name, tensor in pack.parts(flat).items():
+            different.pop(name, None)
+            is_same = name in estimated or same_bits(tensor, written.tensor(name))
+            if job.entries[name] != written.entries[name] or not is_same:
+                different[name] = None
     return [f"{name!r} of {path} differs from what the merge gives" for name in different]

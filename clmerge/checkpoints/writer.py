@@ -3,14 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from clmerge.checkpoints.reader import DTYPES, Entry
+from clmerge.checkpoints.reader import DTYPES, Entry, raw_bytes
 from clmerge.weights.io import atomic_path
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -18,7 +17,7 @@ _ALIGNMENT = 8  # of the data, as in files that the safetensors package writes
 
 
 class SafetensorsWriter:
-    """A safetensors file in the making; ``put`` writes a tensor to its place, again if need be.
+    """A safetensors file in the making; ``put`` writes tensors to their places, again if need be.
 
     Args:
         path: The file, which does not exist yet.
@@ -39,6 +38,7 @@ class SafetensorsWriter:
             self._offsets[name] = position
             position += entry.nbytes
         self.nbytes = position
+        self._tensors = self._described()
         header = self._header(metadata)
         self._data_start = len(header)
         self._path = path
@@ -47,25 +47,31 @@ class SafetensorsWriter:
         self._file.write(header)
         self._position = 0  # in the data
 
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor.
+    def put(self, names: Sequence[str], flat: Tensor) -> None:
+        """Write tensors.
 
         Args:
-            name: One of the entries.
-            tensor: Of the entry's shape and dtype.
+            names: Some of the entries.
+            flat: Their entries one after another, of the same dtype and as many.
 
         Raises:
-            ValueError: If shape or dtype differ from the entry's.
+            ValueError: If dtype or number differ from those of the entries.
         """
-        entry = self._entries[name]
-        if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
-            raise ValueError(f"expected {entry} for {name!r}, got {tensor.dtype} of shape {tuple(tensor.shape)}")
-        self._missing.discard(name)
-        start = self._offsets[name]
-        if start != self._position:  # a seek gives up the buffer, which many small tensors fill together
-            self._file.seek(self._data_start + start)
-        self._file.write(raw_bytes(tensor))
-        self._position = start + entry.nbytes
+        entries = [self._entries[name] for name in names]
+        numel = sum(entry.numel for entry in entries)
+        if {entry.dtype for entry in entries} != {flat.dtype} or numel != flat.numel():
+            raise ValueError(
+                f"expected {numel} entries of {entries[0].dtype} for {names[0]!r}, got {flat.numel()} of {flat.dtype}"
+            )
+        data, done = raw_bytes(flat), 0
+        for name, entry in zip(names, entries, strict=True):
+            start, stop = self._offsets[name], done + entry.nbytes
+            if start != self._position:  # a seek gives up the buffer, which many small tensors fill together
+                self._file.seek(self._data_start + start)
+            self._file.write(data[done:stop])
+            self._position = start + entry.nbytes
+            done = stop
+        self._missing.difference_update(names)
 
     def data_sha256(self) -> str:
         """Return the SHA-256 of everything after the header."""
@@ -94,16 +100,18 @@ class SafetensorsWriter:
         """Close the file as it is."""
         self._file.close()
 
+    def _described(self) -> bytes:
+        """Return what the header says of the tensors."""
+        described = {
+            name: {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": (start, start + entry.nbytes)}
+            for (name, entry), start in zip(self._entries.items(), self._offsets.values(), strict=True)
+        }
+        return _as_json(described)
+
     def _header(self, metadata: Mapping[str, str]) -> bytes:
-        header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-        for name, entry in self._entries.items():
-            start = self._offsets[name]
-            header[name] = {
-                "dtype": _NAMES[entry.dtype],
-                "shape": list(entry.shape),
-                "data_offsets": [start, start + entry.nbytes],
-            }
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        # Two objects are joined to one: the first may change until the file is closed, the second is large.
+        text = _as_json({"__metadata__": dict(sorted(metadata.items()))})
+        text = text[:-1] + b"," + self._tensors[1:] if self._entries else text
         text = text.ljust(-(-len(text) // _ALIGNMENT) * _ALIGNMENT)
         return len(text).to_bytes(8, "little") + text
 
@@ -127,11 +135,8 @@ def new_safetensors(
             writer.abandon()
 
 
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor on the CPU, without a copy if it is contiguous."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    data: memoryview = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-    return data
+def _as_json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def sha256_of(path: str | os.PathLike[str], *, skip: int = 0) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
-from math import prod
 from typing import Literal
 
 import torch
@@ -18,7 +17,7 @@ from clmerge.merging.scope import widest
 from clmerge.merging.sparsify import TrimModel
 from clmerge.merging.threshold import kth_of_pieces, sample_step
 from clmerge.merging.ties import TIES, sum_of_signs
-from clmerge.merging.vectors import Vectors, packs
+from clmerge.merging.vectors import Pack, Vectors, packs
 from clmerge.weights.task_vector import LazyVector, State
 
 _PIECE = 1 << 20
@@ -52,18 +51,19 @@ def working_memory(merger: Merger, shapes: Shapes, num_tasks: int) -> int:
         shapes: Shapes of the parameters by name.
         num_tasks: How many task vectors are merged.
     """
-    held = [{name: shapes[name] for name in names} for names in packs(shapes, shapes.__getitem__, lambda name: None)]
-    largest = max(map(num_entries, held), default=0)
+    held = packs(shapes, lambda name: None)
+    largest = max((pack.numel for pack in held), default=0)
     whole = passes_of(merger) == "model"
     numel = num_entries(shapes) if whole else largest
     # One pack of a task vector, of the merged vector (twice while a sign is undecided) and of the merged model.
     buffers = 8 * numel + 8 * largest
     if merger.keeps_vectors and whole:
         return merger.reading_bytes * numel + 4 * num_tasks * largest + buffers
-    return max((merger.state_size(part, num_tasks) for part in ([shapes] if whole else held)), default=0) + buffers
+    parts = [shapes] if whole else [pack.shapes for pack in held]
+    return max((merger.state_size(part, num_tasks) for part in parts), default=0) + buffers
 
 
-def merge_out_of_core(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:
+def merge_out_of_core(merger: Merger, vectors: Vectors) -> Iterator[tuple[Pack, Tensor]]:
     """Merge task vectors parameter by parameter, with the bits that merging them in memory gives.
 
     Small parameters are merged together, so that a model of many costs what its entries do.
@@ -77,7 +77,8 @@ def merge_out_of_core(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, T
         vectors: The task vectors; the number of each is its task index.
 
     Yields:
-        Names and merged parameters, scale included. A name may come a second time; then the later one counts.
+        Parameters and their merged entries, flat and one after another, scale included. A pack may come a second time;
+        then the later one counts.
 
     Raises:
         ValueError: If the rule needs what ``vectors`` does not know, or a vector is refused; see ``Merger.update``.
@@ -85,10 +86,10 @@ def merge_out_of_core(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, T
     """
     merger = deepcopy(merger)
     merger.reset()
-    packed = packs(vectors.names, vectors.shape, vectors.kind)
+    packed = packs(vectors.shapes, vectors.kind)
     match passes_of(merger):
         case "model":
-            yield from _whole(merger, vectors)
+            yield from _whole(merger, vectors, packed)
         case "parameter":
             yield from _by_parameter(merger, vectors, packed)
         case "entry":
@@ -120,13 +121,13 @@ class _KnownThresholds(TrimModel):
 class _Flat:
     """The entries of one task vector, read anew at every walk."""
 
-    def __init__(self, vectors: Vectors, task: int, packed: list[list[str]]) -> None:
+    def __init__(self, vectors: Vectors, task: int, packed: list[Pack]) -> None:
         self.vectors, self.task, self.packed = vectors, task, packed
 
     def __iter__(self) -> Iterator[Tensor]:
-        for names in self.packed:
-            for piece in _pieces(_numel(self.vectors, names)):
-                yield self.vectors.read(self.task, names, piece)
+        for pack in self.packed:
+            for piece in _pieces(pack.numel):
+                yield self.vectors.read(self.task, pack, piece)
 
 
 def _trim_density(merger: Merger) -> float:
@@ -136,21 +137,17 @@ def _trim_density(merger: Merger) -> float:
     return trim.density
 
 
-def _threshold(density: float, vectors: Vectors, task: int, packed: list[list[str]]) -> float:
+def _threshold(density: float, vectors: Vectors, task: int, packed: list[Pack]) -> float:
     """Find what ``TrimModel.plan`` finds, without holding the task vector."""
-    total = _numel(vectors, vectors.names)
+    total = sum(pack.numel for pack in packed)
     count = int(density * total) + 1
     if count > total:
         return 0.0
-    wide = any(vectors.dtype(task, name) == torch.float64 for name in vectors.names)
+    wide = any(vectors.dtype(task, pack.names[0]) == torch.float64 for pack in packed)
     step = sample_step(total)
-    sample = [vectors.sample(task, names, step) for names in packed]
+    sample = [vectors.sample(task, pack, step) for pack in packed]
     entries = _Flat(vectors, task, packed)
     return kth_of_pieces(entries, sample, torch.float64 if wide else torch.float32, total, count).value
-
-
-def _numel(vectors: Vectors, names: Sequence[str]) -> int:
-    return sum(prod(vectors.shape(name)) for name in names)
 
 
 def _pieces(numel: int) -> list[slice]:
@@ -158,71 +155,59 @@ def _pieces(numel: int) -> list[slice]:
     return [slice(start, min(start + _PIECE, numel)) for start in range(0, max(numel, 1), _PIECE)]
 
 
-def _unpacked(vectors: Vectors, names: Sequence[str], flat: Tensor) -> dict[str, Tensor]:
-    """Return the parameters that are in a pack, as views."""
-    shapes = [vectors.shape(name) for name in names]
-    parts = flat.split_with_sizes([prod(shape) for shape in shapes])
-    return {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
-
-
-def _by_piece(vectors: Vectors, names: Sequence[str], merged: Callable[[Sequence[str], slice], Tensor]) -> Tensor:
+def _by_piece(pack: Pack, merged: Callable[[Pack, slice], Tensor]) -> Tensor:
     """Merge a pack piece by piece."""
-    numel = _numel(vectors, names)
     whole: Tensor | None = None
-    for piece in _pieces(numel):
-        part = merged(names, piece)
+    for piece in _pieces(pack.numel):
+        part = merged(pack, piece)
         if whole is None:
-            whole = part.new_empty(numel)
+            whole = part.new_empty(pack.numel)
         whole[piece] = part
     assert whole is not None, "an empty parameter has one piece"
     return whole
 
 
-def _as_one(
-    vectors: Vectors, names: Sequence[str], merged: Callable[[Sequence[str], slice], Tensor]
-) -> dict[str, Tensor]:
+def _as_one(pack: Pack, merged: Callable[[Pack, slice], Tensor]) -> Tensor:
     """Merge a pack as if it were one parameter, which is the same to a rule that looks at single entries."""
     try:
-        return _unpacked(vectors, names, _by_piece(vectors, names, merged))
+        return _by_piece(pack, merged)
     except (ValueError, RuntimeError):
-        if len(names) == 1:
+        if len(pack.shapes) == 1:
             raise
     # What is wrong with one of them can be said by name.
-    parts = [_unpacked(vectors, [name], _by_piece(vectors, [name], merged)) for name in names]
-    return {name: part for found in parts for name, part in found.items()}
+    return torch.cat([_by_piece(Pack({name: shape}), merged) for name, shape in pack.shapes.items()])
 
 
-def _fold_as_one(merger: Merger, vectors: Vectors, names: Sequence[str], piece: slice) -> None:
+def _fold_as_one(merger: Merger, vectors: Vectors, pack: Pack, piece: slice) -> None:
     merger.reset()
     for task in range(vectors.num_tasks):
-        known = vectors.statistics(task, names)
-        merger.update_piece({names[0]: vectors.read(task, names, piece)}, task, statistics=known)
+        known = vectors.statistics(task, pack.names)
+        merger.update_piece({pack.names[0]: vectors.read(task, pack, piece)}, task, statistics=known)
 
 
-def _given(found: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Give parameters away, so that they can be freed while others are merged."""
-    for name in list(found):
-        yield name, found.pop(name)
+def _joined(found: dict[str, Tensor], pack: Pack) -> Tensor:
+    """Take the parameters of a pack out of others."""
+    parts = [found.pop(name).reshape(-1) for name in pack.names]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _by_entry(merger: Merger, vectors: Vectors, packed: list[list[str]]) -> Iterator[tuple[str, Tensor]]:
-    def merged(names: Sequence[str], piece: slice) -> Tensor:
-        _fold_as_one(merger, vectors, names, piece)
-        return merger.compute()[names[0]]
+def _by_entry(merger: Merger, vectors: Vectors, packed: list[Pack]) -> Iterator[tuple[Pack, Tensor]]:
+    def merged(pack: Pack, piece: slice) -> Tensor:
+        _fold_as_one(merger, vectors, pack, piece)
+        return merger.compute()[pack.names[0]]
 
-    for names in packed:
-        yield from _given(_as_one(vectors, names, merged))
+    for pack in packed:
+        yield pack, _as_one(pack, merged)
     merger.reset()
 
 
-def _by_parameter(merger: Merger, vectors: Vectors, packed: list[list[str]]) -> Iterator[tuple[str, Tensor]]:
-    for names in packed:
+def _by_parameter(merger: Merger, vectors: Vectors, packed: list[Pack]) -> Iterator[tuple[Pack, Tensor]]:
+    for pack in packed:
         merger.reset()
         for task in range(vectors.num_tasks):
-            known = vectors.statistics(task, names)
-            parts = _unpacked(vectors, names, vectors.read(task, names))
-            merger.update_piece(parts, task, statistics=known)
-        yield from _given(merger.compute())
+            known = vectors.statistics(task, pack.names)
+            merger.update_piece(pack.parts(vectors.read(task, pack)), task, statistics=known)
+        yield pack, _joined(merger.compute(), pack)
     merger.reset()
 
 
@@ -235,22 +220,25 @@ class _Reread(LazyVector):
 
     @override
     def names(self) -> Sequence[str]:
-        return self._vectors.names
+        return list(self._vectors.shapes)
 
     @override
     def __getitem__(self, name: str) -> Tensor:
-        return self._vectors.read(self._task, [name]).view(self._vectors.shape(name)).clone()
+        shape = self._vectors.shapes[name]
+        return self._vectors.read(self._task, Pack({name: shape})).view(shape).clone()
 
 
-def _whole(merger: Merger, vectors: Vectors) -> Iterator[tuple[str, Tensor]]:
+def _whole(merger: Merger, vectors: Vectors, packed: list[Pack]) -> Iterator[tuple[Pack, Tensor]]:
     for task in range(vectors.num_tasks):
         vector = _Reread(vectors, task)
-        known = vectors.statistics(task, vectors.names)
+        known = vectors.statistics(task, list(vectors.shapes))
         merger.update(vector if merger.keeps_vectors else dict(vector), task=task, statistics=known)
-    yield from merger.compute().items()
+    found = merger.compute()
+    for pack in packed:
+        yield pack, _joined(found, pack)
 
 
-def _ties(merger: TIES, vectors: Vectors, packed: list[list[str]]) -> Iterator[tuple[str, Tensor]]:
+def _ties(merger: TIES, vectors: Vectors, packed: list[Pack]) -> Iterator[tuple[Pack, Tensor]]:
     """Merge by TIES with one trim for the model.
 
     Entries whose sum is zero take the sign that most entries of the model have, which is known only at the end. Where
@@ -263,22 +251,23 @@ def _ties(merger: TIES, vectors: Vectors, packed: list[list[str]]) -> Iterator[t
         # Without a majority, only the largest magnitude is another than with a negative one.
         return 1 if surplus > 0 else 0 if merger.merge == "max" and not surplus else -1
 
-    def merged(names: Sequence[str], piece: slice, sign: int) -> Tensor:
+    def merged(pack: Pack, piece: slice, sign: int) -> Tensor:
         nonlocal surplus
-        _fold_as_one(merger, vectors, names, piece)
-        for block, _ in slot_blocks(merger._slots[names[0]]):
+        first = pack.names[0]
+        _fold_as_one(merger, vectors, pack, piece)
+        for block, _ in slot_blocks(merger._slots[first]):
             total = merger._total(block)
             surplus += sum_of_signs([total])
-            if names[0] not in guesses and _undecided(block, total):
-                guesses[names[0]] = sign
-        return _read(merger, names[0], sign)
+            if first not in guesses and _undecided(block, total):
+                guesses[first] = sign
+        return _read(merger, first, sign)
 
-    for names in packed:
-        yield from _given(_as_one(vectors, names, partial(merged, sign=elected())))
+    for pack in packed:
+        yield pack, _as_one(pack, partial(merged, sign=elected()))
     sign = elected()
-    for names in packed:
-        if guesses.get(names[0], sign) != sign:
-            yield from _given(_as_one(vectors, names, partial(merged, sign=sign)))
+    for pack in packed:
+        if guesses.get(pack.names[0], sign) != sign:
+            yield pack, _as_one(pack, partial(merged, sign=sign))
     merger.reset()
 
 

@@ -1,7 +1,6 @@
 """Running statistics of batch normalisation that fit weights which no training has seen: those of a merged model."""
 
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +8,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clmerge.weights.modes import eval_mode
 from clmerge.weights.parametrization import folded, running_statistics
-
-Buffers = Literal["latest", "base", "mean", "re-estimated"]
-"""Running statistics of a merged model: of the last task, of the base, their mean over the tasks, or new ones."""
 
 
 @torch.no_grad()

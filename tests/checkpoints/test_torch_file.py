@@ -14,8 +14,8 @@ import torch
 
 from clmerge.checkpoints.formats import open_checkpoint
 from clmerge.checkpoints.pickled import Global, StandIn, StoredTensor, unpickled
+from clmerge.checkpoints.reader import raw_bytes
 from clmerge.checkpoints.torch_file import TorchFile
-from clmerge.checkpoints.writer import raw_bytes
 from clmerge.cli import main
 from clmerge.weights import save_tensors
 

@@ -25,12 +25,9 @@ class Held:
 
     def __init__(self, vectors):
         self.vectors = vectors
-        self.names = list(vectors[0])
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in vectors[0].items()}
         self.num_tasks = len(vectors)
         self.buffers = {}
-
-    def shape(self, name):
-        return tuple(self.vectors[0][name].shape)
 
     def dtype(self, task, name):
         return self.vectors[task][name].dtype
@@ -38,18 +35,23 @@ class Held:
     def kind(self, name):
         return self.vectors[0][name].dtype
 
-    def read(self, task, names, piece=None):
-        tau = torch.cat([self.vectors[task][name].reshape(-1) for name in names])
+    def read(self, task, pack, piece=None):
+        tau = torch.cat([self.vectors[task][name].reshape(-1) for name in pack.names])
         tau = tau if piece is None else tau[piece]
         if tau.dtype not in self.buffers:
             self.buffers[tau.dtype] = torch.empty(160 * 160 + 2048, dtype=tau.dtype)
         return self.buffers[tau.dtype][: tau.numel()].copy_(tau)
 
     def statistics(self, task, names):
-        return statistics_of(task, {name: self.shape(name) for name in names})
+        return statistics_of(task, {name: self.shapes[name] for name in names})
 
-    def sample(self, task, names, step):
-        return torch.cat([self.vectors[task][name].reshape(-1) for name in names])[::step]
+    def sample(self, task, pack, step):
+        return torch.cat([self.vectors[task][name].reshape(-1) for name in pack.names])[::step]
+
+
+def merged_by(merger, vectors):
+    packs = merge_out_of_core(merger, vectors)
+    return {name: tensor for pack, flat in packs for name, tensor in pack.parts(flat).items()}
 
 
 @pytest.fixture(autouse=True, params=[1000, 1 << 19])
@@ -73,7 +75,7 @@ def assert_same_bits(merger, vectors):
     shapes = {name: tuple(tensor.shape) for name, tensor in vectors[0].items()}
     for task, vector in enumerate(vectors):
         whole.update(vector, task=task, statistics=statistics_of(task, shapes if whole.requires else {}))
-    found = dict(merge_out_of_core(merger, Held(vectors)))
+    found = merged_by(merger, Held(vectors))
     expected = whole.compute()
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -101,7 +103,7 @@ def test_ties_with_equal_entries_and_zero_sums(trim, merge, seed):
 def test_the_largest_magnitude_without_a_prevailing_sign(last):
     others = [{"first": sign * torch.tensor([2.0, -3.0]), "last": torch.full((9,), last)} for sign in (1, -1)]
     assert_same_bits(TIES(1.0, merge="max"), others)
-    merged = dict(merge_out_of_core(TIES(1.0, merge="max"), Held(others)))
+    merged = merged_by(TIES(1.0, merge="max"), Held(others))
     assert merged["first"].tolist() == [last * 2.0, last * 3.0]
 
 
@@ -110,7 +112,7 @@ def test_a_wrong_guess_of_the_prevailing_sign_is_put_right(last):
     """Only the last parameter has a prevailing sign, when the first one's zero sums are decided already."""
     vectors = [{"first": sign * torch.tensor([2.0, -3.0]), "last": torch.full((9,), last)} for sign in (1, -1)]
     assert_same_bits(TIES(1.0, scale=1.0), vectors)
-    merged = dict(merge_out_of_core(TIES(1.0), Held(vectors)))
+    merged = merged_by(TIES(1.0), Held(vectors))
     assert merged["first"].sign().tolist() == [last, last]
 
 
@@ -149,7 +151,7 @@ def test_a_rule_that_needs_more_than_vectors_is_refused():
 def test_an_overflow_is_refused():
     vectors = [{"w": torch.full((3,), 3e38)}] * 2
     with pytest.raises(RuntimeError, match="overflow in 'w'"):
-        dict(merge_out_of_core(TIES(1.0, merge="sum"), Held(vectors)))
+        merged_by(TIES(1.0, merge="sum"), Held(vectors))
 
 
 @pytest.mark.parametrize(
@@ -171,13 +173,13 @@ def test_many_small_parameters_are_read_together():
     reads = []
 
     class Counted(Held):
-        def read(self, task, names, piece=None):
-            reads.append(list(names))
-            return super().read(task, names, piece)
+        def read(self, task, pack, piece=None):
+            reads.append(pack.names)
+            return super().read(task, pack, piece)
 
     vectors = [{str(number): torch.randn(3, 2) for number in range(300)} for _ in range(2)]
     for merger in (TaskArithmetic(), TIES(trim="tensor"), TIES()):
-        dict(merge_out_of_core(merger, Counted(vectors)))
+        merged_by(merger, Counted(vectors))
     assert len(reads) < 60
 
 
@@ -188,4 +190,4 @@ def test_what_is_wrong_with_one_of_many_parameters_has_its_name(merger, bad):
     if bad == 3e38 and isinstance(merger, MagMax):
         merger = WeightAverage(scale=5.0)
     with pytest.raises((ValueError, RuntimeError), match="'b'"):
-        dict(merge_out_of_core(merger, Held(vectors)))
+        merged_by(merger, Held(vectors))

@@ -5,6 +5,7 @@ from torch import nn
 from clmerge.checkpoints.formats import open_models
 from clmerge.checkpoints.vectors import CheckpointVectors
 from clmerge.merging import TALL
+from clmerge.merging.vectors import Pack
 from clmerge.models import add_lora
 from clmerge.weights import TaskVectorBank, fingerprint
 from clmerge.weights.bank import BankVector
@@ -77,9 +78,10 @@ def test_mergers_and_clmerge_merge_read_factors(model, tmp_path):
     assert [checkpoint.kind for checkpoint in opened] == ["task vector"] * 2
     vectors = CheckpointVectors(opened[0], opened, sorted(base))
     for name, tensor in taus[1].items():
-        assert vectors.shape(name) == tensor.shape
-        assert torch.equal(vectors.read(1, [name]), tensor)
-        assert torch.equal(vectors.read(1, [name], slice(1, 5)), tensor.flatten()[1:5])
+        assert vectors.shapes[name] == tensor.shape
+        pack = Pack({name: vectors.shapes[name]})
+        assert torch.equal(vectors.read(1, pack), tensor.flatten())
+        assert torch.equal(vectors.read(1, pack, slice(1, 5)), tensor.flatten()[1:5])
 
 
 def test_what_is_no_product_stays_dense(model, tmp_path):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from clmerge.checkpoints.reader import DTYPES, SafetensorsCheckpoint
+from clmerge.checkpoints.reader import DTYPES
+from clmerge.checkpoints.safetensors_file import SafetensorsCheckpoint
 
 
 def write(path, tensors, *, pad=0):
