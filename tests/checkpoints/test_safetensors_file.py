@@ -74,6 +74,27 @@ def test_tensors_of_several_files_are_joined(tmp_path):
     assert torch.equal(both.joined(["a0", "a1", "b0", "b1"]), torch.cat([*first.values(), *second.values()]))
 
 
+@pytest.mark.parametrize("order", ["abcd", "acbd", "b"])
+def test_a_piece_of_joined_tensors(tmp_path, order):
+    tensors = {name: torch.randn(2, number) for number, name in enumerate("abcd", 1)}
+    checkpoint = write(tmp_path / "a.safetensors", tensors, pad=2)
+    expected = torch.cat([tensors[name].reshape(-1) for name in order])[1:7]
+    assert torch.equal(checkpoint.joined(list(order), slice(1, 7)), expected)
+    checkpoint.replace("b", tensors["b"])
+    assert torch.equal(checkpoint.joined(list(order), slice(1, 7)), expected)
+
+
+@pytest.mark.parametrize("size", [1, 8, 64])
+def test_the_ends_of_tensors(tmp_path, size):
+    tensors = {"long": torch.randn(3, 5), "short": torch.ones(1), "empty": torch.empty(0, 2), "other": torch.zeros(9)}
+    checkpoint = write(tmp_path / "a.safetensors", tensors, pad=4)
+    checkpoint.replace("other", torch.arange(9.0))
+    tensors["other"] = torch.arange(9.0)
+    for name, tensor in tensors.items():
+        data = tensor.numpy().tobytes()
+        assert checkpoint.ends(name, size) == data[:size] + data[-size:], name
+
+
 def test_what_is_read_cannot_change_the_file(tmp_path):
     path = tmp_path / "a.safetensors"
     checkpoint = write(path, {"w": torch.zeros(4)})
