@@ -1,8 +1,9 @@
 """Rules for groups of tensors: by patterns of their names, the first that matches counts."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from fnmatch import translate
 
 from clmerge.merging import Merger
 
@@ -56,7 +57,12 @@ def assign(names: Iterable[str], groups: Sequence[Group], merger: Merger | None)
     """
     parts = [Part(group.merger, [], list(group.match)) for group in groups]
     rest = Part(merger, [], [])
+    matches = [(_pattern(part.match), part) for part in parts if part.match]
     for name in names:
-        fitting = (part for part in parts if any(fnmatchcase(name, pattern) for pattern in part.match))
+        fitting = (part for pattern, part in matches if pattern.match(name))
         next(fitting, rest).names.append(name)
     return [*parts, rest]
+
+
+def _pattern(globs: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(translate, globs)))

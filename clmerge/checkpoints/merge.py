@@ -120,7 +120,10 @@ class CheckpointMerge:
             patterns=[pattern for part in parts for pattern in part.match],
             statistics=self.buffers.treatments,
         )
-        self.parts = [part for part in assign(self.policy.merged, groups, merger) if part.names]
+        merged = set(self.policy.merged)
+        for part in parts:
+            part.names = [name for name in part.names if name in merged]
+        self.parts = [part for part in parts if part.names]
         for part in self.parts:
             if part.merger is not None:
                 check_statistics(part.merger, self.models)

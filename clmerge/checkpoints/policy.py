@@ -1,9 +1,10 @@
 """The policy: which tensors of the base are merged, which are copied, and what in the models is ignored."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 
 from clmerge.checkpoints.reader import Checkpoint, Entry
 from clmerge.checkpoints.tied import resolve_ties, twins
@@ -89,7 +90,7 @@ def decide(
         ValueError: If a pattern matches nothing, nothing is left to merge, or ``strict`` is violated.
     """
     for pattern in (*include, *exclude, *patterns):
-        if not any(fnmatchcase(name, pattern) for name in base.entries):
+        if not any(map(re.compile(translate(pattern)).match, base.entries)):
             near = get_close_matches(pattern.strip("*"), base.entries, n=1, cutoff=0.3)
             hint = f"; the nearest is {near[0]!r}" if near else ""
             raise ValueError(f"expected a pattern that matches a tensor of {base.source}, got {pattern!r}{hint}")

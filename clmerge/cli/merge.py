@@ -12,6 +12,7 @@ from clmerge.cli.signals import Stopped
 from clmerge.names import tell
 
 if TYPE_CHECKING:
+    from clmerge.checkpoints.groups import Group
     from clmerge.cli.parser import CommandParser
 
 USAGE = """\
@@ -31,7 +32,6 @@ examples:
 
 def build_parser() -> "CommandParser":
     """Return the parser of ``clmerge merge``; imports torch."""
-    from clmerge.checkpoints.groups import Group
     from clmerge.checkpoints.vectors import Origin
     from clmerge.cli.named_code import set_policy
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
@@ -85,7 +85,7 @@ def build_parser() -> "CommandParser":
     parser.add_argument("--base", type=str | None, default=None, help="The base model, in any format of --models.")
     parser.add_argument("--models", type=str, nargs="+", default=[], help=models_help)
     parser.add_subclass_arguments(Merger, "merger", help="The rule, by class name.", required=False)
-    parser.add_argument("--groups", type=list[Group], default=[], help=groups_help)
+    parser.add_argument("--groups", type=Any, default=[], help=groups_help)  # each is read by _groups
     parser.add_argument("--origin", type=Origin, default="base", help=origin_help)
     parser.add_argument("--dtype", type=str | None, default=None, help=dtype_help)
     parser.add_argument("--out", type=str | None, default=None, help="The safetensors file to write, or the folder.")
@@ -136,6 +136,10 @@ def main(argv: Sequence[str]) -> int:
             parser.error(f"expected a value of {option}, got null; leave it out for its default")
     if config.threads is None or not 1 <= config.threads <= MOST_THREADS:
         parser.error(f"expected --threads from 1 to {MOST_THREADS}, got {config.threads}")
+    try:
+        groups = _groups(parser, config.groups)
+    except (ValueError, TypeError) as error:
+        return complain("merge", error)
     if config.verify is None:
         needed = {"--base": config.base, "--models": config.models, "--merger": config.merger or config.groups}
         if not config.dry_run:
@@ -150,7 +154,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error("expected --verify alone, since the file says how it was made, got other options beside it")
     try:
         with _modules_left_alone():
-            return _verify(config.verify) if config.verify is not None else _merge(parser, config)
+            return _verify(config.verify) if config.verify is not None else _merge(parser, config, groups)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return complain("merge", error)
     except Stopped as stop:
@@ -185,7 +189,7 @@ def _translated(argv: Sequence[str]) -> Iterator[str]:
         yield f"--recipe={content}" if path else content
 
 
-def _merge(parser: "CommandParser", config: Any) -> int:
+def _merge(parser: "CommandParser", config: Any, groups: "list[Group]") -> int:
     import torch
 
     from clmerge.checkpoints.merge import CheckpointMerge
@@ -207,7 +211,7 @@ def _merge(parser: "CommandParser", config: Any) -> int:
         config.base,
         models=config.models,
         merger=made.merger,
-        groups=made.groups,
+        groups=groups,
         origin=config.origin,
         dtype=config.dtype,
         include=config.include,
@@ -226,6 +230,30 @@ def _merge(parser: "CommandParser", config: Any) -> int:
         job.run(config.out, hashes=not config.no_hash, shard_bytes=shard_bytes, on_bytes=on_bytes)
     tell(f"wrote   {config.out}", file=sys.stdout)
     return 0
+
+
+def _groups(parser: "CommandParser", said: object) -> "list[Group]":
+    """Build the groups of a recipe, one after another: jsonargparse would copy the whole list for every item of it."""
+    from jsonargparse import ArgumentError
+
+    from clmerge.checkpoints.groups import Group
+    from clmerge.cli.parser import CommandParser
+
+    if not isinstance(said, list):
+        parser.error(f'Parser key "groups":\n  Expected a list. Got value: {said}')
+    one = CommandParser(prog=parser.prog, exit_on_error=False)
+    one.add_class_arguments(Group)
+    groups = []
+    for index, group in enumerate(said):
+        where = f'Parser key "groups[{index}]":\n'
+        if not isinstance(group, dict):
+            parser.error(f"{where}Expected match and merger. Got value: {group}")
+        where += f"Problem with given class_path '{Group.__module__}.{Group.__name__}':\n"
+        try:
+            groups.append(Group(**one.instantiate(one.parse_object(group))))
+        except ArgumentError as error:
+            parser.error(f"{where}{error}")
+    return groups
 
 
 def _verify(path: str) -> int:

@@ -106,6 +106,40 @@ out: {tmp_path / "out.safetensors"}
     capsys.readouterr()
 
 
+@pytest.mark.parametrize(
+    ("groups", "hints"),
+    [
+        ("{match: [w]}", ["groups: Expected list"]),
+        ("[{match: [w], merger: MagMax}, 3]", ["groups[1]: Expected match and merger"]),
+        ("[{match: [w], merger: MagMax}, {mtch: [b]}]", ["groups[1]: ", "'mtch'", "Did you mean match?"]),
+        ("[{match: [w], merger: {class_path: TIES, init_args: {densty: 1}}}]", ["groups[0]: ", "mean density?"]),
+    ],
+)
+def test_what_is_wrong_with_a_group_is_said_with_its_number(files, tmp_path, capsys, groups, hints):
+    (tmp_path / "recipe.yaml").write_text(f"base: {files[0]}\nmodels: [{files[1]}]\ngroups: {groups}\n")
+    with pytest.raises(SystemExit) as exit_info:
+        main(["merge", "--recipe", str(tmp_path / "recipe.yaml"), "--dry-run"])
+    assert exit_info.value.code == 2
+    message = capsys.readouterr().err
+    assert all(hint in message for hint in [*hints, "recipe.yaml"])
+
+
+def test_many_groups_take_as_long_each_as_few(files, tmp_path, capsys):
+    seconds = {}
+    for count in (20, 200):
+        names = [f"g{number}" for number in range(count)]
+        for file in files:
+            save_file({name: torch.randn(2) for name in names}, file)
+        groups = [{"match": [name], "merger": "MagMax"} for name in names]
+        content = {"base": str(files[0]), "models": [str(files[1])], "groups": groups}
+        (tmp_path / "recipe.yaml").write_text(json.dumps(content))
+        started = time.process_time()
+        assert main(["merge", "--recipe", str(tmp_path / "recipe.yaml"), "--dry-run"]) == 0
+        seconds[count] = time.process_time() - started
+    assert seconds[200] < 10 * seconds[20]
+    capsys.readouterr()
+
+
 def test_an_existing_file_is_kept_unless_told_otherwise(files, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     out.write_text("precious")
