@@ -1,6 +1,6 @@
 import pytest
 import torch
-from merging.test_collectors import CLASSES, HEADS, WIDTH, CrossAttention, data, model
+from support.attentive import CLASSES, HEADS, WIDTH, CrossAttention, data, model
 from torch import nn
 from torch.nn import functional
 
