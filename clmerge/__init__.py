@@ -13,9 +13,10 @@ _EXPORTS = {
     "MergeCallback": "clmerge.callbacks",
     "ContinualClassifier": "clmerge.modules",
     "Merger": "clmerge.merging",
+    "load_run": "clmerge.loaded_run",
 }
 
-__all__ = ["ContinualClassifier", "Learner", "MergeCallback", "Merger", "__version__"]
+__all__ = ["ContinualClassifier", "Learner", "MergeCallback", "Merger", "__version__", "load_run"]
 
 
 def __getattr__(name: str) -> Any:
