@@ -127,7 +127,7 @@ class LoadedRun:
         Raises:
             ValueError: If there is no picture of that name.
         """
-        from clmerge import plots
+        import clmerge.plots as plots
 
         if name in PLOTS:
             draw: Callable[..., Figure] = getattr(plots, f"plot_{name}")
