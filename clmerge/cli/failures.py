@@ -1,5 +1,6 @@
 """What a command says when it fails: one message for what was foreseen, a traceback for what was not."""
 
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -8,6 +9,7 @@ import clmerge
 from clmerge.cli.messages import complain, traceback_of
 from clmerge.names import tell
 
+_PEER_GONE = re.compile(r"Connection (closed|reset) by peer|remote process exited")  # gloo, gloo, NCCL
 _PACKAGE = Path(clmerge.__file__).resolve().parent
 
 
@@ -38,6 +40,9 @@ def say(command: str, error: Exception) -> None:
     if is_foreseen(error):
         complain(command, error)
         return
-    print(traceback_of(error), file=sys.stderr, end="")
-    text = f"ended by {type(error).__name__}, which is not foreseen; please report it"
+    if _PEER_GONE.search(str(error)):
+        text = "ended since another process of this run did, which says above why"
+    else:
+        print(traceback_of(error), file=sys.stderr, end="")
+        text = f"ended by {type(error).__name__}, which is not foreseen; please report it"
     tell(f"clmerge {command}: {'; '.join([text, *getattr(error, '__notes__', ())])}")

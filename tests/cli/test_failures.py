@@ -119,6 +119,18 @@ def test_names_of_tensors_options_and_folders_steer_no_terminal(tmp_path, capsys
     assert "--\\x1b[31mred" in printed.err
 
 
+def test_a_process_whose_peer_has_ended_says_so_in_one_line(capsys, monkeypatch):
+    def fail(argv):
+        error = RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:18305. GLHF!")
+        error.add_note("in task 2 of 2")
+        raise error
+
+    monkeypatch.setattr(clmerge.cli.fit, "main", fail)
+    assert main(["fit"]) == 1
+    expected = "clmerge fit: ended since another process of this run did, which says above why; in task 2 of 2\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_a_variable_shows_every_traceback(capsys, monkeypatch):
     monkeypatch.setenv("CLMERGE_DEBUG", "1")
     monkeypatch.setattr(clmerge.cli.fit, "main", lambda argv: MagMax(scale="no") and 0)
