@@ -127,7 +127,7 @@ class LearnerParts:
         check_names(self.merge.mergers, self.calibrated.calibrations)
         if not self.mergers:
             return
-        needy = [name for name, merger in self.mergers.items() if "score" in merger.requires]
+        needy = [name for name, merger in self.mergers.items() if merger.requires_score]
         if needy and not all(len(self.stream.dataset(task.index, "val")) for task in self.tasks):
             raise ValueError(
                 f"expected validation images for merger {needy[0]!r}, got a stream that holds none out; "

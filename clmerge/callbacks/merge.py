@@ -69,7 +69,7 @@ class MergeCallback(RecordedMerge, EvaluationSwap):
         bank: Folder that keeps every task vector, for merging again later. Mergers that need them all read them there,
             one parameter at a time, instead of keeping copies in memory and in checkpoints.
         score: Held-out accuracy of the model as it stands, higher is better; called with merged candidates swapped in.
-            Only mergers that require ``"score"`` (GreedySoup, PAINT) need it.
+            Only mergers that require a score (GreedySoup, PAINT) need it.
         statistics: What was measured on the task, called with the trained model while the task's data is still there;
             for mergers that require it (Fisher: ``"fisher"``, RegMean: ``"gram"``). Returns name -> number, or name ->
             tensors by parameter name. What needs no data is there without: ``"adam"`` and ``"weights"`` (theta_0).

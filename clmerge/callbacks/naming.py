@@ -58,12 +58,12 @@ def check_requirements(mergers: Mapping[str, Merger], *, score: bool, statistics
         ValueError: If a merger requires what is missing.
     """
     for name, merger in mergers.items():
-        if "score" in merger.requires and not score:
+        if merger.requires_score and not score:
             raise ValueError(
                 f"expected score= for merger {name!r}, got none: pass a function that evaluates the model "
                 "on held-out data"
             )
-        if (needed := sorted(merger.requires - {"score"} - PROVIDED)) and not statistics:
+        if (needed := sorted(merger.requires - PROVIDED)) and not statistics:
             raise ValueError(
                 f"expected statistics= for merger {name!r}, which requires {needed}, got none: pass a function "
                 "that measures them on the task's data"

@@ -264,7 +264,7 @@ class RunningMerge:
     @property
     def required_statistics(self) -> frozenset[str]:
         """What the mergers require of every task beside its vector and a score."""
-        return frozenset[str]().union(*(merger.requires for merger in self.mergers.values())) - {"score"}
+        return frozenset[str]().union(*(merger.requires for merger in self.mergers.values()))
 
     def fold(
         self,
@@ -302,7 +302,7 @@ class RunningMerge:
         self._merge_buffers(model)
         for name, merger in self.mergers.items():
             started = time.perf_counter()
-            score = self._scorer(model) if "score" in merger.requires else None
+            score = self._scorer(model) if merger.requires_score else None
             merger.update(tau, task=task, base=self.base_fingerprint, score=score, statistics=measured)
             self.update_seconds[name] = time.perf_counter() - started
         self.num_tasks += 1

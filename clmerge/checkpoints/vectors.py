@@ -121,7 +121,8 @@ def check_statistics(merger: Merger, models: Sequence[Checkpoint]) -> None:
     Raises:
         ValueError: If it requires more than the base's weights, or counts that a model does not come with.
     """
-    if measured := sorted(merger.requires - {"weights", *COUNTS}):
+    score = ["score"] if merger.requires_score else []
+    if measured := [*score, *sorted(merger.requires - {"weights", *COUNTS})]:
         raise ValueError(
             f"expected a rule that needs what checkpoints hold, got {merger!r}, which also needs "
             f"{', '.join(measured)}: measured on images of the tasks. `clmerge compare RUN --mergers "

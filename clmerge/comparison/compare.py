@@ -85,7 +85,7 @@ class Comparison:
             "merger": type(merger).__name__,
             "init_args": merger.settings(),
             "run": self.run.name,
-            "requires": sorted(merger.requires),
+            "requires": sorted({*merger.requires, *(["score"] if merger.requires_score else [])}),
             "order_free": merger.order_free,
             "exact_online": merger.exact_online,
             "search": search,

@@ -81,7 +81,7 @@ def check_mergers(run: StoredRun, mergers: Mapping[str, Merger]) -> None:
                 f"expected mergers whose statistics can be measured again, got {name!r}, which requires the second "
                 "moments of Adam: they are there at the end of training only; name it in --mergers of `clmerge fit`"
             )
-        if "score" in merger.requires and not run.has_validation:
+        if merger.requires_score and not run.has_validation:
             raise ValueError(
                 f"expected validation images for merger {name!r}, got a run of a stream that holds none out; "
                 "train with stream.val_fraction above 0"
@@ -142,7 +142,7 @@ def sweep(
 
 def _told(run: StoredRun, merger: Merger) -> str:
     """Return a merger with its settings, and what it is scored by where that matters and is not the usual one."""
-    scored = "score" in merger.requires and run.evaluation != "task_agnostic"
+    scored = merger.requires_score and run.evaluation != "task_agnostic"
     return f"{merger!r}{f' by {run.evaluation}' if scored else ''}{' per task' if merger.task_views else ''}"
 
 

@@ -91,7 +91,7 @@ class PAINT(_Interpolation):
     name = "paint"
     summary = "interpolation with the newest model, at the share that scores best"
     source = "2208.05592"
-    requires = frozenset({"score"})
+    requires_score = True
 
     def __init__(self, alphas: tuple[float, ...] = _TENTHS) -> None:
         super().__init__()

@@ -44,7 +44,8 @@ class Merger(Accumulator, Scoped):
         keeps_vectors: Whether every task vector is kept, in memory or in a bank (``use_bank``).
         reading_bytes: What ``compute()`` of such a rule takes per parameter, beside the result and the task vectors of
             one parameter.
-        requires: What ``update`` needs beside the vector: ``"score"``, or names of statistics.
+        requires: Names of the statistics that ``update`` needs beside the vector.
+        requires_score: Whether ``update`` needs a ``score`` as well.
         scope: Whether parameters can be merged one at a time; see ``Scoped``.
         tasks: Index of every merged task, in order of arrival.
         num_tasks: How many there are.
@@ -58,6 +59,7 @@ class Merger(Accumulator, Scoped):
     keeps_vectors: bool = False
     reading_bytes: int = 0
     requires: frozenset[str] = frozenset()
+    requires_score: bool = False
     scope: Scope = "parameter"
     _sees_model = frozenset({"_plan", "_overview", "_after_update", "_fold_in", "compute"})
 
@@ -126,7 +128,7 @@ class Merger(Accumulator, Scoped):
             task: Index of the task: it names the task in this accumulator, seeds random rules, and finds settings per
                 task. Default: one more than the largest so far, 0 at first.
             base: Fingerprint of the base model (``clmerge.weights.fingerprint``). Default: not checked.
-            score: Held-out accuracy of theta0 + vector, for rules whose ``requires`` names it.
+            score: Held-out accuracy of theta0 + vector, for rules with ``requires_score``.
             statistics: What else ``requires`` names, for example ``{"fisher": {name: tensor}}``.
 
         Raises:
@@ -242,11 +244,11 @@ class Merger(Accumulator, Scoped):
         if self.num_tasks:
             check_shapes(shapes, self._shapes, source)
         check_base(base, self.base, source)
-        if "score" in self.requires and step.score is None:
+        if self.requires_score and step.score is None:
             raise ValueError(
                 f"expected a held-out metric for {type(self).__name__}, got none; pass score=... to update()"
             )
-        if missing := sorted(self.requires - {"score"} - step.statistics.keys()):
+        if missing := sorted(self.requires - step.statistics.keys()):
             raise ValueError(
                 f"expected statistics {missing} for {type(self).__name__} beside {source}, got "
                 f"{sorted(step.statistics)}; pass statistics={{{missing[0]!r}: ...}}"

@@ -61,12 +61,13 @@ class Pipeline(Merger):
         self.removable = self._inner.removable
         self.task_views = self._inner.task_views
         self.requires = self._inner.requires
+        self.requires_score = self._inner.requires_score
         self.keeps_vectors = self._inner.keeps_vectors
         self.reading_bytes = self._inner.reading_bytes
         self.scope = widest(self._inner, sparsifier, finisher)
         # The plain sum of the task vectors, for a finisher that looks at it.
         self._total: Merger | None = TaskArithmetic(1.0) if finisher is not None and finisher.uses_sum else None
-        if self._total is not None and "score" in self.requires:
+        if self._total is not None and self.requires_score:
             raise ValueError(
                 f"expected a finisher without the sum of the task vectors for {self._inner!r}, which scores candidates "
                 f"before they are merged, got {finisher!r}; set its alpha"

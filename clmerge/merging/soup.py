@@ -65,7 +65,7 @@ class GreedySoup(Merger):
     source = "2203.05482"
     exact_online = False
     order_free = False
-    requires = frozenset({"score"})
+    requires_score = True
 
     def __init__(self, strict: bool = False) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ def test_the_reducer_decides_what_the_rule_can_do():
     greedy = DARE(reducer=GreedySoup())
     assert not greedy.order_free
     assert not greedy.exact_online
-    assert greedy.requires == {"score"}
+    assert greedy.requires_score
 
 
 def test_settings_rebuild_the_rule():
