@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+from pathlib import Path
 
 import numpy
 import torch
@@ -79,6 +80,9 @@ def checked_result(case, out):
             else ("wrong", "exit 0 and no result")
         )
     path = case.path(case.output)
+    said = re.search(r"^wrote +(.+)$", out, re.M)
+    if case.name == "mutated" and said and not path.exists():
+        path = Path(said[1])  # what was changed is where it is written
     folder = case.path("outdir")
     if folder.is_dir():
         files = sorted(folder.glob("*.safetensors"))
