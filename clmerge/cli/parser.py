@@ -73,7 +73,8 @@ class CommandParser(ArgumentParser):
             ]
         try:
             return super().parse_args(args, *rest, **options)
-        except (AttributeError, LookupError, OverflowError, RecursionError) as error:  # jsonargparse, over odd files
+        # jsonargparse, over odd files
+        except (AttributeError, LookupError, OverflowError, RuntimeError, ValueError) as error:
             text = f"expected a config that fits the options, got one over which reading fails: {error}"
             self.error(text)
 

@@ -240,6 +240,7 @@ def test_ledgers_that_are_none(folder, capsys, text):
         ("threads: 99999999999999999999\n", ["threads"]),
         ("threads: 2000000000\n", ["threads"]),
         ("models: null\n", ["models"]),
+        ("models: {a: 1}\n", ["recipe.yaml", "config"]),
         ("include: null\n", ["include"]),
         ("base: 3\n", ["recipe.yaml", "base"]),
         ("merger: {class_path: os.system, init_args: {command: touch canary}}\n", ["merger", "os.system"]),
