@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save
 
 NUMPY = {
+    "C64": "<c8",
     "F64": "<f8",
     "F32": "<f4",
     "F16": "<f2",
