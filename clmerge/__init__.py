@@ -9,11 +9,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "Learner": "clmerge.learner",
+    "Learner": "clmerge.runs.learner",
     "MergeCallback": "clmerge.callbacks",
-    "ContinualClassifier": "clmerge.modules",
+    "ContinualClassifier": "clmerge.training.module",
     "Merger": "clmerge.merging",
-    "load_run": "clmerge.loaded_run",
+    "load_run": "clmerge.runs.loaded_run",
 }
 
 __all__ = ["ContinualClassifier", "Learner", "MergeCallback", "Merger", "__version__", "load_run"]

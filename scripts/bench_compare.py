@@ -24,13 +24,13 @@ from lightning.pytorch import Trainer
 
 from clmerge.cli.compare import open_run
 from clmerge.cli.fit import main as fit
-from clmerge.comparison.compare import Request, compare_run
-from clmerge.comparison.ledger import Ledger
-from clmerge.comparison.refold import Refold
-from clmerge.comparison.stored_run import StoredRun
+from clmerge.deploy.predictors import Merged
 from clmerge.lightning_compat import quiet_lightning
 from clmerge.merging import DARE, TIES, TSVM, Breadcrumbs, IsoC, MagMax, TaskArithmetic, WeightAverage
-from clmerge.predictors import Merged
+from clmerge.runs.comparison.compare import Request, compare_run
+from clmerge.runs.comparison.ledger import Ledger
+from clmerge.runs.comparison.refold import Refold
+from clmerge.runs.comparison.stored_run import StoredRun
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 MERGERS = (MagMax, TIES, WeightAverage, TaskArithmetic, DARE, Breadcrumbs, TSVM, IsoC)

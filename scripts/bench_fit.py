@@ -28,14 +28,14 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from clmerge import ContinualClassifier, Learner
-from clmerge.evaluation import evaluate
+from clmerge.deploy.predictors import Merged
+from clmerge.evaluation.evaluate import evaluate
 from clmerge.lightning_compat import quiet_lightning
 from clmerge.merging import TIES, MagMax
 from clmerge.models import OpenClip
-from clmerge.modules import lr_factor
-from clmerge.predictors import Merged
-from clmerge.run_folder import RunFolder
+from clmerge.results.run_folder import RunFolder
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
+from clmerge.training.module import lr_factor
 
 
 class Clock(Callback):

@@ -15,8 +15,18 @@ from torch.optim import Optimizer
 
 from clmerge import ContinualClassifier
 from clmerge.models import OpenClip
-from clmerge.regularizers import EWC, IEL, ITA, L2, FeatureDistance, LwF, Regularizer, current_weights, regularized_loss
-from clmerge.sharpness import ASAM, SAM
+from clmerge.training.regularizers import (
+    EWC,
+    IEL,
+    ITA,
+    L2,
+    FeatureDistance,
+    LwF,
+    Regularizer,
+    current_weights,
+    regularized_loss,
+)
+from clmerge.training.sharpness import ASAM, SAM
 
 ADAM = partial(torch.optim.AdamW, lr=1e-5)
 

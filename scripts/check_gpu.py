@@ -26,7 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from clmerge.evaluation import Evaluator
+from clmerge.deploy.predictors import Merged
+from clmerge.evaluation.evaluate import Evaluator
 from clmerge.lightning_compat import quiet_lightning
 from clmerge.merging import (
     DARE,
@@ -46,8 +47,7 @@ from clmerge.merging import (
     WeightAverage,
 )
 from clmerge.models import Full, LinearHead, Linearized, LoRA, OpenClip, Tuning
-from clmerge.modules import ContinualClassifier
-from clmerge.predictors import Merged
+from clmerge.training.module import ContinualClassifier
 
 Vector = dict[str, Tensor]
 CUDA = torch.cuda.is_available()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from clmerge.results import Results
+from clmerge.results.results import Results
 
 
 def make_results(

@@ -80,7 +80,7 @@ def test_config_runs_on_stand_in_data(name, tmp_path, monkeypatch, capsys):
     if name == "magmax_eight_datasets":
         arguments.append("--learner.epochs=[1,1,1,1,1,1,1,1]")
     arguments += ["--trainer.max_epochs=1", "--learner.keep_task_vectors=false"]
-    monkeypatch.setattr("clmerge.learner.save_plots", lambda results, folder: [])  # drawn elsewhere; seconds each
+    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])  # drawn elsewhere; seconds each
     assert main(arguments) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert len(results["tasks"]) == num_tasks

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs.test_learner import make_learner
+from runs.test_learner import run as fit
 from support.tiny import tiny_clip
-from test_learner import make_learner
-from test_learner import run as fit
 
 from clmerge import load_run
 from clmerge.merging import TIES, MagMax

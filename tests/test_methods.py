@@ -30,7 +30,7 @@ FEW = {
 )
 def test_method_runs_on_the_quickstart_stream(method, clip, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("CLMERGE_RUN_DIR", raising=False)
-    monkeypatch.setattr("clmerge.learner.save_plots", lambda results, folder: [])  # drawn elsewhere; seconds each
+    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])  # drawn elsewhere; seconds each
     arguments = ["fit", "--config", str(CONFIGS / "quickstart.yaml")]
     arguments += ["--config", str(CONFIGS / "methods" / f"{method}.yaml"), "--run_dir", str(tmp_path / "run")]
     arguments += [f"--model.backbone.name={clip}", "--stream.num_tasks=2", "--logging.wandb=false"]

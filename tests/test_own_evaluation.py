@@ -10,18 +10,18 @@ from support.comparisons import write_comparison
 from support.tiny import tiny_clip
 from torch import nn
 
-from clmerge import plots
+from clmerge import figures
 from clmerge.cli import main
-from clmerge.comparison import search
-from clmerge.comparison.search import Search, search_all
-from clmerge.evaluation import accuracy_on
+from clmerge.evaluation.evaluate import accuracy_on
 from clmerge.loggers import metrics, telling
 from clmerge.merging import TaskArithmetic
 from clmerge.report import read_study
 from clmerge.report.page import make_views
-from clmerge.results import Results
+from clmerge.results.results import Results
+from clmerge.results.table import render_text
+from clmerge.runs.comparison import search
+from clmerge.runs.comparison.search import Search, search_all
 from clmerge.streams import ClassIncremental, DomainIncremental, TaskIncremental
-from clmerge.tables import render_text
 
 
 def two_readings(evaluation="task_aware"):
@@ -59,9 +59,9 @@ def test_results_of_before_are_task_agnostic_and_others_are_refused():
 
 def test_pictures_of_it_are_in_the_folder_itself(tmp_path, monkeypatch):
     shown = {}
-    monkeypatch.setattr(plots, "to_png", lambda figure: figure)
-    monkeypatch.setattr(plots, "write_bytes_atomic", shown.__setitem__)
-    plots.save_plots(two_readings(), tmp_path)
+    monkeypatch.setattr(figures, "to_png", lambda figure: figure)
+    monkeypatch.setattr(figures, "write_bytes_atomic", shown.__setitem__)
+    figures.save_plots(two_readings(), tmp_path)
     assert {file.parent for file in shown} == {tmp_path, tmp_path / "task_agnostic"}
     for folder, expected in ((tmp_path, "task-aware"), (tmp_path / "task_agnostic", "task-agnostic")):
         assert expected in shown[folder / "final_accuracy.png"].axes[0].get_ylabel()
@@ -136,7 +136,7 @@ logging: {{wandb: false, csv: false}}
 
 
 def test_fit_and_compare_go_by_what_the_stream_is(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("clmerge.learner.save_plots", lambda results, folder: [])
+    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
     monkeypatch.delenv("CLMERGE_RUN_DIR", raising=False)
     config, run = tmp_path / "config.yaml", tmp_path / "run"
     config.write_text(CONFIG.format(backbone=tiny_clip(tmp_path / "clip")))

@@ -1,6 +1,8 @@
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 
+import grimp
 import pytest
 
 import clmerge
@@ -41,3 +43,12 @@ def test_public_names_load_on_use():
 def test_python_dash_m():
     found = subprocess.run([sys.executable, "-m", "clmerge", "--version"], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == clmerge.__version__
+
+
+def test_no_module_imports_what_imports_it():
+    graph = grimp.build_graph("clmerge", cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        pytest.fail(f"expected no circle of imports, got {' -> '.join(error.args[1])}")

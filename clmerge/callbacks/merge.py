@@ -15,14 +15,14 @@ from typing_extensions import override
 
 from clmerge.callbacks.evaluation_swap import EvaluationSwap
 from clmerge.callbacks.frozen import FrozenParameters, announces_unfreezing
-from clmerge.callbacks.provided import check_provided, provided, training_images
 from clmerge.callbacks.ranks import check_same_on_all_ranks, refuse_sharding
-from clmerge.callbacks.recorded_merge import RecordedMerge
-from clmerge.callbacks.running_merge import RunningMerge, check_choice
 from clmerge.callbacks.saved_checkpoints import keep_merge, read_state
+from clmerge.deploy.recorded_merge import RecordedMerge
+from clmerge.deploy.running_merge import RunningMerge, check_choice
 from clmerge.lightning_compat import refuse_unsupported_strategy
 from clmerge.merging import Merger, Statistics
-from clmerge.results import EXPERT
+from clmerge.results.results import EXPERT
+from clmerge.statistics.provided import check_provided, provided, training_images
 from clmerge.weights import CheckedVector, TaskVectorBank
 from clmerge.weights.buffers import Buffers
 from clmerge.weights.modes import on_device

@@ -14,8 +14,8 @@ from typing_extensions import override
 
 from clmerge.checkpoints.patterns import BoundedPattern
 from clmerge.checkpoints.reader import Checkpoint, Entry
+from clmerge.files import parse_json
 from clmerge.weights.factored import Product
-from clmerge.weights.io import parse_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

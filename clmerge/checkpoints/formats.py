@@ -17,8 +17,8 @@ from clmerge.checkpoints.pickled import StandIn, StoredTensor, UnreadTensor
 from clmerge.checkpoints.reader import Checkpoint, TorchCheckpoint
 from clmerge.checkpoints.safetensors_file import SafetensorsCheckpoint
 from clmerge.checkpoints.torch_file import TorchFile
+from clmerge.files import parse_json
 from clmerge.weights.checksums import verify_part
-from clmerge.weights.io import parse_json
 from clmerge.weights.paths import what_it_is
 
 _TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".tar"}

@@ -13,10 +13,10 @@ import clmerge
 from clmerge.checkpoints.groups import Group
 from clmerge.checkpoints.reader import Checkpoint
 from clmerge.checkpoints.vectors import Origin
+from clmerge.files import parse_json
 from clmerge.merging import Finisher, Merger, Sparsifier
-from clmerge.merging.configured import Configured
+from clmerge.settings import Configured
 from clmerge.weights.buffers import Buffers
-from clmerge.weights.io import parse_json
 from clmerge.weights.tensor_files import load_metadata
 
 SCHEMA = 1

@@ -13,7 +13,7 @@ from typing import Any
 
 from clmerge.checkpoints.formats import open_checkpoint
 from clmerge.checkpoints.mergekit_rules import METHODS
-from clmerge.merging.layers import BLOCK
+from clmerge.merging.finish.layers import BLOCK
 
 _RECIPE = {"merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype"}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from clmerge.checkpoints.ledger import INDEX, KEY, ONE_FILE, Ledger
 from clmerge.checkpoints.reader import Entry
 from clmerge.checkpoints.writer import SafetensorsWriter, new_safetensors, sha256_of
-from clmerge.weights.io import atomic_folder, write_json_atomic
+from clmerge.files import atomic_folder, write_json_atomic
 from clmerge.weights.paths import what_it_is
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")

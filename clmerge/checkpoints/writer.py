@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from clmerge.checkpoints.reader import DTYPES, Entry, raw_bytes
-from clmerge.weights.io import atomic_path
+from clmerge.files import atomic_path
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8  # of the data, as in files that the safetensors package writes

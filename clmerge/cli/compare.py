@@ -13,8 +13,8 @@ from clmerge.names import tell
 
 if TYPE_CHECKING:
     from clmerge.cli.parser import CommandParser
-    from clmerge.comparison.stored_run import StoredRun
-    from clmerge.results import Setting
+    from clmerge.results.results import Setting
+    from clmerge.runs.comparison.stored_run import StoredRun
 
 EPILOG = """\
 examples:
@@ -105,12 +105,12 @@ def main(argv: Sequence[str]) -> int:
 def _compare(config: Any, mergers: Any) -> int:
     import json
 
-    from clmerge.callbacks.naming import name_mergers
-    from clmerge.comparison.compare import Comparison, Request, check_request, compare_run
-    from clmerge.comparison.document import build_document, check_alike
-    from clmerge.comparison.ledger import Ledger
-    from clmerge.comparison.table import print_comparison
+    from clmerge.deploy.naming import name_mergers
     from clmerge.lightning_compat import quiet_lightning
+    from clmerge.runs.comparison.compare import Comparison, Request, check_request, compare_run
+    from clmerge.runs.comparison.document import build_document, check_alike
+    from clmerge.runs.comparison.ledger import Ledger
+    from clmerge.runs.comparison.table import print_comparison
     from clmerge.weights import write_json_atomic
 
     quiet_lightning()
@@ -224,8 +224,8 @@ def open_run(
 
     from clmerge.cli.fit import build_parser as build_fit_parser
     from clmerge.cli.fit import trainer_factory
-    from clmerge.comparison.stored_run import StoredRun
-    from clmerge.run_folder import RunFolder
+    from clmerge.results.run_folder import RunFolder
+    from clmerge.runs.comparison.stored_run import StoredRun
     from clmerge.streams.data_check import RECORD, DataCheck, leave_out
 
     folder = RunFolder.open(path, writes=False)

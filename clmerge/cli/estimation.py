@@ -53,7 +53,7 @@ def _of_config(file: Path, allow: Sequence[str]) -> "Estimation":
     from clmerge.checkpoints.estimation import Estimation
     from clmerge.cli.compare import read_config
     from clmerge.cli.fit import build_parser, leave_unreadable_out, trainer_factory
-    from clmerge.task_statistics import training_images
+    from clmerge.statistics.measure import training_images
 
     if not file.is_file():
         raise FileNotFoundError(f"expected a configuration of `clmerge fit` for --data, got {file}, which is no file")

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
     from clmerge.cli.parser import CommandParser
-    from clmerge.learner import Learner
     from clmerge.loggers import RunFacts
-    from clmerge.results import Results
-    from clmerge.run_folder import RunFolder
+    from clmerge.results.results import Results
+    from clmerge.results.run_folder import RunFolder
+    from clmerge.runs.learner import Learner
     from clmerge.streams import Stream
     from clmerge.streams.data_check import DataCheck
 
@@ -91,15 +91,15 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     from torch.optim import Optimizer
 
     import clmerge.streams
-    from clmerge.calibration import Calibration
     from clmerge.cli.named_code import set_policy
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
-    from clmerge.learner import Learner
+    from clmerge.deploy.calibration import Calibration
     from clmerge.merging import Merger
     from clmerge.models import Backbone, Head, Tuning
-    from clmerge.modules import ContinualClassifier
-    from clmerge.regularizers import Regularizer
+    from clmerge.runs.learner import Learner
     from clmerge.streams import DataSource, Stream, StreamDataModule
+    from clmerge.training.module import ContinualClassifier
+    from clmerge.training.regularizers import Regularizer
 
     for name in clmerge.streams.__all__:
         getattr(clmerge.streams, name)  # loaded lazily, and only loaded classes may be named
@@ -180,7 +180,7 @@ def spread_mergers(argv: Sequence[str]) -> list[str]:
 def _run(arguments: Sequence[str], resume: str | None) -> int:
     from clmerge.cli.failures import is_foreseen
     from clmerge.cli.resume import give_hint, open_run, record_changes
-    from clmerge.run_folder import RunFolder
+    from clmerge.results.run_folder import RunFolder
     from clmerge.streams.data_check import RECORD
     from clmerge.streams.decoding import UnreadableImageError
     from clmerge.streams.overview import stream_lines
@@ -246,8 +246,8 @@ def _build(
 ) -> "tuple[Learner, Logging, DataCheck | None]":
     from lightning.pytorch import seed_everything
 
-    from clmerge.learner import Learner
-    from clmerge.trainers import require_whole
+    from clmerge.runs.learner import Learner
+    from clmerge.runs.trainers import require_whole
 
     require_whole(config.trainer.as_dict())
     seed_everything(config.seed, workers=True, verbose=False)
@@ -368,7 +368,7 @@ def _build_loggers(options: Logging, facts: "RunFacts", run: "RunFolder") -> "li
 def _print_table(results: "Results") -> None:
     from rich.console import Console
 
-    from clmerge.tables import render_table, render_text
+    from clmerge.results.table import render_table, render_text
 
     console = Console()
     if console.is_terminal:

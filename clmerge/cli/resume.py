@@ -7,7 +7,7 @@ from clmerge.names import tell
 
 if TYPE_CHECKING:
     from clmerge.cli.signals import Stopped
-    from clmerge.run_folder import RunFolder
+    from clmerge.results.run_folder import RunFolder
 
 # What may be another from one task to the next; everything else is what the run is.
 CHANGEABLE = (
@@ -79,7 +79,7 @@ def open_run(folder: str, options: Sequence[str], *, writes: bool) -> "tuple[Run
         FileNotFoundError: If there is no run, or a file of it is missing.
         ValueError: If a file of it was changed.
     """
-    from clmerge.run_folder import RunFolder
+    from clmerge.results.run_folder import RunFolder
 
     run = RunFolder.open(folder, writes=writes)
     if not run.config.is_file():

@@ -15,7 +15,7 @@ import math
 from typing import Final
 
 from clmerge.names import shown
-from clmerge.results import Results, Setting
+from clmerge.results.results import Results, Setting
 
 TASK_KEY: Final = "cl/task"
 FIGURES: Final = (

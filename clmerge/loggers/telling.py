@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from clmerge.loggers import weights_and_biases
 from clmerge.loggers.facts import RunFacts
 from clmerge.loggers.metrics import TASK_KEY, deployed_model, part_of_key, task_metrics
-from clmerge.results import ZERO_SHOT, Results
-from clmerge.run_folder import RunFolder
+from clmerge.results.results import ZERO_SHOT, Results
+from clmerge.results.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,7 +67,7 @@ def log_task(
         else:
             logger.log_metrics({TASK_KEY: task_index + 1.0, **metrics}, step=task_index + 1)
     if images:
-        from clmerge.plots import plot_matrix
+        from clmerge.figures import plot_matrix
 
         moving = [model for model in results.models if model != ZERO_SHOT]
         _show(
@@ -90,7 +90,7 @@ def log_summary(loggers: Sequence[Logger], results: Results, *, deployed: str | 
         results: What the run found, at least one finished task.
         deployed: The model that stands for the run. Default: the first merger.
     """
-    from clmerge.plots import plot_average_accuracy, plot_final_accuracy, plot_forgetting_curves
+    from clmerge.figures import plot_average_accuracy, plot_final_accuracy, plot_forgetting_curves
 
     pictures = {
         "cl/average_accuracy_curves": partial(plot_average_accuracy, results),

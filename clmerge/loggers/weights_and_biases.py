@@ -26,8 +26,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from clmerge.loggers.metrics import PREFIXES, TASK_KEY, part_of_key
 from clmerge.loggers.steady import SteadyRun
-from clmerge.results import Results
-from clmerge.run_folder import RunFolder
+from clmerge.results.results import Results
+from clmerge.results.run_folder import RunFolder
 from clmerge.weights import TaskVectorBank, load_metadata, write_json_atomic
 
 if TYPE_CHECKING:

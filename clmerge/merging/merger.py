@@ -17,7 +17,7 @@ from clmerge.merging.checks import (
 )
 from clmerge.merging.identity import examine, with_statistics
 from clmerge.merging.scope import Scope, Scoped
-from clmerge.merging.sparsify import Sparsifier
+from clmerge.merging.sparsify.sparsifier import Sparsifier
 from clmerge.merging.state import Accumulator, listed
 from clmerge.merging.step import PIECE, Score, Statistics, Step
 from clmerge.weights.bank import TaskVectorBank

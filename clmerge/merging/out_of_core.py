@@ -14,9 +14,9 @@ from clmerge.merging.checks import Shapes, is_finite, num_entries
 from clmerge.merging.merger import Merger
 from clmerge.merging.pipeline import Pipeline
 from clmerge.merging.scope import widest
-from clmerge.merging.sparsify import TrimModel
+from clmerge.merging.sign.ties import TIES, sum_of_signs
+from clmerge.merging.sparsify.sparsifier import TrimModel
 from clmerge.merging.threshold import kth_of_pieces, sample_step
-from clmerge.merging.ties import TIES, sum_of_signs
 from clmerge.merging.vectors import Pack, Vectors, packs
 from clmerge.weights.task_vector import LazyVector, State
 

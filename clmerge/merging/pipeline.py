@@ -9,11 +9,11 @@ from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes
 from clmerge.merging.checks import Shapes
-from clmerge.merging.finish import Finisher
-from clmerge.merging.linear import TaskArithmetic
+from clmerge.merging.finish.finisher import Finisher
+from clmerge.merging.linear.arithmetic import TaskArithmetic
 from clmerge.merging.merger import Merger
 from clmerge.merging.scope import widest
-from clmerge.merging.sparsify import Sparsified, Sparsifier
+from clmerge.merging.sparsify.sparsifier import Sparsified, Sparsifier
 from clmerge.merging.step import Score, Step
 from clmerge.weights.bank import TaskVectorBank
 from clmerge.weights.task_vector import State, TaskVector

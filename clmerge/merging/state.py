@@ -8,8 +8,8 @@ import torch
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, copied, device_of, float_dtype, slot_blocks, widen
 from clmerge.merging.checks import Shapes, check_base, check_shapes, num_entries
-from clmerge.merging.configured import Configured
 from clmerge.merging.kept_beside import Join, added, duplicate
+from clmerge.settings import Configured
 
 
 class Accumulator(Configured, ABC):

@@ -11,8 +11,8 @@ from typing_extensions import override
 from clmerge.merging.accumulators import SlotDtypes, Slots, copied
 from clmerge.merging.checks import Shapes, num_entries
 from clmerge.merging.merger import Merger
-from clmerge.merging.quantise import Quantise
-from clmerge.merging.sparsify import Sparsified, Sparsifier
+from clmerge.merging.sparsify.quantise import Quantise
+from clmerge.merging.sparsify.sparsifier import Sparsified, Sparsifier
 from clmerge.merging.step import Step
 from clmerge.weights.bank import BankVector, TaskVectorBank
 from clmerge.weights.task_vector import LazyVector, State, fingerprint

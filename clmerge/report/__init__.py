@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from clmerge.plots import to_png
+from clmerge.figures import to_png
 from clmerge.report.charts import Figure
 from clmerge.report.diagnostics import diagnostic_figures
 from clmerge.report.figures import common_figures
@@ -13,7 +13,7 @@ from clmerge.report.png import draw
 from clmerge.report.runs import read_runs
 from clmerge.report.study import Study, make_study
 from clmerge.report.tables import paper_table
-from clmerge.results import Setting
+from clmerge.results.results import Setting
 from clmerge.weights import write_bytes_atomic
 
 __all__ = ["make_study", "paper_table", "read_study", "write_report"]

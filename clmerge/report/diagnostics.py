@@ -1,4 +1,4 @@
-"""Figures that explain the accuracies, from the document of ``clmerge.diagnostics``."""
+"""Figures that explain the accuracies, from the document of ``clmerge.evaluation.diagnostics``."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence

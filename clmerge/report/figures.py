@@ -6,7 +6,7 @@ from clmerge.report.charts import Figure, Grid, HeatChart, Line, LineChart, Pane
 from clmerge.report.searches import order_figures, search_figures
 from clmerge.report.study import EXPERT, ZERO_SHOT, Entry, Spread, Study
 from clmerge.report.text import plural
-from clmerge.results import Setting
+from clmerge.results.results import Setting
 
 
 def make_figures(study: Study, setting: Setting) -> list[Figure]:

@@ -7,8 +7,8 @@ from markupsafe import Markup
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
+from clmerge.figures.style import ink_on
 from clmerge.names import shorten
-from clmerge.plots.style import ink_on
 from clmerge.report.charts import Grid, HeatChart
 from clmerge.report.study import Spread
 from clmerge.report.svg import short, tag

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clmerge.report.runs import Run
-from clmerge.results import is_reference
+from clmerge.results.results import is_reference
 
 TUNED = "tuned"
 

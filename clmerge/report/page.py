@@ -25,7 +25,7 @@ from clmerge.report.study import REFERENCES, Entry, Study
 from clmerge.report.tables import Column, best_of, columns, table_csv
 from clmerge.report.text import percent, plural, show
 from clmerge.report.verdict import Verdict, judge
-from clmerge.results import Setting
+from clmerge.results.results import Setting
 
 _FOLDER = Path(__file__).parent / "page"
 _HINTS: dict[Setting, str] = {

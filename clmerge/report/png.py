@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from clmerge.plots.lettering import label, lettered
-from clmerge.plots.style import DARK, GREY, LIGHT, MODEL_LENGTH, ink_on, look_at
+from clmerge.figures.lettering import label, lettered
+from clmerge.figures.style import DARK, GREY, LIGHT, MODEL_LENGTH, ink_on, look_at
 from clmerge.report.charts import Grid, HeatChart, Line, LineChart, Panel, Unit
 from clmerge.report.text import show
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from clmerge.callbacks.naming import name_mergers
 from clmerge.checkpoints.ledger import configured_from
+from clmerge.deploy.naming import name_mergers
 from clmerge.merging import Merger
 from clmerge.merging.checks import Shapes
 

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from clmerge.bounded_yaml import read_yaml
-from clmerge.comparison.contract import validate_comparison
+from clmerge.files import parse_json
 from clmerge.merging.checks import Shapes, num_entries
 from clmerge.names import shown
 from clmerge.report.rules import Rule, configured_rules, rule_of
-from clmerge.results import SETTINGS, ZERO_SHOT, Results, Setting, validate
-from clmerge.run_manifest import check_config
+from clmerge.results.comparison_contract import validate_comparison
+from clmerge.results.results import SETTINGS, ZERO_SHOT, Results, Setting, validate
+from clmerge.results.run_manifest import check_config
 from clmerge.weights import TaskVectorBank
 from clmerge.weights.checksums import verify_part
 from clmerge.weights.factored import TensorFile
-from clmerge.weights.io import parse_json
 
 MANIFEST, RESULTS, CONFIG = "manifest.json", "results.json", "config.yaml"
 
@@ -41,7 +41,7 @@ class Run:
         searches: Its searches.
         group: What ``clmerge compare`` calls runs that differ from it in nothing but seeds; None if it does not say.
         seed: Its seed.
-        diagnostics: Document of ``clmerge.diagnostics`` about it; None if there is none.
+        diagnostics: Document of ``clmerge.evaluation.diagnostics`` about it; None if there is none.
         is_comparison: Whether ``clmerge compare`` wrote what was read.
         tuned: Models whose settings a search chose.
         evaluation: The reading of the logits that it goes by.

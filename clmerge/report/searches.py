@@ -9,7 +9,7 @@ from clmerge.report.charts import Figure, Line, LineChart, Panel
 from clmerge.report.runs import Run, number
 from clmerge.report.study import UNDEFINED, Entry, Spread, Study
 from clmerge.report.text import show
-from clmerge.results import Setting
+from clmerge.results.results import Setting
 
 _SENTENCE = (
     "Mean validation accuracy over all tasks, for every value that was tried; large marks are the chosen ones. Test "

@@ -13,7 +13,7 @@ from clmerge.names import shown
 from clmerge.report.looks import join_looks
 from clmerge.report.rules import Rule
 from clmerge.report.runs import Run, number
-from clmerge.results import EXPERT, SETTINGS, ZERO_SHOT, Setting
+from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Setting
 
 # Models that no rule has merged: bounds and baselines, and what they are.
 REFERENCES = {

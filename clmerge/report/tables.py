@@ -12,7 +12,7 @@ from clmerge.report.figures import ranked
 from clmerge.report.searches import order_spread
 from clmerge.report.study import UNDEFINED, Entry, Spread, Study
 from clmerge.report.text import MISSING, percent, show
-from clmerge.results import Setting
+from clmerge.results.results import Setting
 
 Format: TypeAlias = Literal["md", "latex"]
 MOST_TASKS = 10  # tasks that have a column of their own

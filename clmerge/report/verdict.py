@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from clmerge.report.study import EXPERT, ZERO_SHOT, Entry, Spread, Study
 from clmerge.report.text import percent, plural, points, show, show_spread
-from clmerge.results import Setting
+from clmerge.results.results import Setting
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class DataCheck:
         Raises:
             ValueError: if the file holds something else.
         """
-        from clmerge.weights.io import parse_json
+        from clmerge.files import parse_json
 
         if not path.is_file():
             return None

@@ -1,8 +1,8 @@
 """Task vectors, parameter selection, safetensors files, and the on-disk bank of task vectors."""
 
+from clmerge.files import atomic_path, write_bytes_atomic, write_json_atomic, write_text_atomic
 from clmerge.weights.bank import BankVector, TaskVectorBank
 from clmerge.weights.checksums import checksum
-from clmerge.weights.io import atomic_path, write_bytes_atomic, write_json_atomic, write_text_atomic
 from clmerge.weights.selection import select_parameters
 from clmerge.weights.task_vector import (
     CheckedVector,

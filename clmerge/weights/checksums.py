@@ -5,8 +5,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from clmerge.files import parse_json
 from clmerge.shapes import keyed, record, text
-from clmerge.weights.io import parse_json
 
 MANIFEST = "manifest.json"
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from clmerge.weights.io import parse_json
+from clmerge.files import parse_json
 from clmerge.weights.task_vector import State, accumulator_dtype
 
 SCALES = "low_rank"

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clmerge.weights.io import atomic_path
+from clmerge.files import atomic_path
 from clmerge.weights.task_vector import State, TaskVector
 
 _NAMES = {

@@ -108,18 +108,18 @@ def import_everything():
     import torch
     import wandb  # noqa: F401
 
-    import clmerge.learner
-    import clmerge.plots
+    import clmerge.figures
     import clmerge.report
+    import clmerge.runs.learner
     import clmerge.streams.overlap
     import clmerge.streams.overview
     from clmerge.cli import compare, fit, merge, report
 
     torch.set_num_threads(1)
-    clmerge.plots.to_png = clmerge.report.to_png = lambda figure: PIXEL
+    clmerge.figures.to_png = clmerge.report.to_png = lambda figure: PIXEL
     clmerge.report.draw = lambda chart: None
-    for name in [name for name in vars(clmerge.plots) if name.startswith("plot_") and name != "plot_files"]:
-        setattr(clmerge.plots, name, lambda *_, **__: None)
+    for name in [name for name in vars(clmerge.figures) if name.startswith("plot_") and name != "plot_files"]:
+        setattr(clmerge.figures, name, lambda *_, **__: None)
     for command in (compare, merge, report):
         command.build_parser()
     for config in Path.cwd().glob("*.yaml"):  # fills caches of the parser

@@ -19,8 +19,8 @@ from clmerge.checkpoints.verify import verify
 from clmerge.cli import main
 from clmerge.merging import MagMax
 from clmerge.models import Timm
+from clmerge.statistics.measure import training_images
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
-from clmerge.task_statistics import training_images
 
 SIZES = {"layers": [1, 1, 1, 1], "channels": [4, 4, 6, 6], "stem_width": 4}
 CONFIG = """
@@ -80,7 +80,7 @@ def folder(tmp_path_factory):
 def runs(folder):
     """A run of ``fit`` under every policy."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clmerge.learner.save_plots", lambda results, folder: [])
+        patch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
         for policy in POLICIES:
             run = str(folder / policy)
             patch.delenv("CLMERGE_RUN_DIR", raising=False)

@@ -3,9 +3,9 @@
 import pytest
 import timm
 import torch
+from runs.test_learner import make_learner, run
 from safetensors.torch import load_file, save_file
 from support.tiny import tiny_clip
-from test_learner import make_learner, run
 
 from clmerge.checkpoints.verify import verify
 from clmerge.cli import main
@@ -18,7 +18,7 @@ def trained(request, tmp_path_factory):
     """A base and a run that began with it."""
     folder = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clmerge.learner.save_plots", lambda results, folder: [])
+        patch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
         if request.param == "open_clip":
             base = folder / "clip" / "open_clip_model.safetensors"
             learner = make_learner(tiny_clip(folder / "clip"), [MagMax(0.5), TIES()], num_tasks=2)

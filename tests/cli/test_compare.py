@@ -13,7 +13,7 @@ from clmerge.cli import main
 from clmerge.report import read_study
 from clmerge.report.diagnostics import diagnostic_figures
 from clmerge.report.figures import common_figures
-from clmerge.results import Results, validate
+from clmerge.results.results import Results, validate
 from clmerge.weights import load_tensors
 
 CONFIG = """
@@ -44,14 +44,14 @@ logging: {{wandb: false, csv: false}}
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.learner.save_plots", lambda results, folder: [])
+    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
     monkeypatch.delenv("CLMERGE_RUN_DIR", raising=False)
 
 
 def make_run(folder, *arguments, head="ZeroShotHead", loss="seen"):
     (folder / "config.yaml").write_text(CONFIG.format(backbone=tiny_clip(folder / "clip"), head=head, loss=loss))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clmerge.learner.save_plots", lambda results, folder: [])
+        patch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
         run = folder / "run"
         assert main(["fit", "--config", str(folder / "config.yaml"), "--run_dir", str(run), *arguments]) == 0
         patch.delenv("CLMERGE_RUN_DIR")
@@ -170,7 +170,7 @@ def test_the_document_has_what_its_page_says(run):
 
 
 def test_a_comparison_that_was_interrupted_goes_on(run, monkeypatch, capsys):
-    from clmerge.comparison.ledger import Ledger
+    from clmerge.runs.comparison.ledger import Ledger
 
     arguments = ["compare", str(run), "--mergers", "MagMax", "Fisher", "--scale=0.5,1.0"]
     assert main([*arguments, "--out", str(run / "whole")]) == 0

@@ -13,7 +13,7 @@ from clmerge.cli import main
 from clmerge.cli.failures import is_foreseen
 from clmerge.cli.signals import Stopped
 from clmerge.merging import MagMax
-from clmerge.modules import ContinualClassifier
+from clmerge.training.module import ContinualClassifier
 
 CONFIG = """
 stream: {{class_path: ClassIncremental, init_args: {{source: SklearnDigits, num_tasks: 2}}}}
@@ -28,7 +28,7 @@ logging: {{wandb: false, csv: false}}
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    monkeypatch.setattr("clmerge.learner.save_plots", lambda results, folder: [])
+    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
     monkeypatch.delenv("CLMERGE_RUN_DIR", raising=False)
     path = tmp_path / "config.yaml"
     path.write_text(CONFIG.format(backbone=tiny_clip(tmp_path / "clip")))

@@ -19,8 +19,8 @@ from clmerge.callbacks.progress import EpochLines
 from clmerge.cli import main
 from clmerge.cli.fit import spread_mergers
 from clmerge.cli.resume import split_resume
-from clmerge.run_folder import RunFolder
-from clmerge.task_training import TaskTraining
+from clmerge.results.run_folder import RunFolder
+from clmerge.runs.task_training import TaskTraining
 
 CONFIG = """
 name: small

@@ -124,7 +124,7 @@ def test_the_deployed_merger_makes_the_headline():
 def test_pictures_are_not_drawn_for_loggers_that_show_none(tmp_path, monkeypatch):
     drawn = []
     for name in ("plot_matrix", "plot_average_accuracy", "plot_forgetting_curves", "plot_final_accuracy"):
-        monkeypatch.setattr(f"clmerge.plots.{name}", lambda *_: drawn.append(1))
+        monkeypatch.setattr(f"clmerge.figures.{name}", lambda *_: drawn.append(1))
     logger = CSVLogger(tmp_path, name=None, version="csv")
     log_task([logger], make_results(2), 1)
     log_summary([logger], make_results(2))

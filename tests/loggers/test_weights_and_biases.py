@@ -23,7 +23,7 @@ from clmerge.loggers import (
     wandb_sync_command,
     weights_and_biases,
 )
-from clmerge.run_folder import RunFolder
+from clmerge.results.run_folder import RunFolder
 from clmerge.weights import TaskVectorBank, save_tensors
 
 

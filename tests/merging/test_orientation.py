@@ -30,7 +30,7 @@ def every_mask_alike(monkeypatch):
         turned = outputs_first(name, tau)
         return outputs_first(name, torch.rand(turned.shape, generator=torch.Generator().manual_seed(task)))
 
-    monkeypatch.setattr("clmerge.merging.della.seeded_uniform", alike)
+    monkeypatch.setattr("clmerge.merging.sparsify.della.seeded_uniform", alike)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -14,7 +14,7 @@ from clmerge.merging import (
     WeightAverage,
     out_of_core,
 )
-from clmerge.merging.finish import Finisher
+from clmerge.merging.finish.finisher import Finisher
 from clmerge.merging.out_of_core import merge_out_of_core, passes_of, working_memory
 
 SHAPES = {"b.weight": (40, 50), "a.weight": (7, 3), "bias": (5,), "scalar": (), "large": (160, 160)}

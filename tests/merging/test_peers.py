@@ -21,7 +21,7 @@ from clmerge.merging import (
     WeightAverage,
     WeightedAverage,
 )
-from clmerge.merging.randomness import seeded_uniform
+from clmerge.seeds import seeded_uniform
 from clmerge.weights.task_vector import apply_task_vector, task_vector
 
 pytestmark = pytest.mark.peers

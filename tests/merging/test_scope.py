@@ -3,7 +3,7 @@ import torch
 from merging.reference import CASES, score, statistics_of
 
 from clmerge.merging import DARE, TIES, MagMax, Pipeline, Scale, TaskArithmetic, TrimModel, TrimTensor
-from clmerge.merging.finish import Finisher
+from clmerge.merging.finish.finisher import Finisher
 
 SHAPES = {"layers.0.matrix": (4, 5), "layers.0.bias": (5,), "layers.1.matrix": (6, 5), "scalar": ()}
 BY_PARAMETER = [label for label, case in CASES.items() if case.build().scope != "model"]

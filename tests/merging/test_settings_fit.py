@@ -19,7 +19,7 @@ from clmerge.merging import (
     WeightedAverage,
     registered_mergers,
 )
-from clmerge.merging.configured import Configured
+from clmerge.settings import Configured
 
 TWO_TASKS = {
     "TaskArithmetic": lambda: TaskArithmetic(weights=[1.0, 2.0]),

@@ -7,8 +7,8 @@ import torch
 from merging.reference import CASES, score, statistics_of
 
 from clmerge.merging import registered_mergers
-from clmerge.merging.collectors import gram_matrices
 from clmerge.models import OpenClip
+from clmerge.statistics.collectors import gram_matrices
 
 BACKBONE = OpenClip("nano")
 # The image tower of the embedded CLIP, with one of its blocks, which are all alike.

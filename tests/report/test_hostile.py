@@ -11,11 +11,11 @@ from support.run_folders import write_run
 
 import clmerge.report
 from clmerge.cli import main
-from clmerge.plots import save_plots
+from clmerge.figures import save_plots
 from clmerge.report import paper_table, read_study, write_report
 from clmerge.report.charts import to_csv
 from clmerge.report.tables import escape_latex, escape_markdown
-from clmerge.tables import render_text
+from clmerge.results.table import render_text
 
 NAMES = (
     "$x^2$",
@@ -78,7 +78,7 @@ def test_a_report_that_cannot_be_drawn_leaves_nothing(tmp_path, monkeypatch):
 
 def test_plots_that_cannot_be_drawn_leave_nothing(tmp_path, monkeypatch):
     drawn = iter([b"png", b"png"])
-    monkeypatch.setattr("clmerge.plots.to_png", lambda figure: next(drawn))
+    monkeypatch.setattr("clmerge.figures.to_png", lambda figure: next(drawn))
     with pytest.raises((StopIteration, RuntimeError)):
         save_plots(make_results(), tmp_path / "plots")
     assert not (tmp_path / "plots").exists()

@@ -6,7 +6,7 @@ from made_up import make_results
 from support.run_folders import config_of, write_run
 
 from clmerge.merging import TIES, MagMax
-from clmerge.results import SETTINGS, Results
+from clmerge.results.results import SETTINGS, Results
 
 MODELS = ("magmax", "ties", "opcm", "expert", "task_oracle")
 

@@ -20,10 +20,10 @@ warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
 
 import clmerge.cli.fit as fit  # noqa: E402
-import clmerge.learner  # noqa: E402
+import clmerge.runs.learner  # noqa: E402
 from clmerge.callbacks import MergeCallback  # noqa: E402
 from clmerge.callbacks.progress import EpochLines  # noqa: E402
-from clmerge.learner import Learner  # noqa: E402
+from clmerge.runs.learner import Learner  # noqa: E402
 
 
 def die() -> None:
@@ -99,7 +99,7 @@ def forked(work) -> int:
 
 def main() -> None:
     config, out = sys.argv[1], Path(sys.argv[2])
-    clmerge.learner.save_plots = lambda results, folder: []  # drawn elsewhere; seconds each
+    clmerge.runs.learner.save_plots = lambda results, folder: []  # drawn elsewhere; seconds each
     codes = {"whole": [forked(lambda: fit.main(["--config", config, "--run_dir", str(out / "whole")]))]}
     for point in sys.argv[3:] or POINTS:
         owner, name, wrap = POINTS[point]

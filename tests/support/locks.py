@@ -6,7 +6,7 @@ import sys
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from clmerge.run_lock import hold_lock
+from clmerge.results.run_lock import hold_lock
 class Holder: pass
 holder = Holder()
 hold_lock(Path(sys.argv[1]), holder)

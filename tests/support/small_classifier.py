@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from clmerge.models import Backbone, LinearHead
-from clmerge.modules import ContinualClassifier
-from clmerge.regularizers import EWC, IEL, ITA, L2, FeatureDistance, LwF, Step
+from clmerge.training.module import ContinualClassifier
+from clmerge.training.regularizers import EWC, IEL, ITA, L2, FeatureDistance, LwF, Step
 
 REGULARIZERS = {
     "l2": lambda: L2(1e-2),

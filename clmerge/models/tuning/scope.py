@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from typing_extensions import override
 
-from clmerge.merging.layers import block_indices
+from clmerge.merging.finish.layers import block_indices
 from clmerge.models.backbone import Backbone
 from clmerge.models.tuning.tuning import Tuning
 from clmerge.weights.selection import select_parameters

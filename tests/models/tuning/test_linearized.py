@@ -11,7 +11,7 @@ from clmerge import ContinualClassifier, Learner
 from clmerge.callbacks import MergeCallback
 from clmerge.merging import TIES, MagMax, TaskArithmetic
 from clmerge.models import LinearHead, Linearized, OpenClip, Partial, TangentModule, Timm
-from clmerge.run_folder import RunFolder
+from clmerge.results.run_folder import RunFolder
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
 from clmerge.weights import TaskVectorBank, load_tensors
 
@@ -23,7 +23,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.learner.save_plots", lambda results, folder: [])
+    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
 
 
 def trained(backbone):

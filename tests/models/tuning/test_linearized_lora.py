@@ -9,7 +9,7 @@ from torch.nn import functional
 from clmerge import ContinualClassifier, Learner
 from clmerge.merging import MagMax, TaskArithmetic
 from clmerge.models import LinearizedLoRA, LowRankTangentModule, OpenClip, TangentModule, Timm, add_lora
-from clmerge.run_folder import RunFolder
+from clmerge.results.run_folder import RunFolder
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
 from clmerge.weights import TaskVectorBank, load_tensors
 from clmerge.weights.parametrization import merged_parameters, read_factors, read_task_vector, renew, state_of
@@ -189,7 +189,7 @@ def test_a_module_without_factors_is_refused():
 
 @pytest.mark.parametrize("start_policy", ["base", "previous", "merged"])
 def test_a_run_merges_dense_task_vectors(clip, tmp_path, monkeypatch, start_policy):
-    monkeypatch.setattr("clmerge.learner.save_plots", lambda results, folder: [])
+    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
     torch.manual_seed(0)
     module = ContinualClassifier(
         OpenClip(clip),

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from clmerge.callbacks import MergeCallback
-from clmerge.callbacks.running_merge import RunningMerge
+from clmerge.deploy.running_merge import RunningMerge
 from clmerge.merging import MagMax, TaskArithmetic, registered_mergers
 from clmerge.models import add_adapters, add_ia3, add_lora
 from clmerge.weights.parametrization import dense_weights, merged_parameters, read_task_vector

@@ -10,7 +10,7 @@ from torch import nn
 from clmerge import ContinualClassifier, Learner
 from clmerge.merging import TALL, Fisher, MagMax, RegMean, TaskArithmetic
 from clmerge.models import IA3, Adapters, LinearHead, LoRA, OpenClip, Timm, ZeroShotHead, add_adapters
-from clmerge.run_folder import RunFolder
+from clmerge.results.run_folder import RunFolder
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
 from clmerge.weights import TaskVectorBank, load_metadata, load_tensors
 from clmerge.weights.parametrization import dense_weights, folded
@@ -18,7 +18,7 @@ from clmerge.weights.parametrization import dense_weights, folded
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.learner.save_plots", lambda results, folder: [])
+    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
 
 
 def learner(backbone, tuning, mergers, **options):

@@ -1,0 +1,9 @@
+"""What may be done to a merged model after merging, with a little that was kept of the old tasks."""
+
+from clmerge.deploy.calibration.alignment import HeadAlignment
+from clmerge.deploy.calibration.calibrated import CalibratedModels
+from clmerge.deploy.calibration.calibration import Calibration
+from clmerge.deploy.calibration.gaussians import ClassGaussians
+from clmerge.deploy.calibration.sample_tuning import SampleTuning
+
+__all__ = ["CalibratedModels", "Calibration", "ClassGaussians", "HeadAlignment", "SampleTuning"]

@@ -1,0 +1,132 @@
+"""The calibrated models of a run: every merged model under every calibration."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clmerge.deploy.calibration.calibration import Calibration
+from clmerge.streams import StreamDataModule
+from clmerge.streams.splits import derived_seed
+from clmerge.training.module import ContinualClassifier
+from clmerge.weights.parametrization import folded
+from clmerge.weights.swap import assign, named_tensors, swapped
+
+
+class CalibratedModels:
+    """Collect for, and apply, the calibrations of a run.
+
+    A calibrated model is a function of the merged model, of what was collected, and of the seed: it is made anew
+    where it is needed, and a resumed run makes the same one.
+
+    Args:
+        calibrations: The calibrations; no two of one name.
+        module: The classifier.
+        data: Its data module.
+        seed: Seed of the run.
+
+    Raises:
+        ValueError: If two calibrations have one name, or one cannot calibrate the classifier.
+    """
+
+    def __init__(
+        self, calibrations: Sequence[Calibration], module: ContinualClassifier, data: StreamDataModule, *, seed: int
+    ) -> None:
+        self.calibrations = {one.name: one for one in calibrations}
+        if len(self.calibrations) < len(calibrations):
+            raise ValueError(f"expected calibrations of different kinds, got {[one.name for one in calibrations]}")
+        for one in calibrations:
+            one.check(module)
+        self.module = module
+        self.data = data
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.calibrations)
+
+    def collect(self, merged: Mapping[str, Mapping[str, Tensor]], task: int, device: torch.device) -> dict[str, int]:
+        """Keep what is needed of a task that was just merged.
+
+        Args:
+            merged: Merger -> weights of the merged model by the module's own names.
+            task: Index of the task.
+            device: Where to compute; the module stays there.
+
+        Returns:
+            Bytes of what is kept, by ``calibration.NAME``.
+        """
+        self.module.to(device)
+        for model, state in merged.items():
+            with swapped(self.module, state):
+                for one in self.calibrations.values():
+                    one.collect(model, self.module, self.data, task)
+        return {f"calibration.{name}": one.nbytes(self.data, task) for name, one in self.calibrations.items()}
+
+    def models(
+        self, merged: Mapping[str, Mapping[str, Tensor]], task: int, device: torch.device
+    ) -> dict[str, dict[str, Tensor]]:
+        """Return ``MERGER+NAME`` -> weights of the calibrated model by the module's own names.
+
+        Args:
+            merged: Merger -> weights of the merged model by the module's own names.
+            task: Index of the task that was merged last.
+            device: Where to compute.
+        """
+        found: dict[str, dict[str, Tensor]] = {}
+        for model, state in merged.items():
+            for name, one in self.calibrations.items():
+                twin = self._copy(state).to(device)
+                seed = derived_seed(self.seed, "calibration", name, task)
+                changed = one.calibrate(model, twin, self.data, task, seed)
+                changed = {key: value.detach().cpu() for key, value in changed.items()}
+                found[f"{model}+{name}"] = {**state, **_of_rank_zero(changed)}
+        return found
+
+    def final(
+        self, merged: Mapping[str, Mapping[str, Tensor]], task: int, device: torch.device
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield ``MERGER+NAME`` and the dense weights of its backbone, then ``MERGER+NAME-head`` and its head's.
+
+        The head is left out where it is never trained.
+        """
+        for name, state in self.models(merged, task, device).items():
+            twin = self._copy(state)
+            with folded(twin.backbone):
+                yield name, dict(twin.backbone.model.state_dict())
+            if not twin.head.open_vocabulary:
+                yield f"{name}-head", dict(twin.head.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: tensors and primitives."""
+        return {name: one.state_dict() for name, one in self.calibrations.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken.
+
+        Raises:
+            RuntimeError: If the state is that of other calibrations.
+        """
+        if set(state) != set(self.calibrations):
+            raise RuntimeError(
+                f"expected the state of calibrations {sorted(self.calibrations)}, got {sorted(state)}; resume with "
+                "the calibrations of the interrupted run"
+            )
+        for name, one in self.calibrations.items():
+            one.load_state_dict(state[name])
+
+    def _copy(self, state: Mapping[str, Tensor]) -> ContinualClassifier:
+        # What regularizers remember is of no use here and may be larger than the model.
+        twin = copy.deepcopy(self.module, {id(self.module.regularizers): nn.ModuleList()})
+        assign(named_tensors(twin, state, origin="a merged model"), state)
+        return twin
+
+
+def _of_rank_zero(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of rank zero on every rank: no kernel need give the same bits everywhere."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return state
+    box = [state]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,90 @@
+"""What the mergers of one run are called, and whether they get what they require."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from clmerge.merging import Merger
+from clmerge.results.results import BASE, HEAD, is_reference
+from clmerge.statistics.provided import PROVIDED
+from clmerge.weights.task_vector import State
+
+
+def name_mergers(mergers: Merger | Sequence[Merger] | Mapping[str, Merger]) -> dict[str, Merger]:
+    """Name mergers: by class, or by class and settings where a class occurs twice.
+
+    Raises:
+        ValueError: If there is none, or if two are the same in class and settings.
+    """
+    if isinstance(mergers, Merger):
+        mergers = [mergers]
+    if isinstance(mergers, Mapping):
+        named = dict(mergers)
+    else:
+        names = [merger.name for merger in mergers]
+        labels = [m.name if names.count(m.name) == 1 else m.label for m in mergers]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            raise ValueError(f"expected different mergers, got {twice[0]!r} twice; drop one or change a setting")
+        named = dict(zip(labels, mergers, strict=True))
+    if not named:
+        raise ValueError("expected at least one merger, got none; pass for example MagMax(scale=0.5)")
+    return named
+
+
+def check_names(names: Iterable[str], calibrations: Iterable[str] = ()) -> None:
+    """Refuse names of mergers that something else has in results, diagnostics or the files of models.
+
+    Args:
+        names: Names of mergers.
+        calibrations: Names of the calibrations, each of which makes a model ``MERGER+NAME`` of every merger.
+
+    Raises:
+        ValueError: If one is that of a reference model (``"expert"``, ``"zero_shot"``, ...), of the ``"base"``, of the
+            ``"head"``, or of a calibrated model.
+    """
+    names, calibrations = [*names], [*calibrations]
+    made = {f"{name}+{kind}{end}" for name in names for kind in calibrations for end in ("", f"-{HEAD}")}
+    if taken := [name for name in names if is_reference(name) or name in {BASE, HEAD, *made}]:
+        raise ValueError(f"expected another name for a merger than {taken[0]!r}, which results give something else")
+
+
+def check_requirements(mergers: Mapping[str, Merger], *, score: bool, statistics: bool) -> None:
+    """Refuse mergers that require what a run does not have.
+
+    Args:
+        mergers: Mergers by name.
+        score: Whether there is a held-out metric.
+        statistics: Whether statistics of the task's data are measured.
+
+    Raises:
+        ValueError: If a merger requires what is missing.
+    """
+    for name, merger in mergers.items():
+        if merger.requires_score and not score:
+            raise ValueError(
+                f"expected score= for merger {name!r}, got none: pass a function that evaluates the model "
+                "on held-out data"
+            )
+        if (needed := sorted(merger.requires - PROVIDED)) and not statistics:
+            raise ValueError(
+                f"expected statistics= for merger {name!r}, which requires {needed}, got none: pass a function "
+                "that measures them on the task's data"
+            )
+
+
+def check_settings(mergers: Mapping[str, Merger], parameters: State, num_tasks: int) -> None:
+    """Refuse mergers whose settings do not fit, before anything is trained or read.
+
+    Args:
+        mergers: Mergers by name.
+        parameters: What will be merged; only names and shapes count.
+        num_tasks: How many tasks there will be, as far as is known.
+
+    Raises:
+        ValueError: If a setting has too few entries, or a pattern that matches nothing.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    for name, merger in mergers.items():
+        try:
+            merger.check_tasks(num_tasks)
+            merger.check_names(shapes)
+        except ValueError as error:
+            raise ValueError(f"merger {name!r}: {error}") from error

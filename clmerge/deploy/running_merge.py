@@ -1,0 +1,397 @@
+"""Several merged models of one network, as far as its tasks have come: theta_0, accumulators, running statistics."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from clmerge.deploy.naming import check_requirements, check_settings, name_mergers
+from clmerge.deploy.predictors import Merged, PerTask, Predictor
+from clmerge.merging import Merger, Statistics
+from clmerge.merging.checks import is_finite
+from clmerge.results.results import EXPERT
+from clmerge.weights import CheckedVector, apply_task_vector, fingerprint, load_tensors
+from clmerge.weights.batch_norm import check_callable, estimated_statistics
+from clmerge.weights.buffers import Buffers
+from clmerge.weights.modes import eval_mode
+from clmerge.weights.parametrization import (
+    dense_weights,
+    merged_parameters,
+    read_task_vector,
+    running_statistics,
+    state_of,
+    tied_names,
+)
+from clmerge.weights.swap import full_copy, swapped
+
+_FIRST_FIT = "the weights at the start of the first fit"
+
+
+class RunningMerge:
+    """Fold task vectors into mergers, and give the merged models for a network tuned in any mode; no Trainer needed.
+
+    Args:
+        mergers: One merger, a list of them, or a mapping from name to merger.
+        deploy: Name of the merger that is meant where none is named, or ``"expert"`` for the un-merged model; default
+            the first merger.
+        base: theta_0: a safetensors file or a mapping from parameter name to tensor; default taken by ``start``.
+        buffers: Running statistics of the merged models: ``"latest"``, ``"base"``, ``"mean"`` over the tasks, or
+            ``"re-estimated"`` for every merged model on ``images``, whenever a task has been merged.
+        device: Where base and accumulators live: ``"cpu"`` or ``"model"`` for the parameters' device.
+        score: Held-out accuracy of the model as it stands, for mergers that require it.
+        statistics: What is measured on a task, for mergers that require it.
+        images: Training images of the task in batches, for ``buffers="re-estimated"``.
+
+    Attributes:
+        mergers: The mergers by name.
+        num_tasks: Tasks merged so far.
+        update_seconds: Time that every merger took for the last task.
+
+    Raises:
+        ValueError: For an unknown ``deploy`` or policy, mergers of equal names, or a merger that needs what is missing.
+    """
+
+    def __init__(
+        self,
+        mergers: Merger | Sequence[Merger] | Mapping[str, Merger],
+        *,
+        deploy: str | None = None,
+        base: str | Path | Mapping[str, Tensor] | None = None,
+        buffers: Buffers = "latest",
+        device: Literal["cpu", "model"] = "cpu",
+        score: Callable[[LightningModule], float] | None = None,
+        statistics: Callable[[LightningModule], Statistics] | None = None,
+        images: Callable[[LightningModule], Iterable[Tensor]] | None = None,
+    ) -> None:
+        self.mergers = name_mergers(mergers)
+        check_choice("buffers", buffers, get_args(Buffers))
+        check_choice("device", device, ("cpu", "model"))
+        if EXPERT in self.mergers:
+            raise ValueError(f"expected another name for a merger than {EXPERT!r}, which names the un-merged model")
+        if deploy is not None and deploy not in [*self.mergers, EXPERT]:
+            raise ValueError(f"expected deploy to be one of {[*self.mergers, EXPERT]}, got {deploy!r}")
+        check_requirements(self.mergers, score=score is not None, statistics=statistics is not None)
+        self.deploy = deploy or next(iter(self.mergers))
+        self.buffers = buffers
+        self.device = device
+        self.score = score
+        self.statistics = statistics
+        self.images = images
+        self.num_tasks = 0
+        self.update_seconds: dict[str, float] = {}
+        self.base: dict[str, Tensor] = {}
+        self.base_fingerprint: str | None = None
+        self._base_origin = _FIRST_FIT
+        self._buffers: dict[str, Tensor] = {}
+        self._tied: dict[str, list[str]] = {}
+        self._inside: str | None = None
+        self._estimated: dict[str, dict[str, Tensor]] = {}
+        if base is not None:
+            if isinstance(base, (str, Path)):
+                self._base_origin = f"base file {base}"
+                base = load_tensors(base)
+            else:
+                self._base_origin = "base="
+            self._set_base({name: full_copy(tensor) for name, tensor in base.items()})
+
+    def start(
+        self,
+        model: nn.Module,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        *,
+        frozen: bool = False,
+    ) -> None:
+        """Take theta_0 from a model, or check that the model fits the one there is.
+
+        Args:
+            model: The model before the first task, or before a later one.
+            include: Glob patterns of the parameters to merge; default all that is trained.
+            exclude: Glob patterns of parameters to leave out.
+            frozen: Whether parameters that are frozen now will be trained, too.
+
+        Raises:
+            RuntimeError: If the model has other parameters than theta_0.
+            ValueError: If a merger's settings fit neither its parameters nor the task that comes now.
+        """
+        selected = merged_parameters(model, include, exclude, frozen=frozen)
+        self._tied = tied_names(model)
+        if twice := [other for others in self._tied.values() for other in others if other in self.base]:
+            self._set_base({name: tensor for name, tensor in self.base.items() if name not in twice})
+        if not self.base:
+            self._set_base({name: full_copy(tensor, self._device) for name, tensor in selected.items()})
+        elif extra := [name for name in selected if name not in self.base]:
+            raise RuntimeError(
+                f"expected the parameters of {self._base_origin}, got {len(extra)} more in "
+                f"{type(model).__name__}, the first {extra[0]!r}; leave them out with exclude=, or freeze them"
+            )
+        self._check_model(model)
+        if self.buffers == "re-estimated":
+            check_callable(model)
+        check_settings(self.mergers, self.base, self.num_tasks + 1)
+        if self.buffers == "base" and not self._buffers:
+            self._buffers = running_statistics(model)
+
+    def extend(self, parameters: Mapping[str, Tensor], *, moved: Sequence[str] = ()) -> None:
+        """Take more parameters into theta_0 that were frozen so far and are trained from now on.
+
+        Args:
+            parameters: The parameters by dense name.
+            moved: Names of those that have been changed already.
+
+        Raises:
+            RuntimeError: If it is too late: a task was merged without them, theta_0 was given without them, or they
+                have been changed.
+        """
+        reason = (
+            f"not changed since the fit started, but {moved[0]!r} is"
+            if moved
+            else f"of the {self.num_tasks} tasks that were merged without them"
+            if self.num_tasks
+            else f"of {self._base_origin}, which lacks them"
+            if self._base_origin != _FIRST_FIT
+            else None
+        )
+        if reason is not None:
+            raise RuntimeError(
+                f"expected parameters {reason}, got {len(parameters)} that were unfrozen during the fit, the first "
+                f"{next(iter(parameters))!r}: they would be trained and not merged; unfreeze them with a callback such "
+                "as BackboneFinetuning in every fit, or make them trainable before the first, or name them in exclude="
+            )
+        self._set_base(self.base | {name: full_copy(tensor, self._device) for name, tensor in parameters.items()})
+
+    @property
+    def _device(self) -> torch.device | None:
+        return None if self.device == "model" else torch.device("cpu")
+
+    def merged_vector(self, name: str | None = None) -> dict[str, Tensor]:
+        """Return what a merger adds to theta_0 for the tasks so far.
+
+        Args:
+            name: Which merger; default the deployed one.
+
+        Raises:
+            RuntimeError: Before the first task was merged.
+            ValueError: For a merger that is not there.
+        """
+        name = name or self.deploy
+        if name not in self.mergers:
+            raise ValueError(f"expected one of {list(self.mergers)}, got merger {name!r}")
+        if not self.num_tasks:
+            raise RuntimeError("expected at least one merged task, got none: fit first")
+        return self.mergers[name].compute()
+
+    def merged_state(self, name: str | None = None) -> dict[str, Tensor]:
+        """Return theta_0 plus the merged vector of the tasks so far: dense weights by dense names, to save.
+
+        A model that is tuned with LoRA or in tangent space has other parameters: ``state_with`` is for those.
+
+        Returns:
+            Weights in the base's dtypes, and running statistics if ``buffers`` is not ``"latest"``. A parameter that
+            the model has under several names (tied weights) is there under each of them.
+        """
+        merged = apply_task_vector(self.base, self.merged_vector(name))
+        tied = {
+            other: merged[first].clone() for first, others in self._tied.items() if first in merged for other in others
+        }
+        return {**merged, **tied, **self._running_statistics(name)}
+
+    def _running_statistics(self, name: str | None) -> dict[str, Tensor]:
+        return self._buffers if self.buffers != "re-estimated" else self._estimated.get(name or self.deploy, {})
+
+    def state_with(
+        self, vector: Mapping[str, Tensor], model: nn.Module, *, merger: str | None = None
+    ) -> dict[str, Tensor]:
+        """Return what a merged model has in place of the module's tensors: theta_0 plus ``vector``, running statistics.
+
+        Args:
+            vector: What is added to theta_0; parameters that it leaves out keep their base weights.
+            model: The LightningModule that was fitted, whose own names and mode of tuning count; it is not changed.
+            merger: The merger whose vector it is, for running statistics that are re-estimated; default the deployed.
+
+        Raises:
+            ValueError: If ``vector`` has a name or a shape that the base does not have.
+        """
+        return state_of(model, self.base, vector, buffers=self._running_statistics(merger), origin=self._base_origin)
+
+    def predictor(self, name: str, model: nn.Module) -> Predictor:
+        """Return what answers images for a merger: one merged model, or a view for every task merged so far.
+
+        Args:
+            name: Which merger.
+            model: The LightningModule that was fitted.
+        """
+        merger = self.mergers[name]
+        if not merger.task_views:
+            return Merged(self.state_with(self.merged_vector(name), model, merger=name))
+        return PerTask(lambda task: self.state_with(merger.task_view(task), model, merger=name), merger.tasks)
+
+    def weights_with(self, vector: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """Return theta_0 plus ``vector`` as the module's parameters, without running statistics.
+
+        For a task's own vector that is its expert, whose running statistics are the module's own.
+
+        Args:
+            vector: What is added to theta_0; parameters that it leaves out keep their base weights.
+            model: The LightningModule that was fitted.
+        """
+        return state_of(model, self.base, vector, origin=self._base_origin)
+
+    @contextmanager
+    def merged(self, model: nn.Module, name: str | None = None) -> Iterator[None]:
+        """Run a block with the merged weights in ``model``; the training weights come back in any case.
+
+        Args:
+            model: The LightningModule that was fitted.
+            name: Which merger; default the deployed one.
+        """
+        with swapped(model, self.state_with(self.merged_vector(name), model, merger=name)):
+            around, self._inside = self._inside, name or self.deploy
+            try:
+                yield
+            finally:
+                self._inside = around
+
+    def task_vector(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return what training has added to theta_0 in a model that holds its training weights."""
+        return read_task_vector(model, self.base, device=self._device, origin=self._base_origin)
+
+    @property
+    def required_statistics(self) -> frozenset[str]:
+        """What the mergers require of every task beside its vector and a score."""
+        return frozenset[str]().union(*(merger.requires for merger in self.mergers.values()))
+
+    def fold(
+        self,
+        tau: Mapping[str, Tensor],
+        model: LightningModule,
+        *,
+        task: int | None = None,
+        given: Statistics | None = None,
+    ) -> None:
+        """Fold one task vector into every merger, with what they require; every ``fit`` does this by itself.
+
+        Statistics are measured on theta_0 + tau, so that they can be measured again from a kept task vector.
+
+        Args:
+            tau: The task vector; one that cannot be merged reaches no merger.
+            model: The model with the running statistics, and a head if it has one, that belong to the task.
+            task: Index of the task, which seeds random rules; default the number of tasks merged so far.
+            given: Statistics that are known already; ``statistics=`` measures what is missing.
+
+        Raises:
+            RuntimeError: If the vector holds NaN or Inf.
+        """
+        task = self.num_tasks if task is None else task
+        for name, tensor in tau.items():
+            if not is_finite(tensor):
+                raise RuntimeError(
+                    f"expected finite weights to merge, got NaN or Inf in {name!r} of the weights of task {task}; "
+                    "the merged models are unchanged: lower the learning rate, or clip gradients"
+                )
+        tau = CheckedVector(tau)
+        measured = dict(given or {})
+        if self.statistics is not None and self.required_statistics - measured.keys():
+            with swapped(model, self.weights_with(tau, model)):
+                measured |= self.statistics(model)
+        self._merge_buffers(model)
+        for name, merger in self.mergers.items():
+            started = time.perf_counter()
+            score = self._scorer(model) if merger.requires_score else None
+            merger.update(tau, task=task, base=self.base_fingerprint, score=score, statistics=measured)
+            self.update_seconds[name] = time.perf_counter() - started
+        self.num_tasks += 1
+        if self.buffers == "re-estimated":
+            for name in self.mergers:
+                with swapped(model, self.weights_with(self.merged_vector(name), model)):
+                    self._estimated[name] = self._estimate(model)
+
+    def _estimate(self, model: LightningModule) -> dict[str, Tensor]:
+        """Return the running statistics of the model as it stands on the task's images."""
+        if self.images is None:
+            raise RuntimeError("expected images= for buffers='re-estimated', got none; pass the task's training images")
+        return estimated_statistics(model, self.images(model))
+
+    def _scorer(self, pl_module: LightningModule) -> Callable[[Mapping[str, Tensor]], float]:
+        function = self.score
+        assert function is not None
+
+        def score(vector: Mapping[str, Tensor]) -> float:
+            candidate = self.state_with(vector, pl_module)
+            if self.buffers == "re-estimated":
+                with swapped(pl_module, self.weights_with(vector, pl_module)):
+                    buffers = self._estimate(pl_module)
+                candidate = state_of(pl_module, self.base, vector, buffers=buffers, origin=self._base_origin)
+            with swapped(pl_module, candidate), eval_mode(pl_module), torch.no_grad():
+                return float(function(pl_module))
+
+        return score
+
+    def accumulators(self) -> dict[str, Any]:
+        """Return base, accumulators and counters: plain tensors and primitives, safe for ``weights_only`` loading."""
+        return {
+            "num_tasks": self.num_tasks,
+            "base": dict(self.base),
+            "base_fingerprint": self.base_fingerprint,
+            "buffers": dict(self._buffers),
+            "tied": {name: list(others) for name, others in self._tied.items()},
+            "estimated": {name: dict(tensors) for name, tensors in self._estimated.items()},
+            "mergers": {name: merger.state_dict() for name, merger in self.mergers.items()},
+        }
+
+    def load_accumulators(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``accumulators`` returned.
+
+        Raises:
+            RuntimeError: If the state holds other mergers, or another base than the one given to the constructor;
+                this callback is unchanged then.
+        """
+        if set(state["mergers"]) != set(self.mergers):
+            raise RuntimeError(
+                f"expected the state of mergers {sorted(self.mergers)}, got {sorted(state['mergers'])}; "
+                "resume with the mergers of the interrupted run"
+            )
+        found = state["base_fingerprint"]
+        if self.base_fingerprint is not None and found is not None and found != self.base_fingerprint:
+            raise RuntimeError(
+                f"expected the base {self.base_fingerprint[:12]} of {self._base_origin}, got a state that was "
+                f"accumulated against {found[:12]}: task vectors of different bases cannot be merged"
+            )
+        for name, merger in self.mergers.items():
+            merger.load_state_dict(state["mergers"][name])
+        self.num_tasks = int(state["num_tasks"])
+        if state["base"]:
+            self.base = dict(state["base"])
+            self.base_fingerprint = found
+        self._buffers = dict(state["buffers"])
+        self._tied = dict(state.get("tied", {}))  # states of clmerge before tied names were kept
+        self._estimated = {name: dict(tensors) for name, tensors in state.get("estimated", {}).items()}
+
+    def _set_base(self, base: dict[str, Tensor]) -> None:
+        self.base = base
+        self.base_fingerprint = fingerprint(base)
+
+    def _check_model(self, model: nn.Module) -> None:
+        for name, tensor in dense_weights(model, self.base, origin=self._base_origin).items():
+            if tensor.shape != self.base[name].shape:
+                raise RuntimeError(
+                    f"expected {name!r} of shape {tuple(self.base[name].shape)} as in {self._base_origin}, got "
+                    f"{tuple(tensor.shape)}; a parameter that grows (a head) must be left out with exclude="
+                )
+
+    def _merge_buffers(self, pl_module: LightningModule) -> None:
+        if self.buffers == "mean":
+            for name, value in running_statistics(pl_module).items():
+                mean = self._buffers.get(name, torch.zeros_like(value))
+                self._buffers[name] = mean + (value - mean) / (self.num_tasks + 1)
+
+
+def check_choice(parameter: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise a ValueError if a parameter is none of the values that are allowed."""
+    if value not in allowed:
+        raise ValueError(f"expected {parameter} to be one of {allowed}, got {value!r}")

@@ -1,0 +1,1 @@
+"""What models answer, on all tasks in one pass, and why."""

@@ -1,0 +1,28 @@
+"""Numbers that explain the accuracies of merged models: docs/diagnostics.md has the formulas and the document."""
+
+from clmerge.evaluation.diagnostics.behaviour import Observer, barrier, disagreement, representation_bias
+from clmerge.evaluation.diagnostics.diagnose import diagnose
+from clmerge.evaluation.diagnostics.document import SCHEMA, document
+from clmerge.evaluation.diagnostics.models import diagnose_models
+from clmerge.evaluation.diagnostics.pairs import PairSums, pair_sums
+from clmerge.evaluation.diagnostics.spectra import effective_rank, principal_angles, spectrum, subspace_overlap
+from clmerge.evaluation.diagnostics.vectors import diagnose_vectors, layer_of
+
+__all__ = [
+    "SCHEMA",
+    "Observer",
+    "PairSums",
+    "barrier",
+    "diagnose",
+    "diagnose_models",
+    "diagnose_vectors",
+    "disagreement",
+    "document",
+    "effective_rank",
+    "layer_of",
+    "pair_sums",
+    "principal_angles",
+    "representation_bias",
+    "spectrum",
+    "subspace_overlap",
+]

@@ -1,0 +1,75 @@
+"""The one call that makes a run's diagnostics document."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from clmerge.evaluation.diagnostics.document import document
+from clmerge.evaluation.diagnostics.models import diagnose_models
+from clmerge.evaluation.diagnostics.vectors import diagnose_vectors
+from clmerge.results.results import Setting
+from clmerge.streams.plan import Split
+from clmerge.streams.splits import derived_seed
+from clmerge.weights import State, TaskVectorBank
+
+if TYPE_CHECKING:  # it imports Lightning, which reading a document does without
+    from clmerge.streams import StreamDataModule
+
+
+def diagnose(
+    module: nn.Module,
+    weights: Callable[[State], State],
+    bank: TaskVectorBank,
+    merged: Mapping[str, State],
+    data: "StreamDataModule",
+    *,
+    setting: Setting = "task_agnostic",
+    num_images: int = 256,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Diagnose the task vectors, the experts and the merged models of a stream.
+
+    Models are compared on validation images, or on test images if the stream holds none out for some task; which is
+    in the document.
+
+    Args:
+        module: The classifier, its head grown to all tasks.
+        weights: From a task vector to the module's weights, as for ``diagnose_models``.
+        bank: The task vectors of all tasks.
+        merged: Merged vector of every merger, scale included.
+        data: Serves the stream's images; set up.
+        setting: Whether all classes compete, or those of the image's task.
+        num_images: Images per task at most, drawn by seed: data sets are often sorted by class.
+        seed: Seed of the draw.
+        progress: Told what is being measured.
+
+    Returns:
+        The diagnostics document (docs/diagnostics.md); its ``vectors`` are None for a stream of one task.
+    """
+    tasks = data.stream.tasks
+    held_out = all(len(data.stream.dataset(task.index, "val")) for task in tasks)
+    split: Split = "val" if held_out else "test"
+    loaders = []
+    for task in tasks:
+        whole: Any = data.eval_dataloader(split, [task.index]).dataset
+        generator = torch.Generator().manual_seed(derived_seed(seed, "diagnose", task.index))
+        chosen = sorted(torch.randperm(len(whole), generator=generator)[:num_images].tolist())
+        loaders.append(DataLoader(Subset(whole, chosen), batch_size=data.eval_batch_size))
+    progress("diagnosing task vectors")
+    vectors = diagnose_vectors(bank) if len(tasks) > 1 else None
+    models = diagnose_models(
+        module,
+        weights,
+        bank,
+        merged,
+        loaders,
+        task_classes=[task.classes for task in tasks],
+        setting=setting,
+        num_images=num_images,
+        progress=progress,
+    )
+    return document([task.name for task in tasks], vectors=vectors, models={"split": split, **models})

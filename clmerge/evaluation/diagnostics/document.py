@@ -1,0 +1,38 @@
+"""The document that holds a run's diagnostics: what ``compare`` writes and ``report`` draws."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SCHEMA = 1
+
+
+def document(
+    tasks: Sequence[str], *, vectors: Mapping[str, Any] | None = None, models: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the diagnostics document, ready for JSON.
+
+    Args:
+        tasks: Names of the tasks, in order.
+        vectors: What :func:`clmerge.evaluation.diagnostics.diagnose_vectors` found, if it ran.
+        models: What :func:`clmerge.evaluation.diagnostics.diagnose_models` found, if it ran.
+
+    Raises:
+        ValueError: If a part is about another number of tasks.
+
+    Example:
+        >>> document(["a", "b"])
+        {'schema': 1, 'tasks': ['a', 'b'], 'vectors': None, 'models': None}
+    """
+    counts = {
+        **({} if vectors is None else {"vectors": len(vectors["whole"]["norm"])}),
+        **({} if models is None else {"models": len(models["images"])}),
+    }
+    for part, count in counts.items():
+        if count != len(tasks):
+            raise ValueError(f"expected diagnostics of {len(tasks)} tasks, got {part} of {count}")
+    return {
+        "schema": SCHEMA,
+        "tasks": list(tasks),
+        "vectors": None if vectors is None else dict(vectors),
+        "models": None if models is None else dict(models),
+    }

@@ -1,0 +1,192 @@
+"""Diagnostics of experts and merged models on images: barriers, weight disentanglement, representation bias."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from clmerge.evaluation.diagnostics.behaviour import (
+    Behaviour,
+    Observer,
+    barrier,
+    disagreement,
+    first_images,
+    representation_bias,
+)
+from clmerge.evaluation.diagnostics.json_types import to_json
+from clmerge.results.results import BASE, EXPERT, SETTINGS, Setting
+from clmerge.weights import State, TaskVector
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+class TaskVectors(Protocol):
+    """Task vectors by the index of their task: a ``TaskVectorBank``, a list, a dictionary."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, task: int, /) -> State: ...
+
+
+def diagnose_models(
+    module: nn.Module,
+    weights: Callable[[State], State],
+    vectors: TaskVectors,
+    merged: Mapping[str, State],
+    loaders: Sequence[Iterable[Any]],
+    *,
+    task_classes: Sequence[Sequence[int]],
+    setting: Setting = "task_agnostic",
+    scale: float = 1.0,
+    num_points: int = 5,
+    num_images: int = 256,
+    progress: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Compare experts, base and merged models by what they do on a bounded number of images of every task.
+
+    Every task's images are decoded once. In memory are, beside them, the merged task vectors, two task vectors, a
+    combination of theirs and one set of weights. With ``T`` tasks and ``M`` mergers every task's images are classified
+    ``1 + 1 + p + M (1 + p) + (T - 1)(2 + p)`` times, ``p`` being ``num_points - 2``.
+
+    Args:
+        module: A classifier as :class:`clmerge.evaluation.diagnostics.Observer` takes it, its head grown to all tasks.
+        weights: From a task vector to the module's weights: ``partial(apply_task_vector, base)`` for dense weights.
+        vectors: Task vectors of the tasks ``0`` to ``T - 1``, a bank for instance; by the names that ``weights`` takes.
+        merged: Merged vector of every merger, scale included.
+        loaders: One for every task, by index; batches begin with images and global labels. Validation images, or
+            test images if nothing is chosen by what is found here.
+        task_classes: Global class ids of every task.
+        setting: Whether all classes compete (``task_agnostic``), or those of the image's task (``task_aware``).
+        scale: Coefficient of the task vectors whose disentanglement is measured.
+        num_points: Models along every segment, both ends included; at least 3.
+        num_images: Images per task at most, the first ones of its loader.
+        progress: Told what is being measured.
+
+    Returns:
+        The ``models`` part of the diagnostics document (docs/diagnostics.md).
+
+    Raises:
+        ValueError: If a setting is out of range, or there is not one loader and one list of classes per task.
+    """
+    num_tasks = len(vectors)
+    if num_points < 3 or num_images < 1 or setting not in SETTINGS:
+        raise ValueError(
+            f"expected 3 points or more, 1 image or more and a setting of {SETTINGS}, got num_points={num_points}, "
+            f"num_images={num_images}, setting={setting!r}"
+        )
+    if len(loaders) != num_tasks or len(task_classes) != num_tasks:
+        raise ValueError(
+            f"expected a loader and classes for each of the {num_tasks} task vectors, got {len(loaders)} loaders and "
+            f"classes of {len(task_classes)} tasks"
+        )
+    observer = Observer(module)
+    positions = [index / (num_points - 1) for index in range(num_points)]
+    segments = _Segments(positions)
+    xi = torch.zeros(num_tasks, num_tasks, dtype=torch.float64)
+    counts: list[int] = []
+    references: dict[str, dict[str, list[float]]] = {
+        name: {"loss": [], "error": [], "disagreement": [], "representation_bias": []}
+        for name in (BASE, EXPERT, *merged)
+    }
+    for task in range(num_tasks):
+        progress(f"diagnosing on task {task + 1} of {num_tasks}")
+        batches = first_images(loaders[task], num_images)
+        counts.append(sum(len(labels) for _, labels in batches))
+        classes = task_classes[task] if setting == "task_aware" else None
+
+        def behave(tau: State, batches: Batches = batches, classes: Sequence[int] | None = classes) -> Behaviour:
+            return observer(weights(tau), batches, classes)
+
+        own = vectors[task]
+        zero = {name: tensor.new_zeros(()).expand(tensor.shape) for name, tensor in own.items()}  # takes no memory
+        expert = behave(own)
+        ends = {BASE: (zero, behave(zero)), EXPERT: (own, expert)}
+        ends |= {name: (tau, behave(tau)) for name, tau in merged.items()}
+        for name, (_, seen) in ends.items():
+            references[name]["loss"].append(seen.loss)
+            references[name]["error"].append(seen.error)
+            references[name]["disagreement"].append(disagreement(seen.predictions, expert.predictions))
+            references[name]["representation_bias"].append(representation_bias(seen.features, expert.features))
+        segments.add(BASE, EXPERT, [task], behave, ends[BASE], ends[EXPERT])
+        for name in merged:
+            segments.add(EXPERT, name, [task], behave, ends[EXPERT], ends[name])
+        alone = expert if scale == 1.0 else behave(combine((scale, own)))
+        for other in range(num_tasks):
+            if other == task:
+                continue
+            tau = vectors[other]
+            pair = [(own, expert), (tau, behave(tau))]
+            first, second = pair if task < other else reversed(pair)
+            segments.add(EXPERT, EXPERT, sorted((task, other)), behave, first, second)
+            joint = behave(combine((scale, own), (scale, tau)))
+            # Half of the pair's error now, half when the other task's images are at hand.
+            half = disagreement(joint.predictions, alone.predictions) / 2
+            xi[task, other] += half
+            xi[other, task] += half
+    document: dict[str, Any] = to_json(
+        {
+            "setting": setting,
+            "images": counts,
+            "positions": positions,
+            "models": references,
+            "segments": segments.found(),
+            "disentanglement": {"scale": scale, "xi": xi},
+        }
+    )
+    return document
+
+
+def combine(*terms: tuple[float, State]) -> TaskVector:
+    """Return the weighted sum of task vectors of the same names.
+
+    Example:
+        >>> combine((0.5, {"w": torch.tensor([2.0])}), (2.0, {"w": torch.tensor([1.0])}))
+        {'w': tensor([3.])}
+    """
+    (share, first), *others = terms
+    total = {name: tensor * share for name, tensor in first.items()}
+    for share, vector in others:
+        for name, tensor in vector.items():
+            total[name] += share * tensor
+    return total
+
+
+class _Segments:
+    """Losses and errors along the segments between two models, averaged over the tasks they are measured on."""
+
+    def __init__(self, positions: Sequence[float]) -> None:
+        self.positions = list(positions)
+        self._curves: dict[tuple[str, str, tuple[int, ...]], list[list[tuple[float, float]]]] = {}
+
+    def add(
+        self,
+        start: str,
+        end: str,
+        tasks: Sequence[int],
+        behave: Callable[[State], Behaviour],
+        first: tuple[State, Behaviour],
+        second: tuple[State, Behaviour],
+    ) -> None:
+        """Measure one segment on the images of one task."""
+        inner = [behave(combine((1.0 - share, first[0]), (share, second[0]))) for share in self.positions[1:-1]]
+        curve = [(found.loss, found.error) for found in (first[1], *inner, second[1])]
+        self._curves.setdefault((start, end, tuple(tasks)), []).append(curve)
+
+    def found(self) -> list[dict[str, Any]]:
+        """Return every segment with its curves and barriers."""
+        segments = []
+        for (start, end, tasks), curves in self._curves.items():
+            loss, error = torch.tensor(curves, dtype=torch.float64).mean(dim=0).T.tolist()
+            segments.append(
+                {
+                    "from": start,
+                    "to": end,
+                    "tasks": list(tasks),
+                    "loss": loss,
+                    "error": error,
+                    "loss_barrier": barrier(self.positions, loss),
+                    "error_barrier": barrier(self.positions, error),
+                }
+            )
+        return segments

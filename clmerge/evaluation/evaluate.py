@@ -1,0 +1,231 @@
+"""Evaluate several predictors on all tasks of a stream in one pass over the images."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from clmerge.deploy.predictors import Predictor
+from clmerge.distributed import sum_over_processes
+from clmerge.models import Classifier
+from clmerge.results.metrics import TaskAccuracy
+from clmerge.streams import StreamDataModule
+from clmerge.weights.exchange import Exchange
+from clmerge.weights.modes import eval_mode
+from clmerge.weights.swap import swapped
+
+Rows = dict[str, dict[str, list[float]]]
+
+
+class Evaluator(LightningModule):
+    """Score predictors; every image is decoded and moved to the device once, and what they share is computed once.
+
+    Args:
+        module: The classifier.
+        predictors: Predictors by name. Their weights go by the module's parameter and buffer names, without the
+            ``_orig_mod.`` of ``torch.compile``; what is not named stays the module's own.
+        task_classes: Global class ids of every task.
+        num_classes: Number of classes ``C`` of the stream.
+    """
+
+    def __init__(
+        self,
+        module: Classifier,
+        predictors: Mapping[str, Predictor],
+        task_classes: Sequence[Sequence[int]],
+        num_classes: int,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.predictors = dict(predictors)
+        self._exchange: Exchange | None = None
+        self._rows: Rows = {}
+        self._accuracies = {name: TaskAccuracy(len(task_classes), num_classes, task_classes) for name in predictors}
+        # A ModuleDict refuses names with dots, and mergers are named after settings such as density0.1.
+        self.metrics = nn.ModuleList(self._accuracies.values())
+
+    @override
+    def on_test_start(self) -> None:
+        # Here, because the Trainer has moved the module by now.
+        names = {
+            key for name, predictor in self.predictors.items() for key in predictor.prepare(partial(self._place, name))
+        }
+        self._exchange = Exchange(self.module, names, share=len(self.predictors) > 1).__enter__()
+
+    def _place(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        if self._exchange is not None:
+            self._exchange.put({})
+        state = _own_names(self.module, make(), name)
+        return {key: value.to(self.device) for key, value in state.items()}
+
+    @override
+    def on_test_end(self) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the module its own weights back, also after an exception."""
+        if self._exchange is not None:
+            self._exchange.__exit__()
+            self._exchange = None
+
+    @override
+    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        images, labels, tasks = batch
+        exchange = self._exchange
+        assert exchange is not None
+        exchange.next_input()
+
+        def compute(state: Mapping[str, Tensor]) -> Tensor:
+            exchange.put(state)
+            logits: Tensor = self.module(images)
+            return logits.float()
+
+        for name, predictor in self.predictors.items():
+            self._accuracies[name].update(predictor.scores(compute, tasks), labels, tasks)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        # Counts of several processes are added up here, while they are on a device that the processes share.
+        for name, accuracy in self._accuracies.items():
+            predictor, result = self.predictors[name], accuracy.compute()
+            aware, agnostic = (result[kind].reshape(-1).tolist() for kind in ("task_aware", "task_agnostic"))
+            aware = [value if predictor.knows(task) else math.nan for task, value in enumerate(aware)]
+            agnostic = [math.nan] * len(agnostic) if predictor.needs_task else agnostic
+            self._rows[name] = {"task_agnostic": agnostic, "task_aware": aware}
+
+    def rows(self) -> Rows:
+        """Return name -> ``task_agnostic`` and ``task_aware``: one accuracy in [0, 1] per task, NaN where undefined.
+
+        Raises:
+            RuntimeError: Before a ``trainer.test``.
+        """
+        if not self._rows and self.predictors:
+            raise RuntimeError("expected an Evaluator that has run, got a new one; call trainer.test first")
+        return self._rows
+
+
+def _own_names(module: nn.Module, state: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
+    """Give ``state`` the names that ``functional_call`` needs; it would ignore any other."""
+    own = {
+        name.replace("_orig_mod.", ""): (name, tensor.shape)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
+    for name, tensor in state.items():
+        if name not in own or own[name][1] != tensor.shape:
+            got = f"shape {tuple(own[name][1])}" if name in own else "none of that name"
+            raise RuntimeError(
+                f"expected {name!r} of shape {tuple(tensor.shape)} in {type(module).__name__}, as model "
+                f"{model!r} has it, got {got}; use the architecture its weights were made with"
+            )
+    return {own[name][0]: tensor for name, tensor in state.items()}
+
+
+def evaluate(
+    trainer: Trainer,
+    module: Classifier,
+    predictors: Mapping[str, Predictor],
+    data: StreamDataModule,
+    *,
+    task_classes: Sequence[Sequence[int]],
+    num_classes: int,
+    split: Literal["val", "test"] = "test",
+) -> Rows:
+    """Return the accuracy on every task of every predictor, from one ``trainer.test``.
+
+    Args:
+        trainer: A Trainer without a MergeCallback.
+        module: The classifier; unchanged afterwards.
+        predictors: Predictors by name.
+        data: Serves the test images of all tasks.
+        task_classes: Global class ids of every task.
+        num_classes: Number of classes of the stream.
+        split: Which images of every task.
+
+    Returns:
+        Name -> ``task_agnostic`` and ``task_aware``: one accuracy in [0, 1] per task; NaN for a task without test
+        images, for one that the predictor does not know, and for all without the task if it needs to be told.
+
+    Raises:
+        RuntimeError: If weights are named or shaped unlike the module's.
+    """
+    evaluator = Evaluator(module, predictors, task_classes, num_classes)
+    try:
+        if split == "test":
+            trainer.test(evaluator, datamodule=data, verbose=False)
+        else:
+            trainer.test(evaluator, dataloaders=data.eval_dataloader(split), verbose=False)
+    finally:
+        evaluator.restore()
+    return evaluator.rows()
+
+
+class _Probabilities(LightningModule):
+    def __init__(self, module: Classifier) -> None:
+        super().__init__()
+        self.module = module
+
+    @override
+    def predict_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+        images, labels, tasks = batch
+        return self.module(images).float().softmax(dim=1).cpu(), labels.cpu(), tasks.cpu()
+
+
+def probabilities(
+    trainer: Trainer, module: Classifier, weights: Mapping[str, Tensor], data: StreamDataModule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what one model believes of every test image of the stream, in one process.
+
+    Args:
+        trainer: A Trainer without a MergeCallback.
+        module: The classifier; unchanged afterwards.
+        weights: Weights by the module's names; what is not named stays the module's own.
+        data: Serves the test images of all tasks.
+
+    Returns:
+        Probabilities ``(num_images, num_classes)``, labels and tasks ``(num_images,)``, on the CPU.
+    """
+    with swapped(module, weights):
+        found = trainer.predict(_Probabilities(module), dataloaders=data.eval_dataloader("test"))
+    assert found is not None
+    beliefs, labels, tasks = zip(*found, strict=True)
+    return torch.cat(beliefs), torch.cat(labels), torch.cat(tasks)
+
+
+@torch.no_grad()
+def accuracy_on(
+    module: Classifier, loader: DataLoader[Any], task_classes: Sequence[Sequence[int]] | None = None
+) -> float:
+    """Return the share of images that the module classifies right, among all classes its head knows or the task's own.
+
+    Args:
+        module: The classifier, scored in evaluation mode; its weights and modes are the same afterwards.
+        loader: Batches of images and global labels. In a distributed run every process brings its share of
+            them and gets the accuracy over all.
+        task_classes: Global class ids of every task, for task-aware accuracy; batches then say the task of each image.
+
+    Raises:
+        ValueError: If there are no images.
+    """
+    correct = total = 0
+    device = next(module.parameters()).device
+    with eval_mode(module):
+        for images, labels, *tasks in loader:
+            logits = module(images.to(device))
+            if task_classes is not None:
+                for row, task in zip(logits, tasks[0].tolist(), strict=True):
+                    others = torch.ones_like(row, dtype=torch.bool)
+                    others[list(task_classes[task])] = False
+                    row[others] = -torch.inf
+            predicted = logits.argmax(dim=1)
+            correct += int((predicted == labels.to(device)).sum())
+            total += len(labels)
+    counts = sum_over_processes(torch.tensor([correct, total]))
+    if not counts[1]:
+        raise ValueError("expected images to compute an accuracy on, got none")
+    return float(counts[0] / counts[1].double())

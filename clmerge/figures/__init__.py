@@ -1,0 +1,96 @@
+"""Pictures of a run: accuracy matrices, forgetting curves, average accuracy, final accuracy.
+
+Figures are made through Matplotlib's object interface, so a program's own ``pyplot`` state, backend and open
+figures are left alone. All axes show percent on a fixed range from 0 to 100: pictures of different runs can
+be laid side by side.
+"""
+
+import io
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from clmerge.figures.curves import plot_average_accuracy, plot_final_accuracy, plot_forgetting_curves
+from clmerge.figures.matrices import plot_matrices, plot_matrix
+from clmerge.names import file_name
+from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Results
+from clmerge.weights import write_bytes_atomic
+
+__all__ = [
+    "plot_average_accuracy",
+    "plot_files",
+    "plot_final_accuracy",
+    "plot_forgetting_curves",
+    "plot_matrices",
+    "plot_matrix",
+    "save_plots",
+    "to_png",
+]
+
+DPI = 130
+
+
+def save_plots(results: Results, folder: str | Path) -> list[Path]:
+    """Draw every picture of a run and write them as PNG, each file replaced atomically.
+
+    ``matrices.png`` (the best merger's matrix beside the expert's), ``forgetting_curves.png``,
+    ``average_accuracy.png`` and ``final_accuracy.png``: in the folder itself in the
+    reading of the logits that the run goes by, in its ``task_aware`` (or ``task_agnostic``) in the other one. The
+    folder also gets the matrix of every model but the zero-shot one, whose rows are all the same
+    (``matrix_MODEL.png``).
+
+    Args:
+        results: What the run found so far, at least one finished task.
+        folder: Where to write; made if missing.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: If no task is finished.
+    """
+    if not results.num_finished:
+        raise ValueError("expected results with at least one finished task, got none; add rows first")
+    moving = _moving(results)
+    pictures = {Path(folder, f"matrix_{file_name(model)}.png"): plot_matrix(results, model) for model in moving}
+    for setting in SETTINGS:
+        best = results.best_merger(setting)
+        pair = [model for model in (best, EXPERT) if model is not None and model in moving]
+        figures = {
+            "matrices": plot_matrices(results, pair or moving, setting=setting),
+            "forgetting_curves": plot_forgetting_curves(results, setting=setting),
+            "average_accuracy": plot_average_accuracy(results, setting=setting),
+            "final_accuracy": plot_final_accuracy(results, setting=setting),
+        }
+        target = Path(folder) if setting == results.evaluation else Path(folder, setting)
+        pictures |= {target / f"{name}.png": figure for name, figure in figures.items()}
+    # All are drawn before the first is written: a folder never holds some of them.
+    drawn = {file: to_png(figure) for file, figure in pictures.items()}
+    for file, data in drawn.items():
+        write_bytes_atomic(file, data)
+    return list(drawn)
+
+
+def to_png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DPI)
+    return file.getvalue()
+
+
+def plot_files(results: Results, folder: str | Path) -> list[Path]:
+    """Return the files that ``save_plots`` writes.
+
+    Args:
+        results: What the run found.
+        folder: Where they are written.
+    """
+    names = ("matrices", "forgetting_curves", "average_accuracy", "final_accuracy")
+    whole = [*(f"matrix_{file_name(model)}" for model in _moving(results)), *names]
+    return [Path(folder, f"{name}.png") for name in whole] + [
+        Path(folder, setting, f"{name}.png") for setting in SETTINGS if setting != "task_agnostic" for name in names
+    ]
+
+
+def _moving(results: Results) -> list[str]:
+    return [model for model in results.models if model != ZERO_SHOT]

@@ -1,0 +1,1 @@
+"""Finishers, which scale or cut the merged vector after a rule."""

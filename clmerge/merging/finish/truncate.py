@@ -1,0 +1,40 @@
+"""Bring the merged vector back to the rank of the adapters it was merged from."""
+
+from typing_extensions import override
+
+from clmerge.merging.finish.finisher import Finisher
+from clmerge.merging.spectral.adapters import adapter_of
+from clmerge.weights.task_vector import TaskVector
+
+
+class TruncateRank(Finisher):
+    """Keep the leading singular vectors of every merged matrix: what a merge of adapters is as one adapter of a rank.
+
+    Behind ``TaskArithmetic`` it is what PEFT calls ``svd``; behind ``KnOTS`` it is KnOTS at constant rank. For runs of
+    LoRA, whose parameters are adapted matrices; a packed ``in_proj_weight`` counts as three, as it does there.
+
+    Args:
+        rank: Singular vectors to keep.
+
+    Raises:
+        ValueError: For a rank below 1.
+
+    Example:
+        >>> import torch
+        >>> TruncateRank(1).finish({"w": torch.diag(torch.tensor([3.0, 1.0]))})["w"].round(decimals=4)
+        tensor([[3., 0.],
+                [0., 0.]])
+    """
+
+    name = "truncate_rank"
+    scope = "parameter"
+
+    def __init__(self, rank: int) -> None:
+        if rank < 1:
+            raise ValueError(f"expected a rank of 1 or more, got {rank}")
+        self.rank = rank
+
+    @override
+    def finish(self, vector: TaskVector) -> TaskVector:
+        found = adapter_of(vector, self.rank)
+        return vector | {name: product.dense().to(vector[name].dtype) for name, product in found.items()}

@@ -1,0 +1,1 @@
+"""Linear rules: coefficients per task, whatever the entries are."""

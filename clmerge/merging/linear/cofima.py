@@ -1,0 +1,104 @@
+"""Sequential interpolation with the previous merged model: CoMA, and CoFiMA with the Fisher information."""
+
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import override
+
+from clmerge.merging.accumulators import SlotDtypes, Slots, device_of, float_dtype, slot_blocks
+from clmerge.merging.merger import Merger
+from clmerge.merging.required import diagonal_of
+from clmerge.merging.step import Step
+from clmerge.weights.task_vector import State
+
+
+class CoFiMA(Merger):
+    """Interpolate between the merged model and the new one, weighted by the Fisher (arXiv 2312.08977).
+
+    ``merged = ((1 - a) F' merged + a F tau) / ((1 - a) F' + a F)`` with ``a = alpha``, the diagonal Fisher ``F`` of
+    the new task and ``F'`` of the task before it; the first task is taken as it is. Theta0 cancels. Made for
+    tasks trained one after the other from the merged model. The Fisher of older tasks is not summed up, so the
+    order counts. Where neither task knows anything the entry is interpolated as without Fisher; the released
+    code divides 0 by 0 there. State: 8 bytes per parameter, 4 without Fisher.
+
+    Args:
+        alpha: Share of the new task, in (0, 1]. The released code has 0.4 on CIFAR-100 and ImageNet-R and 0.5 on
+            others.
+        use_fisher: Whether to weight by the Fisher; False is CoMA, which requires no statistics.
+        clip: Largest Fisher information that counts. The released code has 1e-4, for Fishers of batch-mean
+            gradients; the paper's rule has none.
+        floor: Least Fisher information of an entry, above 0.
+        statistic: Name of the statistic with the precision: ``"fisher"``, or ``"adam"`` for Adam's second moments
+            (``clmerge.statistics.adam``), which take no data.
+
+    Raises:
+        ValueError: If ``alpha``, ``clip`` or ``floor`` is out of range.
+
+    Example:
+        >>> import torch
+        >>> merger = CoFiMA(alpha=0.5)
+        >>> merger.update({"w": torch.tensor([0.0])}, statistics={"fisher": {"w": torch.tensor([1.0])}})
+        >>> merger.update({"w": torch.tensor([4.0])}, statistics={"fisher": {"w": torch.tensor([3.0])}})
+        >>> merger.compute()
+        {'w': tensor([3.])}
+    """
+
+    name = "cofima"
+    summary = "interpolation with the previous merged model, weighted by the Fisher information"
+    source = "2312.08977"
+    order_free = False
+    requires = frozenset({"fisher"})
+    scope = "parameter"  # _plan only looks whether the statistics fit
+
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        *,
+        use_fisher: bool = True,
+        clip: float | None = None,
+        floor: float = 1e-12,
+        statistic: str = "fisher",
+    ) -> None:
+        super().__init__()
+        if not 0 < alpha <= 1:
+            raise ValueError(f"expected alpha in (0, 1], got {alpha}")
+        if not floor > 0 or (clip is not None and not clip >= floor):
+            raise ValueError(f"expected 0 < floor <= clip, got floor {floor} and clip {clip}")
+        self.alpha = alpha
+        self.use_fisher = use_fisher
+        self.clip = clip
+        self.floor = floor
+        self.statistic = statistic
+        self.requires = frozenset({statistic} if use_fisher else ())
+
+    @override
+    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
+        return {"merged": None, "fisher": None} if self.use_fisher else {"merged": None}
+
+    @override
+    def _plan(self, vector: State, step: Step) -> dict[str, Tensor]:
+        return diagonal_of(step, vector, self.statistic) if self.use_fisher else {}
+
+    @override
+    def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: dict[str, Tensor]) -> None:
+        if not self.use_fisher:
+            super()._fold(name, slots, tau, step, plan)
+            return
+        dtype = float_dtype(slots)
+        for block, (piece, information) in slot_blocks(slots, tau, plan[name].detach().to(device_of(slots))):
+            new = information.to(dtype).clamp(self.floor, self.clip)
+            share = self.alpha * new
+            if step.position:
+                share = share / ((1 - self.alpha) * block["fisher"] + share)
+            else:
+                share.fill_(1)
+            block["merged"].lerp_(piece.to(dtype), share)
+            block["fisher"].copy_(new)
+
+    @override
+    def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
+        slots["merged"].lerp_(tau, self.alpha if step.position else 1.0)
+
+    @override
+    def _read_block(self, slots: Slots, overview: Any) -> Tensor:
+        return slots["merged"]

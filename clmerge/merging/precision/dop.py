@@ -1,0 +1,158 @@
+"""DOP: move the merged matrix where neither the old model nor the new one feels it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.spectral.decomposition import _Spectral
+from clmerge.merging.step import Step
+
+_BETAS = (0.9, 0.999)  # of Adam, like _EPSILON
+_EPSILON = 1e-8
+
+
+class DOP(_Spectral):
+    """Merge continually by dual orthogonal projection (DOP, Yang et al., NeurIPS 2025; OpenReview zD5cUX67b9).
+
+    Both the merged matrix M so far and a new task matrix tau stand for the inputs and outputs they were trained on:
+    with ``U S V^T`` the decomposition of either, its loss at X is ``|S U^T (X - it)|^2 + |(X - it) V S|^2``. Starting
+    at the mean of the two, X takes ``num_steps`` steps of Adam on ``a loss(M) + (1 - a) loss(tau)`` and becomes M.
+    ``a`` begins at ``alpha`` and follows, as a moving average, the weights that give the loss-normalised gradients the
+    shortest sum (multiple-gradient descent). What is no matrix becomes the mean of merged and new, as in the released
+    code, whose defaults these are. There only the weights of linear layers count as matrices.
+
+    ``energy`` is read as the released code does: singular values are used while their sum stays below that share, the
+    one that crosses it left out. The steps have a fixed length, so scaling all task vectors does not scale the
+    result. State: 4 bytes per parameter. An update costs two decompositions and ``num_steps`` gradients per matrix, in
+    float64. The order of the tasks matters.
+
+    Args:
+        num_steps: Steps of Adam per task.
+        lr: Length of a step, in units of the weights.
+        alpha: Weight of the merged model at first, in [0, 1].
+        beta: Decay of the moving average of the weights, in [0, 1]; 1 keeps ``alpha``.
+        energy: Share of the sum of the singular values that is used, in [0, 1].
+        include: Glob patterns of the parameters that are treated as matrices. Default: all of two dimensions.
+        exclude: Glob patterns of those that are averaged instead; see ``Matrices``.
+        split_qkv: Treat a fused query-key-value weight as three matrices; the result differs.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> merger = DOP(num_steps=0)
+        >>> merger.update({"w": torch.tensor([[2.0, 0.0]])})
+        >>> merger.update({"w": torch.tensor([[0.0, 4.0]])})
+        >>> merger.compute()
+        {'w': tensor([[1., 2.]])}
+    """
+
+    name = "dop"
+    summary = "optimise the merged matrix in the spaces of old and new model"
+    order_free = False
+
+    def __init__(
+        self,
+        num_steps: int = 200,
+        *,
+        lr: float = 1e-4,
+        alpha: float = 0.8,
+        beta: float = 0.999,
+        energy: float = 0.99999,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        split_qkv: bool = False,
+    ) -> None:
+        super().__init__(include, exclude, split_qkv)
+        if num_steps < 0 or lr <= 0:
+            raise ValueError(f"expected num_steps of at least 0 and lr above 0, got {num_steps} and {lr}")
+        for parameter, value in (("alpha", alpha), ("beta", beta), ("energy", energy)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"expected {parameter} in [0, 1], got {value}")
+        self.num_steps = num_steps
+        self.lr = lr
+        self.alpha = alpha
+        self.beta = beta
+        self.energy = energy
+
+    @override
+    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
+        return {"merged": None}
+
+    @override
+    def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
+        merged = slots["merged"]
+        matrices = self._matrices.pieces(name, merged)
+        if not step.position:
+            merged.copy_(tau)
+        elif not matrices:
+            merged.add_(tau).div_(2)
+        else:
+            for matrix, piece in zip(matrices, self._matrices.pieces(name, tau), strict=True):
+                matrix.copy_(self._optimised([matrix.double(), piece.to(torch.float64).contiguous()]))
+
+    def _optimised(self, models: list[Tensor]) -> Tensor:
+        """Return the matrix between the merged and the new one, all of shape ``(m, n)``, float64."""
+        spaces = [_scaled_spaces(model, self.energy) for model in models]
+        x = (models[0] + models[1]) / 2
+        weight = self.alpha
+        mean, square = torch.zeros_like(x), torch.zeros_like(x)
+        for step in range(1, self.num_steps + 1):
+            losses, gradients = zip(
+                *(_loss(x - model, *space) for model, space in zip(models, spaces, strict=True)), strict=True
+            )
+            normalised = [
+                gradient / loss if loss > 0 else gradient for loss, gradient in zip(losses, gradients, strict=True)
+            ]
+            weight = self.beta * weight + (1 - self.beta) * shortest(*normalised)
+            gradient = weight * gradients[0] + (1 - weight) * gradients[1]
+            mean.lerp_(gradient, 1 - _BETAS[0])
+            square.lerp_(gradient.square(), 1 - _BETAS[1])
+            root = (square / (1 - _BETAS[1] ** step)).sqrt_().add_(_EPSILON)
+            x.addcdiv_(mean, root, value=-self.lr / (1 - _BETAS[0] ** step))
+        return x
+
+    @override
+    def _read_block(self, slots: Slots, overview: Any) -> Tensor:
+        return slots["merged"].clone()
+
+
+def shortest(first: Tensor, second: Tensor) -> float:
+    """Return the weight of the first of two gradients in their shortest convex combination.
+
+    Args:
+        first: Any shape.
+        second: Same shape.
+
+    Returns:
+        A number in [0.001, 0.999]: the released solver leaves neither gradient out.
+
+    Example:
+        >>> shortest(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]))
+        0.8
+    """
+    squares = float(first.square().sum()), float(second.square().sum())
+    both = float((first * second).sum())
+    if both >= squares[0]:
+        return 0.999
+    if both >= squares[1]:
+        return 0.001
+    return (squares[1] - both) / (squares[0] + squares[1] - 2 * both)
+
+
+def _scaled_spaces(model: Tensor, energy: float) -> tuple[Tensor, Tensor]:
+    """Return ``U S`` of shape ``(m, k)`` and ``V S`` of shape ``(n, k)``."""
+    u, s, vh = torch.linalg.svd(model, full_matrices=False)
+    rank = int((s.cumsum(0) < energy * s.sum()).sum())
+    return u[:, :rank] * s[:rank], vh[:rank].t() * s[:rank]
+
+
+def _loss(difference: Tensor, left: Tensor, right: Tensor) -> tuple[float, Tensor]:
+    """Return one model's loss and its gradient."""
+    outputs, inputs = left.t() @ difference, difference @ right
+    loss = float(outputs.square().sum() + inputs.square().sum())
+    return loss, 2 * (left @ outputs + inputs @ right.t())

@@ -1,0 +1,1 @@
+"""Rules that elect signs, or let the largest entry win."""

@@ -1,0 +1,120 @@
+"""Ethos: unlearn only where a task changes the base model much, looked at in the base model's own directions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.norms import vector_norm
+from clmerge.merging.removal import Removable
+from clmerge.merging.required import tensors_of
+from clmerge.merging.spectral.decomposition import _Spectral, live_svd
+from clmerge.merging.step import Step
+from clmerge.weights.task_vector import State
+
+
+class Ethos(_Spectral, Removable):
+    """Negate the part of the task vectors that is large in the base model's basis (Ethos, arXiv 2403.08994).
+
+    With ``W0 = U S V^T`` a weight matrix of the base model, ``C = U^T tau V`` are the coordinates of a task matrix.
+    Those below ``threshold * max|C|`` count as general knowledge and stay as they are; the others are unlearned, with
+    what lies outside of the space of W0: the result is ``-strength * sum(tau_t - U small(C_t) V^T)``. What is no matrix
+    is left alone, for the paper edits matrices only.
+
+    The released code adds a further task vector, of an auxiliary task that is to stay, and takes the basis of W0 with
+    it: give those weights as the statistic, and add that vector by yourself. It compares with the largest coordinate
+    in place of the largest magnitude, and filters what is outside of the space of a matrix that is not square in an
+    arbitrary basis, where this negates it as a whole.
+
+    The weights of the base model are a statistic of every update: ``statistics={"weights": theta0}``, which
+    ``MergeCallback`` gives by itself. State: 4 bytes per parameter. An update costs one decomposition per matrix, in
+    float64.
+
+    Args:
+        threshold: Share of the largest coordinate below which one counts as small, in [0, 1]; 0 negates everything. The
+            released code has 0.03.
+        strength: How much is subtracted.
+        include: Glob patterns of the parameters that are treated as matrices. Default: all of two dimensions.
+        exclude: Glob patterns of those that are left alone; see ``Matrices``.
+        split_qkv: Treat a fused query-key-value weight as three matrices; the result differs.
+
+    Raises:
+        ValueError: If ``threshold`` is out of range.
+
+    Example:
+        >>> merger = Ethos(threshold=0.1)
+        >>> theta0 = {"w": torch.tensor([[3.0, 0.0], [0.0, 1.0]])}
+        >>> merger.update({"w": torch.tensor([[20.0, 0.0], [0.5, 1.0]])}, statistics={"weights": theta0})
+        >>> -merger.compute()["w"]
+        tensor([[20.,  0.],
+                [ 0.,  0.]])
+    """
+
+    name = "ethos"
+    summary = "negate what is large in the base model's basis"
+    source = "2403.08994"
+    requires = frozenset({"weights"})
+
+    def __init__(
+        self,
+        threshold: float = 0.03,
+        *,
+        strength: float = 1.0,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        split_qkv: bool = False,
+    ) -> None:
+        super().__init__(include, exclude, split_qkv)
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"expected a threshold in [0, 1], got {threshold}")
+        self.threshold = threshold
+        self.strength = strength
+
+    @override
+    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
+        return {"sum": None}
+
+    @override
+    def _plan(self, vector: State, step: Step) -> State:
+        super()._plan(vector, step)
+        weights = tensors_of(step, "weights")
+        for name in vector:
+            shape = tuple(vector[name].shape)
+            if not self._matrices.count(name, shape):
+                continue
+            if name not in weights or tuple(weights[name].shape) != shape:
+                found = tuple(weights[name].shape) if name in weights else "none"
+                raise ValueError(
+                    f"expected the base model's {name!r} of shape {shape} among the weights beside task {step.task}, "
+                    f'got {found}; pass statistics={{"weights": theta0}}'
+                )
+        return weights
+
+    @override
+    def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: State) -> None:
+        sums = self._matrices.pieces(name, slots["sum"])
+        if not sums:
+            return
+        pieces = self._matrices.pieces(name, tau)
+        bases = self._matrices.pieces(name, plan[name].detach().to(tau.device))
+        for total, piece, weight in zip(sums, pieces, bases, strict=True):
+            total.add_(self._large(piece.to(torch.float64), weight), alpha=step.sign)
+
+    @override
+    def _mass(self, vector: State, step: Step, plan: State) -> float:
+        return vector_norm(vector)  # a projection can gather in one entry what was in all
+
+    def _large(self, tau: Tensor, weight: Tensor) -> Tensor:
+        u, _, vh = live_svd(weight.to(torch.float64), weight.dtype)
+        coordinates = u.t() @ tau @ vh.t()
+        if not coordinates.numel():
+            return tau
+        small = coordinates.abs() < self.threshold * coordinates.abs().max()
+        return tau - u @ (coordinates * small) @ vh
+
+    @override
+    def _read_block(self, slots: Slots, overview: Any) -> Tensor:
+        return slots["sum"] * -self.strength

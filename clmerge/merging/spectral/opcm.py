@@ -1,0 +1,129 @@
+"""OPCM: fold in what a new task adds orthogonally to the merged model, at constant length."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.norms import squared_norm, vector_norm
+from clmerge.merging.spectral.decomposition import _Spectral, live_svd
+from clmerge.merging.step import Step
+from clmerge.weights.task_vector import State
+
+ZeroDiagonal = Literal["paper", "released"]
+
+
+class OPCM(_Spectral):
+    """Merge continually by orthogonal projection (OPCM, arXiv 2501.09522).
+
+    With ``M = U S V^T`` the merged matrix so far, ``C = U^T tau V`` are the coordinates of a new task matrix. Its
+    leading ``r x r`` block and its diagonal are set to zero, and ``M <- (lambda' M + U C V^T) / lambda``: what is added
+    is orthogonal to ``M``. ``r`` is the number of leading singular values that stay within the share ``alpha`` of
+    their sum, the one that crosses it not counted. What is no matrix is added as it is. ``lambda`` is one number for
+    the model, such that the length of the merged vector is the mean length of the task vectors; it grows like the
+    square root of the number of tasks.
+
+    The products ``lambda M`` are plain sums of what was added, so the sum and the mean length are all that is kept.
+    State: 4 bytes per parameter. An update costs one decomposition per matrix, in float64. The order of the tasks
+    matters.
+
+    The released code walks over leaf modules, which leaves a class embedding at its first task's value and never
+    visits the fused weights of ``nn.MultiheadAttention``; here every parameter takes part. Directions in which ``M`` is
+    zero to rounding have no coordinates that could be zeroed, and stay.
+
+    Args:
+        alpha: Share of the spectrum of the merged matrix that is protected, in [0, 1]. With 1 nothing is protected as a
+            block, because no singular value crosses it.
+        zero_diagonal: ``"paper"``: the diagonal of C is set to zero. ``"released"``: it is kept, because the statement
+            of the authors' code that should do it writes to a copy; what they ran for their tables is not known.
+        scale: Scaling coefficient; 1 is the paper's rule.
+        include: Glob patterns of the parameters that are treated as matrices. Default: all of two dimensions.
+        exclude: Glob patterns of those that are added as they are; see ``Matrices``.
+        split_qkv: Treat a fused query-key-value weight as three matrices; the result differs.
+
+    Raises:
+        ValueError: If ``alpha`` or ``zero_diagonal`` is out of range.
+
+    Example:
+        >>> merger = OPCM()
+        >>> merger.update({"w": torch.tensor([[1.0, 0.0], [0.0, 0.0]])})
+        >>> merger.update({"w": torch.tensor([[9.0, 0.0], [1.0, 0.0]])})
+        >>> merger.compute()["w"][:, 1]
+        tensor([0., 0.])
+    """
+
+    name = "opcm"
+    summary = "add what is orthogonal to the merged model, at constant length"
+    source = "2501.09522"
+    order_free = False
+
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        *,
+        zero_diagonal: ZeroDiagonal = "paper",
+        scale: float = 1.0,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        split_qkv: bool = False,
+    ) -> None:
+        super().__init__(include, exclude, split_qkv)
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"expected alpha in [0, 1], got {alpha}")
+        if zero_diagonal not in ("paper", "released"):
+            raise ValueError(f"expected zero_diagonal 'paper' or 'released', got {zero_diagonal!r}")
+        self.alpha = alpha
+        self.zero_diagonal: ZeroDiagonal = zero_diagonal
+        self.scale = scale
+        self.scope = "model"  # one length for all parameters
+        self._length = 0.0  # summed over the task vectors
+        self._keep("_length")
+
+    @override
+    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
+        return {"sum": None}
+
+    @override
+    def _plan(self, vector: State, step: Step) -> float:
+        super()._plan(vector, step)
+        return vector_norm(vector)
+
+    @override
+    def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: float) -> None:
+        totals = self._matrices.pieces(name, slots["sum"])
+        if totals and step.position:
+            for total, piece in zip(totals, self._matrices.pieces(name, tau), strict=True):
+                total.add_(self._orthogonal(total, piece.to(torch.float64)))
+        else:
+            slots["sum"].add_(tau)
+
+    def _orthogonal(self, total: Tensor, tau: Tensor) -> Tensor:
+        """Return the part of a task matrix that is added to the sum so far."""
+        u, s, vh = live_svd(total.double(), total.dtype)
+        coordinates = u.t() @ tau @ vh.t()
+        crossed = (s.cumsum(0) > self.alpha * s.sum()).nonzero()
+        rank = int(crossed[0]) if self.alpha < 1 and len(crossed) else 0
+        # What is taken away: subtracting it spares the full bases of the spaces that U and V do not span.
+        removed = torch.zeros_like(coordinates)
+        removed[:rank, :rank] = coordinates[:rank, :rank]
+        if self.zero_diagonal == "paper":
+            removed.diagonal().copy_(coordinates.diagonal())
+        return tau - u @ removed @ vh
+
+    @override
+    def _after_update(self, step: Step, plan: float) -> None:
+        self._length += plan
+
+    @override
+    def _overview(self) -> float:
+        """Return what the sums are multiplied by: 1 / lambda, and the scale."""
+        length = math.sqrt(sum(squared_norm(slots["sum"]) for slots in self._slots.values()))
+        return self.scale * self._length / self.num_tasks / length if length else 0.0
+
+    @override
+    def _read(self, name: str, slots: Slots, overview: float) -> Tensor:
+        return slots["sum"] * overview

@@ -1,0 +1,57 @@
+"""The contract of the diagnostics document (docs/diagnostics.md)."""
+
+from typing import Any
+
+from clmerge.shapes import Check, count, keyed, listed, maybe, number, one_of, record, text
+
+
+def validate_diagnostics(document: Any, where: str) -> None:
+    """Check a diagnostics document.
+
+    Args:
+        document: What :func:`clmerge.evaluation.diagnostics.document` returned, after a trip through JSON.
+        where: Its place in the file.
+
+    Raises:
+        ValueError: If something is missing, misshapen, or not finite; the message names the place.
+    """
+    record({"tasks": listed(text, filled=True)})(document, where)
+    size = len(document["tasks"])
+    record({}, {"run": text, "vectors": maybe(_vectors(size)), "models": maybe(_models(size))})(document, where)
+
+
+def _vectors(size: int) -> Check:
+    row = listed(maybe(number), size)
+    square = listed(row, size)
+    pairs = {"norm": row, "cosine": square, "sign_conflict": square}
+    overlaps = {"effective_rank": row, "left_overlap": square, "right_overlap": square}
+    return record(
+        {
+            "whole": record(pairs),
+            "layers": listed(record({"name": text, **pairs})),
+            "matrices": listed(record({"name": text, "layer": text, **overlaps})),
+            "rank": count,
+        }
+    )
+
+
+def _models(size: int) -> Check:
+    row = listed(maybe(number), size)
+
+    def checked(value: Any, where: str) -> None:
+        record({"positions": listed(number, filled=True)})(value, where)
+        error = listed(maybe(number), len(value["positions"]))
+        record(
+            {
+                "setting": text,
+                "images": listed(count, size),
+                "models": keyed(record({"disagreement": row, "representation_bias": row})),
+                "segments": listed(record({"from": text, "to": text, "error": error})),
+            },
+            {
+                "split": one_of(("val", "test")),
+                "disentanglement": maybe(record({"xi": listed(row, size)})),
+            },
+        )(value, where)
+
+    return checked

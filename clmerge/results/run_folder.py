@@ -1,0 +1,370 @@
+"""The run folder: one atomic manifest is the truth, everything else can be made from it or is a view of it."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clmerge.names import file_name, tell
+from clmerge.results.checkpoint_files import damage
+from clmerge.results.run_lock import LOCK, hold_lock
+from clmerge.results.run_manifest import Manifest, check_config, read_manifest
+from clmerge.weights import checksum, load_tensors, save_tensors, save_torch, write_json_atomic, write_text_atomic
+from clmerge.weights.checksums import MANIFEST, verify_files
+
+# What a run makes in its folder, and nobody else.
+_OWN = ("bank", "checkpoints", "logs", "model", "plots", "state", "unmerged")
+_OWN_FILES = ("config.yaml", "data_check.json", "results.json", LOCK, MANIFEST)
+
+
+class RunFolder:
+    """Paths of a run and its commits.
+
+    A commit writes new files beside the old ones and then replaces the manifest in one step, so that a run
+    killed at any instant finds either the state before or the state after, never a mixture.
+
+    Args:
+        path: The folder.
+        writes: Whether this process writes (rank zero) or only reads.
+    """
+
+    def __init__(self, path: str | Path, *, writes: bool = True) -> None:
+        self.path = Path(path)
+        self.writes = writes
+        self.manifest = Manifest()
+
+    @classmethod
+    def create(cls, path: str | Path, *, config: str = "", unique: bool = False, writes: bool = True) -> "RunFolder":
+        """Start a run in a new or empty folder, or in one where a run has never trained anything.
+
+        Args:
+            path: The folder; missing parents are made.
+            config: The configuration that re-runs the run; ``config.yaml`` holds it.
+            unique: Whether another name is taken (``NAME-2``) where there is something at ``path``.
+            writes: Whether this process writes; if not, nothing is checked or made.
+
+        Raises:
+            FileExistsError: If there is something at ``path`` already.
+            BlockingIOError: If another process writes there.
+        """
+        run = cls(path, writes=writes)
+        if writes:
+            if unique:
+                run.path = _new_folder(run.path)
+            elif run.path.exists() and not run._is_free():
+                resume = f", or continue that run with --resume {run.path}"
+                raise FileExistsError(
+                    f"expected a new or empty run folder, got {run.path}, which exists: name another with "
+                    f"--run_dir{resume if (run.path / MANIFEST).is_file() else ''}"
+                )
+            run.path.mkdir(parents=True, exist_ok=True)
+            hold_lock(run.path, run)
+            if not run._is_free():
+                raise FileExistsError(f"expected a new or empty run folder, got {run.path}, where a run just was")
+            run._remove_everything()
+            run.manifest.config = config
+            run.commit()
+            run._write_views()
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path, *, writes: bool = True) -> "RunFolder":
+        """Open a run that exists: check everything that it holds, then tidy up after it if it was killed.
+
+        Args:
+            path: The folder.
+            writes: Whether this process writes; if not, nothing is changed.
+
+        Raises:
+            FileNotFoundError: If there is no run at ``path``, or a file of it is missing.
+            ValueError: If the manifest is damaged or was written by another version, or a file is not as it was
+                committed.
+            BlockingIOError: If another process writes there.
+        """
+        run = cls(path, writes=writes)
+        read_manifest(run.path / MANIFEST)
+        if writes:
+            hold_lock(run.path, run)
+        run.manifest = read_manifest(run.path / MANIFEST)  # whoever had the lock has changed it meanwhile
+        run.verify()
+        if writes:
+            run._remove_leftovers()
+            run._write_views()
+        return run
+
+    def verify(self) -> None:
+        """Check that the files of the run are as they were committed.
+
+        Raises:
+            FileNotFoundError: If one is missing.
+            ValueError: If one was changed; the message names it.
+        """
+        verify_files(self.path, self.manifest.files)
+        if self.config.is_file() and self.manifest.config:
+            check_config(self.config, self.manifest.config)
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether nothing that was trained is there: neither a committed task nor a checkpoint."""
+        return self.tasks_begun == 0
+
+    @property
+    def tasks_begun(self) -> int:
+        """Tasks that something was trained of."""
+        began = self.manifest.branch > 0 or any((self.path / "checkpoints").glob("task_*"))
+        return self.manifest.trained + began
+
+    def change_options(self, options: Sequence[str], *, begin_anew: bool) -> bool:
+        """Take down what is other than in ``config.yaml`` from the task on that is trained next.
+
+        Args:
+            options: As on the command line.
+            begin_anew: Whether what the task has trained without them is given up.
+
+        Returns:
+            Whether anything was given up.
+        """
+        manifest = self.manifest
+        manifest.options.append({"task": manifest.trained, "options": list(options)})
+        checkpoints = list((self.path / "checkpoints").glob("task_*"))
+        began = self.tasks_begun > manifest.trained
+        if begin_anew and not manifest.finished:
+            # Before the commit: a kill in between costs epochs, and never mixes two sets of options.
+            for found in checkpoints if self.writes else ():
+                shutil.rmtree(found) if found.is_dir() else found.unlink()
+            manifest.branch = 0
+            manifest.step, manifest.epochs = manifest.task_step, manifest.task_epochs
+            manifest.files = {name: value for name, value in manifest.files.items() if "_branch_" not in name}
+        self.commit()
+        if self.writes:
+            self._remove_leftovers()
+        return began and begin_anew
+
+    def discard(self) -> None:
+        """Remove a run that has trained nothing, and its folder if nothing else is in it."""
+        if self.writes and self.is_untrained:
+            self._remove_everything()
+            (self.path / LOCK).unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration that re-runs the run."""
+        return self.path / "config.yaml"
+
+    @property
+    def results(self) -> Path:
+        """The results, for scripts."""
+        return self.path / "results.json"
+
+    @property
+    def bank(self) -> Path:
+        """The task vectors of the run."""
+        return self.path / "bank"
+
+    def unmerged(self, task: int) -> Path:
+        """What belongs to a task's vector and is not merged; not there where a task has nothing of the kind."""
+        return self.path / "unmerged" / f"task_{task:03d}.safetensors"
+
+    @property
+    def plots(self) -> Path:
+        """Pictures of the results."""
+        return self.path / "plots"
+
+    @property
+    def logs(self) -> Path:
+        """What the loggers write."""
+        return self.path / "logs"
+
+    def checkpoint(self, task: int, branch: int = 0) -> Path:
+        """Lightning's checkpoint of the last completed epoch of a task, or a branch of it, in training."""
+        return self.path / "checkpoints" / f"task_{task:03d}{f'_branch_{branch:03d}' * (branch > 0)}.ckpt"
+
+    def has_whole(self, checkpoint: Path) -> bool:
+        """Return whether there is a checkpoint; one that is damaged is told of and removed.
+
+        Args:
+            checkpoint: What ``checkpoint`` returned.
+        """
+        if not checkpoint.exists() or (wrong := damage(checkpoint)) is None:
+            return checkpoint.exists()
+        if self.writes:
+            note = f"clmerge: {checkpoint} is damaged ({wrong}): this fit starts again from its first epoch"
+            tell(note)
+            shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
+        return False
+
+    def branch(self, task: int, done: int) -> Path:
+        """State between two branches of a task."""
+        return self.path / "state" / f"task_{task:03d}_branch_{done:03d}.pt"
+
+    def model(self, name: str) -> Path:
+        """Final weights of one merger."""
+        return self.path / "model" / f"{file_name(name)}.safetensors"
+
+    def keep_unmerged(self, task: int, state: Mapping[str, Tensor]) -> None:
+        """Keep what goes with a task's vector in the bank: its head and running statistics, where there are any."""
+        if self.writes and state:
+            save_tensors(self.unmerged(task), state)
+
+    def commit(self) -> None:
+        """Make the manifest as it is in memory the truth."""
+        if self.writes:
+            write_json_atomic(self.path / MANIFEST, asdict(self.manifest))
+            if self.manifest.results:
+                write_json_atomic(self.results, self.manifest.results)
+
+    def commit_state(self, task: int, module: Mapping[str, Tensor], accumulators: Mapping[str, Any]) -> None:
+        """Commit a task that was trained and merged.
+
+        Args:
+            task: Index of the task.
+            module: The model's training weights by name, buffers included.
+            accumulators: State of the mergers; tensors and primitives that ``weights_only`` loading accepts.
+        """
+        folder = Path("state") / f"task_{task:03d}"
+        if self.writes:
+            target = self.path / folder
+            target.mkdir(parents=True, exist_ok=True)
+            save_tensors(target / "module.safetensors", module)
+            save_torch(target / "accumulators.pt", dict(accumulators))
+            optional = (self.bank / f"task_{task:03d}.safetensors", self.unmerged(task))
+            kept = [file for file in optional if file.is_file()]
+            self._record(target / "module.safetensors", target / "accumulators.pt", *kept, instead_of="state/")
+        self.manifest.state = folder.as_posix()
+        self.manifest.trained = task + 1
+        self.manifest.branch = 0
+        self.manifest.task_step, self.manifest.task_epochs = self.manifest.step, self.manifest.epochs
+        self.commit()
+        if self.writes:
+            self._remove_leftovers()
+
+    def commit_branch(self, task: int, done: int, state: Mapping[str, Any]) -> None:
+        """Commit a branch of a task.
+
+        Args:
+            task: Index of the task.
+            done: Branches of the task that are done.
+            state: Tensors and primitives that ``weights_only`` loading accepts.
+        """
+        if self.writes:
+            save_torch(self.branch(task, done), dict(state))
+            self._record(self.branch(task, done), instead_of=f"state/task_{task:03d}_branch_")
+        self.manifest.branch = done
+        self.commit()
+        if self.writes:
+            self._remove_leftovers()
+
+    def load_branch(self) -> dict[str, Any]:
+        """Return what the last ``commit_branch`` of the current task took, on the CPU."""
+        file = self.branch(self.manifest.trained, self.manifest.branch)
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        return state
+
+    def load_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what the last ``commit_state`` took: the module's weights and the accumulators, on the CPU.
+
+        Raises:
+            RuntimeError: Before the first ``commit_state``.
+        """
+        accumulators = torch.load(self._state / "accumulators.pt", map_location="cpu", weights_only=True)
+        return load_tensors(self._state / "module.safetensors"), accumulators
+
+    def load_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the module's weights and theta_0, on the CPU; accumulators are not read.
+
+        Raises:
+            RuntimeError: Before the first ``commit_state``.
+        """
+        state = torch.load(self._state / "accumulators.pt", map_location="cpu", weights_only=True, mmap=True)
+        return load_tensors(self._state / "module.safetensors"), {k: v.clone() for k, v in state["base"].items()}
+
+    @property
+    def _state(self) -> Path:
+        if self.manifest.state is None:
+            raise RuntimeError(f"expected a committed task in {self.path}, got none")
+        return self.path / self.manifest.state
+
+    def _record(self, *files: Path, instead_of: str) -> None:
+        """Take the checksums of new files into the manifest, in place of those whose paths begin with a text."""
+        kept = {name: value for name, value in self.manifest.files.items() if not name.startswith(instead_of)}
+        new = {file.relative_to(self.path).as_posix(): checksum(file) for file in files}
+        self.manifest.files = kept | new
+
+    def _write_views(self) -> None:
+        """Write what the manifest says as files for people and scripts."""
+        if self.manifest.config and not self.config.is_file():
+            write_text_atomic(self.config, self.manifest.config)
+        if self.manifest.results:
+            write_json_atomic(self.results, self.manifest.results)
+
+    def _is_free(self) -> bool:
+        """Whether a run may start in the folder: it is empty, or holds a run that has trained nothing."""
+        if not self.path.is_dir():
+            return False
+        found = {entry.name for entry in self.path.iterdir()}
+        if all(name == LOCK or _is_half_written(name) for name in found):  # a start that was killed at once
+            return True
+        if not (self.path / MANIFEST).is_file() or not all(_is_own(name) for name in found):
+            return False
+        there = RunFolder(self.path, writes=False)
+        there.manifest = read_manifest(self.path / MANIFEST)
+        return there.is_untrained
+
+    def _remove_everything(self) -> None:
+        """Remove what a run makes, but for the lock."""
+        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == MANIFEST):
+            if entry.is_dir() and _is_own(entry.name):  # a logger of a failed start may still be writing
+                shutil.rmtree(entry, ignore_errors=entry.name == "logs")
+            elif _is_own(entry.name) and entry.name != LOCK:
+                entry.unlink()
+
+    def _remove_leftovers(self) -> None:
+        """Remove states and checkpoints that the manifest has left behind, and half-written files."""
+        keep = {self.path / self.manifest.state} if self.manifest.state is not None else set()
+        if not self.manifest.finished:
+            task, branch = self.manifest.trained, self.manifest.branch
+            keep |= {self.checkpoint(task, branch), self.branch(task, branch)}
+        for folder in ("state", "checkpoints"):
+            for found in sorted((self.path / folder).glob("task_*")):  # a callback of the user may write here, too
+                if found not in keep:
+                    shutil.rmtree(found) if found.is_dir() else found.unlink()
+        for kept in (self.bank, self.path / "unmerged"):  # of a task that was merged and not committed
+            for found in sorted(kept.glob("task_*.safetensors")):
+                if found.stem[5:].isdecimal() and int(found.stem[5:]) >= self.manifest.trained:
+                    found.unlink()
+        for found in self._half_written():
+            shutil.rmtree(found) if found.is_dir() else found.unlink()
+
+    def _half_written(self) -> Iterator[Path]:
+        yield from sorted(self.path.glob(".*.tmp"))
+        for folder in _OWN:
+            if folder != "logs":  # what loggers write is theirs
+                yield from sorted((self.path / folder).rglob(".*.tmp"))
+
+
+def _is_own(name: str) -> bool:
+    return name in _OWN or name in _OWN_FILES or _is_half_written(name)
+
+
+def _is_half_written(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def _new_folder(path: Path) -> Path:
+    """Make a folder that nobody has made before: ``path``, or ``path-2`` and so on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            candidate.mkdir()
+        except FileExistsError:
+            continue
+        return candidate
+    raise AssertionError

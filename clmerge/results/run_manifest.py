@@ -1,0 +1,169 @@
+"""The manifest of a run: what is committed, read with every doubt."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import clmerge
+from clmerge.files import parse_json
+from clmerge.results.results import validate
+from clmerge.shapes import anything, count, flag, keyed, listed, maybe, record, text
+from clmerge.weights.checksums import MANIFEST
+
+SCHEMA = 1
+
+
+@dataclass
+class Manifest:
+    """What a run has committed.
+
+    Attributes:
+        trained: Tasks whose training and merge are committed.
+        evaluated: Tasks whose evaluation is committed; ``trained`` or one less.
+        state: Folder of the committed state, relative to the run folder, or None before the first task.
+        step: Optimizer steps taken so far, over all tasks.
+        epochs: Epochs trained so far, over all tasks.
+        task_step: ``step`` when the current task began.
+        task_epochs: ``epochs`` when the current task began.
+        branch: Fits of the current task that are committed, where a task is trained in branches.
+        wandb_id: Identity of the run in W&B, kept over a resume.
+        results: The results so far, in the form of ``results.json``.
+        finished: Whether the run is complete.
+        config: The text of ``config.yaml``; empty for a run that was started from Python.
+        options: What was changed when the run was resumed: ``task``, the first task that was trained so, and
+            ``options``, as on the command line.
+        settings: What must be the same when the run is resumed: the seed, the mergers, the policies.
+        stream: What the stream was: the tasks' images, as counts and hashes.
+        files: Checksums of the committed files by path, relative to the run folder.
+    """
+
+    trained: int = 0
+    evaluated: int = 0
+    state: str | None = None
+    step: int = 0
+    epochs: int = 0
+    task_step: int = 0
+    task_epochs: int = 0
+    branch: int = 0
+    wandb_id: str | None = None
+    results: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False
+    schema: int = SCHEMA
+    clmerge: str = clmerge.__version__
+    config: str = ""
+    options: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    stream: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    def options_in_force(self) -> list[str]:
+        """Return the options beside ``config.yaml`` that the latest task was or will be trained with."""
+        return [option for entry in self.options for option in entry["options"]]
+
+    def options_by_task(self, num_tasks: int) -> list[list[str]]:
+        """Return the options beside ``config.yaml`` of every task.
+
+        Example:
+            >>> Manifest(options=[{"task": 1, "options": ["--trainer.max_epochs=3"]}]).options_by_task(2)
+            [[], ['--trainer.max_epochs=3']]
+        """
+        return [
+            [option for entry in self.options if entry["task"] <= task for option in entry["options"]]
+            for task in range(num_tasks)
+        ]
+
+
+def read_manifest(file: Path) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged, contradicts itself, or was written by another version.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"expected a run folder with a {MANIFEST}, got {file.parent}")
+    try:
+        found = parse_json(file.read_bytes(), "something else")
+    except ValueError as error:
+        raise ValueError(f"expected a manifest in JSON, got {file}, which is damaged: {error}") from error
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        schema = found.get("schema") if isinstance(found, dict) else None
+        raise ValueError(
+            f"expected manifest schema {SCHEMA} in {file}, got {schema!r}; "
+            "resume with the version of clmerge that wrote it"
+        )
+    if unknown := sorted(set(found) - {f.name for f in fields(Manifest)}):
+        raise ValueError(
+            f"expected a manifest of clmerge {clmerge.__version__}, got unknown entries {unknown} in {file}; "
+            f"resume with the version that wrote it ({found.get('clmerge', 'not recorded')})"
+        )
+    if wrong := _contradiction(found):
+        raise ValueError(f"expected {wrong} in {file}, which was changed by another hand than clmerge's; put it back")
+    return Manifest(**found)
+
+
+def check_config(file: Path, expected: str) -> None:
+    """Check that a run's configuration is the one it began with.
+
+    Args:
+        file: ``config.yaml``.
+        expected: The text that the manifest has.
+
+    Raises:
+        ValueError: If it was edited; the message shows the first line that differs.
+    """
+    try:
+        found = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected the configuration of the run in {file}, which is damaged: {error}") from error
+    if found != expected:
+        pairs = zip([*expected.splitlines(), ""], [*found.splitlines(), ""], strict=False)
+        before, after = next(((a, b) for a, b in pairs if a != b), ("", ""))
+        raise ValueError(
+            f"expected {file} as the run began with it, got {after.strip() or 'nothing'!r} where it had "
+            f"{before.strip() or 'nothing'!r}: one run has one configuration. Remove the file to get the old one back; "
+            "what may change from a task on is an option, for example --resume RUN --trainer.max_epochs=3"
+        )
+
+
+def _contradiction(found: Mapping[str, Any]) -> str | None:
+    """Return what a manifest should say and does not, None if nothing is wrong with it."""
+    try:
+        _CONTRACT(found, "")
+    except ValueError as error:
+        return str(error).removeprefix("expected ")
+    if results := found.get("results"):
+        try:
+            validate(results)
+        except ValueError as error:
+            return f"results, got others ({error})"
+    trained, evaluated = found.get("trained", 0), found.get("evaluated", 0)
+    if evaluated not in (trained, trained - 1):
+        return f"as many trained as evaluated tasks, or one more, got {trained} and {evaluated}"
+    state = f"state/task_{trained - 1:03d}" if trained else None
+    if found.get("state") != state:
+        return f"the state {state!r} after {trained} tasks, got {found.get('state')!r}"
+    return None
+
+
+_TASK = record(
+    {"name": text, **dict.fromkeys(("train", "val", "test"), count), "labels": text, "images": text}
+    | {"sizes": record(dict.fromkeys(("train", "val", "test"), text))}
+)
+_CONTRACT = record(
+    {},
+    {
+        **dict.fromkeys(("trained", "evaluated", "step", "epochs", "task_step", "task_epochs", "branch"), count),
+        "state": maybe(text),
+        "wandb_id": maybe(text),
+        "results": keyed(anything),
+        "finished": flag,
+        "clmerge": text,
+        "config": text,
+        "options": listed(record({"task": count, "options": listed(text)})),
+        "settings": keyed(anything),
+        "stream": record({}, {"tasks": listed(_TASK)}),
+        "files": keyed(text),
+    },
+)

@@ -1,0 +1,1 @@
+"""Whole runs: fit a stream, and compare what it left."""

@@ -1,0 +1,109 @@
+"""What a comparison has found so far, kept on disk so that it goes on after a kill."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import clmerge
+from clmerge.results.results import SETTINGS
+from clmerge.results.run_lock import hold_lock
+from clmerge.shapes import amount, keyed, listed, maybe, record, share
+from clmerge.weights import write_json_atomic
+from clmerge.files import parse_json
+
+
+class Row(TypedDict):
+    """Accuracies of one merged model on every task, NaN where undefined, and the seconds that merging took."""
+
+    task_agnostic: list[float]
+    task_aware: list[float]
+    merge_seconds: float
+
+
+def make_row(accuracies: Mapping[str, list[float]], merge_seconds: float = 0.0) -> Row:
+    """Return the row of accuracies by setting."""
+    agnostic, aware = (accuracies[setting] for setting in SETTINGS)
+    return {"task_agnostic": agnostic, "task_aware": aware, "merge_seconds": merge_seconds}
+
+
+class Ledger:
+    """Rows by what they are the result of, in one JSON file that is replaced atomically with every addition.
+
+    Its folder is made, and locked until the ledger is gone: a second process would overwrite the rows of the first.
+
+    Args:
+        file: The file; read if it is there.
+
+    Raises:
+        BlockingIOError: If another process has locked the folder.
+        ValueError: If the file is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ledger = Ledger(Path(folder, "rows.json"))
+        ...     key = ledger.key("run", "MagMax(scale=0.5)", "test", [0, 1])
+        ...     ledger.add({key: {"task_agnostic": [1.0], "task_aware": [1.0], "merge_seconds": 0.5}})
+        ...     key in Ledger(Path(folder, "rows.json"))
+        True
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._rows: dict[str, Row] = {}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        hold_lock(file.parent, self)
+        if file.is_file():
+            try:
+                found = parse_json(file.read_bytes(), "something else")
+                _ROWS(found, "")
+            except ValueError as error:
+                raise ValueError(
+                    f"expected the rows of a comparison in {file}, which is damaged: {error}; remove the file"
+                ) from error
+            self._rows = {key: _from_json(row) for key, row in found.items()}
+
+    @staticmethod
+    def key(run: str, model: str, split: str, tasks: Sequence[int]) -> str:
+        """Return the key of a row: equal for equal results of one version of clmerge.
+
+        Args:
+            run: Identity of the run.
+            model: What was merged how, with all settings.
+            split: The images it was evaluated on.
+            tasks: The tasks that were merged, in order.
+        """
+        return hashlib.sha256(json.dumps([clmerge.__version__, run, model, split, list(tasks)]).encode()).hexdigest()[
+            :32
+        ]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows
+
+    def __getitem__(self, key: str) -> Row:
+        return self._rows[key]
+
+    def add(self, rows: Mapping[str, Row]) -> None:
+        """Keep more rows; they are on disk when this returns.
+
+        Args:
+            rows: Rows by key.
+        """
+        self._rows.update(rows)
+        write_json_atomic(self.file, {key: _to_json(row) for key, row in self._rows.items()})
+
+
+_ROWS = keyed(record({**dict.fromkeys(map(str, SETTINGS), listed(maybe(share))), "merge_seconds": amount}))
+
+
+def _to_json(row: Row) -> dict[str, Any]:
+    agnostic, aware = ([None if math.isnan(v) else v for v in row[s]] for s in SETTINGS)
+    return {"task_agnostic": agnostic, "task_aware": aware, "merge_seconds": row["merge_seconds"]}
+
+
+def _from_json(row: Mapping[str, Any]) -> Row:
+    agnostic, aware = ([math.nan if v is None else float(v) for v in row[s]] for s in SETTINGS)
+    return {"task_agnostic": agnostic, "task_aware": aware, "merge_seconds": float(row["merge_seconds"])}

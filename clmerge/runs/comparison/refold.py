@@ -1,0 +1,180 @@
+"""Fold a run's task vectors again, in any order, and evaluate what comes out; what was found before is not repeated."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from lightning.pytorch import LightningModule
+
+from clmerge.deploy.naming import check_settings
+from clmerge.statistics.provided import PROVIDED
+from clmerge.deploy.running_merge import RunningMerge
+from clmerge.runs.comparison.grid import with_values
+from clmerge.runs.comparison.ledger import Ledger, Row, make_row
+from clmerge.runs.comparison.stored_run import Split, StoredRun
+from clmerge.merging import Merger, Statistics
+from clmerge.names import tell
+from clmerge.deploy.predictors import Predictor
+from clmerge.weights.parametrization import own_names
+from clmerge.weights.swap import swapped
+
+Table = dict[str, dict[int, Row]]
+"""Model -> number of merged tasks -> what was found."""
+
+
+class Refold:
+    """Merge the task vectors of a run as ``fit`` did, with other mergers or in another order.
+
+    Args:
+        run: The run.
+        mergers: Mergers by name; new ones with their settings are used.
+
+    Raises:
+        ValueError: If a merger requires what the run cannot give again.
+    """
+
+    def __init__(self, run: StoredRun, mergers: Mapping[str, Merger]) -> None:
+        self.run = run
+        self.order: list[int] = []
+        fresh = {name: with_values(merger, {}) for name, merger in mergers.items()}
+        for merger in fresh.values():
+            merger.use_bank(run.bank)  # rules that keep every vector read them there
+        self.merge = RunningMerge(
+            fresh,
+            base=run.base,
+            buffers=run.config["learner"]["buffers"],
+            score=lambda module: run.score(self.order),
+            statistics=self._statistics,
+            images=lambda module: run.images(self.order[-1]),
+        )
+        own = own_names(run.module)
+        with swapped(run.module, {own[name]: tensor for name, tensor in run.base_statistics.items()}):
+            self.merge.start(run.module, run.module.trained_names)
+
+    def fold(self, task: int) -> None:
+        """Fold one more task in.
+
+        Args:
+            task: Its index in the run; it seeds random rules, whatever the order.
+        """
+        self.run.enter(task)
+        self.order.append(task)
+        self.merge.fold(self.run.bank[task], self.run.module, task=task, given={"weights": self.run.base})
+
+    def _statistics(self, module: LightningModule) -> Statistics:
+        task = self.order[-1]
+        needed = self.merge.required_statistics - PROVIDED
+        return self.run.measure(needed, task, self.run.bank.metadata(task).get("steps"))
+
+
+def check_mergers(run: StoredRun, mergers: Mapping[str, Merger]) -> None:
+    """Refuse mergers that require what cannot be measured again, before anything is computed.
+
+    Raises:
+        ValueError: If a merger requires Adam's second moments, or validation images that the stream does not have, or
+            its settings do not fit the run's parameters and tasks.
+    """
+    check_settings(mergers, run.base, len(run.tasks))
+    for name, merger in mergers.items():
+        if "adam" in merger.requires:
+            raise ValueError(
+                f"expected mergers whose statistics can be measured again, got {name!r}, which requires the second "
+                "moments of Adam: they are there at the end of training only; name it in --mergers of `clmerge fit`"
+            )
+        if merger.requires_score and not run.has_validation:
+            raise ValueError(
+                f"expected validation images for merger {name!r}, got a run of a stream that holds none out; "
+                "train with stream.val_fraction above 0"
+            )
+
+
+def sweep(
+    run: StoredRun,
+    mergers: Mapping[str, Merger],
+    ledger: Ledger,
+    *,
+    order: Sequence[int] | None = None,
+    split: Split = "test",
+    last_only: bool = False,
+    what: str = "models",
+    memory: int = 2**32,
+) -> Table:
+    """Merge a run's tasks in an order with several mergers, and evaluate after every task.
+
+    Mergers go together through one pass over the vectors and, after every task, one pass over the images, as far as
+    ``memory`` allows; a row that the ledger has is not computed again.
+
+    Args:
+        run: The run.
+        mergers: Mergers by name.
+        ledger: Where rows are kept.
+        order: Indices of tasks; default that of the run.
+        split: Images to evaluate on.
+        last_only: Evaluate after the last task of the order alone.
+        what: What the models are called where progress is shown.
+        memory: Bytes of accumulators and merged weights that are held at a time.
+
+    Returns:
+        Model -> number of merged tasks -> row.
+    """
+    order = list(range(len(run.tasks))) if order is None else list(order)
+    counts = [len(order)] if last_only else list(range(1, len(order) + 1))
+    keys = {
+        (name, count): ledger.key(run.identity, _told(run, merger), split, order[:count])
+        for name, merger in mergers.items()
+        for count in counts
+    }
+    for group in _groups(run, mergers, memory, len(order)):
+        last = max((c for name in group for c in counts if keys[name, c] not in ledger), default=0)
+        refold = Refold(run, group)
+        for count, task in enumerate(order[:last], start=1):
+            refold.fold(task)
+            missing = [name for name in group if (name, count) in keys and keys[name, count] not in ledger]
+            if not missing:
+                continue
+            predictors, seconds = _merged(run, refold.merge, missing)
+            label = f"{run.name}: task {count}/{len(order)}: {len(missing)} {what}, {split} images"
+            with _line(label, silent=run.trainers.progress):
+                rows = run.evaluate(label, predictors, max(order[:count]), split)
+            ledger.add({keys[name, count]: make_row(rows[name], seconds[name]) for name in missing})
+    return {name: {count: ledger[keys[name, count]] for count in counts} for name in mergers}
+
+
+def _told(run: StoredRun, merger: Merger) -> str:
+    """Return a merger with its settings, and what it is scored by where that matters and is not the usual one."""
+    scored = merger.requires_score and run.evaluation != "task_agnostic"
+    return f"{merger!r}{f' by {run.evaluation}' if scored else ''}{' per task' if merger.task_views else ''}"
+
+
+def _merged(run: StoredRun, merge: RunningMerge, names: Sequence[str]) -> tuple[dict[str, Predictor], dict[str, float]]:
+    predictors: dict[str, Predictor] = {}
+    seconds = {}
+    for name in names:
+        started = time.perf_counter()
+        predictors[name] = merge.predictor(name, run.module)
+        seconds[name] = merge.update_seconds[name] + time.perf_counter() - started
+    return predictors, seconds
+
+
+def _groups(run: StoredRun, mergers: Mapping[str, Merger], memory: int, num_tasks: int) -> Iterator[dict[str, Merger]]:
+    """Split mergers so that accumulators and merged weights of a group fit into ``memory`` bytes, one at least."""
+    group: dict[str, Merger] = {}
+    used = 0
+    for name, merger in mergers.items():
+        size = merger.state_size(run.shapes, num_tasks) + 4 * run.num_parameters
+        if group and used + size > memory:
+            yield group
+            group, used = {}, 0
+        group[name] = merger
+        used += size
+    if group:
+        yield group
+
+
+@contextmanager
+def _line(label: str, *, silent: bool) -> Iterator[None]:
+    """Print one line to stderr when a step is done, where no progress bar says so."""
+    started = time.perf_counter()
+    yield
+    if not silent:
+        tell(f"{label}: {time.perf_counter() - started:.1f} s")

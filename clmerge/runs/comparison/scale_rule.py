@@ -1,0 +1,118 @@
+"""A scale that changes as tasks are added, by a rule fitted to earlier tasks only."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from clmerge.runs.comparison.grid import with_values
+from clmerge.runs.comparison.ledger import Ledger, Row
+from clmerge.runs.comparison.refold import sweep
+from clmerge.runs.comparison.search import Search, mean_accuracy
+from clmerge.merging import Merger
+
+
+def fit_rule(chosen: Sequence[float]) -> tuple[float, float]:
+    """Fit ``scale = a * t^b`` to the best scales after tasks 1..t, by least squares in the logarithms.
+
+    Args:
+        chosen: The best scales, all positive; with one of them b is 0.
+
+    Returns:
+        ``a`` and ``b``.
+
+    Example:
+        >>> a, b = fit_rule([1.0, 0.5, 1 / 3])
+        >>> round(a, 6), round(b, 6)
+        (1.0, -1.0)
+    """
+    if len(chosen) == 1:
+        return chosen[0], 0.0
+    b, log_a = np.polyfit(np.log(np.arange(1, len(chosen) + 1)), np.log(chosen), 1)
+    return math.exp(log_a), float(b)
+
+
+class ScaleRule:
+    """A merger whose scale after task t follows from the best scales after the tasks before.
+
+    After task t the scale is ``a * t^b``, fitted to the scales that were best on the validation images after tasks
+    1..t-1, and kept within the values tried. After the first task there are none: the merger's own scale is used.
+
+    Args:
+        merger: The merger; its scale is that of the first task.
+        scales: Scales that are tried, all positive.
+        best: The best of them after every task.
+
+    Attributes:
+        used: The scale after every task; None where the merger's default depends on its parts.
+
+    Example:
+        >>> from clmerge.merging import TaskArithmetic
+        >>> rule = ScaleRule(TaskArithmetic(scale=1.0), [0.1, 0.4, 0.8], [0.8, 0.4, 0.4])
+        >>> [round(scale, 3) for scale in rule.used]
+        [1.0, 0.8, 0.267]
+    """
+
+    def __init__(self, merger: Merger, scales: Sequence[float], best: Sequence[float]) -> None:
+        self.merger = merger
+        self.best = list(best)
+        self.used: list[float | None] = [vars(merger)["scale"]]
+        for t in range(2, len(best) + 1):
+            a, b = fit_rule(self.best[: t - 1])
+            self.used.append(min(max(a * t**b, min(scales)), max(scales)))
+
+    def at(self, t: int) -> Merger:
+        """Return the merger with the scale after task t, from 1."""
+        return with_values(self.merger, {"scale": self.used[t - 1]})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the rule as the document has it: ``a`` and ``b`` are fitted to all tasks."""
+        a, b = fit_rule(self.best)
+        return {"chosen": self.best, "used": self.used, "a": a, "b": b}
+
+
+def scale_rules(searches: Sequence[Search], ledger: Ledger, memory: int) -> dict[str, tuple[ScaleRule, list[Row]]]:
+    """Return a rule for every merger whose scale is searched, and its rows on the test images.
+
+    The other values that a search has chosen are used.
+
+    Args:
+        searches: Finished searches, of one run.
+        ledger: Keeps what is found.
+        memory: Bytes of accumulators and weights that are held at a time.
+
+    Raises:
+        ValueError: If a scale is not positive.
+    """
+    scaled = [search for search in searches if "scale" in search.grid]
+    candidates = {
+        f"{search.name} {scale}": with_values(search.build(), {"scale": scale})
+        for search in scaled
+        for scale in search.grid["scale"]
+    }
+    if not candidates:
+        return {}
+    if wrong := [scale for search in scaled for scale in search.grid["scale"] if scale <= 0]:
+        raise ValueError(f"expected scales above 0 for a rule in t, got {wrong[0]}")
+    run = searches[0].run
+    table = sweep(run, candidates, ledger, split="val", memory=memory, what="models with one scale each")
+    counts = range(1, len(run.tasks) + 1)
+    rules = {}
+    for search in scaled:
+        scales = search.grid["scale"]
+        best = []
+        for t in counts:
+            scores = [mean_accuracy(table[f"{search.name} {scale}"][t][run.evaluation][:t]) for scale in scales]
+            best.append(float(scales[scores.index(max(scores))]))
+        merger = with_values(search.build(), {"scale": vars(search.merger)["scale"]})
+        rules[search.name] = ScaleRule(merger, scales, best)
+    rows: dict[str, list[Row]] = {name: [] for name in rules}
+    for t in counts:
+        at = {name: rule.at(t) for name, rule in rules.items()}
+        found = sweep(
+            run, at, ledger, order=range(t), last_only=True, memory=memory, what="models with the rule's scale"
+        )
+        for name in rules:
+            rows[name].append(found[name][t])
+    return {name: (rule, rows[name]) for name, rule in rules.items()}

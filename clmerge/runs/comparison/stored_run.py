@@ -1,0 +1,260 @@
+"""A finished run, opened to merge its task vectors again without training."""
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from clmerge.deploy.running_merge import RunningMerge
+from clmerge.evaluation.evaluate import Rows, accuracy_on, evaluate
+from clmerge.merging import Statistics, WeightAverage
+from clmerge.merging.checks import Shapes, num_entries
+from clmerge.training.module import ContinualClassifier
+from clmerge.deploy.predictors import Predictor
+from clmerge.results.results import Results, Setting
+from clmerge.results.run_folder import RunFolder
+from clmerge.streams import Stream, StreamDataModule
+from clmerge.statistics.measure import measure, training_images
+from clmerge.runs.trainers import TrainerFactory, Trainers
+from clmerge.weights import TaskVectorBank, load_tensors, save_tensors
+from clmerge.weights.parametrization import own_names, running_statistics
+
+Split: TypeAlias = Literal["val", "test"]
+
+
+class StoredRun:
+    """Give back the models of a finished run: theta_0, every expert, every merged model.
+
+    Args:
+        folder: The run folder; nothing in it is changed.
+        stream: The stream it was trained on.
+        module: A new classifier of its configuration.
+        data: Its data module.
+        trainer: Builds Trainers as the run had them, for one process.
+        config: Its configuration, as plain values.
+        name: What the run is called in results.
+        evaluation: Which reading of the logits searches, scores and the table go by.
+        progress: Whether to show progress bars.
+
+    Attributes:
+        base: theta_0 by parameter name.
+        base_statistics: Running statistics of the model before the first task.
+        bank: The task vectors.
+        trainers: Builds Trainers.
+        scratch: Folder of what would be computed again, if there is one.
+        results: What ``fit`` found.
+        identity: A hash that tells this run from every other.
+
+    Raises:
+        ValueError: If the run is not finished, has kept no task vectors, or was made with another stream.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        stream: Stream,
+        module: ContinualClassifier,
+        data: StreamDataModule,
+        *,
+        trainer: TrainerFactory,
+        config: Mapping[str, Any],
+        name: str,
+        evaluation: Setting = "task_agnostic",
+        progress: bool = False,
+    ) -> None:
+        self.folder, self.stream, self.module, self.data, self.name = folder, stream, module, data, name
+        self.config = config
+        self.scratch: Path | None = None
+        self.trainers = Trainers(trainer, folder, [], progress=progress)
+        if not folder.manifest.finished:
+            raise ValueError(f"expected a finished run, got {folder.path}: `clmerge fit --resume {folder.path}` first")
+        self.results = Results.from_dict(folder.manifest.results)
+        self.evaluation: Setting = evaluation
+        self.results.evaluation = evaluation
+        self.tasks = stream.tasks
+        if [task.name for task in self.tasks] != self.results.tasks:
+            raise ValueError(
+                f"expected the stream of {folder.path} ({self.results.tasks}), got other tasks: other data?"
+            )
+        weights, self.base = folder.load_weights()
+        self.bank = TaskVectorBank(folder.bank)
+        self._reader = RunningMerge(WeightAverage(), base=self.base)
+        self._check_bank()
+        text = json.dumps([folder.manifest.results, self.bank.base], sort_keys=True)
+        self.identity = hashlib.sha256(text.encode()).hexdigest()[:16]
+        data.setup_stream(stream, module.backbone.train_transform, module.backbone.eval_transform)
+        self.base_statistics = running_statistics(module)
+        self._blank_head = None
+        if not module.head.open_vocabulary:
+            module.head.build(module.backbone, len(stream.class_names), ())
+            self._blank_head = copy.deepcopy(module.head)
+        module.load_state_dict(weights)  # the text head comes with them
+
+    @property
+    def shapes(self) -> Shapes:
+        """Shapes of the merged parameters by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.base.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """Entries of one task vector."""
+        return num_entries(self.shapes)
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether every task has validation images."""
+        return all(len(self.stream.dataset(task.index, "val")) for task in self.tasks)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the run's Trainers put the module."""
+        return self.trainers.for_evaluation("").strategy.root_device
+
+    def enter(self, task: int) -> None:
+        """Give the module the head and the running statistics that it had after a task.
+
+        Args:
+            task: Index of the task.
+
+        Raises:
+            ValueError: If the run has not kept them.
+        """
+        self.module.to(self.device)  # a Trainer leaves it on the CPU
+        self.data.task = task
+        self.module.resume_tasks([t.classes for t in self.tasks[: task + 1]])
+        file = self.folder.unmerged(task)
+        kept = load_tensors(file) if file.is_file() else {}
+        if self._blank_head is not None:
+            if not any(name.startswith("head.") for name in kept):
+                raise ValueError(
+                    f"expected the head of task {task} in {file}, got none: run `clmerge fit` anew to keep it"
+                )
+            self.module.head = copy.deepcopy(self._blank_head).to(self.device)
+        own = own_names(self.module)
+        kept = {own.get(name, name): tensor for name, tensor in kept.items()}
+        if unexpected := self.module.load_state_dict(kept, strict=False).unexpected_keys:
+            raise ValueError(f"expected tensors of {type(self.module).__name__} in {file}, got {unexpected[0]!r}")
+
+    def expert(self, task: int) -> dict[str, Tensor]:
+        """Return the weights of one task's expert, theta_0 + tau, by the module's names."""
+        return self._reader.weights_with(self.bank[task], self.module)
+
+    def measure(self, needed: Set[str], task: int, num_steps: str | None) -> Statistics:
+        """Measure statistics of a task on the module as it is, exactly as ``fit`` does.
+
+        Args:
+            needed: Names of statistics.
+            task: Index of the task.
+            num_steps: Optimizer steps of the task, if the bank knows them.
+
+        Raises:
+            ValueError: If steps are needed and not known.
+        """
+        if "steps" in needed and num_steps is None:
+            raise ValueError(
+                f"expected the optimizer steps of task {task} in {self.bank.path(task)}, got none: an older version "
+                "wrote it; run `clmerge fit` anew, or leave out mergers that require steps"
+            )
+        measured: dict[str, Mapping[str, Tensor] | float] = {
+            name: kept for name in needed if (kept := self._read_statistic(name, task)) is not None
+        }
+        if missing := needed - measured.keys():
+            measured |= measure(
+                missing,
+                self.module,
+                self.data,
+                task,
+                base=self.base,
+                num_steps=int(num_steps or 0),
+                num_images=self.config["learner"]["statistics_images"],
+                seed=self.config["seed"],
+            )
+            self._write_statistics({name: measured[name] for name in missing}, task)
+        return measured
+
+    def images(self, task: int) -> Iterator[Tensor]:
+        """Yield the images that statistics of a task are measured on, exactly as ``fit`` does."""
+        return training_images(
+            self.module,
+            self.data,
+            task,
+            num_images=self.config["learner"]["statistics_images"],
+            seed=self.config["seed"],
+        )
+
+    def _statistic_file(self, name: str, task: int) -> Path | None:
+        return None if self.scratch is None else self.scratch / f"{name}_{task:03d}.safetensors"
+
+    def _read_statistic(self, name: str, task: int) -> Mapping[str, Tensor] | None:
+        file = self._statistic_file(name, task)
+        return load_tensors(file) if file is not None and file.is_file() else None
+
+    def _write_statistics(self, statistics: Statistics, task: int) -> None:
+        """Keep what took time to measure: tensors; other searches and orders need them again."""
+        for name, value in statistics.items():
+            if isinstance(value, Mapping) and (file := self._statistic_file(name, task)) is not None:
+                save_tensors(file, value)
+
+    def use_scratch(self, folder: Path, *, image_memory: int) -> None:
+        """Keep what would be computed again - decoded images, statistics - until the folder is removed.
+
+        Args:
+            folder: An empty folder.
+            image_memory: MiB of images that are kept in memory instead.
+        """
+        self.scratch = folder
+        self.data.cache_eval = True
+        self.data.cache_mb = image_memory
+        self.data.keep_images(folder)
+
+    def score(self, tasks: Sequence[int]) -> float:
+        """Return the module's accuracy on the validation images of some tasks, as ``fit`` scores it."""
+        own = [task.classes for task in self.tasks] if self.evaluation == "task_aware" else None
+        return accuracy_on(self.module, self.data.eval_dataloader("val", tasks), own)
+
+    def evaluate(self, label: str, predictors: Mapping[str, Predictor], task: int, split: Split) -> Rows:
+        """Return the accuracies of several models on all tasks, exactly as ``fit`` does after a task.
+
+        Args:
+            label: What the progress bar says.
+            predictors: Predictors by name.
+            task: The latest task that was merged; a head that grows has no accuracy on later ones.
+            split: Which images.
+        """
+        rows = evaluate(
+            self.trainers.for_evaluation(label),
+            self.module,
+            predictors,
+            self.data,
+            task_classes=[t.classes for t in self.tasks],
+            num_classes=len(self.stream.class_names),
+            split=split,
+        )
+        known = len(self.tasks) if self.module.head.open_vocabulary else task + 1
+        unknown = [math.nan] * (len(self.tasks) - known)
+        return {name: {s: row[:known] + unknown for s, row in settings.items()} for name, settings in rows.items()}
+
+    def _check_bank(self) -> None:
+        if not self.base:
+            raise ValueError(
+                f"expected a run that trained what can be merged, got {self.folder.path}: its backbone is frozen"
+            )
+        size = sum(tensor.nbytes for tensor in self.base.values())
+        if self.bank.tasks != list(range(len(self.tasks))):
+            found = f"{len(self.bank)} of {len(self.tasks)}" if len(self.bank) else "none"
+            raise ValueError(
+                f"expected the task vectors of all {len(self.tasks)} tasks in {self.bank.folder}, got {found}. Train "
+                "with --learner.keep_task_vectors=true (the default) to keep them: it costs "
+                f"{size / 1e6:,.1f} MB per task for this model, {size * len(self.tasks) / 1e6:,.1f} MB for this stream"
+            )
+        if self.bank.base not in (None, self._reader.base_fingerprint):
+            raise ValueError(
+                f"expected task vectors of the base model of {self.folder.path}, got others in {self.bank.folder}"
+            )

@@ -1,0 +1,166 @@
+"""The outer loop over a stream: train a task, merge, evaluate everything, commit, go on; resume where it stopped."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import Logger
+
+from clmerge.callbacks.progress import matrix_lines, trainable_line
+from clmerge.evaluation.evaluate import Rows, evaluate
+from clmerge.runs.final_models import save_models
+from clmerge.runs.learner_parts import LearnerParts
+from clmerge.lightning_compat import quiet_lightning
+from clmerge.loggers import finish_loggers, log_artifacts, log_summary, log_task
+from clmerge.names import tell
+from clmerge.runs.notices import add_place, notices
+from clmerge.figures import plot_files, save_plots
+from clmerge.deploy.predictors import Merged, Predictor
+from clmerge.results.results import EXPERT, ZERO_SHOT, Results
+from clmerge.runs.resume import restore
+from clmerge.results.run_folder import RunFolder
+from clmerge.runs.task_training import TaskTraining
+from clmerge.runs.trainers import TrainerFactory, Trainers
+
+
+class Learner(LearnerParts):
+    """Train a stream task by task with several mergers riding along, and commit to a run folder after every step.
+
+    For every task a new Trainer with fresh callbacks; the model, the loggers and the MergeCallback survive. After
+    every task all models (each merger, and the un-merged expert) are evaluated on all tasks of the stream. What it is
+    made from, ``LearnerParts`` says.
+    """
+
+    def fit(
+        self,
+        run: RunFolder,
+        *,
+        trainer: TrainerFactory = Trainer,
+        loggers: Sequence[Logger] = (),
+        report: Callable[[Results], None] | None = None,
+        progress: bool | None = None,
+        artifacts: bool = False,
+    ) -> Results:
+        """Train what the run folder lacks, and return the results of the whole stream.
+
+        Args:
+            run: A new run, or one that was interrupted.
+            trainer: Builds a new Trainer with fresh callbacks from the keyword arguments it is given.
+            loggers: Lightning loggers for the whole stream.
+            report: Called with the results after every evaluated task.
+            progress: Whether to show progress bars instead of a line per epoch; default where stderr is a terminal.
+            artifacts: Whether W&B gets base, task vectors and merged models as artifacts in the end.
+
+        Raises:
+            ValueError: If task vectors shall become artifacts and there will be none.
+        """
+        if artifacts:
+            self.require_task_vectors()
+        progress = sys.stderr.isatty() if progress is None else progress
+        trainers = Trainers(trainer, run, loggers, progress=progress)
+        quiet_lightning()
+        seed_everything(self.seed, workers=True, verbose=False)
+        backbone = self.module.backbone
+        self.data.setup_stream(self.stream, backbone.train_transform, backbone.eval_transform)
+        self.module.begin_stream(len(self.stream.class_names), self.prompts)
+        if self.keep_task_vectors:
+            self.merge.use_bank(run.bank)
+        results = restore(self, run)
+        if run.writes:
+            matrices = matrix_lines(self.module, self.mergers) if self.mergers else ()  # a frozen backbone has none
+            for line in (trainable_line(self.module), *matrices, *notices(self.module, self.stream)):
+                tell(line)
+        told = loggers if run.writes else ()  # the Trainer's part of logging needs the same loggers on every rank
+        deployed = self.merge.deploy if self.mergers else EXPERT
+        training = TaskTraining(self, run, trainers)
+        success = False
+        try:
+            if not run.manifest.results:
+                self._evaluate_zero_shot(run, trainers, results)
+            for task in range(results.num_finished):
+                # A killed run's loggers may lack what the manifest has.
+                log_task(told, results, task, deployed=deployed)
+            for task in range(run.manifest.evaluated, len(self.tasks)):
+                if run.manifest.trained == task:
+                    training.train(results, task)
+                self._evaluate(run, trainers, results, task)
+                log_task(told, results, task, deployed=deployed)
+                if report is not None:
+                    report(results)
+            if not (run.manifest.finished and self._has_views(run, results)):
+                self._finish(run, trainers, results)
+            log_summary(told, results, deployed=deployed)
+            if artifacts:
+                log_artifacts(told, run, results)
+            success = True
+        except Exception as error:
+            add_place(error, run, self.tasks)
+            raise
+        finally:
+            finish_loggers(told, success=success)
+        return results
+
+    def require_task_vectors(self) -> None:
+        """Raise a ValueError unless the run will keep task vectors."""
+        if not (self.keep_task_vectors and self.mergers):
+            raise ValueError(
+                "expected a run that keeps task vectors, for logging.artifacts, got "
+                + ("keep_task_vectors=false; set it to true" if self.mergers else "a frozen backbone, which has none")
+            )
+
+    # Evaluation ----------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, run: RunFolder, trainers: Trainers, results: Results, task: int) -> None:
+        started = time.perf_counter()
+        predictors = {name: self.merge.predictor(name, self.module) for name in self.mergers}
+        if self.calibrated:
+            calibrated = self.calibrated.models(self.merged(), task, trainers.device)
+            predictors |= {name: Merged(state) for name, state in calibrated.items()}
+        # theta_0 + tau is what the bank can give back: compare finds the same bits.
+        expert = self.merge.weights_with(self.merge.task_vector(self.module), self.module)
+        predictors[EXPERT] = Merged(expert)
+        rows = self._rows(trainers, f"evaluating {len(predictors)} models", predictors)
+        for name, row in rows.items():
+            # A head that grows has no logits for the classes of tasks to come.
+            known = len(self.tasks) if self.module.head.open_vocabulary else task + 1
+            unknown = [math.nan] * (len(self.tasks) - known)
+            results.add_row(name, row["task_agnostic"][:known] + unknown, row["task_aware"][:known] + unknown)
+        results.add_seconds("evaluate", time.perf_counter() - started)
+        run.manifest.evaluated = task + 1
+        run.manifest.results = results.to_dict()
+        run.commit()
+
+    def _evaluate_zero_shot(self, run: RunFolder, trainers: Trainers, results: Results) -> None:
+        started = time.perf_counter()
+        if self.module.head.open_vocabulary:
+            row = self._rows(trainers, "evaluating zero-shot", {ZERO_SHOT: Merged()})[ZERO_SHOT]
+            results.set_zero_shot(row["task_agnostic"], row["task_aware"])
+        results.add_seconds("evaluate", time.perf_counter() - started)
+        run.manifest.results = results.to_dict()
+        run.commit()
+
+    def _has_views(self, run: RunFolder, results: Results) -> bool:
+        """Whether the models and pictures of a finished run are there; a ``False`` makes them again."""
+        models = [run.model(name) for name in self.mergers]
+        return all(file.is_file() for file in [*models, *plot_files(results, run.plots)])
+
+    def _finish(self, run: RunFolder, trainers: Trainers, results: Results) -> None:
+        more = dict(self.calibrated.final(self.merged(), len(self.tasks) - 1, trainers.device))  # on all ranks
+        if run.writes:
+            save_models(run, self.module, self.merge, list(self.mergers), more)
+            save_plots(results, run.plots)
+        run.manifest.finished = True
+        run.manifest.results = results.to_dict()
+        run.commit()
+
+    def _rows(self, trainers: Trainers, label: str, predictors: Mapping[str, Predictor]) -> Rows:
+        return evaluate(
+            trainers.for_evaluation(label),
+            self.module,
+            predictors,
+            self.data,
+            task_classes=[task.classes for task in self.tasks],
+            num_classes=len(self.stream.class_names),
+        )

@@ -1,0 +1,211 @@
+"""The parts of a learner, and what it is refused for before anything is trained or written."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from clmerge.deploy.calibration import CalibratedModels, Calibration
+from clmerge.callbacks import MergeCallback
+from clmerge.deploy.naming import check_names, check_settings
+from clmerge.statistics.provided import PROVIDED
+from clmerge.evaluation.evaluate import accuracy_on
+from clmerge.merging import Merger, Statistics, WeightAverage
+from clmerge.training.module import ContinualClassifier
+from clmerge.training.regularized_tasks import RegularizedTasks
+from clmerge.streams import Stream, StreamDataModule
+from clmerge.statistics.measure import measure, training_images
+from clmerge.weights.buffers import Buffers
+from clmerge.weights.parametrization import merged_parameters, running_statistics
+
+
+class LearnerParts:
+    """What a learner trains, on which stream, how it merges, and what it measures for the mergers.
+
+    Args:
+        stream: The tasks.
+        module: The classifier to train.
+        mergers: Mergers that ride on the run, as for ``MergeCallback``; none does where the backbone is frozen.
+        data: The data module; batch sizes and workers.
+        start_policy: Where every task starts: ``base`` (the pretrained weights), ``previous`` (the un-merged weights of
+            the task before) or ``merged`` (a merged model, see ``start_from``).
+        epochs: Epochs of every task, where they differ; default the Trainer's ``max_epochs`` for all.
+        deploy: Merger whose model is the result, or ``expert`` for the un-merged one; default the first merger.
+        start_from: Merger whose model is the start under ``merged``, for instance a moving average (``wise_ft``);
+            default the deployed one.
+        branches: Branches of every task: models that start alike, each trained on its own part of the task's images,
+            and are merged into the task's model (Branch-and-Merge, arXiv 2407.08699).
+        rounds: How often a task branches and merges; every round starts from the merge of the one before (ColD
+            Fusion, arXiv 2212.01378).
+        branch_merger: Merges branches, as vectors from where they started; default ``WeightAverage``.
+        buffers: Running statistics of merged models: of the ``latest`` task, of the ``base``, their ``mean``, or
+            ``re-estimated`` for each of them on the task's training images.
+        accumulators: Where base and accumulators live: ``cpu``, or ``model`` for the parameters' device.
+        keep_task_vectors: Whether every task vector is kept in the run folder, for merging again later. Costs four
+            bytes per trained parameter and task on disk; mergers that need them all then keep no copies in memory.
+        statistics_images: Training images per task that Fisher information, Gram matrices and losses are measured on,
+            for mergers that require them, and running statistics if they are re-estimated.
+        evaluation: Whether tables, the star, mergers that need a score and searches go by ``task_agnostic`` accuracy
+            (all classes compete) or ``task_aware`` (only those of the image's task do); default that of the stream.
+        calibrations: What is done to merged models after every task; each gives models of its own, ``magmax+tuned``.
+        seed: Seed of initialisation, order of samples, augmentation and dropout, each fixed per task.
+
+    Attributes:
+        branch_steps: Optimizer steps of all branches of the task that is merged, None where it has none.
+
+    Raises:
+        ValueError: If settings do not fit the stream, the model or each other; see ``_check``.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        module: ContinualClassifier,
+        mergers: Merger | Sequence[Merger] | Mapping[str, Merger],
+        data: StreamDataModule,
+        *,
+        start_policy: Literal["base", "previous", "merged"] = "previous",
+        epochs: list[int] | None = None,
+        deploy: str | None = None,
+        start_from: str | None = None,
+        branches: int = 1,
+        rounds: int = 1,
+        branch_merger: Merger | None = None,
+        buffers: Buffers = "latest",
+        accumulators: Literal["cpu", "model"] = "cpu",
+        keep_task_vectors: bool = True,
+        statistics_images: int = 256,
+        evaluation: Literal["task_agnostic", "task_aware"] | None = None,
+        calibrations: list[Calibration] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.stream = stream
+        self.tasks = stream.tasks  # reads the labels: missing data is found before anything is written
+        self.prompts = stream.class_prompts if module.head.open_vocabulary else []  # and missing templates
+        self.module = module
+        self.data = data
+        self.seed = seed
+        self.epochs = epochs
+        self.branches, self.rounds = branches, rounds
+        self.branch_merger = branch_merger or WeightAverage()
+        self.branch_steps: int | None = None
+        self.keep_task_vectors = keep_task_vectors
+        self.statistics_images = statistics_images
+        self.evaluation = evaluation or stream.evaluation
+        self.merge = MergeCallback(
+            mergers,
+            start_policy=start_policy,
+            deploy=deploy,
+            start_from=start_from,
+            include=module.trained_names,
+            buffers=buffers,
+            device=accumulators,
+            score=self._validation_score,
+            statistics=self._statistics,
+            images=self._images,
+            seed=seed,
+            save_state=False,  # the run folder keeps accumulators; in every epoch's checkpoint they would be a burden
+        )
+        self.calibrated = CalibratedModels(calibrations or [], module, data, seed=seed)
+        self.regularized = RegularizedTasks(module, data, num_images=statistics_images, seed=seed)
+        # A frozen backbone leaves nothing to merge: the head alone is trained, if at all, and evaluated.
+        self.mergers = self.merge.mergers if module.trained_names else {}
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse settings that do not fit the stream, the model or each other.
+
+        Raises:
+            ValueError: If a merger needs a score and the stream holds no validation images out, or its settings fit
+                neither the parameters nor the number of tasks; if ``epochs`` does not have one number per task; if
+                branches are asked for that cannot be; or if images are replayed with a loss that leaves their classes
+                out.
+        """
+        self._check_training()
+        check_names(self.merge.mergers, self.calibrated.calibrations)
+        if not self.mergers:
+            return
+        needy = [name for name, merger in self.mergers.items() if merger.requires_score]
+        if needy and not all(len(self.stream.dataset(task.index, "val")) for task in self.tasks):
+            raise ValueError(
+                f"expected validation images for merger {needy[0]!r}, got a stream that holds none out; "
+                "set stream.val_fraction above 0"
+            )
+        merged = merged_parameters(self.module, self.module.trained_names)
+        check_settings(self.mergers, merged, len(self.tasks))
+        if self.branches > 1:
+            check_settings({"branch_merger": self.branch_merger}, merged, self.branches * self.rounds)
+
+    def _check_training(self) -> None:
+        if self.data.replay and self.module.loss_classes == "current":
+            raise ValueError(
+                f"expected loss_classes 'seen' or 'all' with data.replay={self.data.replay}, got 'current', which "
+                "leaves out the classes of earlier tasks"
+            )
+        if self.epochs is not None and len(self.epochs) != len(self.tasks):
+            raise ValueError(f"expected epochs for each of the {len(self.tasks)} tasks, got {len(self.epochs)} numbers")
+        branches, rounds = self.branches, self.rounds
+        if branches < 1 or rounds < 1 or (rounds > 1 and branches == 1):
+            raise ValueError(
+                f"expected 1 branch or more and 1 round or more, of several branches each, got {branches} branches and "
+                f"{rounds} rounds"
+            )
+        if branches > 1 and (wanted := self.branch_merger.requires | self.merge.required_statistics & {"adam"}):
+            raise ValueError(f"expected mergers for branches that need task vectors alone, got one that needs {wanted}")
+
+    def settings(self) -> dict[str, Any]:
+        """Return what must not change while a run goes on, in JSON types."""
+        merge = self.merge
+        return {
+            "seed": self.seed,
+            "mergers": {name: repr(merger) for name, merger in self.mergers.items()},
+            "start_policy": merge.start_policy,
+            "start_from": merge.start_from,
+            "deploy": merge.deploy,
+            "buffers": merge.buffers,
+            "branches": self.branches,
+            "rounds": self.rounds,
+            "branch_merger": repr(self.branch_merger),
+            "epochs": self.epochs,
+            "keep_task_vectors": self.keep_task_vectors,
+            "statistics_images": self.statistics_images,
+            "evaluation": self.evaluation,
+            "replay": self.data.replay,
+        }
+
+    def merged(self) -> dict[str, dict[str, Tensor]]:
+        """Return the weights of every merged model, by the module's own names."""
+        merge = self.merge
+        return {name: merge.state_with(merge.merged_vector(name), self.module, merger=name) for name in self.mergers}
+
+    def unmerged(self) -> dict[str, Tensor]:
+        """Return what is trained but never merged: a head that learns its classes, and running statistics."""
+        learned = not self.module.head.open_vocabulary
+        head = {f"head.{name}": tensor for name, tensor in self.module.head.state_dict().items()} if learned else {}
+        return {**head, **running_statistics(self.module, counts=True)}
+
+    def _statistics(self, module: LightningModule) -> Statistics:
+        """Measure what mergers may require of the task that was just trained."""
+        assert isinstance(module, ContinualClassifier)
+        return measure(
+            self.merge.required_statistics - PROVIDED,
+            module,
+            self.data,
+            self.data.task,
+            base=self.merge.base,
+            num_steps=module.trainer.global_step if self.branch_steps is None else self.branch_steps,
+            num_images=self.statistics_images,
+            seed=self.seed,
+        )
+
+    def _images(self, module: LightningModule) -> Iterator[Tensor]:
+        num_images = self.statistics_images
+        return training_images(self.module, self.data, self.data.task, num_images=num_images, seed=self.seed)
+
+    @torch.no_grad()
+    def _validation_score(self, module: LightningModule) -> float:
+        assert isinstance(module, ContinualClassifier)
+        own = [task.classes for task in self.tasks] if self.evaluation == "task_aware" else None
+        return accuracy_on(module, self.data.eval_dataloader("val", range(self.merge.num_tasks + 1)), own)

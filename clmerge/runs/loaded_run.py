@@ -1,0 +1,137 @@
+"""A run of ``clmerge fit`` in Python: what it found and what it left, without running anything."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from clmerge.results.metrics.continual import Array
+from clmerge.results.results import SETTINGS, Results, Setting
+from clmerge.results.run_folder import RunFolder
+from clmerge.weights import TaskVectorBank, load_tensors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PLOTS = ("forgetting_curves", "average_accuracy", "final_accuracy")
+
+
+def load_run(path: str | Path) -> "LoadedRun":
+    """Open a run folder to read it.
+
+    Args:
+        path: The folder of a run of ``clmerge fit``, finished or not. Nothing in it is changed.
+
+    Raises:
+        FileNotFoundError: If there is no run.
+        ValueError: If the run is damaged, or has evaluated nothing yet.
+    """
+    return LoadedRun(RunFolder.open(path, writes=False))
+
+
+class LoadedRun:
+    """What a run found and left.
+
+    Args:
+        folder: The run folder.
+
+    Attributes:
+        path: The run folder.
+        results: The accuracy matrices of all models, and their figures.
+        task_vectors: One task vector per task, read from disk when it is asked for: ``run.task_vectors[0]``.
+
+    Raises:
+        ValueError: If nothing was evaluated yet.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        if not folder.manifest.results:
+            raise ValueError(f"expected a run that has evaluated a task, got {folder.path}, which has not begun to")
+        self.path = folder.path
+        self.results = Results.from_dict(folder.manifest.results)
+        self.task_vectors = TaskVectorBank(folder.bank)
+        self._folder = folder
+
+    @property
+    def models(self) -> list[str]:
+        """Names of all models: mergers, then ``expert``, ``zero_shot`` and other references."""
+        return self.results.models
+
+    def matrix(self, model: str, setting: Setting | None = None) -> Array:
+        """Return R of a model, ``(finished tasks, tasks)``: accuracy in [0, 1] after task i on task j.
+
+        Args:
+            model: One of ``models``.
+            setting: ``"task_agnostic"`` or ``"task_aware"``; default what the run goes by.
+
+        Returns:
+            A copy, float64, NaN where undefined.
+        """
+        return self.results.matrix(model, setting or self.results.evaluation)
+
+    def accuracies(self) -> list[dict[str, Any]]:
+        """Return every accuracy as a record, ready for ``pandas.DataFrame``.
+
+        Keys: ``model``, ``setting``, ``after`` and ``on`` (names of tasks), ``accuracy``.
+        """
+        tasks = self.results.tasks
+        return [
+            {"model": model, "setting": setting, "after": tasks[i], "on": tasks[j], "accuracy": float(value)}
+            for model in self.models
+            for setting in SETTINGS
+            for i, row in enumerate(self.results.matrix(model, setting))
+            for j, value in enumerate(row)
+        ]
+
+    def figures(self) -> list[dict[str, Any]]:
+        """Return the figures of every model (docs/metrics.md) as one record each, ready for ``pandas.DataFrame``.
+
+        Keys: ``model``, ``setting``, and every figure that is one number by its name; fractions, NaN if undefined.
+        """
+        found = []
+        for model in self.models:
+            for setting in SETTINGS:
+                figures: dict[str, Any] = dict(self.results.figures(model, setting))
+                numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
+                found.append({"model": model, "setting": setting, **numbers})
+        return found
+
+    def base(self) -> dict[str, Tensor]:
+        """Return theta_0: what task vectors and merged vectors are added to, by parameter name."""
+        return self._folder.load_weights()[1]
+
+    def state_dict(self, merger: str) -> dict[str, Tensor]:
+        """Return the final weights of a merged model, which load strictly into the backbone's own architecture.
+
+        Args:
+            merger: One of the mergers of the run.
+
+        Raises:
+            ValueError: If the run has no such merger, or is not finished.
+        """
+        file = self._folder.model(merger)
+        if not file.is_file():
+            raise ValueError(
+                f"expected one of the mergers {self.results.mergers} of a finished run, got {merger!r} in {self.path}"
+            )
+        return load_tensors(file)
+
+    def plot(self, name: str, setting: Setting | None = None) -> "Figure":
+        """Draw one of the run's pictures as a Matplotlib figure, to show or to change.
+
+        Args:
+            name: ``"forgetting_curves"``, ``"average_accuracy"``, ``"final_accuracy"``, or a model for its matrix.
+            setting: ``"task_agnostic"`` or ``"task_aware"``; default what the run goes by.
+
+        Raises:
+            ValueError: If there is no picture of that name.
+        """
+        import clmerge.figures as plots
+
+        if name in PLOTS:
+            draw: Callable[..., Figure] = getattr(plots, f"plot_{name}")
+            return draw(self.results, setting=setting)
+        if name not in self.models:
+            raise ValueError(f"expected one of {[*PLOTS, *self.models]}, got {name!r}")
+        return plots.plot_matrix(self.results, name, setting=setting)

@@ -1,0 +1,93 @@
+"""What a run should say before it trains: settings and data that are allowed, and seldom meant."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+
+from clmerge.models import Classifier
+from clmerge.results.run_folder import RunFolder
+from clmerge.streams import Stream, Task
+
+_MOST_NAMES = 5
+
+
+def notices(module: Classifier, stream: Stream) -> list[str]:
+    """Return a line for everything about a run that its user may not expect.
+
+    Args:
+        module: The classifier before it is trained.
+        stream: The tasks.
+
+    Returns:
+        Lines, none if there is nothing to say.
+    """
+    return [
+        *_weights(module),
+        *_same_names(stream),
+        *_domains(stream),
+        *_empty_classes(stream),
+        *_alone(module, stream),
+    ]
+
+
+def add_place(error: Exception, run: RunFolder, tasks: Sequence[Task]) -> None:
+    """Note on an error that ends a run in which task it came.
+
+    Args:
+        error: The error.
+        run: The run folder.
+        tasks: The tasks of the stream.
+    """
+    task = min(run.manifest.evaluated, len(tasks) - 1)
+    error.add_note(f"in task {task + 1} of {len(tasks)}, {tasks[task].name}")
+
+
+def _weights(module: Classifier) -> Iterator[str]:
+    if how := module.backbone.starts_random:
+        yield f"{type(module.backbone).__name__} starts from random weights, not from pretrained ones: {how}"
+
+
+def _same_names(stream: Stream) -> Iterator[str]:
+    spelt = defaultdict(list)
+    for name in stream.class_names:
+        spelt[" ".join(name.casefold().replace("_", " ").replace("-", " ").split())].append(name)
+    if several := [names for names in spelt.values() if len(names) > 1]:
+        shown = _listed([" and ".join(map(repr, names)) for names in several])
+        yield f"names that differ in writing only are different classes: {shown}"
+
+
+def _domains(stream: Stream) -> Iterator[str]:
+    if stream.kind != "domain-incremental":
+        return
+    tasks = stream.tasks
+    seen = Counter(name for task in tasks for name in task.class_names)
+    if partly := [name for name in stream.class_names if 0 < seen[name] < len(tasks)]:
+        absent = [f"{n!r} (in {seen[n]} of {len(tasks)})" for n in partly]
+        yield f"the domains have different classes: {_listed(absent)}"
+
+
+def _empty_classes(stream: Stream) -> Iterator[str]:
+    names = stream.class_names
+    taught: set[int] = set()
+    for task in stream.tasks:
+        found = {split: set(stream.dataset(task.index, split).targets) for split in ("train", "test")}
+        taught |= found["train"]
+        for split, have in found.items():
+            if empty := [names[c] for c in task.classes if c not in have]:
+                yield f"task {task.name} has no {split} images of {_listed([repr(name) for name in empty])}"
+    in_tasks = {c for task in stream.tasks for c in task.classes}
+    if never := [repr(names[c]) for c in range(len(names)) if c not in taught and c not in in_tasks]:
+        yield f"no task has training images of {_listed(never)}"
+
+
+def _alone(module: Classifier, stream: Stream) -> Iterator[str]:
+    alone = [task.name for task in stream.tasks if len(task.classes) == 1]
+    if alone and module.loss_classes == "current":
+        yield (
+            f"tasks of one class learn nothing with loss_classes: current, whose loss is then 0: {_listed(alone)}; use "
+            "--model.loss_classes=seen or all"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,60 @@
+"""Take up a run where its folder says it stopped, after checking that it is the same run."""
+
+from typing import Any
+
+from clmerge.runs.learner_parts import LearnerParts
+from clmerge.results.results import ZERO_SHOT, Results
+from clmerge.results.run_folder import RunFolder
+from clmerge.streams.identity import check_stream, stream_identity
+
+
+def restore(learner: LearnerParts, run: RunFolder) -> Results:
+    """Give the learner what the run has committed; a new run gets to know its stream and its settings.
+
+    Args:
+        learner: Its module is ready for the stream, and in the state before the first task.
+        run: The run folder.
+
+    Returns:
+        The results so far.
+
+    Raises:
+        ValueError: If seed, mergers, policies or data are not those that the run began with.
+    """
+    tasks = learner.tasks
+    samples = [len(learner.stream.dataset(task.index, "test")) for task in tasks]
+    fresh = Results(
+        [t.name for t in tasks],
+        classes=[t.class_names for t in tasks],
+        samples=samples,
+        evaluation=learner.evaluation,
+    )
+    found = run.manifest
+    results = Results.from_dict(found.results) if found.results else fresh
+    if results.tasks != fresh.tasks or results.classes != fresh.classes:
+        raise ValueError(f"expected the stream of {run.path} ({results.tasks}), got {fresh.tasks}")
+    _check_settings(run, learner.settings())
+    if found.stream:
+        tested = found.evaluated > 0 or ZERO_SHOT in found.results.get("models", {})
+        check_stream(learner.stream, found.stream, str(run.path), trained=run.tasks_begun, tested=tested)
+    else:
+        found.stream = stream_identity(learner.stream)
+    results.options = found.options_by_task(len(tasks)) if found.options else []
+    if found.trained:
+        weights, accumulators = run.load_state()
+        learner.data.task = found.trained - 1
+        learner.module.resume_tasks([task.classes for task in tasks[: found.trained]])
+        learner.module.load_state_dict(weights)
+        learner.merge.load_accumulators(accumulators)
+        learner.calibrated.load_state_dict(accumulators.get("calibration", {}))
+    return results
+
+
+def _check_settings(run: RunFolder, settings: dict[str, Any]) -> None:
+    for name, expected in run.manifest.settings.items():
+        if name in settings and settings[name] != expected:
+            raise ValueError(
+                f"expected {name} {expected!r}, with which {run.path} began, got {settings[name]!r}: one run has one "
+                "setting of it; begin a new run"
+            )
+    run.manifest.settings = run.manifest.settings or settings

@@ -1,0 +1,21 @@
+"""Terms that are added to the loss of a task, so that training it does less harm to what was learned before."""
+
+from clmerge.training.regularizers.distillation import LwF
+from clmerge.training.regularizers.ewc import EWC
+from clmerge.training.regularizers.features import FeatureDistance
+from clmerge.training.regularizers.l2 import L2
+from clmerge.training.regularizers.regularizer import Regularizer, Step, current_weights, regularized_loss
+from clmerge.training.regularizers.second_order import IEL, ITA
+
+__all__ = [
+    "EWC",
+    "IEL",
+    "ITA",
+    "L2",
+    "FeatureDistance",
+    "LwF",
+    "Regularizer",
+    "Step",
+    "current_weights",
+    "regularized_loss",
+]

@@ -1,0 +1,68 @@
+"""Stay near the weights that a task starts from, or near the base model."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from clmerge.models import Classifier
+from clmerge.training.regularizers.regularizer import (
+    FisherOf,
+    Regularizer,
+    Step,
+    check_strength,
+    current_weights,
+    flat,
+    named,
+)
+
+
+class L2(Regularizer):
+    """``strength / 2 * |theta - anchor|^2`` over all merged weights (L2-SP, arXiv 1802.01483).
+
+    L2-SP was tuned over strengths from 0.001 to 1, so there is no default. Unlike weight decay it pulls to the
+    anchor, not to zero, and goes through the optimizer's step sizes. State: the anchor, 4 bytes per parameter.
+
+    Args:
+        strength: Factor of the term.
+        to: The anchor: ``previous``, the weights that the task starts from (those of the task before, the merged or
+            the base model, as the start policy says), or ``base``, the weights before the first task.
+
+    Raises:
+        ValueError: For a negative strength or an unknown anchor.
+    """
+
+    name: ClassVar[str] = "l2"
+
+    def __init__(self, strength: float, *, to: Literal["previous", "base"] = "previous") -> None:
+        super().__init__()
+        self.strength = check_strength(strength, "L2")
+        self.goal = check_anchor(to)
+        self.anchor: Tensor
+        self.keep("anchor", torch.empty(0))
+
+    @override
+    def begin_task(self, module: Classifier, fisher: FisherOf) -> None:
+        if self.goal == "previous" or not self.anchor.numel():
+            self.keep("anchor", flat(current_weights(module)))
+
+    @override
+    def penalty(self, step: Step) -> Tensor:
+        weights = current_weights(step.module)
+        anchors = named(self.anchor, weights)
+        squares = [(weight - anchors[name]).square().sum() for name, weight in weights.items()]
+        return self.strength / 2 * torch.stack(squares).sum()
+
+
+def check_anchor(to: str) -> str:
+    """Return the name of an anchor.
+
+    Raises:
+        ValueError: If it is neither ``previous`` nor ``base``.
+    """
+    if to not in ("previous", "base"):
+        raise ValueError(f"expected to='previous' or to='base', got {to!r}")
+    return to

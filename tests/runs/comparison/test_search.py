@@ -1,0 +1,128 @@
+import itertools
+from types import SimpleNamespace
+
+import pytest
+
+from clmerge.runs.comparison import scale_rule, search
+from clmerge.runs.comparison.scale_rule import ScaleRule, fit_rule, scale_rules
+from clmerge.runs.comparison.search import Search, search_all
+from clmerge.merging import DELLA, TIES, MagMax, TaskArithmetic
+
+NUM_TASKS = 3
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Stand a known function of the settings in for merging and evaluating; record what every pass evaluates."""
+    seen = []
+
+    def sweep(run, mergers, ledger, *, order=None, split="test", last_only=False, memory, what):
+        order = range(NUM_TASKS) if order is None else order
+        seen.append((split, {name: merger.settings() for name, merger in mergers.items()}, list(order)))
+        counts = [len(order)] if last_only else range(1, len(order) + 1)
+        return {name: {t: {"task_agnostic": quality(merger, t)} for t in counts} for name, merger in mergers.items()}
+
+    def quality(merger, t):
+        """Best at scale 1/t, and at the other values below."""
+        settings = merger.settings()
+        best = {"scale": 1 / t, "density": 0.3, "drop_rate": 0.3, "window": 0.06}
+        loss = sum(abs(settings[name] - value) for name, value in best.items() if name in settings)
+        return [1 - loss / 10] * NUM_TASKS
+
+    for module in (search, scale_rule):
+        monkeypatch.setattr(module, "sweep", sweep)
+    return seen
+
+
+RUN = SimpleNamespace(
+    has_validation=True,
+    base={},
+    tasks=[0] * NUM_TASKS,
+    name="run",
+    evaluation="task_agnostic",
+    folder=SimpleNamespace(path="run"),
+)
+
+
+def test_grids_of_all_mergers_go_together_over_validation_images_only(passes):
+    grid = {"scale": [0.1, 0.3, 0.5]}
+    searches = [Search(RUN, "magmax", MagMax(), grid), Search(RUN, "ties", TIES(), {**grid, "density": [0.1, 0.3]})]
+    search_all(searches, None, 0)
+    assert [split for split, _, _ in passes] == ["val"]
+    assert len(passes[0][1]) == 3 + 6
+    assert searches[0].chosen == {"scale": 0.3}
+    assert searches[1].chosen == {"scale": 0.3, "density": 0.3}
+    assert searches[1].build().settings() == {**TIES().settings(), "scale": 0.3, "density": 0.3}
+    document = searches[1].to_dict("ties")
+    assert (document["method"], len(document["points"]), document["chosen"]) == ("grid", 6, searches[1].chosen)
+    assert document["score"] == pytest.approx(1 - abs(0.3 - 1 / 3) / 10)
+
+
+def test_more_than_two_parameters_are_searched_by_evolution_on_the_grid(passes):
+    tenths = [round(0.1 * i, 1) for i in range(1, 10)]
+    grid = {"scale": tenths, "drop_rate": tenths, "window": [0.02, 0.04, 0.06, 0.08]}
+    found = Search(RUN, "della", DELLA(), grid)
+    search_all([found], None, 0)
+    assert found.method == "differential_evolution"
+    everything = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    tried = [values for values, _ in found.tried]
+    assert all(values in everything for values in tried)
+    assert len(tried) < len(everything) / 2, "fewer than the whole grid"
+    assert len(tried) == len({tuple(values.values()) for values in tried}), "no point twice"
+    scores = sorted((sum(accuracies) for _, accuracies in found.tried), reverse=True)
+    assert found.chosen["drop_rate"] == pytest.approx(0.3, abs=0.11)
+    assert found.chosen["scale"] == pytest.approx(1 / 3, abs=0.11)
+    assert max(scores) >= NUM_TASKS * (1 - 0.3 / 10)
+    assert len(passes) <= 7, "a generation is one pass"
+
+
+def test_the_first_of_equals_is_chosen_and_points_count_once():
+    found = Search(RUN, "magmax", MagMax(), {"scale": [1, 2]})
+    found.keep([{"scale": 1}, {"scale": 2}], [[0.5], [0.5]])
+    found.keep([{"scale": 1}], [[0.5]])
+    assert found.chosen == {"scale": 1}
+    assert len(found.tried) == 2
+
+
+def test_settings_that_a_merger_refuses_are_named_before_anything_is_tried():
+    with pytest.raises(ValueError, match=r"'della' can have, got {'drop_rate': 0.1, 'window': 0.5}"):
+        Search(RUN, "della", DELLA(), {"drop_rate": [0.5, 0.1], "window": [0.5]})
+
+
+def test_a_run_without_validation_images_is_refused():
+    run = SimpleNamespace(has_validation=False, folder=SimpleNamespace(path="runs/x"))
+    with pytest.raises(ValueError, match="val_fraction above 0"):
+        Search(run, "magmax", MagMax(), {"scale": [1]})
+
+
+def test_a_rule_uses_earlier_tasks_only(passes):
+    """The best scale of the stand-in is 1/t, so the rule of two earlier tasks predicts the third."""
+    one = Search(RUN, "sum", TaskArithmetic(scale=0.9), {"scale": [0.25, 1 / 3, 0.5, 1.0]})
+    search_all([one], None, 0)
+    passes.clear()
+    rule, rows = scale_rules([one], None, 0)["sum"]
+    assert rule.best == [1.0, 0.5, 1 / 3]
+    assert rule.used == pytest.approx([0.9, 1.0, 1 / 3])
+    assert len(rows) == NUM_TASKS
+    tested = [(settings["sum"]["scale"], order) for split, settings, order in passes if split == "test"]
+    assert [order for _, order in tested] == [[0], [0, 1], [0, 1, 2]]
+    assert [scale for scale, _ in tested] == pytest.approx(rule.used)
+
+
+def test_a_rule_stays_within_what_was_tried():
+    rule = ScaleRule(TaskArithmetic(scale=1.0), [0.4, 1.0], [1.0, 0.4, 0.4])
+    assert rule.used == [1.0, 1.0, 0.4]
+    assert fit_rule([0.5]) == (0.5, 0.0)
+
+
+def test_a_rule_needs_positive_scales(passes):
+    one = Search(RUN, "sum", TaskArithmetic(), {"scale": [-1.0, 1.0]})
+    search_all([one], None, 0)
+    with pytest.raises(ValueError, match="above 0"):
+        scale_rules([one], None, 0)
+
+
+def test_a_point_that_does_not_fit_the_tasks_is_refused_before_anything_is_evaluated(passes):
+    with pytest.raises(ValueError, match=r"merger 'task_arithmetic': expected one entry for each of the 3 tasks"):
+        Search(RUN, "task_arithmetic", TaskArithmetic(), {"weights": [[1.0, 1.0, 1.0], [1.0, 1.0]]})
+    assert not passes
