@@ -40,7 +40,7 @@ def build_parser() -> "CommandParser":
         prog="clmerge compare",
         usage="clmerge compare RUN [RUN ...] [--mergers A B ...] [options]",
         description="Merge a finished run's task vectors again with any mergers, after every task, and evaluate as fit "
-        "does. Goes on where it was killed; what the folder has already is not computed again.",
+        "does. Resumes after an interruption; results that exist are reused.",
         epilog=EPILOG,
         formatter_class=CommandFormatter,
         allow_abbrev=False,
@@ -56,7 +56,7 @@ def build_parser() -> "CommandParser":
     evaluation_help = (
         "What searches, scores and the table go by: task_agnostic accuracy, or task_aware (default: what the run does)."
     )
-    diagnose_help = "Also say why: how task vectors, experts and merged models (of the first run) lie to each other."
+    diagnose_help = "Also explain the differences: how task vectors, experts and merged models of the first run relate."
     memory_help = "GiB of accumulators and merged weights to hold at a time."
     images_help = "MiB of decoded images to hold in memory; others wait in files in the output folder meanwhile."
     parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="Finished run folders.")

@@ -1,4 +1,4 @@
-"""Several merged models of one network, as far as its tasks have come: theta_0, accumulators, running statistics."""
+"""Several merged models of one network after the tasks so far: theta_0, accumulators, running statistics."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -105,7 +105,7 @@ class Merger(Accumulator, Scoped):
     # What every rule has
 
     def matrices(self, shapes: Shapes) -> list[str]:
-        """Return lines, for printing, that say what the rule decomposes as matrices; none for rules that do not.
+        """Describe, one line each, the parameters that this rule decomposes as matrices; empty if none.
 
         Args:
             shapes: Shapes of the parameters by name.

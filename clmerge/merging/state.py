@@ -165,7 +165,7 @@ class Accumulator(Configured, ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken, bit for bit.
+        """Restore what ``state_dict`` returned; the merge continues with the same bits.
 
         Args:
             state: What ``state_dict`` of a merger of the same class and settings returned.

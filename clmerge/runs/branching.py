@@ -94,7 +94,7 @@ class BranchedTask:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken."""
+        """Restore what ``state_dict`` returned."""
         self.merger.load_state_dict(state["merger"])
         self.done = int(state["done"])
         self._start = dict(state["start"])

@@ -1,4 +1,4 @@
-"""What a Trainer has of a task for those who merge it: statistics that need no data, and its training images."""
+"""What a Trainer knows of the task it has trained: statistics that need no data, and its training images."""
 
 from __future__ import annotations
 

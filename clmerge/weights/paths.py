@@ -1,4 +1,4 @@
-"""What there is at a path, before it is opened: reading a named pipe waits, and reading a device may never end."""
+"""The kind of file at a path, checked before it is opened: reading a pipe waits, reading a device may never end."""
 
 import os
 import stat

@@ -103,7 +103,7 @@ class CalibratedModels:
         return {name: one.state_dict() for name, one in self.calibrations.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken.
+        """Restore what ``state_dict`` returned.
 
         Raises:
             RuntimeError: If the state is that of other calibrations.

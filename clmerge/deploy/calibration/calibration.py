@@ -63,4 +63,4 @@ class Calibration(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027  need not be overridden
-        """Go on where ``state_dict`` was taken."""
+        """Restore what ``state_dict`` returned."""

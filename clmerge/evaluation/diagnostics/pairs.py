@@ -1,4 +1,4 @@
-"""How the task vectors of different tasks lie to each other: norms, cosines, conflicts of sign."""
+"""How the task vectors of different tasks relate: norms, cosines, conflicts of sign."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

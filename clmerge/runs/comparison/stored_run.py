@@ -197,7 +197,7 @@ class StoredRun:
         return load_tensors(file) if file is not None and file.is_file() else None
 
     def _write_statistics(self, statistics: Statistics, task: int) -> None:
-        """Keep what took time to measure: tensors; other searches and orders need them again."""
+        """Keep measured tensors for other searches and orders."""
         for name, value in statistics.items():
             if isinstance(value, Mapping) and (file := self._statistic_file(name, task)) is not None:
                 save_tensors(file, value)
