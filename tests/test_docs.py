@@ -28,6 +28,7 @@ NOT_RUN = {
     "clmerge fit --config stranger.yaml": "is refused; tests/cli/test_named_code.py says how",
     "scripts/quickstart": "installs gigabytes; the fit that it runs is the README's",
     "scripts/test": "is what runs this",
+    "scripts/docs": "is what .ci/run runs beside this",
     "python scripts/methods_data.py": "needs the data sets",
     "python scripts/bench_methods.py": "takes hours",
     "pip install wandb-workspaces": "needs a network",
