@@ -88,13 +88,13 @@ def test_models_that_fit_evaluated_come_out_with_the_same_bits(run, capsys):
     compare(run)
     fitted = json.loads((run / "results.json").read_text())
     found = document(run / "compare")
-    assert len(fitted["models"]) == 10
+    assert len(fitted["models"]) == 12
     for model, figures in fitted["models"].items():
         assert found["models"][model] == figures, model
     assert fitted["models"]["fisher"] != fitted["models"]["regmean"]
     shown = capsys.readouterr()
     assert "magmax" in shown.out
-    assert "task 2/3: 8 models, test images" in shown.err
+    assert "task 2/3: 10 models, test images" in shown.err
 
 
 @pytest.mark.parametrize("buffers", ["mean", "base", "re-estimated"])
