@@ -100,7 +100,7 @@ class Evaluator(LightningModule):
             self._rows[name] = {"task_agnostic": agnostic, "task_aware": aware}
 
     def rows(self) -> Rows:
-        """Return name -> ``task_agnostic`` and ``task_aware``: one accuracy in [0, 1] per task, NaN where undefined.
+        """Return name -> ``task_agnostic`` and ``task_aware``, one accuracy in [0, 1] per task, NaN where undefined.
 
         Raises:
             RuntimeError: Before a ``trainer.test``.
@@ -148,7 +148,7 @@ def evaluate(
         split: Which images of every task.
 
     Returns:
-        Name -> ``task_agnostic`` and ``task_aware``: one accuracy in [0, 1] per task; NaN for a task without test
+        Name -> ``task_agnostic`` and ``task_aware``, one accuracy in [0, 1] per task; NaN for a task without test
         images, for one that the predictor does not know, and for all without the task if it needs to be told.
 
     Raises:

@@ -117,7 +117,7 @@ class TaskAccuracy(Metric):
         """Return the accuracies of everything counted so far.
 
         Returns:
-            ``task_agnostic`` and ``task_aware``: accuracies in [0, 1], ``(num_tasks,)``, float64 (float32 on
+            ``task_agnostic`` and ``task_aware``, accuracies in [0, 1], ``(num_tasks,)``, float64 (float32 on
                 MPS, which
             has no float64), NaN for a task without samples; ``samples``: counts, ``(num_tasks,)``, int64.
         """
