@@ -50,6 +50,7 @@ class Ledger:
         include: Patterns of what is merged.
         exclude: Patterns of what is not.
         strict: Whether mismatches were refused.
+        without: Tasks that were left out, by name or index.
         threads: Threads of PyTorch; sums over whole tensors may depend on them.
         versions: Versions of what computed.
         result_sha256: SHA-256 of all bytes after the header (None with ``--no-hash``, and for shards).
@@ -81,6 +82,7 @@ class Ledger:
     buffers: Buffers = "base"
     estimated: list[str] = field(default_factory=list)
     images: str | None = None
+    without: list[str] = field(default_factory=list)
     schema: int = SCHEMA
 
     def metadata(self) -> dict[str, str]:
@@ -158,6 +160,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "models": lambda value: _are_texts(value) and bool(value),
     "files": lambda value: isinstance(value, list) and all(map(_is_file, value)),
     "include": _are_texts,
+    "without": _are_texts,
     "exclude": _are_texts,
     "strict": lambda value: isinstance(value, bool),
     "threads": lambda value: type(value) is int and 1 <= value <= MOST_THREADS,

@@ -55,6 +55,8 @@ class CheckpointMerge:
         include: Glob patterns of what is merged. Default: everything.
         exclude: Glob patterns of what is copied from the base.
         strict: Refuse tensors that do not match.
+        without: Tasks that are left out, by name or index. The others keep their indices, by which random masks and
+            settings per task go: the result is the one of a run that never had these tasks.
         weights: Which set is read of files that hold several, as ``open_checkpoint`` takes it.
         buffers: Whose running statistics the result has: those of the ``"latest"`` model, of the ``"base"``, their
             ``"mean"`` over the models, or ``"re-estimated"`` ones. Default: the base's, with a note if models have
@@ -78,6 +80,7 @@ class CheckpointMerge:
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         strict: bool = False,
+        without: Sequence[str] = (),
         weights: str | None = None,
         buffers: Buffers | None = None,
         estimation: "Estimation | None" = None,
@@ -87,6 +90,9 @@ class CheckpointMerge:
         if self.base.is_task_vector:
             raise ValueError(f"expected the weights of a base model, got the task vector {self.base.source}")
         self.models = open_models(models, weights)
+        of_all = len(self.models)
+        self.tasks = remaining_tasks([model.task for model in self.models], without)
+        self.models = [self.models[task] for task in self.tasks]
         if weights is not None and all(one.weights != weights for one in (self.base, *self.models)):
             raise ValueError(f"expected a checkpoint that holds weights {weights!r}, got none; leave --weights out")
         for model in self.models:
@@ -127,7 +133,7 @@ class CheckpointMerge:
         for part in self.parts:
             if part.merger is not None:
                 check_statistics(part.merger, self.models)
-                part.merger.check_tasks(len(self.models))
+                part.merger.check_tasks(of_all)
                 part.merger.check_names({name: self.base.entries[name].shape for name in part.names})
         self.ledger = Ledger(
             merger=None if merger is None else as_plain(merger),
@@ -140,6 +146,7 @@ class CheckpointMerge:
             include=list(include),
             exclude=list(exclude),
             strict=strict,
+            without=list(without),
             weights=weights,
             buffers=self.buffers.policy,
             estimated=self.buffers.estimated,
@@ -170,7 +177,7 @@ class CheckpointMerge:
         costs = {working_memory(merger, shapes, len(self.models)): passes_of(merger) for merger, shapes in work}
         lines = [f"merger  {part}" for part in self.parts]
         lines.append(f"base    {describe(self.base)}")
-        lines += [f"task {task:<3}{describe(model)}" for task, model in enumerate(self.models)]
+        lines += [f"task {task:<3}{describe(model)}" for task, model in zip(self.tasks, self.models, strict=True)]
         lines += [*self.notes, *(line for model in (self.base, *self.models) for line in _left_out(model))]
         lines += ["", *describe_rows(self.policy.rows), ""]
         what = ", the weights themselves" if self.origin == "zero" else ""
@@ -259,6 +266,7 @@ class CheckpointMerge:
                     names,
                     needed=merger.requires,
                     origin=self.origin,
+                    tasks=self.tasks,
                     on_bytes=on_bytes,
                 )
                 for pack, tau in merge_out_of_core(merger, vectors):
@@ -301,6 +309,34 @@ class CheckpointMerge:
                     f"expected task vectors of the base {self.base.source}, got {model.source} of base model "
                     f"{model.base[:12]}...; name the checkpoint that the run began with"
                 )
+
+
+def remaining_tasks(names: Sequence[str], without: Sequence[str]) -> list[int]:
+    """Return the indices of the tasks that are left.
+
+    Args:
+        names: Names of all tasks, empty where a file does not say one.
+        without: Tasks to leave out, by name or index.
+
+    Raises:
+        ValueError: If there is no such task, several have the name, or none is left.
+
+    Example:
+        >>> remaining_tasks(["cats", "dogs", "birds"], ["dogs", "0"])
+        [2]
+    """
+    left = dict(enumerate(names))
+    for wanted in without:
+        found = [task for task, name in enumerate(names) if wanted == name] or [
+            task for task in range(len(names)) if wanted == str(task)
+        ]
+        if len(found) != 1:
+            known = ", ".join(f"{task} ({name})" if name else str(task) for task, name in enumerate(names))
+            raise ValueError(f"expected one task {wanted!r} to leave out, got {len(found)} of the tasks {known}")
+        left.pop(found[0], None)
+    if not left:
+        raise ValueError(f"expected a task that is left, got all {len(names)} to leave out")
+    return list(left)
 
 
 class _Cast(LazyVector):

@@ -30,6 +30,7 @@ class CheckpointVectors:
         names: The parameters that are merged.
         needed: Names of the statistics that the rule requires.
         origin: ``"zero"`` gives ``theta_t`` instead.
+        tasks: Task index of every model. Default: their positions.
         on_bytes: Told how many bytes of a model were read, after every parameter.
     """
 
@@ -41,21 +42,22 @@ class CheckpointVectors:
         *,
         needed: Set[str] = frozenset(),
         origin: Origin = "base",
+        tasks: Sequence[int] | None = None,
         on_bytes: Callable[[int], None] = lambda count: None,
     ) -> None:
         self.base = base
         self.models = models
         self.shapes: Mapping[str, Shape] = {name: base.entries[name].shape for name in names}
-        self.num_tasks = len(models)
+        self.tasks: Sequence[int] = range(len(models)) if tasks is None else list(tasks)
         self.origin: Origin = origin
         self._needed = needed
         self._on_bytes = on_bytes
         # One buffer for all: fresh memory would cost as much as the subtraction.
         self._buffers: dict[torch.dtype, Tensor] = {}
 
-    def dtype(self, task: int, name: str) -> torch.dtype:
+    def dtype(self, position: int, name: str) -> torch.dtype:
         """Return the dtype that ``read`` gives."""
-        model = self.models[task]
+        model = self.models[position]
         sides = [model.entries[name].dtype] if name in model.entries else []
         if self._sign(model, name):
             sides.append(self.base.entries[name].dtype)
@@ -66,9 +68,9 @@ class CheckpointVectors:
         sides = [(model.entries.get(name), self._sign(model, name)) for model in self.models]
         return self.base.entries[name].dtype, *((entry and entry.dtype, sign) for entry, sign in sides)
 
-    def read(self, task: int, pack: Pack, piece: slice | None = None) -> Tensor:
+    def read(self, position: int, pack: Pack, piece: slice | None = None) -> Tensor:
         """Return parameters of one kind of one task vector, flat, or a piece of that; the next call overwrites it."""
-        model, first = self.models[task], pack.names[0]
+        model, first = self.models[position], pack.names[0]
         theta = _flat(model, pack, piece)
         if first in model.entries:
             self._on_bytes(theta.nbytes)
@@ -82,18 +84,18 @@ class CheckpointVectors:
             return torch.add(theta, start, alpha=sign, out=tau)
         return tau.copy_(theta).add_(start.to(dtype), alpha=sign)
 
-    def sample(self, task: int, pack: Pack, step: int) -> Tensor:
+    def sample(self, position: int, pack: Pack, step: int) -> Tensor:
         """Return one of ``step`` entries of parameters of one task vector, flat, in short runs."""
-        model, first = self.models[task], pack.names[0]
-        dtype = self.dtype(task, first)
+        model, first = self.models[position], pack.names[0]
+        dtype = self.dtype(position, first)
         theta = _sampled(_flat(model, pack), step).to(dtype)
         sign = self._sign(model, first)
         return theta + sign * _sampled(_flat(self.base, pack), step).to(dtype) if sign else theta
 
-    def statistics(self, task: int, names: Sequence[str]) -> Statistics:
+    def statistics(self, position: int, names: Sequence[str]) -> Statistics:
         """Return the statistics that the rule requires: the base's weights, and counts of the task."""
         known: dict[str, Mapping[str, Tensor] | float] = {
-            name: count for name, count in self.models[task].counts.items() if name in self._needed
+            name: count for name, count in self.models[position].counts.items() if name in self._needed
         }
         if "weights" in self._needed:
             known["weights"] = {name: self.base.tensor(name) for name in names}

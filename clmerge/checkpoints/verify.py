@@ -76,6 +76,7 @@ def _planned(path: str | os.PathLike[str], ledger: Ledger) -> CheckpointMerge:
         include=ledger.include,
         exclude=ledger.exclude,
         strict=ledger.strict,
+        without=ledger.without,
         weights=ledger.weights,
         buffers=ledger.buffers,
     )

@@ -62,6 +62,10 @@ def build_parser() -> "CommandParser":
     include_help = "Glob patterns of tensors to merge (default: all floating-point ones)."
     exclude_help = "Glob patterns of tensors to copy from the base instead, for example 'head.*'."
     strict_help = "Refuse missing, extra and mismatched tensors, which are otherwise copied from the base."
+    without_help = (
+        "Tasks to leave out of those of --models, by name or index as --dry-run lists them: what merging the others "
+        "gives, exactly, by any rule."
+    )
     weights_help = (
         "Which set of weights is read of files that hold several, such as state_dict or ema_model (default: averaged "
         "weights if there are some: state_dict_ema, model_ema; then state_dict, model and the like)."
@@ -92,6 +96,7 @@ def build_parser() -> "CommandParser":
     parser.add_argument("--shard-size", type=str | None, default=None, help=shard_help)
     parser.add_argument("--include", type=str, nargs="+", default=[], help=include_help)
     parser.add_argument("--exclude", type=str, nargs="+", default=[], help=exclude_help)
+    parser.add_argument("--without", type=str, nargs="+", default=[], metavar="TASK", help=without_help)
     parser.add_argument("--weights", type=str | None, default=None, help=weights_help)
     parser.add_argument("--buffers", type=Buffers | None, default=None, help=buffers_help)
     parser.add_argument("--data", type=str | None, default=None, help=data_help)
@@ -126,6 +131,7 @@ def main(argv: Sequence[str]) -> int:
         "origin",
         "include",
         "exclude",
+        "without",
         "allow",
         "strict",
         "dry_run",
@@ -217,6 +223,7 @@ def _merge(parser: "CommandParser", config: Any, groups: "list[Group]") -> int:
         include=config.include,
         exclude=config.exclude,
         strict=config.strict,
+        without=config.without,
         weights=config.weights,
         buffers=config.buffers,
         estimation=estimation,

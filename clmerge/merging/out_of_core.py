@@ -74,7 +74,7 @@ def merge_out_of_core(merger: Merger, vectors: Vectors) -> Iterator[tuple[Pack, 
 
     Args:
         merger: The rule and its settings; its own state is neither used nor changed.
-        vectors: The task vectors; the number of each is its task index.
+        vectors: The task vectors.
 
     Yields:
         Parameters and their merged entries, flat and one after another, scale included. A pack may come a second time;
@@ -95,7 +95,9 @@ def merge_out_of_core(merger: Merger, vectors: Vectors) -> Iterator[tuple[Pack, 
         case "entry":
             yield from _by_entry(merger, vectors, packed)
         case "thresholds":
-            thresholds = [_threshold(_trim_density(merger), vectors, task, packed) for task in range(vectors.num_tasks)]
+            density = _trim_density(merger)
+            found = (_threshold(density, vectors, position, packed) for position in range(len(vectors.tasks)))
+            thresholds = dict(zip(vectors.tasks, found, strict=True))
             if isinstance(merger, TIES):
                 merger._sparsifier = _KnownThresholds(merger.density, thresholds)
                 with torch.inference_mode(False), torch.no_grad():
@@ -109,7 +111,7 @@ def merge_out_of_core(merger: Merger, vectors: Vectors) -> Iterator[tuple[Pack, 
 class _KnownThresholds(TrimModel):
     """Trim with thresholds that were found before, by task."""
 
-    def __init__(self, density: float, thresholds: list[float]) -> None:
+    def __init__(self, density: float, thresholds: dict[int, float]) -> None:
         super().__init__(density)
         self.thresholds = thresholds
 
@@ -121,13 +123,13 @@ class _KnownThresholds(TrimModel):
 class _Flat:
     """The entries of one task vector, read anew at every walk."""
 
-    def __init__(self, vectors: Vectors, task: int, packed: list[Pack]) -> None:
-        self.vectors, self.task, self.packed = vectors, task, packed
+    def __init__(self, vectors: Vectors, position: int, packed: list[Pack]) -> None:
+        self.vectors, self.position, self.packed = vectors, position, packed
 
     def __iter__(self) -> Iterator[Tensor]:
         for pack in self.packed:
             for piece in _pieces(pack.numel):
-                yield self.vectors.read(self.task, pack, piece)
+                yield self.vectors.read(self.position, pack, piece)
 
 
 def _trim_density(merger: Merger) -> float:
@@ -137,16 +139,16 @@ def _trim_density(merger: Merger) -> float:
     return trim.density
 
 
-def _threshold(density: float, vectors: Vectors, task: int, packed: list[Pack]) -> float:
+def _threshold(density: float, vectors: Vectors, position: int, packed: list[Pack]) -> float:
     """Find what ``TrimModel.plan`` finds, without holding the task vector."""
     total = sum(pack.numel for pack in packed)
     count = int(density * total) + 1
     if count > total:
         return 0.0
-    wide = any(vectors.dtype(task, pack.names[0]) == torch.float64 for pack in packed)
+    wide = any(vectors.dtype(position, pack.names[0]) == torch.float64 for pack in packed)
     step = sample_step(total)
-    sample = [vectors.sample(task, pack, step) for pack in packed]
-    entries = _Flat(vectors, task, packed)
+    sample = [vectors.sample(position, pack, step) for pack in packed]
+    entries = _Flat(vectors, position, packed)
     return kth_of_pieces(entries, sample, torch.float64 if wide else torch.float32, total, count).value
 
 
@@ -180,9 +182,9 @@ def _as_one(pack: Pack, merged: Callable[[Pack, slice], Tensor]) -> Tensor:
 
 def _fold_as_one(merger: Merger, vectors: Vectors, pack: Pack, piece: slice) -> None:
     merger.reset()
-    for task in range(vectors.num_tasks):
-        known = vectors.statistics(task, pack.names)
-        merger.update_piece({pack.names[0]: vectors.read(task, pack, piece)}, task, statistics=known)
+    for position, task in enumerate(vectors.tasks):
+        known = vectors.statistics(position, pack.names)
+        merger.update_piece({pack.names[0]: vectors.read(position, pack, piece)}, task, statistics=known)
 
 
 def _joined(found: dict[str, Tensor], pack: Pack) -> Tensor:
@@ -204,9 +206,9 @@ def _by_entry(merger: Merger, vectors: Vectors, packed: list[Pack]) -> Iterator[
 def _by_parameter(merger: Merger, vectors: Vectors, packed: list[Pack]) -> Iterator[tuple[Pack, Tensor]]:
     for pack in packed:
         merger.reset()
-        for task in range(vectors.num_tasks):
-            known = vectors.statistics(task, pack.names)
-            merger.update_piece(pack.parts(vectors.read(task, pack)), task, statistics=known)
+        for position, task in enumerate(vectors.tasks):
+            known = vectors.statistics(position, pack.names)
+            merger.update_piece(pack.parts(vectors.read(position, pack)), task, statistics=known)
         yield pack, _joined(merger.compute(), pack)
     merger.reset()
 
@@ -214,9 +216,9 @@ def _by_parameter(merger: Merger, vectors: Vectors, packed: list[Pack]) -> Itera
 class _Reread(LazyVector):
     """One of the task vectors, for rules that keep them all: read again whenever a parameter is asked for."""
 
-    def __init__(self, vectors: Vectors, task: int) -> None:
+    def __init__(self, vectors: Vectors, position: int) -> None:
         self._vectors = vectors
-        self._task = task
+        self._position = position
 
     @override
     def names(self) -> Sequence[str]:
@@ -225,13 +227,13 @@ class _Reread(LazyVector):
     @override
     def __getitem__(self, name: str) -> Tensor:
         shape = self._vectors.shapes[name]
-        return self._vectors.read(self._task, Pack({name: shape})).view(shape).clone()
+        return self._vectors.read(self._position, Pack({name: shape})).view(shape).clone()
 
 
 def _whole(merger: Merger, vectors: Vectors, packed: list[Pack]) -> Iterator[tuple[Pack, Tensor]]:
-    for task in range(vectors.num_tasks):
-        vector = _Reread(vectors, task)
-        known = vectors.statistics(task, list(vectors.shapes))
+    for position, task in enumerate(vectors.tasks):
+        vector = _Reread(vectors, position)
+        known = vectors.statistics(position, list(vectors.shapes))
         merger.update(vector if merger.keeps_vectors else dict(vector), task=task, statistics=known)
     found = merger.compute()
     for pack in packed:

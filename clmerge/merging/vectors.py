@@ -56,31 +56,31 @@ class Vectors(Protocol):
 
     Attributes:
         shapes: The parameters' shapes by name, in the order in which they are best read.
-        num_tasks: How many task vectors there are.
+        tasks: Task index of every task vector, by which random masks and settings per task go.
     """
 
     shapes: Mapping[str, Shape]
-    num_tasks: int
+    tasks: Sequence[int]
 
-    def dtype(self, task: int, name: str) -> torch.dtype:
+    def dtype(self, position: int, name: str) -> torch.dtype:
         """Return the dtype that ``read`` gives: float32 or float64."""
 
     def kind(self, name: str) -> Hashable:
         """Return what parameters have in common that can be read together: their dtypes, above all."""
 
-    def read(self, task: int, pack: Pack, piece: slice | None = None) -> Tensor:
+    def read(self, position: int, pack: Pack, piece: slice | None = None) -> Tensor:
         """Return parameters of one kind of one task vector, flat and one after another; the next call may overwrite it.
 
         Args:
-            task: Which task vector.
+            position: Which task vector.
             pack: The parameters.
             piece: The entries that are wanted of all. Default: every entry.
         """
 
-    def sample(self, task: int, pack: Pack, step: int) -> Tensor:
+    def sample(self, position: int, pack: Pack, step: int) -> Tensor:
         """Return one of ``step`` entries of what ``read`` gives, flat and spread evenly."""
 
-    def statistics(self, task: int, names: Sequence[str]) -> Statistics:
+    def statistics(self, position: int, names: Sequence[str]) -> Statistics:
         """Return what is known beside a task vector, of some parameters; ``check_statistics`` says what must be."""
 
 

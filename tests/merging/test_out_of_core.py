@@ -23,10 +23,10 @@ SHAPES = {"b.weight": (40, 50), "a.weight": (7, 3), "bias": (5,), "scalar": (), 
 class Held:
     """Task vectors in memory that are read through one buffer, as those on disk are."""
 
-    def __init__(self, vectors):
+    def __init__(self, vectors, tasks=None):
         self.vectors = vectors
         self.shapes = {name: tuple(tensor.shape) for name, tensor in vectors[0].items()}
-        self.num_tasks = len(vectors)
+        self.tasks = range(len(vectors)) if tasks is None else tasks
         self.buffers = {}
 
     def dtype(self, task, name):
@@ -42,8 +42,8 @@ class Held:
             self.buffers[tau.dtype] = torch.empty(160 * 160 + 2048, dtype=tau.dtype)
         return self.buffers[tau.dtype][: tau.numel()].copy_(tau)
 
-    def statistics(self, task, names):
-        return statistics_of(task, {name: self.shapes[name] for name in names})
+    def statistics(self, position, names):
+        return statistics_of(self.tasks[position], {name: self.shapes[name] for name in names})
 
     def sample(self, task, pack, step):
         return torch.cat([self.vectors[task][name].reshape(-1) for name in pack.names])[::step]
