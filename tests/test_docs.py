@@ -215,12 +215,17 @@ def test_python_runs(block, request, monkeypatch):
 
 @pytest.mark.slow
 def test_a_merger_of_the_readers_own_runs():
-    code = "import torch\nfrom clmerge.merging import Merger\n" + blocks_of("CONTRIBUTING.md", "python")[0]
+    code = f"import sys, torch\nsys.path.append({str(ROOT / 'tests')!r})\nfrom clmerge.merging import Merger\n"
+    code += "\n".join(blocks_of("CONTRIBUTING.md", "python"))
     code += (
-        "\nmerger = SignedSum()\nmerger.update({'w': torch.tensor([2.0, -3.0])})\nprint(merger.compute()['w'].tolist())"
+        "\nvectors = [{'w': np.array([2.0, -3.0])}, {'w': np.array([4.0, 1.0])}]"
+        "\nfor case in CASES.values():"
+        "\n    merger = case.build()"
+        "\n    [merger.update({'w': torch.from_numpy(vector['w'])}) for vector in vectors]"
+        "\n    print(merger.compute()['w'].tolist(), case.batch(vectors, [0, 1])['w'].tolist())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[1.0, -1.0]\n"
+    assert done.stdout == "[2.0, 0.0] [2.0, 0.0]\n[1.0, 0.0] [1.0, 0.0]\n"
 
 
 def test_every_block_of_python_is_run():

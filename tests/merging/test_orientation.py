@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from merging.reference import score, statistics_of
+from support.references import score, statistics_of
 
 from clmerge.merging import DELLA, OPCM, TSVM, WUDI, ACTMat, ExtSub, Fisher, IsoC, KnOTS, MaTS, RegMean, TaskArithmetic
 from clmerge.merging.orientation import from_output_rows, output_rows, outputs_first

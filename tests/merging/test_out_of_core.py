@@ -1,6 +1,7 @@
 import pytest
 import torch
-from merging.reference import CASES, statistics_of
+from support.merger_cases import CASES
+from support.references import statistics_of
 
 from clmerge.merging import (
     DARE,

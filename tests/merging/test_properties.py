@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from merging.reference import CASES, score, statistics_of
+from support.merger_cases import CASES
+from support.references import score, statistics_of
 
 from clmerge.merging import GreedySoup, registered_mergers
 
@@ -105,9 +106,20 @@ def tensors_in(state):
     return [tensor for value in state.values() for tensor in tensors_in(value)] if isinstance(state, dict) else []
 
 
+def home_of(rule):
+    """The test file in which a rule's cases belong."""
+    *folders, name = rule.__module__.split(".")[1:]
+    return "/".join(["tests", *folders, f"test_{name}.py"])
+
+
 def test_every_registered_rule_has_a_reference():
     tested = {type(case.build()).__name__ for case in CASES.values()}
-    assert tested == set(registered_mergers()), "add the rule's batch form and a case to reference.py"
+    places = [home_of(rule) for name, rule in registered_mergers().items() if name not in tested]
+    assert tested == set(registered_mergers()), f"add a batch form and CASES = {{label: Case(...)}} to {places}"
+
+
+def test_the_place_of_a_case_is_the_test_file_of_the_rule():
+    assert home_of(GreedySoup) == "tests/merging/linear/test_soup.py"
 
 
 @each_case

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from merging.reference import CASES, statistics_of
+from support.merger_cases import CASES
+from support.references import statistics_of
 
 from clmerge.merging import Fisher, MetaGPT, RegMean, TaskArithmetic, WeightedAverage
 from clmerge.merging.removal import TOLERANCE

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from merging.reference import CASES, score, statistics_of
+from support.merger_cases import CASES
+from support.references import score, statistics_of
 
 from clmerge.merging import DARE, TIES, MagMax, Pipeline, Scale, TaskArithmetic, TrimModel, TrimTensor
 from clmerge.merging.finish.finisher import Finisher

@@ -4,7 +4,8 @@ from math import prod
 
 import pytest
 import torch
-from merging.reference import CASES, score, statistics_of
+from support.merger_cases import CASES
+from support.references import score, statistics_of
 
 from clmerge.merging import registered_mergers
 from clmerge.models import OpenClip

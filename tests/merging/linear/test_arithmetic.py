@@ -1,7 +1,30 @@
+import numpy as np
 import pytest
 import torch
+from support.references import Batch, Case, average, stacked, total
 
 from clmerge.merging import TaskArithmetic, WeightAverage
+
+SIGNED_WEIGHTS = [1.0, 1.0, -1.0, 0.5, 0.0, 2.0, -0.25, 1.0, 1.0, -3.0]
+
+
+def signed_sum(weights: list[float], scale: float) -> Batch:
+    def batch(vectors, tasks):
+        chosen = [scale * weights[task] for task in tasks]
+        return {name: np.tensordot(chosen, stacked(vectors, name), axes=1) for name in vectors[0]}
+
+    return batch
+
+
+CASES = {
+    "WeightAverage": Case(WeightAverage, average(1.0)),
+    "WeightAverage scale": Case(lambda: WeightAverage(scale=-2.0), average(-2.0)),
+    "TaskArithmetic": Case(TaskArithmetic, total(0.3)),
+    "TaskArithmetic negation": Case(lambda: TaskArithmetic(scale=-1.0), total(-1.0)),
+    "TaskArithmetic weights": Case(
+        lambda: TaskArithmetic(scale=0.5, weights=SIGNED_WEIGHTS), signed_sum(SIGNED_WEIGHTS, 0.5)
+    ),
+}
 
 
 def merged(merger, *values):

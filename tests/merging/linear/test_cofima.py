@@ -1,7 +1,34 @@
+import numpy as np
 import pytest
 import torch
+from support.references import Batch, Case, fishers
 
 from clmerge.merging import CoFiMA, WiSEFT
+
+
+def cofima(alpha: float, use_fisher: bool = True, clip: float = np.inf) -> Batch:
+    def batch(vectors, tasks):
+        weights = fishers(vectors, tasks)
+        if not use_fisher:
+            weights = [{name: np.ones(f.shape) for name, f in w.items()} for w in weights]
+        merged = vectors[0]
+        for position in range(1, len(vectors)):
+            old, new = ({name: np.minimum(f, clip) for name, f in weights[position - d].items()} for d in (1, 0))
+            merged = {
+                name: ((1 - alpha) * old[name] * merged[name] + alpha * new[name] * vectors[position][name])
+                / ((1 - alpha) * old[name] + alpha * new[name])
+                for name in merged
+            }
+        return merged
+
+    return batch
+
+
+CASES = {
+    "CoFiMA": Case(CoFiMA, cofima(0.5)),
+    "CoFiMA clip": Case(lambda: CoFiMA(0.3, clip=1.0), cofima(0.3, clip=1.0)),
+    "CoFiMA without Fisher": Case(lambda: CoFiMA(0.4, use_fisher=False), cofima(0.4, use_fisher=False)),
+}
 
 
 def merged(merger, *pairs):

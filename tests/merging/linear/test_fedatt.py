@@ -1,9 +1,26 @@
 import math
 
+import numpy as np
 import pytest
 import torch
+from support.references import Batch, Case, each
 
 from clmerge.merging import FedAtt
+
+
+def fedatt(temperature: float, scale: float) -> Batch:
+    def rule(taus):
+        logits = np.linalg.norm(taus.reshape(len(taus), -1), axis=1) / temperature
+        attention = np.exp(logits - logits.max())
+        return scale * np.tensordot(attention / attention.sum(), taus, axes=1)
+
+    return each(rule)
+
+
+CASES = {
+    "FedAtt": Case(FedAtt, fedatt(1.0, 1.0), homogeneous=False),
+    "FedAtt nearest": Case(lambda: FedAtt(temperature=-2.0, scale=0.7), fedatt(-2.0, 0.7), homogeneous=False),
+}
 
 
 def test_each_parameter_has_its_own_attention():

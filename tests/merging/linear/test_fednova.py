@@ -1,7 +1,26 @@
+import numpy as np
 import pytest
 import torch
+from support.references import Batch, Case, stacked, statistic
 
 from clmerge.merging import FedNova
+
+
+def fednova(scale: float) -> Batch:
+    def batch(vectors, tasks):
+        samples = np.array([statistic("samples", task) for task in tasks])
+        steps = np.array([statistic("steps", task) for task in tasks])
+        shares = samples / samples.sum()
+        weights = scale * (shares * steps).sum() * shares / steps
+        return {name: np.tensordot(weights, stacked(vectors, name), axes=1) for name in vectors[0]}
+
+    return batch
+
+
+CASES = {
+    "FedNova": Case(FedNova, fednova(1.0)),
+    "FedNova scale": Case(lambda: FedNova(scale=0.5), fednova(0.5)),
+}
 
 
 def merged(merger, values, statistics):

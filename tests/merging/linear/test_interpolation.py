@@ -1,7 +1,45 @@
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
+from support.references import Batch, Case, Vector, score
 
 from clmerge.merging import PAINT, WiSEFT
+
+TENTHS = tuple(index / 10 for index in range(11))
+
+
+def interpolated(shares: Callable[[list[Vector]], list[float]]) -> Batch:
+    def batch(vectors, tasks):
+        alphas = shares(vectors)
+        merged = {name: np.zeros(entries.shape) for name, entries in vectors[0].items()}
+        for index, vector in enumerate(vectors):
+            weight = alphas[index] * np.prod([1 - alpha for alpha in alphas[index + 1 :]])
+            merged = {name: merged[name] + weight * vector[name] for name in merged}
+        return merged
+
+    return batch
+
+
+def best_shares(candidates: tuple[float, ...]) -> Callable[[list[Vector]], list[float]]:
+    def shares(vectors):
+        chosen = []
+        for count in range(1, len(vectors) + 1):
+            results = [
+                score(interpolated(lambda _, alpha=alpha: [*chosen, alpha])(vectors[:count], []))
+                for alpha in candidates
+            ]
+            chosen.append(candidates[int(np.argmax(results))])
+        return chosen
+
+    return shares
+
+
+CASES = {
+    "WiSEFT": Case(WiSEFT, interpolated(lambda vectors: [0.5] * len(vectors))),
+    "PAINT": Case(PAINT, interpolated(best_shares(TENTHS)), homogeneous=False),
+}
 
 
 def test_wise_ft_of_one_task_is_the_interpolation_with_the_base():

@@ -1,7 +1,16 @@
 import pytest
 import torch
+from support.references import Case, norm, weighted
 
 from clmerge.merging import MetaGPT
+
+CASES = {
+    "MetaGPT": Case(MetaGPT, weighted(lambda vectors, tasks: [norm(vector) ** 2 for vector in vectors])),
+    "MetaGPT scale": Case(
+        lambda: MetaGPT(scale=-0.5),
+        weighted(lambda vectors, tasks: [norm(vector) ** 2 for vector in vectors], -0.5),
+    ),
+}
 
 
 def test_coefficients_are_shares_of_the_squared_norm_of_the_whole_model():

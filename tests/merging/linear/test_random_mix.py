@@ -1,6 +1,30 @@
+import numpy as np
 import torch
+from support.references import Batch, Case, uniform
 
 from clmerge.merging import RandomMix
+
+
+def random_mix(seed: int, scale: float) -> Batch:
+    def batch(vectors, tasks):
+        mixed = {}
+        for name, entries in vectors[0].items():
+            undecided = np.ones(entries.shape, dtype=bool)
+            mixed[name] = np.zeros(entries.shape)
+            for position in reversed(range(len(vectors))):  # the last task that replaced an entry owns it
+                drawn = uniform("mix", seed, tasks[position], name, entries.shape)
+                owned = undecided & (drawn < 1 / (position + 1))
+                mixed[name] = np.where(owned, scale * vectors[position][name], mixed[name])
+                undecided = undecided & ~owned
+        return mixed
+
+    return batch
+
+
+CASES = {
+    "RandomMix": Case(RandomMix, random_mix(0, 1.0)),
+    "RandomMix seed": Case(lambda: RandomMix(scale=0.5, seed=3), random_mix(3, 0.5)),
+}
 
 
 def mix(num_tasks, seed=0, size=60_000):

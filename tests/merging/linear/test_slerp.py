@@ -1,10 +1,35 @@
 import math
 
+import numpy as np
 import pytest
 import torch
+from support.references import Batch, Case, each
 
 from clmerge.merging import SLERP
 from clmerge.merging.linear.slerp import slerp_weights
+
+
+def slerp(t: float | None, scale: float) -> Batch:
+    def rule(taus):
+        merged = taus[0]
+        for count, tau in enumerate(taus[1:], start=2):
+            share = 1 / count if t is None else t
+            norms = np.linalg.norm(merged) * np.linalg.norm(tau)
+            cosine = (merged * tau).sum() / norms if norms else 1.0
+            if abs(cosine) > 0.9995:
+                merged = (1 - share) * merged + share * tau
+            else:
+                angle = np.arccos(cosine)
+                merged = (np.sin((1 - share) * angle) * merged + np.sin(share * angle) * tau) / np.sin(angle)
+        return scale * merged
+
+    return each(rule)
+
+
+CASES = {
+    "SLERP": Case(SLERP, slerp(None, 1.0)),
+    "SLERP t": Case(lambda: SLERP(0.3, scale=2.0), slerp(0.3, 2.0)),
+}
 
 
 def merged(merger, *values):

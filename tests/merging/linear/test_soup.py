@@ -1,7 +1,29 @@
 import pytest
 import torch
+from support.references import Batch, Case, score, stacked
 
 from clmerge.merging import GreedySoup
+
+
+def greedy_soup(strict: bool) -> Batch:
+    def mean(vectors):
+        return {name: stacked(vectors, name).mean(axis=0) for name in vectors[0]}
+
+    def batch(vectors, tasks):
+        kept = vectors[:1]
+        for vector in vectors[1:]:
+            gain = score(mean([*kept, vector])) - score(mean(kept))
+            if gain > 0 or (gain == 0 and not strict):
+                kept = [*kept, vector]
+        return mean(kept)
+
+    return batch
+
+
+CASES = {
+    "GreedySoup": Case(GreedySoup, greedy_soup(strict=False), homogeneous=False),
+    "GreedySoup strict": Case(lambda: GreedySoup(strict=True), greedy_soup(strict=True), homogeneous=False),
+}
 
 
 def near(target):

@@ -2,9 +2,12 @@ import math
 
 import pytest
 import torch
+from support.references import Case, model_stock
 
 from clmerge.merging import ModelStock
 from clmerge.merging.linear.stock import stock_ratio
+
+CASES = {"ModelStock": Case(ModelStock, model_stock(1.0))}
 
 
 def merged(*values):

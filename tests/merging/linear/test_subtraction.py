@@ -1,7 +1,43 @@
+import numpy as np
 import pytest
 import torch
+from support.references import Case
 
 from clmerge.merging import ExtSub
+
+
+def unit(row, zero=0.0):
+    size = np.linalg.norm(row)
+    return row / size if size > zero else np.zeros_like(row)
+
+
+def deficiency(expert, row, shared):
+    direction = unit(expert)
+    if shared == "both":
+        nothing = not expert.any() or not row.any()
+        direction = np.zeros_like(row) if nothing else unit(direction + unit(row), zero=1e-6)
+    return row - (row @ direction) * direction
+
+
+def ext_sub(strength, shared):
+    def batch(vectors, tasks):
+        merged = {}
+        for name, expert in vectors[0].items():
+            merged[name] = expert.copy()
+            for vector in vectors[1:] if expert.size else []:
+                rows = len(expert) if expert.ndim > 1 else 1
+                pairs = zip(np.split(expert.ravel(), rows), np.split(vector[name].ravel(), rows), strict=True)
+                found = np.concatenate([deficiency(own, other, shared) for own, other in pairs])
+                merged[name] -= strength * found.reshape(expert.shape)
+        return merged
+
+    return batch
+
+
+CASES = {
+    "ExtSub": Case(ExtSub, ext_sub(1.0, "both")),
+    "ExtSub expert": Case(lambda: ExtSub(0.5, shared="expert"), ext_sub(0.5, "expert")),
+}
 
 
 def merged(merger, *taus):

@@ -1,9 +1,36 @@
 import math
 
+import numpy as np
 import pytest
 import torch
+from support.references import PREFERENCES, Case, norm, statistic, weighted
 
 from clmerge.merging import WeightedAverage
+
+
+def by_inverse_norm(vectors, tasks):
+    return [1 / norm(vector) if norm(vector) else 0 for vector in vectors]
+
+
+def by_loss(temperature: float):
+    return lambda vectors, tasks: np.exp([-statistic("loss", task) / temperature for task in tasks])
+
+
+CASES = {
+    "WeightedAverage": Case(
+        WeightedAverage,
+        weighted(lambda vectors, tasks: [statistic("samples", task) for task in tasks]),
+    ),
+    "WeightedAverage loss": Case(lambda: WeightedAverage("loss"), weighted(by_loss(1.0))),
+    "WeightedAverage loss, cold": Case(
+        lambda: WeightedAverage("loss", temperature=0.5, scale=0.5), weighted(by_loss(0.5), 0.5)
+    ),
+    "WeightedAverage inverse norm": Case(lambda: WeightedAverage("inverse_norm"), weighted(by_inverse_norm)),
+    "WeightedAverage given": Case(
+        lambda: WeightedAverage("given", weights=PREFERENCES),
+        weighted(lambda vectors, tasks: [PREFERENCES[task] for task in tasks]),
+    ),
+}
 
 
 def merged(merger, values, statistics=None, first=0):

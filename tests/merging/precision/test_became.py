@@ -1,6 +1,25 @@
+import numpy as np
 import torch
+from support.references import Case, Vector, fishers
 
 from clmerge.merging import BECAME
+
+
+def became(vectors: list[Vector], tasks: list[int]) -> Vector:
+    flat = [np.concatenate([entries.ravel() for entries in vector.values()]) for vector in vectors]
+    weights = [np.concatenate([f.ravel() for f in w.values()]) for w in fishers(vectors, tasks)]
+    merged = flat[0]
+    for position in range(1, len(flat)):
+        squares = (flat[position] - merged) ** 2
+        new, old = squares @ weights[position], squares @ np.sum(weights[:position], axis=0)
+        share = new / (new + old) if new + old else 0.0
+        merged = (1 - share) * merged + share * flat[position]
+    ends = np.cumsum([entries.size for entries in vectors[0].values()])[:-1]
+    parts = zip(vectors[0].items(), np.split(merged, ends), strict=True)
+    return {name: part.reshape(entries.shape) for (name, entries), part in parts}
+
+
+CASES = {"BECAME": Case(BECAME, became)}
 
 
 def fold(taus, fishers):

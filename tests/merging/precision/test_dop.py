@@ -1,8 +1,72 @@
+import numpy as np
 import pytest
 import torch
+from support.references import Case
 
 from clmerge.merging import DOP
 from clmerge.merging.precision.dop import shortest
+
+
+def dop(num_steps, lr, alpha, beta, energy):
+    """Full projectors and their exact gradients, where the rule has factors."""
+
+    def projectors(matrix):
+        u, s, vh = np.linalg.svd(matrix, full_matrices=False)
+        used = np.where(np.cumsum(s) < energy * s.sum(), s**2, 0)
+        return u @ np.diag(used) @ u.T, vh.T @ np.diag(used) @ vh
+
+    def optimised(models):
+        spaces = [projectors(model) for model in models]
+        x, weight = np.mean(models, axis=0), alpha
+        first, second = np.zeros_like(x), np.zeros_like(x)
+        for step in range(1, num_steps + 1):
+            gaps = [x - model for model in models]
+            grads = [2 * (p @ gap + gap @ q) for gap, (p, q) in zip(gaps, spaces, strict=True)]
+            losses = [(gap * grad).sum() / 2 for gap, grad in zip(gaps, grads, strict=True)]
+            g, h = (grad / loss if loss > 0 else grad for grad, loss in zip(grads, losses, strict=True))
+            inner = (g * h).sum()
+            if inner >= (g * g).sum():
+                best = 0.999
+            elif inner >= (h * h).sum():
+                best = 0.001
+            else:
+                best = ((h - g) * h).sum() / ((g - h) ** 2).sum()
+            weight = beta * weight + (1 - beta) * best
+            grad = weight * grads[0] + (1 - weight) * grads[1]
+            first = 0.9 * first + 0.1 * grad
+            second = 0.999 * second + 0.001 * grad**2
+            x = x - lr * first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+        return x
+
+    def batch(vectors, tasks):
+        merged = vectors[0]
+        for vector in vectors[1:]:
+            pairs = {name: [merged[name], tau] for name, tau in vector.items()}
+            merged = {
+                name: optimised(pair) if pair[0].ndim == 2 and pair[0].size else (pair[0] + pair[1]) / 2
+                for name, pair in pairs.items()
+            }
+        return merged
+
+    return batch
+
+
+CASES = {
+    "DOP": Case(
+        lambda: DOP(20),
+        dop(20, 1e-4, 0.8, 0.999, 0.99999),
+        homogeneous=False,
+        generic=True,
+        condition=100,
+    ),
+    "DOP adaptive": Case(
+        lambda: DOP(10, lr=1e-2, alpha=0.5, beta=0.5, energy=0.9),
+        dop(10, 1e-2, 0.5, 0.5, 0.9),
+        homogeneous=False,
+        generic=True,
+        condition=1000,
+    ),
+}
 
 
 def vectors(*shape, num_tasks=2, name="w"):

@@ -1,7 +1,56 @@
+import numpy as np
 import pytest
 import torch
+from support.references import Batch, Case, fishers
 
-from clmerge.merging import UGM, Fisher
+from clmerge.merging import UGM, Fisher, FisherMaskNodes
+
+
+def fisher_average(scale: float, granularity: str = "entry", normalize: bool = False) -> Batch:
+    def batch(vectors, tasks):
+        weights = fishers(vectors, tasks)
+        if granularity == "row":
+            weights = [
+                {name: np.ones(f.shape) * f.mean(axis=1, keepdims=True) if f.ndim > 1 else f for name, f in w.items()}
+                for w in weights
+            ]
+        if normalize:
+            norms = [np.linalg.norm(np.concatenate([f.ravel() for f in w.values()])) for w in weights]
+            weights = [{name: f / norm for name, f in w.items()} for w, norm in zip(weights, norms, strict=True)]
+        return {
+            name: scale
+            * np.sum([w[name] * v[name] for w, v in zip(weights, vectors, strict=True)], axis=0)
+            / np.sum([w[name] for w in weights], axis=0)
+            for name in vectors[0]
+        }
+
+    return batch
+
+
+def ugm(scale: float, prior: float) -> Batch:
+    def batch(vectors, tasks):
+        weights = fishers(vectors, tasks)
+        merged = {}
+        for name in vectors[0]:
+            hessian = prior + scale * np.sum([w[name] for w in weights], axis=0)
+            merged[name] = sum(
+                scale * (prior + w[name]) / hessian * v[name] for w, v in zip(weights, vectors, strict=True)
+            )
+        return merged
+
+    return batch
+
+
+CASES = {
+    "Fisher": Case(Fisher, fisher_average(1.0)),
+    "Fisher row, normalized": Case(
+        lambda: Fisher(granularity="row", normalize=True, scale=0.5), fisher_average(0.5, "row", True)
+    ),
+    "FisherMaskNodes": Case(FisherMaskNodes, fisher_average(1.0)),
+    "FisherMaskNodes scale": Case(lambda: FisherMaskNodes(scale=0.5), fisher_average(0.5)),
+    "UGM": Case(UGM, ugm(1.0, 1e-6)),
+    "UGM prior": Case(lambda: UGM(scale=0.5, prior=1.0), ugm(0.5, 1.0)),
+}
 
 
 def update(merger, tau, fisher):

@@ -1,8 +1,12 @@
 import pytest
 import torch
+from support.matrix_references import regmean
+from support.references import Case
 
 from clmerge.merging import MaTS, RegMean, TaskArithmetic
 from clmerge.merging.precision.mats import conjugate_gradients
+
+CASES = {"MaTS": Case(MaTS, regmean(1.0, 0.0, 1.0))}
 
 
 def tasks(num_tasks=3):

@@ -1,7 +1,14 @@
 import pytest
 import torch
+from support.matrix_references import regmean
+from support.references import Case
 
 from clmerge.merging import RegMean, WeightAverage
+
+CASES = {
+    "RegMean": Case(RegMean, regmean(0.9, 1e-8, 1.0)),
+    "RegMean ridge": Case(lambda: RegMean(1.0, ridge=0.1, scale=0.5), regmean(1.0, 0.1, 0.5)),
+}
 
 
 def data(seed, num_inputs=6, num_outputs=4, num_examples=50):

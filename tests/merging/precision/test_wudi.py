@@ -1,7 +1,56 @@
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
+from support.matrix_references import matrices_or_mean
+from support.references import Case
 
 from clmerge.merging import WUDI, ACTMat, RegMean, WeightAverage
+
+
+def least_interference(ridge: float, normalize: bool, towards: Callable) -> Callable:
+    """The minimiser of the interference as one least-squares problem, without any Gram matrix."""
+
+    def solve(name, taus, tasks):
+        norms = [np.linalg.norm(tau) if normalize else 1.0 for tau in taus]
+        if not np.any(taus):
+            return np.zeros(taus[0].shape)
+        rows = np.vstack([tau / (norm or 1) for tau, norm in zip(taus, norms, strict=True)])
+        wanted = np.vstack([tau @ tau.T / (norm or 1) for tau, norm in zip(taus, norms, strict=True)])
+        pull = np.sqrt(ridge * np.sum(rows**2) / rows.shape[1])
+        rows = np.vstack([rows, pull * np.eye(rows.shape[1])])
+        wanted = np.vstack([wanted, pull * towards(taus, axis=0).T])
+        return np.linalg.lstsq(rows, wanted, rcond=None)[0].T
+
+    return solve
+
+
+def wudi_adam(steps: int, lr: float) -> Callable:
+    def solve(name, taus, tasks):
+        merged, first, second = np.sum(taus, axis=0), 0.0, 0.0
+        grams = [tau.T @ tau / (np.linalg.norm(tau) ** 2 or 1) for tau in taus]
+        for step in range(1, steps + 1):
+            gradient = sum(2 * (merged - tau) @ gram for tau, gram in zip(taus, grams, strict=True))
+            first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+            rms = np.sqrt(second / (1 - 0.999**step))
+            merged = merged - lr * first / (1 - 0.9**step) / (rms + 1e-8)
+        return merged
+
+    return solve
+
+
+CASES = {
+    "WUDI ridge": Case(
+        lambda: WUDI("ridge"), matrices_or_mean(least_interference(1e-8, normalize=True, towards=np.sum))
+    ),
+    "WUDI": Case(
+        lambda: WUDI(steps=4, lr=1e-3, scale=0.5),
+        matrices_or_mean(wudi_adam(4, 1e-3), 0.5),
+        homogeneous=False,
+    ),
+    "ACTMat": Case(ACTMat, matrices_or_mean(least_interference(1e-8, normalize=False, towards=np.mean))),
+}
 
 
 def taus(num_tasks=3, shape=(5, 4)):

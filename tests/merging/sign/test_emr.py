@@ -1,8 +1,42 @@
+import numpy as np
 import pytest
 import torch
-from merging.reference import emr_view
+from support.references import Batch, Case, Vector, each
 
 from clmerge.merging import EMR
+
+
+def emr_unified(undecided: str) -> Batch:
+    def rule(taus):
+        total = taus.sum(axis=0)
+        sign = np.where(total == 0, -1 if undecided == "negative" else 0, np.sign(total))
+        return sign * np.where(taus * sign > 0, np.abs(taus), 0).max(axis=0)
+
+    return each(rule)
+
+
+def emr_view(vectors: list[Vector], position: int, rescale: str = "l1", undecided: str = "zero") -> Vector:
+    unified = emr_unified(undecided)(vectors, [])
+    own = vectors[position]
+    masked = {name: np.where(own[name] * unified[name] > 0, unified[name], 0) for name in own}
+
+    def size(vector):
+        sizes = [(np.abs(entries).sum(), max(entries.size, 1)) for entries in vector.values()]
+        return sum(total / (count if rescale == "tensor_mean" else 1) for total, count in sizes)
+
+    return {name: entries * size(own) / (size(masked) or 1) for name, entries in masked.items()}
+
+
+CASES = {
+    "EMR": Case(EMR, emr_unified("zero")),
+    "EMR negative": Case(
+        lambda: EMR(0.5, rescale="tensor_mean", undecided="negative"),
+        lambda vectors, tasks: {
+            name: 0.5 * entries for name, entries in emr_unified("negative")(vectors, tasks).items()
+        },
+    ),
+}
+
 
 SHAPES = {"matrix": (4, 5), "bias": (5,), "scalar": (), "one": (1,), "empty": (0, 3)}
 GENERATOR = torch.Generator().manual_seed(0)

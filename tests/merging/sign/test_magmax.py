@@ -1,7 +1,10 @@
 import torch
+from support.references import Case, max_magnitude
 
 from clmerge.merging import MagMax
 from clmerge.merging.sign.magmax import fold_max_magnitude
+
+CASES = {"MagMax": Case(MagMax, max_magnitude(0.5))}
 
 
 def merged(*values, scale=1.0):

@@ -1,7 +1,46 @@
+import numpy as np
 import pytest
 import torch
+from support.references import Batch, Case
 
 from clmerge.merging import PCB
+
+
+def pcb(density: float, clip: float, scale: float) -> Batch:
+    def batch(vectors, tasks):
+        flat = np.stack([np.concatenate([entries.ravel() for entries in vector.values()]) for vector in vectors])
+        count, size = flat.shape
+        signs, magnitudes = np.sign(flat), np.abs(flat)
+        ranked = np.sort(magnitudes, axis=1)
+        low, high = ranked[:, [int(size * clip)]], ranked[:, [max(int(size * (1 - clip) - 1), 0)]]
+        magnitudes = np.clip(magnitudes, low, high)
+        span = np.where(high > low, high - low, 1)
+        norms = signs * np.where(high > low, (magnitudes - low) / span, 1)
+        scores = np.exp(count * norms**2) * np.stack([np.tanh(own * norms).sum(axis=0) for own in norms])
+        weights = []
+        for score in scores:
+            threshold = np.sort(score)[min(int(size * (1 - density)), size - 1)]
+            top, rounding = score.max(), 1e-9 * np.abs(score).max()
+            if top - threshold <= rounding:
+                weights.append((score >= threshold - rounding) * float(top > 0))
+            else:
+                weight = np.clip(score - threshold, 0, None) / (top - threshold)
+                weights.append(np.where(weight > 1e-9, weight, 0))
+        weights = np.stack(weights)
+        merged = scale * (weights * signs * magnitudes).sum(axis=0) / np.maximum(weights.sum(axis=0), 1e-12)
+        ends = np.cumsum([entries.size for entries in vectors[0].values()])[:-1]
+        pieces = np.split(merged, ends)
+        return {name: piece.reshape(vectors[0][name].shape) for name, piece in zip(vectors[0], pieces, strict=True)}
+
+    return batch
+
+
+CASES = {
+    "PCB": Case(PCB, pcb(0.05, 0.01, 1.2)),
+    "PCB dense": Case(lambda: PCB(1.0, clip=0.0, scale=0.5), pcb(1.0, 0.0, 0.5)),
+    "PCB half": Case(lambda: PCB(0.5, clip=0.1, scale=-1.0), pcb(0.5, 0.1, -1.0)),
+}
+
 
 GENERATOR = torch.Generator().manual_seed(0)
 VECTORS = [{"w": torch.randn(40, 50, generator=GENERATOR), "b": torch.randn(50, generator=GENERATOR)} for _ in "abc"]

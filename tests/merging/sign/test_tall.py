@@ -1,9 +1,41 @@
+import numpy as np
 import pytest
 import torch
-from merging.reference import tall_masks
+from support.references import PREFERENCES, Batch, Case, Vector, stacked, total
 
 from clmerge.merging import TALL, Consensus
 from clmerge.merging.sign.tall import tall_mask
+
+
+def tall_masks(vectors: list[Vector], thresholds: list[float]) -> list[dict[str, np.ndarray]]:
+    sums = {name: stacked(vectors, name).sum(axis=0) for name in vectors[0]}
+    return [
+        {name: np.abs(vector[name]) >= threshold * np.abs(sums[name] - vector[name]) for name in vector}
+        for vector, threshold in zip(vectors, thresholds, strict=True)
+    ]
+
+
+def consensus(k: int, threshold: float | list[float], scale: float) -> Batch:
+    def batch(vectors, tasks):
+        thresholds = [threshold[task] if isinstance(threshold, list) else threshold for task in tasks]
+        masks = tall_masks(vectors, thresholds)
+        return {
+            name: scale
+            * stacked(vectors, name).sum(axis=0)
+            * (sum(mask[name].astype(int) for mask in masks) >= min(k, len(vectors)))
+            for name in vectors[0]
+        }
+
+    return batch
+
+
+CASES = {
+    "TALL": Case(TALL, total(0.3)),
+    "TALL scale": Case(lambda: TALL(PREFERENCES, scale=-1.0), total(-1.0)),
+    "Consensus": Case(Consensus, consensus(2, 0.4, 0.3)),
+    "Consensus of three": Case(lambda: Consensus(3, threshold=PREFERENCES, scale=1.0), consensus(3, PREFERENCES, 1.0)),
+}
+
 
 SHAPES = {"matrix": (4, 5), "bias": (5,), "scalar": (), "one": (1,), "empty": (0, 3)}
 GENERATOR = torch.Generator().manual_seed(0)

@@ -1,8 +1,32 @@
 import pytest
 import torch
+from support.references import Case, ties
 
 from clmerge.merging import TIES
 from clmerge.merging.sign.ties import majority_sign
+
+WEIGHTS = [0.5, 2.0, 1.0, 0.0, 4.0, 1.0, 0.25, 3.0] * 4  # by task index
+
+CASES = {
+    "TIES": Case(TIES, ties(0.2, "model", "mean", 1.0)),
+    "TIES weighted": Case(
+        lambda: TIES(0.5, trim="tensor", weights=WEIGHTS),
+        ties(0.5, "tensor", "mean", 1.0, WEIGHTS),
+    ),
+    "TIES weighted sum": Case(
+        lambda: TIES(0.5, merge="sum", scale=0.5, weights=WEIGHTS),
+        ties(0.5, "model", "sum", 0.5, WEIGHTS),
+    ),
+    **{
+        f"TIES {trim} {merge} {density}": Case(
+            lambda trim=trim, merge=merge, density=density: TIES(density, trim=trim, merge=merge, scale=0.5),
+            ties(density, trim, merge, 0.5),
+        )
+        for trim in ("model", "tensor")
+        for merge in ("mean", "sum", "max")
+        for density in (0.3, 1.0)
+    },
+}
 
 
 def merged(merger, *vectors):

@@ -1,8 +1,50 @@
+import numpy as np
 import pytest
 import torch
+from support.references import PREFERENCES, Batch, Case, stacked, uniform
 
 from clmerge.merging import MagMax, TunableMagMax
 from clmerge.merging.sign.tunable_magmax import entry_quotas, quota_winners
+
+
+def tunable_max(preference: list[float] | None, scale: float, seed: int) -> Batch:
+    def rule(name, taus, tasks):
+        shares = np.ones(len(tasks)) if preference is None else np.array([preference[task] for task in tasks])
+        quotas = (taus[0].size * (shares / sum(shares.tolist()))).astype(int)
+        quotas[: taus[0].size - quotas.sum()] += 1  # fewer than there are tasks
+        sizes = np.abs([tau.ravel() for tau in taus]) * (quotas > 0)[:, None]
+        owner = sizes.argmax(axis=0)
+
+        def too_many(task):
+            won = np.flatnonzero(owner == task)
+            drawn = uniform("tunable_magmax", seed, tasks[task], name, (taus[0].size,))[won]
+            return won[np.argsort(drawn, kind="stable")][: max(0, len(won) - quotas[task])]
+
+        for task in range(len(tasks) - 1, 0, -1):
+            lost = too_many(task)
+            owner[lost] = sizes[:task, lost].argmax(axis=0)
+        free = too_many(0).tolist()
+        counts = np.bincount(owner, minlength=len(tasks))
+        for fits in (lambda entry, task: sizes[1:, entry].argmax() + 1 == task, lambda entry, task: True):
+            for task in range(len(tasks) - 1, 0, -1):
+                for entry in list(free) if counts[task] < quotas[task] else []:
+                    if counts[task] < quotas[task] and fits(entry, task):
+                        owner[entry] = task
+                        counts[task] += 1
+                        free.remove(entry)
+        return scale * np.stack([tau.ravel() for tau in taus])[owner, np.arange(taus[0].size)].reshape(taus[0].shape)
+
+    return lambda vectors, tasks: {name: rule(name, stacked(vectors, name), tasks) for name in vectors[0]}
+
+
+CASES = {
+    "TunableMagMax": Case(TunableMagMax, tunable_max(None, 0.5, 0)),
+    "TunableMagMax preference": Case(
+        lambda: TunableMagMax(PREFERENCES[::-1], scale=1.0, seed=4), tunable_max(PREFERENCES[::-1], 1.0, 4)
+    ),
+    "TunableMagMax first": Case(lambda: TunableMagMax(PREFERENCES, scale=-1.0), tunable_max(PREFERENCES, -1.0, 0)),
+}
+
 
 GENERATOR = torch.Generator().manual_seed(0)
 

@@ -1,7 +1,27 @@
+import numpy as np
 import pytest
 import torch
+from support.references import Batch, Case, total
 
 from clmerge.merging import Breadcrumbs, BreadcrumbsMask
+
+
+def middle_kept(beta: float, gamma: float, reduce: Batch) -> Batch:
+    def sparse(entries):
+        kept = np.zeros(entries.size)
+        order = np.argsort(-np.abs(entries.ravel()), kind="stable")
+        middle = order[int(gamma * entries.size) : entries.size - int(beta * entries.size)]
+        kept[middle] = entries.ravel()[middle]
+        return kept.reshape(entries.shape)
+
+    return lambda vectors, tasks: reduce([{name: sparse(v[name]) for name in v} for v in vectors], tasks)
+
+
+CASES = {
+    "Breadcrumbs": Case(Breadcrumbs, middle_kept(0.85, 0.007, total(0.3))),
+    "Breadcrumbs tails": Case(lambda: Breadcrumbs(0.3, 0.25, scale=-0.5), middle_kept(0.3, 0.25, total(-0.5))),
+}
+
 
 GENERATOR = torch.Generator().manual_seed(0)
 

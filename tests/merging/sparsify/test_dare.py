@@ -1,7 +1,17 @@
 import pytest
 import torch
+from support.references import Case, dropped, ties, total
 
 from clmerge.merging import DARE, TIES, GreedySoup, MagMax, TaskArithmetic
+
+CASES = {
+    "DARE": Case(DARE, dropped(0.9, "probability", 0, total(0.3))),
+    "DARE l1": Case(lambda: DARE(0.5, rescale="l1", seed=7, scale=1.0), dropped(0.5, "l1", 7, total(1.0))),
+    "DARE TIES": Case(
+        lambda: DARE(0.5, rescale="none", reducer=TIES(0.5, trim="tensor")),
+        dropped(0.5, "none", 0, ties(0.5, "tensor", "mean", 1.0)),
+    ),
+}
 
 
 def test_expectation_is_task_arithmetic():

@@ -1,8 +1,42 @@
+import numpy as np
 import pytest
 import torch
+from support.references import Batch, Case, max_magnitude, ties, total, uniform
 
 from clmerge.merging import DARE, DELLA, MagMax, MagnitudeDrop, TaskArithmetic
 from clmerge.merging.sparsify.della import keep_probabilities
+
+
+def dropped_by_rank(drop_rate: float, window: float, rescale: str, seed: int, reduce: Batch) -> Batch:
+    def sparse(name, entries, task):
+        rows = entries.reshape(len(entries), -1) if entries.ndim > 1 and entries.size else entries.reshape(1, -1)
+        ranks = np.abs(rows).argsort(axis=1, kind="stable").argsort(axis=1)
+        columns = rows.shape[1]
+        position = ranks / (columns - 1) - 0.5 if columns > 1 else np.zeros(rows.shape)
+        share = (1 - drop_rate + window * position).reshape(entries.shape)
+        kept = np.where(uniform("della", seed, task, name, entries.shape) < share, entries, 0)
+        if rescale == "probability":
+            return kept / share
+        rest = np.abs(kept).sum()
+        return kept * (np.abs(entries).sum() / rest if rescale == "l1" and rest else 1)
+
+    return lambda vectors, tasks: reduce(
+        [{name: sparse(name, v[name], task) for name in v} for v, task in zip(vectors, tasks, strict=True)], tasks
+    )
+
+
+CASES = {
+    "DELLA": Case(DELLA, dropped_by_rank(0.3, 0.14, "probability", 0, ties(1.0, "tensor", "mean", 1.1))),
+    "DELLA l1, task arithmetic": Case(
+        lambda: DELLA(0.6, window=0.5, rescale="l1", seed=5, reducer=TaskArithmetic(0.5)),
+        dropped_by_rank(0.6, 0.5, "l1", 5, total(0.5)),
+    ),
+    "DELLA none, max": Case(
+        lambda: DELLA(0.5, rescale="none", reducer=MagMax()),
+        dropped_by_rank(0.5, 0.14, "none", 0, max_magnitude(0.5)),
+    ),
+}
+
 
 NORMAL = torch.randn(600, 500, generator=torch.Generator().manual_seed(0))
 

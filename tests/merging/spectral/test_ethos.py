@@ -1,7 +1,30 @@
+import numpy as np
 import pytest
 import torch
+from support.matrix_references import by_kind, svd
+from support.references import Case, weights_of
 
 from clmerge.merging import Ethos
+
+
+def ethos(threshold, strength):
+    def rule(taus):
+        merged = np.zeros(taus.shape[1:])
+        u, _, vh = svd(weights_of({"w": merged.shape})["w"])
+        for tau in taus:
+            coordinates = u.T @ tau @ vh.T
+            coordinates[np.abs(coordinates) >= threshold * np.abs(coordinates).max()] = 0  # what is left is general
+            merged -= strength * (tau - u @ coordinates @ vh)
+        return merged
+
+    return by_kind(rule, lambda taus: np.zeros(taus.shape[1:]))
+
+
+CASES = {
+    "Ethos": Case(Ethos, ethos(0.03, 1.0)),
+    "Ethos strict": Case(lambda: Ethos(0.5, strength=0.5), ethos(0.5, 0.5)),
+}
+
 
 GENERATOR = torch.Generator().manual_seed(0)
 WEIGHTS = torch.randn(5, 8, generator=GENERATOR, dtype=torch.float64)

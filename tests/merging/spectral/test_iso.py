@@ -1,6 +1,23 @@
 import torch
+from support.matrix_references import by_kind, mean, svd
+from support.references import Case
 
 from clmerge.merging import IsoC
+
+
+def iso_c(scale):
+    def rule(taus):
+        total = taus.sum(axis=0)
+        u, s, vh = svd(total)
+        return scale * s.sum() / min(total.shape) * u @ vh
+
+    return by_kind(rule, mean(scale))
+
+
+CASES = {
+    "IsoC": Case(IsoC, iso_c(1.0), condition=100),
+    "IsoC scale": Case(lambda: IsoC(scale=1.5), iso_c(1.5), condition=100),
+}
 
 
 def vectors(*shape, num_tasks=3):

@@ -1,7 +1,35 @@
+import numpy as np
 import pytest
 import torch
+from support.matrix_references import by_kind, mean, polar, svd
+from support.references import Case
 
 from clmerge.merging import IsoC, IsoCTS
+
+
+def iso_cts(common, scale):
+    def rule(taus):
+        total = taus.sum(axis=0)
+        size, num_tasks = min(total.shape), len(taus)
+        share = min(round((size - int(size * common)) / num_tasks), size // num_tasks)
+        num_common = size - share * num_tasks
+        u, s, vh = svd(total)
+        basis = u[:, :num_common]
+        lefts, values, rights = [basis], [s[:num_common]], [vh[:num_common]]
+        for tau in taus:
+            u_t, s_t, vh_t = svd(tau - basis @ basis.T @ tau, largest=np.linalg.norm(tau))
+            lefts.append(u_t[:, :share])
+            values.append(s_t[:share])
+            rights.append(vh_t[:share])
+        return scale * np.concatenate(values).sum() / size * polar(np.hstack(lefts)) @ polar(np.vstack(rights))
+
+    return by_kind(rule, mean(scale))
+
+
+CASES = {
+    "IsoCTS": Case(IsoCTS, iso_cts(0.8, 1.0), generic=True, condition=100),
+    "IsoCTS half": Case(lambda: IsoCTS(0.5, scale=1.5), iso_cts(0.5, 1.5), generic=True, condition=100),
+}
 
 
 def vectors(*shape, num_tasks=3, name="w"):

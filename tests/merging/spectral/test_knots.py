@@ -1,7 +1,37 @@
+import numpy as np
 import pytest
 import torch
+from support.matrix_references import by_kind, mean, svd
+from support.references import Case, ties
 
 from clmerge.merging import TIES, KnOTS, WeightAverage
+
+
+def knots(reduce, scale):
+    """``reduce`` is TIES in batch form; it sees the coordinates of all matrices."""
+
+    def batch(vectors, tasks):
+        bases, coordinates = {}, [{} for _ in vectors]
+        merged = by_kind(lambda taus: None, mean(scale))(vectors, tasks)
+        for name in [name for name, entries in merged.items() if entries is None]:
+            bases[name], s, vh = svd(np.hstack([vector[name] for vector in vectors]))
+            for own, part in zip(coordinates, np.hsplit(s[:, None] * vh, len(vectors)), strict=True):
+                own[name] = part
+        reduced = reduce(coordinates, tasks) if bases else {}
+        return merged | {name: scale * bases[name] @ part for name, part in reduced.items()}
+
+    return batch
+
+
+CASES = {
+    "KnOTS": Case(KnOTS, knots(ties(0.2, "model", "mean", 1.0), 1.0), generic=True, condition=100),
+    "KnOTS tensor": Case(
+        lambda: KnOTS(0.5, trim="tensor", merge="sum", scale=0.6),
+        knots(ties(0.5, "tensor", "sum", 1.0), 0.6),
+        generic=True,
+        condition=100,
+    ),
+}
 
 
 def vectors(*shape, num_tasks=3, name="w"):

@@ -1,7 +1,49 @@
+import numpy as np
 import pytest
 import torch
+from support.references import Case, norm
 
 from clmerge.merging import OPCM, TaskArithmetic
+
+
+def projected(merged, tau, alpha, zero_diagonal):
+    u, s, vh = np.linalg.svd(merged, full_matrices=True)
+    coordinates = u.T @ tau @ vh.T
+    rank = int(np.argmax(np.cumsum(s) / s.sum() > alpha)) if alpha < 1 else 0
+    coordinates[:rank, :rank] = 0
+    if zero_diagonal:
+        np.fill_diagonal(coordinates[: len(s), : len(s)], 0)
+    return u @ coordinates @ vh
+
+
+def opcm(alpha, zero_diagonal, scale):
+    def batch(vectors, tasks):
+        merged, shrinkage, norms = vectors[0], 1.0, [norm(vectors[0])]
+        for vector in vectors[1:]:
+            norms.append(norm(vector))
+            grown = {}
+            for name, tau in vector.items():
+                added = tau
+                if tau.ndim == 2 and tau.size:
+                    added = projected(merged[name], tau, alpha, zero_diagonal)
+                grown[name] = shrinkage * merged[name] + added
+            shrinkage = norm(grown) / np.mean(norms)
+            merged = {name: entries / shrinkage for name, entries in grown.items()}
+        return {name: scale * entries for name, entries in merged.items()}
+
+    return batch
+
+
+CASES = {
+    "OPCM": Case(OPCM, opcm(0.5, True, 1.0), generic=True, condition=100),
+    "OPCM released": Case(
+        lambda: OPCM(0.8, zero_diagonal="released", scale=2.0),
+        opcm(0.8, False, 2.0),
+        generic=True,
+        condition=100,
+    ),
+    "OPCM all": Case(lambda: OPCM(1.0), opcm(1.0, True, 1.0), generic=True, condition=100),
+}
 
 
 def vectors(num_tasks=4, dtype=torch.float64, **shapes):

@@ -1,7 +1,28 @@
+import numpy as np
 import pytest
 import torch
+from support.matrix_references import by_kind, mean, polar, svd
+from support.references import Case
 
 from clmerge.merging import TSVM
+
+
+def tsvm(scale):
+    def rule(taus):
+        share = min(taus.shape[1:]) // len(taus)
+        triplets = [svd(tau) for tau in taus]
+        u = np.hstack([u[:, :share] for u, _, _ in triplets])
+        s = np.concatenate([s[:share] for _, s, _ in triplets])
+        vh = np.vstack([vh[:share] for _, _, vh in triplets])
+        return scale * polar(u) @ np.diag(s) @ polar(vh)
+
+    return by_kind(rule, mean(scale))
+
+
+CASES = {
+    "TSVM": Case(TSVM, tsvm(1.0), generic=True, condition=100),
+    "TSVM scale": Case(lambda: TSVM(scale=0.5), tsvm(0.5), generic=True, condition=100),
+}
 
 
 def vectors(*shape, num_tasks=3, name="w"):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from merging.reference import CASES, statistics_of
+from support.merger_cases import CASES
+from support.references import statistics_of
 from support.towers import clip_tower, images, shake
 from torch import nn
 from torch.nn import functional
