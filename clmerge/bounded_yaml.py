@@ -1,4 +1,4 @@
-"""YAML that somebody else wrote: read only if it is no larger, and no deeper, than it looks."""
+"""Read untrusted YAML, with limits on alias expansion, nesting depth and the length of numbers."""
 
 import re
 from pathlib import Path
@@ -10,8 +10,8 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _MOST_REPEATED = 10_000
 _OF_A_NODE = 100  # characters of text that count as one node
 _DEEPEST = 100
-_LONG_NUMBER = re.compile(r"[-+_]*[0-9][0-9a-fA-Fx_:.]{1000,}")  # reading one takes time like its length squared
-# What the constructors of YAML's own tags raise beside YAMLError, for example for "!!bool x".
+_LONG_NUMBER = re.compile(r"[-+_]*[0-9][0-9a-fA-Fx_:.]{1000,}")  # parsing one takes time quadratic in its length
+# Errors of the constructors of YAML's own tags: YAMLError and others, for example KeyError for "!!bool x".
 _FAULTS = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)
 
 
@@ -20,7 +20,7 @@ def load_yaml(text: str, source: str) -> Any:
 
     Args:
         text: The document.
-        source: What it is called in messages.
+        source: Name of the document in error messages.
 
     Raises:
         ValueError: If it is no YAML, or ``check_yaml`` refuses it.
@@ -55,13 +55,13 @@ def read_yaml(path: Path) -> Any:
 def check_yaml(text: str) -> None:
     """Refuse aliases that repeat more than 10,000 nodes, nesting more than 100 deep, and numbers of 1,000 digits.
 
-    A few lines of aliases to aliases stand for more than any memory holds, and so do aliases to one long text.
+    A few lines of nested aliases, or many aliases to one long text, can expand to more than fits in memory.
 
     Args:
         text: The document.
 
     Raises:
-        ValueError: If it is one of these.
+        ValueError: If the document exceeds one of these limits.
         yaml.YAMLError: If it is no YAML.
     """
     sizes: dict[str, int] = {}  # of anchors that are complete

@@ -1,4 +1,4 @@
-"""What processes of a distributed run tell each other between two fits."""
+"""Communication between the processes of a distributed run outside of a fit."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch import Tensor
 def sum_over_processes(values: Tensor) -> Tensor:
     """Add up ``values`` over all processes of a distributed run, in the same order on each of them.
 
-    Goes through the CPU, because evaluation between two fits runs there even where NCCL does not.
+    The sum is computed on the CPU, because evaluation between two fits runs there, where NCCL does not work.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return values

@@ -1,4 +1,4 @@
-"""Files that are either the old ones or the new ones, replaced atomically; text and JSON."""
+"""Write files, folders, text and JSON atomically: a reader sees the old content or the new one, never a part."""
 
 import json
 import os
@@ -13,23 +13,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_DEAD_AFTER = 24 * 3600.0  # seconds without a write, where nothing else tells whether a process still lives
+_DEAD_AFTER = 24 * 3600.0  # seconds without a write, where it cannot be checked whether the process is alive
 _in_use: set[str] = set()
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary name; the file written there becomes ``path`` when the block ends well.
+    """Yield a temporary name; the file written there becomes ``path`` when the block ends without an error.
 
     The data and the folder entry are flushed to disk before the block is left. When the block raises, the
     temporary file is removed and ``path`` keeps its old content. A process that is killed leaves ``path``
-    untouched and may leave a hidden ``.NAME.HEX.tmp`` file, which the next one that writes ``path`` removes.
+    untouched and may leave a hidden ``.NAME.HEX.tmp`` file, which the next process that writes ``path`` removes.
 
     Args:
-        path: Where the finished file shall be; missing folders are created.
+        path: The finished file; missing folders are created.
 
     Raises:
-        OSError: If it cannot be written, because the disk is full for instance; it names ``path``.
+        OSError: If the file cannot be written, for example because the disk is full; the error names ``path``.
 
     Example:
         >>> import tempfile
@@ -55,15 +55,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_folder(
     path: str | os.PathLike[str], *, replaces: Callable[[str], bool] = lambda name: False, last: str = ""
 ) -> Iterator[Path]:
-    """Yield a temporary folder; what is written there is in ``path`` when the block ends well.
+    """Yield a temporary folder; its files are in ``path`` when the block ends without an error.
 
-    A folder that does not exist appears at once. In one that exists the files that ``replaces`` names are removed, the
-    new ones are moved in, ``last`` after all others: a folder without it is incomplete. When the block raises, ``path``
-    stays as it was. A process that is killed may leave a hidden ``.NAME.HEX.tmp`` folder.
+    A new folder is created in one step. In an existing folder, the files that ``replaces`` selects are removed and the
+    new files are moved in, ``last`` after all others: a folder without it is incomplete. When the block raises,
+    ``path`` stays unchanged. A process that is killed may leave a hidden ``.NAME.HEX.tmp`` folder.
 
     Args:
         path: The folder; missing parents are created.
-        replaces: Whether a file of an existing folder is one to remove, by its name.
+        replaces: Returns, given the name of a file in an existing folder, whether to remove it.
         last: The file that is removed first and moved in last.
 
     Example:
@@ -99,9 +99,9 @@ def atomic_folder(
 
 @contextmanager
 def _temporary_name(target: Path) -> Iterator[Path]:
-    """Give a name beside ``target`` that tells whose it is; errors of the system then name the target.
+    """Yield a temporary name beside ``target`` that holds host and process; system errors in the block name the target.
 
-    What a process that is dead now has left under such names is removed first.
+    Temporary files that dead processes have left beside ``target`` are removed first.
     """
     _remove_leftovers(target)
     owner = f"{_host()}{os.getpid():08x}"
@@ -126,7 +126,7 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _is_dead(found: Path, *, host: str, process: int) -> bool:
-    """Whether nobody writes a temporary file any more, as far as that can be known from here."""
+    """Return whether the process that wrote a temporary file has ended, as far as this process can tell."""
     if host == _host():
         if process == os.getpid():
             return found.name not in _in_use
@@ -181,14 +181,14 @@ def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
 
 
 def parse_json(text: str | bytes, source: str) -> Any:
-    """Return what JSON text from elsewhere says.
+    """Parse untrusted JSON text.
 
     Args:
         text: The text; bytes are UTF-8.
-        source: What it is called in messages.
+        source: Name of the text in error messages.
 
     Raises:
-        ValueError: If it is no JSON, or is nested too deeply to be read.
+        ValueError: If it is not JSON, or is nested too deeply to be read.
 
     Example:
         >>> parse_json("[1]", "a.json")

@@ -16,8 +16,8 @@ _PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric")
 def is_lightning(thing: object, *names: str) -> bool:
     """Return whether ``thing`` is an instance of one of Lightning's classes of these names, or of a subclass.
 
-    Lightning is published twice, as ``lightning`` and as ``pytorch_lightning``, with classes of its own in each; an
-    ``isinstance`` would know those of one package only.
+    Lightning is published as two packages, ``lightning`` and ``pytorch_lightning``, each with its own classes;
+    ``isinstance`` would recognise those of one package only.
 
     Args:
         thing: A strategy, launcher, callback and so on.
@@ -27,13 +27,13 @@ def is_lightning(thing: object, *names: str) -> bool:
 
 
 def callbacks_of(trainer: Any) -> list[Callback]:
-    """Return a Trainer's callbacks in the order in which their hooks are called; Lightning does not declare them."""
+    """Return a Trainer's callbacks in the order of their hook calls; Lightning's annotations lack the attribute."""
     callbacks: list[Callback] = trainer.callbacks
     return callbacks
 
 
 def put_callback(trainer: Any, callback: Callback, *, first: bool) -> None:
-    """Make a callback of a Trainer the first or the last of all; for the hooks after the one that is being called."""
+    """Move a Trainer's callback to the first or the last place; takes effect from the next hook on."""
     _given.setdefault(trainer, trainer.callbacks)
     others = [other for other in trainer.callbacks if other is not callback]
     trainer.callbacks = [callback, *others] if first else [*others, callback]
@@ -47,8 +47,8 @@ def restore_callbacks(trainer: Any) -> None:
 def set_step_offset(trainer: Trainer, offset: int) -> None:
     """Make ``trainer`` count the logger's step from ``offset`` instead of 0.
 
-    A new Trainer for every task would draw the training curves of all tasks on top of each other. The counter
-    is saved in Lightning's checkpoints, so a fit that resumes from one continues where the checkpoint was.
+    Without it, the new Trainer of every task would plot the training curves of all tasks on top of each other. The
+    counter is saved in Lightning's checkpoints, so a resumed fit continues at the checkpoint's step.
 
     Args:
         trainer: A Trainer that has not been fitted yet.
@@ -63,7 +63,7 @@ def logger_step(trainer: Trainer) -> int:
 
 
 def refuse_unsupported_strategy(trainer: Trainer) -> None:
-    """Refuse strategies under which a callback in this process would never see the trained weights.
+    """Refuse strategies under which callbacks in this process cannot access the trained weights.
 
     Raises:
         RuntimeError: For launchers that train in spawned or forked children, for FSDP1 and for DeepSpeed; the
@@ -83,7 +83,7 @@ def refuse_unsupported_strategy(trainer: Trainer) -> None:
 
 
 class TaskProgressBar(RichProgressBar):
-    """Lightning's progress bar on stderr, which says what is being trained or evaluated.
+    """Lightning's progress bar on stderr, with a label for what is trained or evaluated.
 
     Args:
         label: Shown before epochs and while testing.
@@ -102,7 +102,7 @@ class TaskProgressBar(RichProgressBar):
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return what is shown beside the bar, without the loggers' version."""
+        """Return the metrics shown beside the bar, without the loggers' version."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics
@@ -115,9 +115,8 @@ class TaskProgressBar(RichProgressBar):
 def quiet_lightning() -> None:
     """Let Lightning log warnings and errors only, since its start-up lines would repeat for every task.
 
-    Also ignores what Lightning 2.6 itself causes under newer versions of torch, and its advice on the number
-    of workers and on the logging interval, which small tasks would repeat without end. A logger that shows
-    less already stays as it is.
+    Also ignores warnings that Lightning 2.6 itself causes under newer versions of torch, and its advice on the number
+    of workers and on the logging interval, which would repeat for every task. A logger with a higher level keeps it.
     """
     for message in (
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
@@ -125,7 +124,7 @@ def quiet_lightning() -> None:
         r"The number of training batches \(\d+\) is smaller than the logging interval",
     ):
         warnings.filterwarnings("ignore", message=message)
-    # Once the package pytorch_lightning is imported too, both packages log under its names.
+    # Once the package pytorch_lightning is imported, both packages use its logger names.
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
         logger = logging.getLogger(name)
         logger.setLevel(max(logger.level, logging.WARNING))

@@ -1,4 +1,4 @@
-"""Names that come from folders, files and other programs: as text that is safe to show, and as names of files."""
+"""Turn untrusted names, from folders, files and other programs, into text that is safe to print and into file names."""
 
 import hashlib
 import re
@@ -6,16 +6,16 @@ import sys
 import unicodedata
 from typing import TextIO
 
-_JOINERS = "\u200c\u200d"  # scripts and emoji need them
-_LONGEST = 120  # bytes of a file name, with room for endings within the 255 that file systems have
+_JOINERS = "\u200c\u200d"  # kept, because some scripts and emoji need them
+_LONGEST = 120  # bytes of a file name; leaves room for extensions within the 255 bytes of file systems
 _UNSAFE = re.compile(r'[<>:"/\\|?*]')
 
 
 def visible(text: str, *, keep: str = "") -> str:
-    r"""Return text in which everything that steers a terminal or hides is written out as an escape.
+    r"""Return text with control characters and invisible characters written as escapes.
 
-    That is control characters and line ends, marks that change the direction of writing, other invisible formatting and
-    halves of surrogate pairs.
+    These are control characters and line ends, marks that change the direction of writing, other invisible formatting
+    and halves of surrogate pairs.
 
     Args:
         text: Any text.
@@ -31,17 +31,17 @@ def visible(text: str, *, keep: str = "") -> str:
 
 
 def tell(line: str, *, file: TextIO | None = None) -> None:
-    """Print one line, to stderr unless a file is named, with :func:`visible` text alone: names in it may be anybody's.
+    """Print one line with :func:`visible`, because names in it may be untrusted.
 
     Args:
         line: The line.
-        file: Where it goes.
+        file: Destination; default stderr.
     """
     print(visible(line), file=sys.stderr if file is None else file, flush=True)
 
 
 def shown(name: str) -> str:
-    """Return a name as it is shown to people: :func:`visible`, and in quotes if there is nothing to see.
+    """Return a name for display: :func:`visible`, and in quotes if it is empty or blank.
 
     Example:
         >>> shown("cat"), shown("")
@@ -51,7 +51,7 @@ def shown(name: str) -> str:
 
 
 def shorten(name: str, length: int) -> str:
-    """Return a name as it is shown, cut if it is longer than ``length`` characters.
+    """Return a name for display, cut to ``length`` characters if it is longer.
 
     Example:
         >>> shorten("a long name", 8)
@@ -62,9 +62,9 @@ def shorten(name: str, length: int) -> str:
 
 
 def file_name(name: str) -> str:
-    """Return a name as one part of a path: itself if that is safe on every system, else tidied, with a digest of it.
+    """Return a name as one part of a path: unchanged if it is safe on every system, else cleaned, with a digest.
 
-    Different names give different parts, and no part leads out of its folder, is hidden or too long.
+    Different names yield different parts; no part leads out of its folder, is hidden or is too long.
 
     Example:
         >>> file_name("ties_density0.1"), file_name("../../x")

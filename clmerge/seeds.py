@@ -1,4 +1,4 @@
-"""Random numbers that depend on (seed, task, parameter name) alone: not on order, device, rank or resume."""
+"""Random numbers that depend only on (seed, task, parameter name), not on order, device, rank or resume."""
 
 import hashlib
 
@@ -16,7 +16,7 @@ def seeded_uniform(tau: Tensor, *, seed: int, task: int, name: str, purpose: str
         seed: The rule's seed.
         task: Index of the task.
         name: Name of the parameter.
-        purpose: What the numbers are for, so that two rules with one seed do not share them.
+        purpose: Label of the use; rules with the same seed and different purposes get different numbers.
 
     Returns:
         float32 of ``tau``'s shape on its device.

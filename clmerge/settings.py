@@ -1,4 +1,4 @@
-"""Objects that are their constructor arguments: settings, label and repr come from the signature."""
+"""Base class that derives settings, label and repr from the constructor's arguments."""
 
 import inspect
 import re
@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 
 class Configured:
-    """Base of mergers, sparsifiers and finishers: every constructor argument is kept under its own name.
+    """Base of mergers, sparsifiers and finishers; subclasses store every constructor argument under its own name.
 
-    That one convention gives ``settings()``, ``label`` and ``repr`` to every subclass.
+    ``settings()``, ``label`` and ``repr`` are derived from these attributes.
 
     Attributes:
         per_task: Constructor arguments that, where they are a list, have one entry per task index.
@@ -25,9 +25,9 @@ class Configured:
             yield from (item for item in (value if isinstance(value, list | tuple) else [value]) if _is_part(item))
 
     def check_tasks(self, num_tasks: int) -> None:
-        """Refuse a setting, of this or of a part, that has not an entry for every task.
+        """Refuse a per-task setting, of this object or of a part, that lacks an entry for a task.
 
-        Call it before the tasks are trained: the update of a task without an entry fails only afterwards.
+        Call it before training: without it, the error comes only when the task without an entry is merged.
 
         Args:
             num_tasks: How many tasks there will be.
@@ -46,7 +46,7 @@ class Configured:
             part.check_tasks(num_tasks)
 
     def check_names(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse a pattern, of this or of a part, that matches no parameter; call it before anything is trained.
+        """Refuse a pattern, of this object or of a part, that matches no parameter; call it before training.
 
         Args:
             shapes: Shapes of the parameters that will be merged, by name.
@@ -62,13 +62,13 @@ class Configured:
 
         Returns:
             Numbers, strings, lists and None by argument name; an argument that is itself a rule or a part
-            becomes ``{"class_path": ..., "init_args": {...}}``.
+            is given as ``{"class_path": ..., "init_args": {...}}``.
         """
         return {name: _plain(getattr(self, name)) for name in inspect.signature(type(self)).parameters}
 
     @property
     def label(self) -> str:
-        """Name plus the settings that differ from their defaults, fit for file names: ``ties_density0.1``."""
+        """Name and the settings that differ from their defaults, valid as a file name: ``ties_density0.1``."""
         parts = [self.name or type(self).__name__.lower()]
         for name, parameter in inspect.signature(type(self)).parameters.items():
             value = getattr(self, name)

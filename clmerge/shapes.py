@@ -1,4 +1,4 @@
-"""Shapes of parsed JSON: a check is a function of a value and its place, and refuses with one message that names it."""
+"""Checks of parsed JSON: a check takes a value and its place, and raises a ValueError that names the place."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -6,16 +6,16 @@ from typing import Any, TypeAlias
 from clmerge.names import visible
 
 Check: TypeAlias = Callable[[Any, str], None]
-_LARGEST = 1e15  # no figure, size or time of a run comes near it, and sums and charts of such numbers are exact enough
+_LARGEST = 1e15  # far above any metric, size or time of a run, and small enough for sums and charts
 
 
 def refuse(where: str, expected: str, value: object) -> None:
     """Refuse a value.
 
     Args:
-        where: Its place, as dotted keys.
-        expected: What should be there.
-        value: What is there.
+        where: Place of the value, as dotted keys.
+        expected: Description of an accepted value.
+        value: The value found.
 
     Raises:
         ValueError: Always.
@@ -24,7 +24,7 @@ def refuse(where: str, expected: str, value: object) -> None:
 
 
 def brief(value: object, length: int = 60) -> str:
-    """Return a value for a message, cut to a length.
+    """Return a value as text for a message, cut to ``length`` characters.
 
     Example:
         >>> brief([1, 2]), brief("x" * 100, 10)
@@ -32,7 +32,7 @@ def brief(value: object, length: int = 60) -> str:
     """
     try:
         text = visible(repr(value))
-    except ValueError:  # an integer of thousands of digits has no text
+    except ValueError:  # Python refuses to print integers of thousands of digits
         text = f"a huge {type(value).__name__}"
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
@@ -78,7 +78,7 @@ def anything(value: Any, where: str) -> None:
 
 
 def maybe(check: Check) -> Check:
-    """Accept null as well."""
+    """Accept null and the values that ``check`` accepts."""
 
     def checked(value: Any, where: str) -> None:
         if value is not None:
@@ -88,7 +88,7 @@ def maybe(check: Check) -> Check:
 
 
 def one_of(values: Collection[Any]) -> Check:
-    """Accept some values of text alone."""
+    """Accept only the given text values."""
 
     def checked(value: Any, where: str) -> None:
         text(value, where)
@@ -99,13 +99,13 @@ def one_of(values: Collection[Any]) -> Check:
 
 
 def listed(check: Check, length: int | None = None, *, at_most: int | None = None, filled: bool = False) -> Check:
-    """Accept a list of values that a check accepts.
+    """Accept a list whose values a check accepts.
 
     Args:
         check: Check of every value.
-        length: How many there are.
-        at_most: How many there are at most.
-        filled: Whether there is at least one.
+        length: Number of values.
+        at_most: Largest number of values.
+        filled: Whether at least one value is required.
     """
     size = "" if length is None else f" of {length}"
     size = f" of at most {at_most}" if at_most is not None else size
@@ -124,7 +124,7 @@ def listed(check: Check, length: int | None = None, *, at_most: int | None = Non
 
 
 def keyed(check: Check) -> Check:
-    """Accept an object whose values a check accepts, whatever its keys."""
+    """Accept an object with any keys whose values a check accepts."""
 
     def checked(value: Any, where: str) -> None:
         for key, item in _mapping(value, where).items():
@@ -134,11 +134,11 @@ def keyed(check: Check) -> Check:
 
 
 def record(required: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
-    """Accept an object that has some keys; what it has beside them is not looked at.
+    """Accept an object by checks of its keys; other keys are not checked.
 
     Args:
-        required: Checks of the keys that must be there.
-        optional: Checks of those that may be.
+        required: Checks of the keys that must be present.
+        optional: Checks of the keys that may be present.
     """
 
     def checked(value: Any, where: str) -> None:
@@ -153,7 +153,7 @@ def record(required: Mapping[str, Check], optional: Mapping[str, Check] | None =
 
 
 def place(where: str, key: str) -> str:
-    """Return the place of a key in an object; a key that is no plain word is in brackets.
+    """Return the place of a key in an object; a key that is not a plain word is put in brackets.
 
     Example:
         >>> place("models", "ties"), place("models", "a b")
@@ -181,7 +181,7 @@ def same_length(lists: Mapping[str, Sequence[Any]], what: str) -> None:
 
     Args:
         lists: The lists by their places.
-        what: What every list has one item for.
+        what: Noun for what each item of a list belongs to, for the message.
 
     Raises:
         ValueError: If lengths differ.
