@@ -7,7 +7,7 @@ from torch import Tensor
 def sum_over_processes(values: Tensor) -> Tensor:
     """Add up ``values`` over all processes of a distributed run, in the same order on each of them.
 
-    The sum is computed on the CPU, because evaluation between two fits runs there, where NCCL does not work.
+    The values are summed on the CPU, because evaluation between two fits runs there, also where NCCL does not.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return values

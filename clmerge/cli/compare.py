@@ -136,7 +136,7 @@ def _compare(config: Any, mergers: Any) -> int:
     joint = None if config.joint is None else open_run(config.joint, name="joint", allow=config.allow)[0]
     if (
         len(config.runs) > 1
-    ):  # evaluating the first may take minutes: see before that all will do, one at a time in memory
+    ):  # evaluating the first may take minutes: check all runs before, with one at a time in memory
         results = {}
         for path, name in zip(config.runs, names, strict=True):
             run, own = opened(path, name)
@@ -166,7 +166,7 @@ def _compare(config: Any, mergers: Any) -> int:
 
 
 def _log_to_wandb(run: "StoredRun", document: dict[str, Any], out: Path, paths: Sequence[str]) -> str | None:
-    """Log a comparison as a run of its own, beside those it compares; return the command that uploads it."""
+    """Log a comparison as a W&B run of its own; return the command that uploads it if it is offline."""
     from clmerge.loggers import build_wandb_logger, describe_run, finish_loggers, log_comparison, wandb_sync_command
 
     facts = describe_run(
@@ -193,7 +193,7 @@ def _log_to_wandb(run: "StoredRun", document: dict[str, Any], out: Path, paths: 
 
 @contextmanager
 def _scratch_folder(out: Path) -> Iterator[Path]:
-    """Make an empty folder that is gone afterwards; one that a killed process left is emptied."""
+    """Make a temporary folder, removed after the block; one that a killed process left is emptied first."""
     scratch = out / ".scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -208,17 +208,17 @@ def _scratch_folder(out: Path) -> Iterator[Path]:
 def open_run(
     path: str, *, name: str, allow: Sequence[str] = (), evaluation: "Setting | None" = None
 ) -> "tuple[StoredRun, list[Any]]":
-    """Open a finished run; return it and the mergers that rode on it.
+    """Open a finished run; return it and its mergers.
 
     Args:
         path: The run folder.
-        name: What it is called in results.
-        allow: Packages whose code the run's configuration may name, beside the known ones.
+        name: Name of the run in the results.
+        allow: Packages, beside the known ones, whose code the run's configuration may name.
         evaluation: Which reading of the logits counts; default that of the run.
 
     Raises:
         FileNotFoundError: If there is no run.
-        ValueError: If it is not finished, has kept no task vectors, or names code of other packages.
+        ValueError: If the run is not finished, has no task vectors, or its configuration names code of other packages.
     """
     from lightning.pytorch import seed_everything
 
@@ -253,13 +253,13 @@ def open_run(
 
 
 def read_config(parser: "CommandParser", file: Path, options: Sequence[str], allow: Sequence[str]) -> Any:
-    """Parse the configuration of a run for one process and without its loggers; import what is known or allowed."""
+    """Parse a run's configuration for one process, without its loggers; import only known and allowed packages."""
     from jsonargparse import ArgumentError
 
     from clmerge.cli.named_code import KNOWN_PACKAGES, importing_only, refused_path
 
     single = ("--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto")
-    unwanted = ("--logging.extra=[]", "--trainer.profiler=null")  # they write where they are told to
+    unwanted = ("--logging.extra=[]", "--trainer.profiler=null")  # they write to paths of their own
     parser.exit_on_error = False
     try:
         with importing_only([*KNOWN_PACKAGES, *allow]):
@@ -275,7 +275,7 @@ def read_config(parser: "CommandParser", file: Path, options: Sequence[str], all
 
 
 def _run_names(paths: Sequence[str]) -> list[str]:
-    """Call runs after their folders, with as many parents as tell them apart."""
+    """Name runs after their folders, with as many parent folders as make the names different."""
     parts = [Path(path).resolve().parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]

@@ -1,4 +1,4 @@
-"""What ``clmerge merge --buffers re-estimated`` runs: the model and the training images of a run or a configuration."""
+"""Build model and training images from a run or a configuration, for ``clmerge merge --buffers re-estimated``."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,13 +14,13 @@ def open_estimation(models: Sequence[str], data: str | None, allow: Sequence[str
     """Build the model and the stream that running statistics are estimated with.
 
     Args:
-        models: What is merged; without ``data`` the last must be a run folder.
-        data: A configuration of ``clmerge fit``, of which stream and model count.
-        allow: Packages whose code a configuration may name, beside the known ones.
+        models: Paths of the merged models; without ``data`` the last must be a run folder.
+        data: A configuration of ``clmerge fit``; only its stream and model are used.
+        allow: Packages, beside the known ones, whose code a configuration may name.
 
     Raises:
-        FileNotFoundError: If there is no configuration.
-        ValueError: If there is neither, or it names code of other packages.
+        FileNotFoundError: If the configuration does not exist.
+        ValueError: If there is neither ``data`` nor a run folder, or the configuration names code of other packages.
     """
     from clmerge.lightning_compat import quiet_lightning
 

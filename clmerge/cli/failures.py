@@ -1,4 +1,4 @@
-"""What a command says when it fails: one message for what was foreseen, a traceback for what was not."""
+"""Report the failure of a command: a message for expected errors, a traceback for unexpected ones."""
 
 import re
 import sys
@@ -14,11 +14,12 @@ _PACKAGE = Path(clmerge.__file__).resolve().parent
 
 
 def is_foreseen(error: BaseException, *, started: bool = True) -> bool:
-    """Tell whether an error is a message for the user: raised by clmerge itself, or by the system (a full disk).
+    """Return whether an error is meant for the user: raised by clmerge itself, or by the system (a full disk).
 
     Args:
-        error: The error, which was raised.
-        started: Whether the work has begun; before, libraries speak to the user, too, about settings of theirs.
+        error: The error, as it was caught.
+        started: Whether the work has begun. Before that, errors of libraries also count, because they are about
+            settings.
     """
     if isinstance(error, OSError):
         return True
@@ -31,11 +32,11 @@ def is_foreseen(error: BaseException, *, started: bool = True) -> bool:
 
 
 def say(command: str, error: Exception) -> None:
-    """Print why a command failed, where, and how to go on, to stderr; the last two are the notes of the error.
+    """Print to stderr why a command failed, then the notes of the error: where it failed and how to continue.
 
     Args:
         command: Name of the command.
-        error: What ended it.
+        error: The error that ended it.
     """
     if is_foreseen(error):
         complain(command, error)

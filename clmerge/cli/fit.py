@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from clmerge.streams import Stream
     from clmerge.streams.data_check import DataCheck
 
-# Lightning starts the other ranks of a DDP run by the same command; they must find the folder that rank zero chose.
+# Lightning starts the other ranks of a DDP run with the same command; they read rank zero's folder from this variable.
 RUN_DIR_VARIABLE = "CLMERGE_RUN_DIR"
 # Arguments of the Trainer that the learner sets itself.
 _OWNED_BY_LEARNER = {
@@ -56,7 +56,7 @@ examples:
 
 @dataclass
 class Logging:
-    """What is told about a run besides its run folder.
+    """Options of the loggers of a run.
 
     Args:
         csv: Write the curves as CSV under ``logs/csv``.
@@ -81,10 +81,10 @@ class Logging:
 
 
 def build_parser(*, trainer: bool = True) -> "CommandParser":
-    """Return the parser of ``clmerge fit``; imports everything that its types come from.
+    """Return the parser of ``clmerge fit``; imports the modules of all its types.
 
     Args:
-        trainer: Whether the Trainer's arguments are options; the help leaves their three hundred lines to Lightning.
+        trainer: Whether to add the Trainer's arguments; the written help omits their three hundred lines.
     """
     from lightning.pytorch import Callback, Trainer
     from lightning.pytorch import loggers as lightning_loggers
@@ -102,7 +102,7 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     from clmerge.training.regularizers import Regularizer
 
     for name in clmerge.streams.__all__:
-        getattr(clmerge.streams, name)  # loaded lazily, and only loaded classes may be named
+        getattr(clmerge.streams, name)  # loaded lazily, and jsonargparse finds only loaded classes
     set_policy()
     Logging.__dataclass_fields__["extra"].type = list[lightning_loggers.Logger]
     Logging.__annotations__["extra"] = list[lightning_loggers.Logger]
@@ -154,7 +154,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def spread_mergers(argv: Sequence[str]) -> list[str]:
-    """Turn ``--mergers A B C`` into the list that the parser reads.
+    """Rewrite ``--mergers A B C`` as the list that the parser reads.
 
     Example:
         >>> spread_mergers(["--mergers", "MagMax", "TIES", "--seed", "1"])
@@ -220,7 +220,7 @@ def _run(arguments: Sequence[str], resume: str | None) -> int:
         elif resume is not None and run is not None:
             hint = f"; resume with clmerge fit --resume {run.path}"
         elif run is not None:
-            with suppress(OSError):  # a start that failed; if the folder stays, the next start takes it over
+            with suppress(OSError):  # the start failed; if the folder cannot be removed, the next start reuses it
                 run.discard()
         if isinstance(error, UnreadableImageError):
             hint += "; --check_data finds all such images before a run"
@@ -253,7 +253,7 @@ def _build(
     seed_everything(config.seed, workers=True, verbose=False)
     objects = parser.instantiate(config)
     objects.data.seed = config.seed
-    # The other ranks of a DDP run are started when rank zero has made the folder.
+    # The other ranks of a DDP run start after rank zero has made the folder.
     known = run.path if run is not None else None if _is_main() else Path(os.environ[RUN_DIR_VARIABLE])
     check = leave_unreadable_out(objects.stream, config, known)
     learner = Learner(
@@ -267,7 +267,7 @@ def _build(
 
 
 def leave_unreadable_out(stream: "Stream", config: Any, run: Path | None) -> "DataCheck | None":
-    """Open all images if that is asked for, or read what a run has found, and leave out what cannot be read."""
+    """Check all images if configured, or load the run's check, and leave unreadable images out of the stream."""
     from clmerge.streams.data_check import RECORD, DataCheck, check_images, leave_out
 
     check = None if run is None else DataCheck.load(run / RECORD)
@@ -316,7 +316,7 @@ def _config_text(parser: "CommandParser", config: Any) -> str:
 
 
 def trainer_factory(config: Any) -> Any:
-    """Return what builds a new Trainer of a parsed configuration, callbacks included, whenever it is called."""
+    """Return a function that builds a new Trainer with its callbacks from a parsed configuration."""
     from lightning.pytorch import Trainer
 
     from clmerge.cli.parser import CommandParser
@@ -326,7 +326,7 @@ def trainer_factory(config: Any) -> Any:
     builder_config = builder.parse_object({"trainer": config.trainer.as_dict()})
 
     def build(**given: Any) -> Trainer:
-        # Instantiated anew every time: callbacks keep state, and every task needs fresh ones.
+        # Instantiated at every call: callbacks keep state, and every task needs new ones.
         options = vars(builder.instantiate(builder_config).trainer)
         for key in ("callbacks", "plugins"):
             own = options.pop(key, None)

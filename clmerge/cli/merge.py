@@ -169,7 +169,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _translated(argv: Sequence[str]) -> Iterator[str]:
-    """Give the options that a recipe of mergekit stands for in its place."""
+    """Replace a mergekit recipe among the arguments by the equivalent options."""
     import json
 
     from clmerge.bounded_yaml import read_yaml
@@ -240,7 +240,7 @@ def _merge(parser: "CommandParser", config: Any, groups: "list[Group]") -> int:
 
 
 def _groups(parser: "CommandParser", said: object) -> "list[Group]":
-    """Build the groups of a recipe, one after another: jsonargparse would copy the whole list for every item of it."""
+    """Build the groups of a recipe one by one: jsonargparse would copy the whole list for every item."""
     from jsonargparse import ArgumentError
 
     from clmerge.checkpoints.groups import Group
@@ -288,9 +288,10 @@ def _verify(path: str) -> int:
 
 @contextlib.contextmanager
 def _modules_left_alone() -> Iterator[None]:
-    """Keep the garbage collector from looking through every imported module again for each few hundred tensors' names.
+    """Exclude the objects of imported modules from garbage collection during the block.
 
-    It costs as much as merging tens of thousands of small tensors does.
+    Otherwise they are traversed again for every few hundred tensor names, which takes as long as merging tens of
+    thousands of small tensors.
     """
     gc.freeze()
     try:
@@ -300,7 +301,7 @@ def _modules_left_alone() -> Iterator[None]:
 
 
 def _keep_freed_memory() -> None:
-    """Let malloc reuse what it frees: a merge allocates the same sizes again and again, and fresh pages cost time."""
+    """Let malloc reuse freed memory: a merge allocates the same sizes repeatedly, and new pages take time."""
     import ctypes
 
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc
@@ -311,10 +312,10 @@ def _keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def progress(action: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show a bar with bytes per second on a terminal, and nothing but the end elsewhere; on stderr.
+    """Show progress on stderr: a bar with bytes per second on a terminal, else a line per quarter and at the end.
 
     Args:
-        action: What is being done.
+        action: Label of the bar.
         total: Bytes to read; None if unknown.
     """
     import time

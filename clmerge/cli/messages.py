@@ -1,4 +1,4 @@
-"""What a command says when it fails: one line, one cause, with the key it stands at."""
+"""Error messages of commands: one line with one cause and the key it concerns."""
 
 import inspect
 import os
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from clmerge.names import visible
 
-DEBUG_VARIABLE = "CLMERGE_DEBUG"  # set, it shows the traceback of every error
+DEBUG_VARIABLE = "CLMERGE_DEBUG"  # if set, the traceback of every error is shown
 _KEY = re.compile(r'Parser key "([^"]*)":\s*(.*)')
 _CLASS = re.compile(r"Problem with given class_path '([\w.]+)':")
 _VALUE = re.compile(r"Given value: (.*)")
@@ -22,9 +22,9 @@ def complain(name: str, error: BaseException, hint: str = "") -> int:
     """Print why a command failed, on stderr, and return the exit code 1.
 
     Args:
-        name: What the command is called.
-        error: What it failed with.
-        hint: What is said after the cause.
+        name: Name of the command.
+        error: The error that ended it.
+        hint: Text after the cause.
     """
     if os.environ.get(DEBUG_VARIABLE):
         print(traceback_of(error), file=sys.stderr, end="")
@@ -35,12 +35,12 @@ def complain(name: str, error: BaseException, hint: str = "") -> int:
 
 
 def traceback_of(error: BaseException) -> str:
-    """Return the traceback of an error, as it is shown."""
+    """Return the traceback of an error as text for a terminal."""
     return visible("".join(traceback.format_exception(error)), keep="\n")
 
 
 def condensed(message: str) -> str:
-    """Return the cause in a message of jsonargparse, which may be an outline of many lines, with the key it stands at.
+    """Return the cause, with its key, from a jsonargparse message, which may be an outline of many lines.
 
     Example:
         >>> outline = ['Parser key "threads":', "  Expected a <class 'int'>. Got value: x"]
@@ -69,7 +69,7 @@ def condensed(message: str) -> str:
 
 
 def class_options(message: str) -> list[str] | None:
-    """Return the arguments of the innermost class that a message of jsonargparse is about; None if it is about none."""
+    """Return the arguments of the innermost class in a jsonargparse message; None if it names no class."""
     found = _CLASS.findall(message)
     if not found:
         return None
@@ -79,7 +79,7 @@ def class_options(message: str) -> list[str] | None:
 
 
 def _relevant(lines: list[str]) -> Iterator[str]:
-    """Yield the lines that say what is wrong, from the outside in; of alternatives, those of the most telling one."""
+    """Yield the lines that state the cause, outermost first; of alternatives, only the lines of the best one."""
     position = 0
     while position < len(lines):
         line = lines[position].strip()
@@ -94,7 +94,7 @@ def _relevant(lines: list[str]) -> Iterator[str]:
 
 
 def _best(lines: list[str]) -> list[str]:
-    """Return the lines of the alternative that says most, the bullet taken off: never that None would do."""
+    """Return the lines of the longest alternative, without its bullet; one about None only if there is no other."""
     starts = [i for i, line in enumerate(lines) if line.lstrip().startswith("- ")]
     if not starts:
         return lines

@@ -1,8 +1,8 @@
-"""Which code a file may name: what is imported for a class path, and what a class path may build.
+"""Restrict which code a configuration may import and instantiate through a class path.
 
-jsonargparse imports the module of every class path before it checks the class, and importing is running. So paths are
-held against a list first; and what a ``class_path`` names is built only if it is a class: a function there would be
-called while the configuration is read.
+jsonargparse imports the module of every class path before it checks the class, and an import runs code. Paths are
+therefore checked against a list of packages first. A ``class_path`` must also name a class: jsonargparse would call a
+function while it reads the configuration.
 """
 
 import inspect
@@ -31,37 +31,37 @@ _KEY = re.compile(r'Parser key "([^"]+)"')
 
 
 def set_policy() -> None:
-    """Have jsonargparse refuse what runs commands or code: ``os``, ``subprocess``, ``functools`` and their like.
+    """Have jsonargparse refuse modules that run commands or code: ``os``, ``subprocess``, ``functools`` and others.
 
-    Nor does it build what stands where any value may stand, and it leaves the docstrings of attributes alone.
+    Also disables instantiation of classes given for arguments of type Any, and the parsing of attribute docstrings.
     """
     set_parsing_settings(
         docstring_parse_attribute_docstrings=False,
         instantiate_subclass_spec_in_any=False,
-        import_path_denylist=[],  # none but jsonargparse's own, which it enforces only where a list is given
+        import_path_denylist=[],  # adds nothing, but jsonargparse enforces its own list only if one is given
     )
 
 
 @contextmanager
 def importing_only(packages: Sequence[str]) -> Iterator[None]:
-    """Refuse class paths outside of some packages, before anything is imported for them.
+    """Refuse class paths outside of ``packages`` during the block, before their modules are imported.
 
     Args:
         packages: Names of packages or modules.
 
     Raises:
-        ValueError: If one is no name of a package.
+        ValueError: If an item is not a valid package name.
     """
     before = _common.parsing_settings["import_path_verdicts"]
     try:
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=list(packages))
         yield
     finally:
-        _common.parsing_settings["import_path_verdicts"] = before  # there is no public way to take entries out again
+        _common.parsing_settings["import_path_verdicts"] = before  # there is no public way to remove entries
 
 
 def refused_path(message: str) -> tuple[str, str] | None:
-    """Return the class path that an error message of jsonargparse refuses to import and the key it stands at, if any.
+    """Return the class path that jsonargparse refused to import and its key, from its error message; None if none.
 
     Example:
         >>> refused_path("Importing 'os.system' is not allowed, denied by the 'os' entry")
@@ -74,14 +74,14 @@ def refused_path(message: str) -> tuple[str, str] | None:
 
 
 def refuse_functions(config: Any, key: str = "") -> None:
-    """Refuse every ``class_path`` that is no class: jsonargparse would call a function that it names.
+    """Refuse every ``class_path`` that does not name a class: jsonargparse would call a function.
 
     Args:
-        config: What was parsed; the modules of its class paths are imported.
-        key: Where it stands.
+        config: The parsed configuration; the modules of its class paths are imported.
+        key: Dotted key of ``config`` in the whole configuration.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If a ``class_path`` does not name a class.
     """
     if isinstance(config, Namespace):
         config = vars(config)
@@ -100,7 +100,7 @@ def refuse_functions(config: Any, key: str = "") -> None:
 
 
 def _imported(path: str) -> Any:
-    """Return what a dotted path names if its module is imported, None otherwise; nothing is imported."""
+    """Return the object of a dotted path if its module is already imported, None otherwise; imports nothing."""
     parts = path.split(".")
     for length in range(len(parts) - 1, 0, -1):
         found: Any = sys.modules.get(".".join(parts[:length]))

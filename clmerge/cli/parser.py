@@ -18,23 +18,23 @@ from clmerge.weights.paths import what_it_is
 
 
 class CommandFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Leave examples under the options as they are written."""
+    """Keep the line breaks of the examples below the options."""
 
 
 class CommandParser(ArgumentParser):
     """An argument parser of one command.
 
     Attributes:
-        class_names: Names of classes that options take; the nearest one is offered for a misspelt class.
+        class_names: Names of the classes that options accept; the nearest one is suggested for a misspelt class.
     """
 
     class_names: ClassVar[Sequence[str]] = ()
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong and the nearest valid word, without the usage, and exit with 2."""
+        """Print the error and the nearest valid word, without the usage, and exit with 2."""
         text = (message if ex is None else str(ex)).strip()
-        if not self.exit_on_error:  # a parser of one class's arguments, inside of the command's
+        if not self.exit_on_error:  # the nested parser of one class's arguments
             super().error(text, ex)
         if refused := refused_path(text):
             path, key = refused
@@ -47,19 +47,19 @@ class CommandParser(ArgumentParser):
 
     @override
     def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> Any:
-        """Add the arguments of a class; a parser that is made to show their help shows the class's docstring, too."""
+        """Add the arguments of a class, with the class's docstring if the parser was made to show their help."""
         title: str = vars(self).get("description") or ""
-        if title.startswith("Help for "):  # jsonargparse shows the first line alone
+        if title.startswith("Help for "):  # jsonargparse shows only the first line
             self.formatter_class = CommandFormatter
             self.description = f"{title}\n\n{described(theclass)}"
         return super().add_class_arguments(theclass, *args, **kwargs)
 
     @override
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
-        """Parse arguments; a named pipe, a socket or a device among them is refused.
+        """Parse arguments; refuse a named pipe, a socket or a device among them.
 
-        An option of a class inside of a class comes here a second time, after jsonargparse has read its value and
-        written it out as Python does: ``null`` comes as ``None``, which a type that takes text would keep as text.
+        Options of nested classes are parsed a second time, after jsonargparse has parsed their values and formatted
+        them as Python text: ``null`` arrives as ``None``, which a text type would keep as the text "None".
         """
         self._words = list(args or ())
         for word in self._words:
@@ -73,13 +73,13 @@ class CommandParser(ArgumentParser):
             ]
         try:
             return super().parse_args(args, *rest, **options)
-        # jsonargparse, over odd files
+        # jsonargparse raises these for malformed files
         except (AttributeError, LookupError, OverflowError, RuntimeError, ValueError) as error:
             text = f"expected a config that fits the options, got one over which reading fails: {error}"
             self.error(text)
 
     def _source(self, text: str) -> str:
-        """Return which files the key at fault may stand in; nothing if it is on the command line."""
+        """Return the configuration files that may hold the wrong key, as text; empty if it is on the command line."""
         words = getattr(self, "_words", [])
         config = [action.dest for action in self._actions if isinstance(action, ActionConfigFile)]
         files = [
@@ -93,7 +93,7 @@ class CommandParser(ArgumentParser):
         return f" (in {', '.join(shown)})" if shown and not given and (key or "config" in text) else ""
 
     def _hint(self, text: str) -> str:
-        """Return the nearest valid word; of a class's options, those of that class."""
+        """Return a line with the nearest valid word; for an unknown option of a class, from that class's options."""
         if "Did you mean" in text:
             return ""
         if (known := class_options(text)) is not None and (found := re.search(r"Option '(\w+)' is not accepted", text)):
@@ -106,7 +106,7 @@ class CommandParser(ArgumentParser):
 
     @override
     def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
-        """Build what the configuration says; only classes are built.
+        """Instantiate the classes of the configuration.
 
         Raises:
             ValueError: If a ``class_path`` names anything but a class.
@@ -116,7 +116,7 @@ class CommandParser(ArgumentParser):
 
 
 def described(theclass: type) -> str:
-    """Return the docstring of a class without its arguments, which a help lists by themselves.
+    """Return the docstring of a class without its arguments, which the help lists separately.
 
     Example:
         >>> from clmerge.merging import Scale
@@ -131,7 +131,7 @@ _load_plain_yaml = get_loader("yaml")
 
 
 def _load_yaml(text: str) -> Any:
-    """Read a configuration, or the value of an option, as jsonargparse does, unless it is an alias bomb."""
+    """Parse a configuration, or the value of an option, as jsonargparse does, but refuse alias bombs."""
     try:
         check_yaml(text)
         return _load_plain_yaml(text)
@@ -143,7 +143,7 @@ set_loader("yaml", _load_yaml, exceptions=(ValueError,))
 
 
 def known_subclasses(bases: Iterable[type]) -> list[str]:
-    """Return the names of all classes below ``bases`` that are imported, private ones left out."""
+    """Return the names of all imported, public subclasses of ``bases``."""
     found: list[str] = []
     pending = [*bases]
     while pending:
@@ -154,12 +154,12 @@ def known_subclasses(bases: Iterable[type]) -> list[str]:
 
 
 def suggestion(message: str, options: Sequence[str], classes: Sequence[str]) -> str | None:
-    """Return the nearest valid word to the one that an error message of jsonargparse complains about.
+    """Return the valid word nearest to the unknown one in an error message of jsonargparse.
 
     Args:
         message: The error message.
-        options: Dotted names of the options there are.
-        classes: Names of the classes there are.
+        options: Dotted names of the valid options.
+        classes: Names of the valid classes.
 
     Example:
         >>> suggestion("unrecognized arguments: --learner.start_polcy=base", ["learner.start_policy"], [])
@@ -183,7 +183,7 @@ def suggestion(message: str, options: Sequence[str], classes: Sequence[str]) -> 
 
 
 def _nearest(word: str, words: Iterable[str]) -> str | None:
-    """Return the word most like ``word`` whatever its case, if one is like it at all."""
+    """Return the word most similar to ``word``, ignoring case; None if none is similar."""
     by_lower = {candidate.lower(): candidate for candidate in words}
     near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
     return by_lower[near[0]] if near else None

@@ -1,4 +1,4 @@
-"""``clmerge report``: one page, or a table for a paper, for what finished runs found."""
+"""``clmerge report``: write the results of finished runs as one page, or as a table for a paper."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""``clmerge fit --resume``: which run goes on, and what may change from here on."""
+"""``clmerge fit --resume``: open the run to resume, and record options that change from the next task on."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from clmerge.cli.signals import Stopped
     from clmerge.results.run_folder import RunFolder
 
-# What may be another from one task to the next; everything else is what the run is.
+# Options that may change between tasks; all others are fixed for a run.
 CHANGEABLE = (
     "--trainer.",
     "--data.",
@@ -22,16 +22,16 @@ CHANGEABLE = (
 
 
 def split_resume(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Take ``--resume RUN`` out of the arguments; the rest are options as ``--name=value``.
+    """Separate ``--resume RUN`` from the other arguments, which are returned as ``--name=value``.
 
     Args:
         arguments: The command line after ``fit``.
 
     Returns:
-        The run folder, None where none is resumed, and the other arguments.
+        The run folder, None without ``--resume``, and the other arguments.
 
     Raises:
-        SystemExit: If ``--resume`` names no folder, or stands beside an option that cannot change in a run.
+        SystemExit: If ``--resume`` names no folder, or is given with an option that cannot change in a run.
 
     Example:
         >>> split_resume(["--resume", "runs/a", "--trainer.max_epochs", "3"])
@@ -69,15 +69,15 @@ def open_run(folder: str, options: Sequence[str], *, writes: bool) -> "tuple[Run
 
     Args:
         folder: The run folder.
-        options: What ``split_resume`` returned.
+        options: The options that ``split_resume`` returned.
         writes: Whether this process writes.
 
     Returns:
-        The run, and those options that are new to it.
+        The run, and the options that differ from those in force.
 
     Raises:
-        FileNotFoundError: If there is no run, or a file of it is missing.
-        ValueError: If a file of it was changed.
+        FileNotFoundError: If there is no run, or one of its files is missing.
+        ValueError: If one of its files was changed.
     """
     from clmerge.results.run_folder import RunFolder
 
@@ -85,12 +85,12 @@ def open_run(folder: str, options: Sequence[str], *, writes: bool) -> "tuple[Run
     if not run.config.is_file():
         raise FileNotFoundError(f"expected the configuration of a run of `clmerge fit` in {run.config}, got none")
     in_force = run.manifest.options_in_force()
-    # Given twice, they are not another change; this is also how the other processes of a run come here.
+    # Options already in force are no change; the other processes of a run also get here with the same options.
     return run, [] if list(options) == in_force[len(in_force) - len(options) :] else list(options)
 
 
 def record_changes(run: "RunFolder", changes: Sequence[str]) -> None:
-    """Take down what holds from here on; a task that has begun without it begins anew, and a line says so.
+    """Record options for the tasks to come; a task that was begun without them restarts, and a message says so.
 
     Args:
         run: The run.
@@ -103,7 +103,7 @@ def record_changes(run: "RunFolder", changes: Sequence[str]) -> None:
 
 
 def give_hint(stop: "Stopped", run: "RunFolder | None") -> None:
-    """Tell a command that was stopped how it goes on."""
+    """Add to the message of a stopped command how to resume the run."""
     if run is not None and run.path.is_dir() and not run.manifest.finished:
         stop.hint = f"resume with clmerge fit --resume {run.path}"
 

@@ -1,4 +1,4 @@
-"""What stops a command from outside: Ctrl-C, SIGTERM and SIGHUP unwind the stack, and say so in one line."""
+"""Stop a command on Ctrl-C, SIGTERM or SIGHUP: unwind the stack and print one line."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -11,16 +11,16 @@ _NUMBERS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal,
 
 
 class Stopped(BaseException):
-    """A signal asks the process to end; on its way up, temporary files are removed.
+    """Exception raised when a signal asks the process to end; temporary files are removed as the stack unwinds.
 
-    No ``KeyboardInterrupt``: Lightning ends the process itself, with exit code 1, when it sees one. A command that has
-    something to say sets ``hint`` and raises it again.
+    It is not a ``KeyboardInterrupt``, because Lightning catches that and ends the process with exit code 1. A command
+    that has a message for the user sets ``hint`` and raises the exception again.
 
     Args:
         number: The signal.
 
     Attributes:
-        hint: What is left, or how to go on.
+        hint: What remains on disk, or how to continue.
     """
 
     def __init__(self, number: int) -> None:
@@ -33,7 +33,7 @@ def run_until_stopped(name: str, run: Callable[[], int]) -> int:
     """Run a command; return its exit code, or 128 + the number of the signal that stopped it.
 
     Args:
-        name: What the command is called in the message.
+        name: Name of the command in the message.
         run: The command.
     """
     stop = Stopped(signal.SIGINT)
@@ -41,23 +41,23 @@ def run_until_stopped(name: str, run: Callable[[], int]) -> int:
     try:
         with _raised(received):
             code = run()
-        # Where the exception is lost, in a destructor for instance, the command may come to its end.
+        # If the exception is lost, for example in a destructor, the command may run to its end.
         if not received:
             return code
         stop = received[0]
     except Stopped as stopped:
         stop = stopped
     except SystemExit as end:
-        # Then Lightning may also end by itself, and with success.
+        # After a signal Lightning may also exit by itself, with code 0.
         if end.code or not received:
             raise
         stop = received[0]
     except Exception:
-        # Raised within a library's C code, it may come out as an error of that library.
+        # Raised inside a library's C code, the exception may be turned into an error of that library.
         if not received:
             raise
         stop = received[0]
-    except KeyboardInterrupt:  # from where the handler was another one
+    except KeyboardInterrupt:  # from code that had another handler installed
         pass
     word = "interrupted" if stop.number == signal.SIGINT else f"stopped by {signal.Signals(stop.number).name}"
     tell(f"clmerge {name}: {word}{stop.hint and f'; {stop.hint}'}")
@@ -66,7 +66,7 @@ def run_until_stopped(name: str, run: Callable[[], int]) -> int:
 
 @contextmanager
 def _raised(received: list[Stopped]) -> Iterator[None]:
-    """Let the signals raise ``Stopped``, and note it; those that are ignored, as under nohup, stay so."""
+    """Let signals raise ``Stopped`` and append it to ``received``; ignored signals (nohup) stay ignored."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         received.append(Stopped(number))
@@ -77,7 +77,7 @@ def _raised(received: list[Stopped]) -> Iterator[None]:
         for number in _NUMBERS:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, stop)
-    except ValueError:  # not in the main thread: whoever runs there decides
+    except ValueError:  # not in the main thread, which alone may set handlers
         pass
     try:
         yield
