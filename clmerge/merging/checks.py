@@ -11,6 +11,8 @@ from clmerge.weights.task_vector import State
 
 Shapes = dict[str, tuple[int, ...]]
 
+MOST_STEPS = 100_000  # of solvers; published settings are 100 to 1,000
+
 
 def num_entries(shapes: Shapes) -> int:
     """Return how many entries parameters have in all.
@@ -126,3 +128,14 @@ def check_finite(vector: State) -> None:
             f"expected finite values, got {bad} NaN or Inf among the {tensor.numel()} entries of {name!r}; "
             "the state is unchanged: look for a diverged training run"
         )
+
+
+def checked_steps(steps: int, least: int = 1, *, name: str = "steps") -> int:
+    """Return the number of steps of a solver.
+
+    Raises:
+        ValueError: If it is smaller than ``least``, or so large (above 100,000) that a merge would seem to hang.
+    """
+    if not least <= steps <= MOST_STEPS:
+        raise ValueError(f"expected {name} from {least} to {MOST_STEPS:,}, got {steps}")
+    return steps

@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.checks import checked_steps
 from clmerge.merging.spectral.decomposition import _Spectral
 from clmerge.merging.step import Step
 
@@ -68,12 +69,12 @@ class DOP(_Spectral):
         split_qkv: bool = False,
     ) -> None:
         super().__init__(include, exclude, split_qkv)
-        if num_steps < 0 or lr <= 0:
-            raise ValueError(f"expected num_steps of at least 0 and lr above 0, got {num_steps} and {lr}")
+        if lr <= 0:
+            raise ValueError(f"expected lr above 0, got {lr}")
         for parameter, value in (("alpha", alpha), ("beta", beta), ("energy", energy)):
             if not 0 <= value <= 1:
                 raise ValueError(f"expected {parameter} in [0, 1], got {value}")
-        self.num_steps = num_steps
+        self.num_steps = checked_steps(num_steps, 0, name="num_steps")
         self.lr = lr
         self.alpha = alpha
         self.beta = beta

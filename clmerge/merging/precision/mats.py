@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots
+from clmerge.merging.checks import checked_steps
 from clmerge.merging.orientation import IN_OUT
 from clmerge.merging.precision.regmean import RegMean
 from clmerge.merging.required import tensors_of
@@ -65,9 +66,7 @@ class MaTS(RegMean):
         transposed: Sequence[str] = IN_OUT,
     ) -> None:
         super().__init__(reduce=1.0, transposed=transposed)
-        if steps < 1:
-            raise ValueError(f"expected at least 1 step, got {steps}")
-        self.steps = steps
+        self.steps = checked_steps(steps)
         self.start = start
         self.outputs = outputs
         if outputs:

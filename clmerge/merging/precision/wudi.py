@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots
+from clmerge.merging.checks import checked_steps
 from clmerge.merging.orientation import IN_OUT
 from clmerge.merging.precision.gram import _Gram, ridge_solution
 
@@ -67,10 +68,10 @@ class WUDI(_Gram):
             raise ValueError(f"expected solver 'adam' or 'ridge', got {solver!r}")
         if others not in ("mean", "keep"):
             raise ValueError(f"expected others 'mean' or 'keep', got {others!r}")
-        if not (steps > 0 and lr > 0 and ridge > 0):
-            raise ValueError(f"expected steps, lr and ridge above 0, got {steps}, {lr} and {ridge}")
+        if not (lr > 0 and ridge > 0):
+            raise ValueError(f"expected lr and ridge above 0, got {lr} and {ridge}")
         self.solver = solver
-        self.steps = steps
+        self.steps = checked_steps(steps)
         self.lr = lr
         self.ridge = ridge
         self.others = others

@@ -55,7 +55,7 @@ def test_parameters_without_gram_matrix_stay_at_the_start():
 
 
 def test_no_step_is_refused():
-    with pytest.raises(ValueError, match="at least 1 step"):
+    with pytest.raises(ValueError, match="steps from 1 to 100,000"):
         MaTS(0)
 
 

@@ -138,7 +138,8 @@ def test_matrices_are_moved_with_the_rest():
     [
         (lambda: WUDI("sgd"), "expected solver"),
         (lambda: WUDI(others="drop"), "expected others"),
-        (lambda: WUDI(steps=0), "above 0"),
+        (lambda: WUDI(steps=0), "steps from 1 to 100,000, got 0"),
+        (lambda: WUDI(steps=10**9), "steps from 1 to 100,000"),
         (lambda: ACTMat(0.0), "ridge above 0"),
     ],
 )
