@@ -1,1 +1,1 @@
-"""Whole runs: fit a stream, and compare what it left."""
+"""Runs: train a stream with mergers, resume it, and load its results."""

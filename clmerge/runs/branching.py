@@ -1,4 +1,4 @@
-"""Train one task in branches: several fits from one start, each on a part of the data, merged before going on."""
+"""Train one task in branches: several fits from one start, each on a part of the data, merged after every round."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,22 +15,22 @@ from clmerge.weights.swap import assign, full_copy, named_tensors
 
 
 class BranchedTask:
-    """The fits of one task: ``rounds`` times ``branches`` models that start alike and are merged into the next start.
+    """The fits of one task: in each of ``rounds`` rounds, ``branches`` models are trained from one start and merged.
 
-    Every branch gives the vector of what it moved away from its start; their merge is added to the start (Branch-and-
-    Merge, arXiv 2407.08699; repeated, ColD Fusion, arXiv 2212.01378). What is trained but not merged, a head for
-    instance, is averaged over the branches. Running statistics go on from branch to branch.
+    The vector of a branch is its weights minus the start; the merged vector is added to the start, which begins the
+    next round (Branch-and-Merge, arXiv 2407.08699; repeated, ColD Fusion, arXiv 2212.01378). Weights that are trained
+    but not merged, such as a head, are averaged over the branches. Running statistics continue from branch to branch.
 
     Args:
-        merge: The callback that holds theta_0 and says what is merged.
-        module: The model; it holds what the task starts from.
-        merger: Merges the branches of a round; it is emptied before every round.
-        branches: Branches of a round.
+        merge: The callback that holds theta_0 and selects the merged parameters.
+        module: The model, with the weights that the task starts from.
+        merger: Merges the branches of a round; it is reset before every round.
+        branches: Branches per round.
         rounds: Rounds of the task.
-        seed: Seed of the factors that low-rank modes of tuning start with.
+        seed: Seed of the initial factors of low-rank tuning modes.
 
     Attributes:
-        done: Fits that are done, over all rounds.
+        done: Number of finished fits, over all rounds.
     """
 
     def __init__(
@@ -51,16 +51,16 @@ class BranchedTask:
 
     @property
     def finished(self) -> bool:
-        """Whether all rounds are done; the model then holds what the last one gave."""
+        """Whether all rounds are done; the model then holds the merge of the last one."""
         return self.done == self.branches * self.rounds
 
     def begin(self) -> None:
-        """Give the model the start of the round; a checkpoint of the branch may replace it."""
+        """Load the start of the round into the model; a checkpoint of the branch may replace it."""
         self._place(self._start, self._rest_start)
         renew(self.module, seed=derived_seed(self.seed, "branch", self.done), task=self.merge.num_tasks)
 
     def end(self) -> None:
-        """Take what the branch has trained in; after the last branch of a round, give the model the merge.
+        """Fold the trained branch into the merger; after the last branch of a round, load the merge into the model.
 
         Raises:
             ValueError: If the weights hold NaN or Inf.
@@ -80,11 +80,11 @@ class BranchedTask:
             self._place(self._start, self._rest_start)
 
     def vector(self) -> TaskVector:
-        """Return the task vector of the last merge: what the task as a whole adds to theta_0."""
+        """Return the task vector of the whole task: the last merge minus theta_0."""
         return dict(self._start)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: tensors and primitives."""
+        """Return the state that a resumed run needs: tensors and primitives."""
         return {
             "done": self.done,
             "start": self._start,
@@ -106,14 +106,14 @@ class BranchedTask:
         assign(named_tensors(self.module, values, origin="the start of a branch"), values)
 
     def _rest(self) -> dict[str, Tensor]:
-        """Return what is trained but not merged, by the module's own names."""
+        """Return the tensors that are trained but not merged, by the module's own names."""
         parameters = dict(self.module.named_parameters())
         own = [name for dense, name in own_names(self.module).items() if dense not in self.merge.base]
         return {name: parameters[name] for name in own if name in parameters and parameters[name].requires_grad}
 
 
 def branch_label(done: int, *, branches: int, rounds: int) -> str:
-    """Return which fit of a task comes after ``done`` ones, in words.
+    """Describe the fit that comes after ``done`` fits of a task.
 
     Example:
         >>> branch_label(3, branches=2, rounds=2)

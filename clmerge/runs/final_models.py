@@ -1,4 +1,4 @@
-"""The models that a finished run leaves behind, as files that load strictly into the backbone."""
+"""Save the final models of a run as files that load strictly into the backbone."""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,9 +23,9 @@ def save_models(
     Args:
         run: The run folder.
         module: The classifier with the weights of the last task.
-        merge: Holds the base and the mergers.
+        merge: The callback with the base and the mergers.
         mergers: Names of the mergers.
-        more: Tensors of other files, by their names.
+        more: Tensors of further files, by file name.
     """
     prefix = "backbone.model."
     with folded(module.backbone):

@@ -1,4 +1,4 @@
-"""The outer loop over a stream: train a task, merge, evaluate everything, commit, go on; resume where it stopped."""
+"""The outer loop over a stream: train a task, merge, evaluate, commit; resumes after an interruption."""
 
 import math
 import sys
@@ -26,11 +26,11 @@ from clmerge.runs.trainers import TrainerFactory, Trainers
 
 
 class Learner(LearnerParts):
-    """Train a stream task by task with several mergers riding along, and commit to a run folder after every step.
+    """Train a stream task by task, update every merger after each task, and commit every step to a run folder.
 
-    For every task a new Trainer with fresh callbacks; the model, the loggers and the MergeCallback survive. After
-    every task all models (each merger, and the un-merged expert) are evaluated on all tasks of the stream. What it is
-    made from, ``LearnerParts`` says.
+    Every task gets a new Trainer with new callbacks; the model, the loggers and the MergeCallback are kept. After
+    every task all models (each merger, and the un-merged expert) are evaluated on all tasks of the stream. The
+    constructor's arguments are documented in ``LearnerParts``.
     """
 
     def fit(
@@ -43,18 +43,18 @@ class Learner(LearnerParts):
         progress: bool | None = None,
         artifacts: bool = False,
     ) -> Results:
-        """Train what the run folder lacks, and return the results of the whole stream.
+        """Train and evaluate the tasks that the run folder lacks, and return the results of the whole stream.
 
         Args:
             run: A new run, or one that was interrupted.
-            trainer: Builds a new Trainer with fresh callbacks from the keyword arguments it is given.
+            trainer: Builds a new Trainer with new callbacks from keyword arguments.
             loggers: Lightning loggers for the whole stream.
             report: Called with the results after every evaluated task.
             progress: Whether to show progress bars instead of a line per epoch; default where stderr is a terminal.
-            artifacts: Whether W&B gets base, task vectors and merged models as artifacts in the end.
+            artifacts: Whether to log base, task vectors and merged models to W&B as artifacts at the end.
 
         Raises:
-            ValueError: If task vectors shall become artifacts and there will be none.
+            ValueError: If artifacts are requested and the run will keep no task vectors.
         """
         if artifacts:
             self.require_task_vectors()
@@ -72,7 +72,7 @@ class Learner(LearnerParts):
             matrices = matrix_lines(self.module, self.mergers) if self.mergers else ()  # a frozen backbone has none
             for line in (trainable_line(self.module), *matrices, *notices(self.module, self.stream)):
                 tell(line)
-        told = loggers if run.writes else ()  # the Trainer's part of logging needs the same loggers on every rank
+        told = loggers if run.writes else ()  # but the Trainer needs the same loggers on every rank
         deployed = self.merge.deploy if self.mergers else EXPERT
         training = TaskTraining(self, run, trainers)
         success = False
@@ -80,7 +80,7 @@ class Learner(LearnerParts):
             if not run.manifest.results:
                 self._evaluate_zero_shot(run, trainers, results)
             for task in range(results.num_finished):
-                # A killed run's loggers may lack what the manifest has.
+                # The loggers of a killed run may lack metrics that the manifest has.
                 log_task(told, results, task, deployed=deployed)
             for task in range(run.manifest.evaluated, len(self.tasks)):
                 if run.manifest.trained == task:
@@ -118,12 +118,12 @@ class Learner(LearnerParts):
         if self.calibrated:
             calibrated = self.calibrated.models(self.merged(), task, trainers.device)
             predictors |= {name: Merged(state) for name, state in calibrated.items()}
-        # theta_0 + tau is what the bank can give back: compare finds the same bits.
+        # Evaluate theta_0 + tau, as compare does from the bank, so that both have the same bits.
         expert = self.merge.weights_with(self.merge.task_vector(self.module), self.module)
         predictors[EXPERT] = Merged(expert)
         rows = self._rows(trainers, f"evaluating {len(predictors)} models", predictors)
         for name, row in rows.items():
-            # A head that grows has no logits for the classes of tasks to come.
+            # A head that grows has no logits for the classes of later tasks.
             known = len(self.tasks) if self.module.head.open_vocabulary else task + 1
             unknown = [math.nan] * (len(self.tasks) - known)
             results.add_row(name, row["task_agnostic"][:known] + unknown, row["task_aware"][:known] + unknown)
@@ -142,7 +142,7 @@ class Learner(LearnerParts):
         run.commit()
 
     def _has_views(self, run: RunFolder, results: Results) -> bool:
-        """Whether the models and pictures of a finished run are there; a ``False`` makes them again."""
+        """Whether the models and pictures of a finished run exist; if not, they are made again."""
         models = [run.model(name) for name in self.mergers]
         return all(file.is_file() for file in [*models, *plot_files(results, run.plots)])
 

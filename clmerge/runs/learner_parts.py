@@ -1,4 +1,4 @@
-"""The parts of a learner, and what it is refused for before anything is trained or written."""
+"""The arguments of a learner, and the checks of them before anything is trained or written."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -22,38 +22,38 @@ from clmerge.weights.parametrization import merged_parameters, running_statistic
 
 
 class LearnerParts:
-    """What a learner trains, on which stream, how it merges, and what it measures for the mergers.
+    """The model, stream, mergers and policies of a learner.
 
     Args:
         stream: The tasks.
         module: The classifier to train.
-        mergers: Mergers that ride on the run, as for ``MergeCallback``; none does where the backbone is frozen.
+        mergers: Mergers to update after every task, as for ``MergeCallback``; unused if the backbone is frozen.
         data: The data module; batch sizes and workers.
-        start_policy: Where every task starts: ``base`` (the pretrained weights), ``previous`` (the un-merged weights of
-            the task before) or ``merged`` (a merged model, see ``start_from``).
+        start_policy: Initial weights of every task: ``base`` (the pretrained weights), ``previous`` (the un-merged
+            weights of the task before) or ``merged`` (a merged model, see ``start_from``).
         epochs: Epochs of every task, where they differ; default the Trainer's ``max_epochs`` for all.
         deploy: Merger whose model is the result, or ``expert`` for the un-merged one; default the first merger.
         start_from: Merger whose model is the start under ``merged``, for instance a moving average (``wise_ft``);
             default the deployed one.
-        branches: Branches of every task: models that start alike, each trained on its own part of the task's images,
-            and are merged into the task's model (Branch-and-Merge, arXiv 2407.08699).
+        branches: Branches of every task: models with one start, each trained on its own part of the task's images,
+            that are merged into the task's model (Branch-and-Merge, arXiv 2407.08699).
         rounds: How often a task branches and merges; every round starts from the merge of the one before (ColD
             Fusion, arXiv 2212.01378).
-        branch_merger: Merges branches, as vectors from where they started; default ``WeightAverage``.
+        branch_merger: Merges the branches, as differences from their start; default ``WeightAverage``.
         buffers: Running statistics of merged models: of the ``latest`` task, of the ``base``, their ``mean``, or
             ``re-estimated`` for each of them on the task's training images.
-        accumulators: Where base and accumulators live: ``cpu``, or ``model`` for the parameters' device.
-        keep_task_vectors: Whether every task vector is kept in the run folder, for merging again later. Costs four
+        accumulators: Device of base and accumulators: ``cpu``, or ``model`` for the parameters' device.
+        keep_task_vectors: Whether every task vector is kept in the run folder, for merging again later. Needs four
             bytes per trained parameter and task on disk; mergers that need them all then keep no copies in memory.
-        statistics_images: Training images per task that Fisher information, Gram matrices and losses are measured on,
-            for mergers that require them, and running statistics if they are re-estimated.
-        evaluation: Whether tables, the star, mergers that need a score and searches go by ``task_agnostic`` accuracy
+        statistics_images: Training images per task for measuring Fisher information, Gram matrices and losses, if a
+            merger requires them, and running statistics, if they are re-estimated.
+        evaluation: Accuracy used by tables, the star, mergers that need a score and searches: ``task_agnostic``
             (all classes compete) or ``task_aware`` (only those of the image's task do); default that of the stream.
-        calibrations: What is done to merged models after every task; each gives models of its own, ``magmax+tuned``.
+        calibrations: Calibrations of merged models after every task; each adds models such as ``magmax+tuned``.
         seed: Seed of initialisation, order of samples, augmentation and dropout, each fixed per task.
 
     Attributes:
-        branch_steps: Optimizer steps of all branches of the task that is merged, None where it has none.
+        branch_steps: Optimizer steps of all branches of the task that is merged, None without branches.
 
     Raises:
         ValueError: If settings do not fit the stream, the model or each other; see ``_check``.
@@ -82,7 +82,7 @@ class LearnerParts:
         seed: int = 0,
     ) -> None:
         self.stream = stream
-        self.tasks = stream.tasks  # reads the labels: missing data is found before anything is written
+        self.tasks = stream.tasks  # reads the labels, so that missing data is an error before anything is written
         self.prompts = stream.class_prompts if module.head.open_vocabulary else []  # and missing templates
         self.module = module
         self.data = data
@@ -106,11 +106,11 @@ class LearnerParts:
             statistics=self._statistics,
             images=self._images,
             seed=seed,
-            save_state=False,  # the run folder keeps accumulators; in every epoch's checkpoint they would be a burden
+            save_state=False,  # the run folder keeps the accumulators; every epoch's checkpoint need not hold them
         )
         self.calibrated = CalibratedModels(calibrations or [], module, data, seed=seed)
         self.regularized = RegularizedTasks(module, data, num_images=statistics_images, seed=seed)
-        # A frozen backbone leaves nothing to merge: the head alone is trained, if at all, and evaluated.
+        # With a frozen backbone nothing is merged: only the head is trained, if at all, and evaluated.
         self.mergers = self.merge.mergers if module.trained_names else {}
         self._check()
 
@@ -118,10 +118,9 @@ class LearnerParts:
         """Refuse settings that do not fit the stream, the model or each other.
 
         Raises:
-            ValueError: If a merger needs a score and the stream holds no validation images out, or its settings fit
-                neither the parameters nor the number of tasks; if ``epochs`` does not have one number per task; if
-                branches are asked for that cannot be; or if images are replayed with a loss that leaves their classes
-                out.
+            ValueError: If a merger needs a score and the stream has no validation images, or its settings do not fit
+                the parameters or the number of tasks; if ``epochs`` does not have one number per task; if the
+                branches are impossible; or if images are replayed with a loss that leaves their classes out.
         """
         self._check_training()
         check_names(self.merge.mergers, self.calibrated.calibrations)
@@ -156,7 +155,7 @@ class LearnerParts:
             raise ValueError(f"expected mergers for branches that need task vectors alone, got one that needs {wanted}")
 
     def settings(self) -> dict[str, Any]:
-        """Return what must not change while a run goes on, in JSON types."""
+        """Return the settings that must not change when a run is resumed, in JSON types."""
         merge = self.merge
         return {
             "seed": self.seed,
@@ -181,13 +180,13 @@ class LearnerParts:
         return {name: merge.state_with(merge.merged_vector(name), self.module, merger=name) for name in self.mergers}
 
     def unmerged(self) -> dict[str, Tensor]:
-        """Return what is trained but never merged: a head that learns its classes, and running statistics."""
+        """Return the tensors that are trained but never merged: a trained head, and running statistics."""
         learned = not self.module.head.open_vocabulary
         head = {f"head.{name}": tensor for name, tensor in self.module.head.state_dict().items()} if learned else {}
         return {**head, **running_statistics(self.module, counts=True)}
 
     def _statistics(self, module: LightningModule) -> Statistics:
-        """Measure what mergers may require of the task that was just trained."""
+        """Measure the statistics that mergers require of the task that was just trained."""
         assert isinstance(module, ContinualClassifier)
         return measure(
             self.merge.required_statistics - PROVIDED,

@@ -1,4 +1,4 @@
-"""A run of ``clmerge fit`` in Python: what it found and what it left, without running anything."""
+"""Load a run of ``clmerge fit`` in Python: its results, task vectors and models, read from disk."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +25,13 @@ def load_run(path: str | Path) -> "LoadedRun":
 
     Raises:
         FileNotFoundError: If there is no run.
-        ValueError: If the run is damaged, or has evaluated nothing yet.
+        ValueError: If the run is damaged, or no task was evaluated yet.
     """
     return LoadedRun(RunFolder.open(path, writes=False))
 
 
 class LoadedRun:
-    """What a run found and left.
+    """Results, task vectors and models of a run.
 
     Args:
         folder: The run folder.
@@ -39,7 +39,7 @@ class LoadedRun:
     Attributes:
         path: The run folder.
         results: The accuracy matrices of all models, and their figures.
-        task_vectors: One task vector per task, read from disk when it is asked for: ``run.task_vectors[0]``.
+        task_vectors: One task vector per task, read from disk on access: ``run.task_vectors[0]``.
 
     Raises:
         ValueError: If nothing was evaluated yet.
@@ -63,7 +63,7 @@ class LoadedRun:
 
         Args:
             model: One of ``models``.
-            setting: ``"task_agnostic"`` or ``"task_aware"``; default what the run goes by.
+            setting: ``"task_agnostic"`` or ``"task_aware"``; default the run's own.
 
         Returns:
             A copy, float64, NaN where undefined.
@@ -87,7 +87,7 @@ class LoadedRun:
     def figures(self) -> list[dict[str, Any]]:
         """Return the figures of every model (docs/metrics.md) as one record each, ready for ``pandas.DataFrame``.
 
-        Keys: ``model``, ``setting``, and every figure that is one number by its name; fractions, NaN if undefined.
+        Keys: ``model``, ``setting``, and the name of every scalar figure; fractions, NaN if undefined.
         """
         found = []
         for model in self.models:
@@ -98,7 +98,7 @@ class LoadedRun:
         return found
 
     def base(self) -> dict[str, Tensor]:
-        """Return theta_0: what task vectors and merged vectors are added to, by parameter name."""
+        """Return theta_0, by parameter name: the weights that task vectors and merged vectors are added to."""
         return self._folder.load_weights()[1]
 
     def state_dict(self, merger: str) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ class LoadedRun:
 
         Args:
             name: ``"forgetting_curves"``, ``"average_accuracy"``, ``"final_accuracy"``, or a model for its matrix.
-            setting: ``"task_agnostic"`` or ``"task_aware"``; default what the run goes by.
+            setting: ``"task_agnostic"`` or ``"task_aware"``; default the run's own.
 
         Raises:
             ValueError: If there is no picture of that name.

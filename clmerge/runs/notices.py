@@ -1,4 +1,4 @@
-"""What a run should say before it trains: settings and data that are allowed, and seldom meant."""
+"""Notices before training: settings and data that are allowed but rarely intended."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -11,14 +11,14 @@ _MOST_NAMES = 5
 
 
 def notices(module: Classifier, stream: Stream) -> list[str]:
-    """Return a line for everything about a run that its user may not expect.
+    """Return one line for each property of a run that the user may not expect.
 
     Args:
         module: The classifier before it is trained.
         stream: The tasks.
 
     Returns:
-        Lines, none if there is nothing to say.
+        Lines, empty if there are none.
     """
     return [
         *_weights(module),
@@ -30,7 +30,7 @@ def notices(module: Classifier, stream: Stream) -> list[str]:
 
 
 def add_place(error: Exception, run: RunFolder, tasks: Sequence[Task]) -> None:
-    """Note on an error that ends a run in which task it came.
+    """Add a note to an error that ends a run: the task in which it was raised.
 
     Args:
         error: The error.

@@ -1,4 +1,4 @@
-"""Take up a run where its folder says it stopped, after checking that it is the same run."""
+"""Resume a run from the last commit in its folder, after checking that settings and data are the same."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from clmerge.streams.identity import check_stream, stream_identity
 
 
 def restore(learner: LearnerParts, run: RunFolder) -> Results:
-    """Give the learner what the run has committed; a new run gets to know its stream and its settings.
+    """Load the committed state of a run into the learner; record stream and settings in a new run.
 
     Args:
-        learner: Its module is ready for the stream, and in the state before the first task.
+        learner: The learner; its module is set up for the stream, in the state before the first task.
         run: The run folder.
 
     Returns:
         The results so far.
 
     Raises:
-        ValueError: If seed, mergers, policies or data are not those that the run began with.
+        ValueError: If seed, mergers, policies or data differ from those that the run began with.
     """
     tasks = learner.tasks
     samples = [len(learner.stream.dataset(task.index, "test")) for task in tasks]

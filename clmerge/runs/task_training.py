@@ -20,7 +20,7 @@ class TaskTraining:
     """Train one task after another of a learner's stream into a run folder.
 
     Args:
-        learner: Holds stream, module, data and merged models.
+        learner: The learner with stream, module, data and merged models.
         run: The run folder.
         trainers: Builds the run's Trainers.
     """
@@ -34,7 +34,7 @@ class TaskTraining:
         """Train a task, from its last checkpoint if there is one, merge it, and commit.
 
         Args:
-            results: Gets what time and memory it took.
+            results: Receives the time and memory that training took.
             task: Index of the task.
 
         Raises:
@@ -54,7 +54,7 @@ class TaskTraining:
         elif learner.branches == 1:
             trainer = self._trainer(task, callbacks=[learner.merge])
             self._begin(trainer, task)
-            # Before a checkpoint is restored: theta_0 is not what the first epochs of the first task made of it.
+            # Before a checkpoint is restored, whose weights are already trained: theta_0 is the weights before training.
             learner.merge.take_base(learner.module)
             self._fit(trainer, task)
         else:
@@ -80,13 +80,13 @@ class TaskTraining:
         run.commit_state(task, learner.module.state_dict(), accumulators)
 
     def _train_branches(self, task: int) -> Trainer:
-        """Train a task in branches, commit each, and merge what the last round gave."""
+        """Train a task in branches, commit each of them, and merge the result of the last round."""
         learner, run = self.learner, self.run
         sizes: dict[str, int] = {"branches": learner.branches, "rounds": learner.rounds}
         done = run.manifest.branch
         trainer = self._trainer(task, branch=done, label=branch_label(done, **sizes))
         self._begin(trainer, task)
-        learner.module.to(trainer.strategy.root_device)  # where no branch is left to train, no Trainer moves it
+        learner.module.to(trainer.strategy.root_device)  # if no branch is left to train, no Trainer moves it
         branched = BranchedTask(learner.merge, learner.module, learner.branch_merger, seed=learner.seed, **sizes)
         if done:
             branched.load_state_dict(run.load_branch())

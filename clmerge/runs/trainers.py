@@ -1,4 +1,4 @@
-"""The Trainers of a run: a new one with fresh callbacks for every fit and every evaluation."""
+"""Build the Trainers of a run: a new one with new callbacks for every fit and every evaluation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -18,7 +18,7 @@ from clmerge.names import tell
 from clmerge.results.run_folder import RunFolder
 
 TrainerFactory = Callable[..., Trainer]
-# Options that would leave images out of every figure of a run, each with the value that leaves none out.
+# Trainer options that would reduce the images behind a run's figures, with the value that uses all images.
 _WHOLE: Mapping[str, tuple[float, str]] = {
     "fast_dev_run": (
         0.0,
@@ -31,14 +31,14 @@ _WHOLE: Mapping[str, tuple[float, str]] = {
 
 
 def require_whole(options: Mapping[str, Any]) -> None:
-    """Raise a ValueError for an argument of the Trainer that would cut short what a run measures.
+    """Raise a ValueError if an argument of the Trainer would restrict training or evaluation to a part of the images.
 
     Args:
-        options: Arguments or attributes of a Trainer by name; what is None or absent has its default.
+        options: Arguments or attributes of a Trainer by name; None or absent means the default.
     """
     for name, (whole, reason) in _WHOLE.items():
         value = options.get(name)
-        # An int counts batches where a float is a share: 1 is one batch, 1.0 all of them.
+        # For Lightning, an int is a number of batches and a float is a share: 1 is one batch, 1.0 all of them.
         if value is not None and (value != whole or (whole == 1.0 and isinstance(value, int))):
             raise ValueError(
                 f"expected no trainer.{name}, got {value}: {reason}; for a short run set trainer.max_steps"
@@ -46,7 +46,7 @@ def require_whole(options: Mapping[str, Any]) -> None:
 
 
 def partial_lines(trainer: Trainer) -> list[str]:
-    """Say which part of the images is trained or validated on where it is not all of them, a line each."""
+    """Describe, one line each, limits that train or validate on only a part of the images."""
     verbs = {"limit_train_batches": "trains", "limit_val_batches": "validates"}
     limits = {name: getattr(trainer, name) for name in verbs}
     return [
@@ -61,7 +61,7 @@ class Trainers:
     """Build Trainers for one run.
 
     Args:
-        factory: Builds a new Trainer with fresh callbacks from the keyword arguments it is given.
+        factory: Builds a new Trainer with new callbacks from keyword arguments.
         run: The run folder.
         loggers: Lightning loggers for the whole stream.
         progress: Whether to show progress bars instead of a line per epoch.
@@ -76,27 +76,27 @@ class Trainers:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where this process trains and evaluates."""
+        """Device on which this process trains and evaluates."""
         return self.for_evaluation("").strategy.root_device
 
     def for_evaluation(self, label: str) -> Trainer:
         """Return a Trainer that tests and logs nothing.
 
         Args:
-            label: What is being evaluated.
+            label: Text for the progress display.
         """
         return self._build(label, logger=False, callbacks=[])
 
     def for_fit(
         self, label: str, seed: int, checkpoint: Path, callbacks: Sequence[Callback], **options: Any
     ) -> Trainer:
-        """Return a Trainer that checkpoints every epoch, and fix the seed of everything random from here on.
+        """Return a Trainer that checkpoints every epoch, and seed all global random generators.
 
         Args:
-            label: What is being trained.
+            label: Text for the progress display.
             seed: Seed of the fit.
             checkpoint: Lightning's checkpoint of the last epoch.
-            callbacks: What comes before the learner's own callbacks.
+            callbacks: Callbacks placed before the learner's own.
             options: More arguments of the Trainer.
         """
         seed = seed % 2**32  # NumPy's generator takes 32 bits
@@ -118,12 +118,12 @@ class Trainers:
         return trainer
 
     def fit(self, trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: Path) -> None:
-        """Fit, from the last epoch's checkpoint if a whole one is there, and count steps and epochs in the manifest.
+        """Fit, from the last epoch's checkpoint if there is an intact one, and count steps and epochs in the manifest.
 
-        From the start it comes to the same weights: a checkpoint that is damaged is told of and passed over.
+        A damaged checkpoint is reported and ignored: training from the start yields the same weights.
 
         Args:
-            trainer: What ``for_fit`` built.
+            trainer: The Trainer that ``for_fit`` built.
             module: The module.
             data: Its data.
             checkpoint: The checkpoint that was given to ``for_fit``.
