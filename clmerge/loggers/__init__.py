@@ -1,6 +1,6 @@
-"""What W&B, CSV, TensorBoard, MLflow and other Lightning loggers are told about a stream, by exact name.
+"""Log the metrics of a stream to W&B, CSV, TensorBoard, MLflow and other Lightning loggers.
 
-All that is peculiar to W&B is in ``weights_and_biases.py``, which imports ``wandb`` only where a run is at hand.
+Code specific to W&B is in ``weights_and_biases.py``, which imports ``wandb`` only where a run is used.
 """
 
 from clmerge.loggers.facts import RunFacts, describe_run

@@ -1,25 +1,25 @@
-"""What a run is: a name and a group that say it, tags, and its configuration under keys that filters can use."""
+"""Describe a run for dashboards: name, group, tags, and the configuration under flat keys for filters."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_DEFAULT_NAME = "run"  # of clmerge fit
-_PLACES = ("config", "run_dir", "resume", "logging")  # where a run is kept is no property of it
-_TAG_LENGTH = 64  # W&B takes no longer ones
+_DEFAULT_NAME = "run"  # the default of --name in clmerge fit
+_PLACES = ("config", "run_dir", "resume", "logging")  # where a run is stored is not a property of it
+_TAG_LENGTH = 64  # W&B accepts no longer tags
 _NAMED_MERGERS = 3
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """How a run is called in dashboards, and what it can be filtered by.
+    """Name, group, tags and settings of a run in dashboards.
 
     Attributes:
-        name: Says stream, method, tuning, start policy and seed.
-        group: The same without the seed: the runs of a group differ in nothing else a name says.
+        name: Stream, method, tuning, start policy and seed.
+        group: The name without the seed, shared by all seeds of an experiment.
         tags: Scenario, tuning, start policy and mergers.
-        settings: The configuration, flat, by keys with slashes; and in front ``stream``, ``scenario``, ``num_tasks``,
-            ``method``, ``tuning``, ``start_policy``, ``backbone`` and ``seed``.
+        settings: ``stream``, ``scenario``, ``num_tasks``, ``method``, ``tuning``, ``start_policy``, ``backbone`` and
+            ``seed``, then the configuration, flat, by keys with slashes.
     """
 
     name: str
@@ -35,7 +35,7 @@ def describe_run(config: Mapping[str, Any], *, stream: str, num_tasks: int, merg
         config: The configuration as plain dictionaries, as in ``config.yaml``.
         stream: Name of the stream.
         num_tasks: Number of its tasks.
-        mergers: Names of the mergers; the first stands for the run.
+        mergers: Names of the mergers; the first is the deployed one.
 
     Example:
         >>> config = {"name": "run", "seed": 3, "stream": {"class_path": "clmerge.streams.ClassIncremental"}}
@@ -74,10 +74,10 @@ def describe_run(config: Mapping[str, Any], *, stream: str, num_tasks: int, merg
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Write a nested configuration with one key per value, joined by slashes, classes by their bare names.
+    """Flatten a nested configuration: one key per value, joined by slashes, and classes as their bare names.
 
-    ``class_path`` and ``init_args`` are left out of the keys. In a list of classes each has its name in the key, and
-    its place (1, 2, ...) where it has no name or another has the same.
+    ``class_path`` and ``init_args`` are left out of the keys. An item of a list of classes has its class name in the
+    key, and its place (1, 2, ...) if it has no name or shares it.
 
     Example:
         >>> flatten({"lr": 0.1, "source": {"class_path": "a.b.Npz", "init_args": {"path": "x.npz"}}})
@@ -94,7 +94,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         names = [class_name(item) if "class_path" in item else None for item in config]
         flat: dict[str, Any] = {prefix: names} if any(names) else {}
         for position, (item, name) in enumerate(zip(config, names, strict=True), start=1):
-            # Two of one class are told apart by their place.
+            # Items of one class are distinguished by their place.
             label = name if name and names.count(name) == 1 else f"{name or ''} {position}".lstrip()
             flat |= flatten_items(item.get("init_args") or {} if name else item, f"{below}{label}/")
         return flat
@@ -117,7 +117,7 @@ def class_name(config: Any) -> str | None:
 
 
 def _tuning(config: Any) -> str:
-    """Return the tuning mode in small letters, with its scope if it has one of a name; ``full`` is the default."""
+    """Return the tuning mode in lower case, with its scope if that is a name; default ``full``."""
     name = (class_name(config) or "full").lower()
     arguments = config.get("init_args") if isinstance(config, Mapping) else None
     scope = (arguments or {}).get("scope")
@@ -125,6 +125,6 @@ def _tuning(config: Any) -> str:
 
 
 def _backbone(config: Any) -> str | None:
-    """Return the architecture's name, or the class where it has none."""
+    """Return the architecture's name, or the class name if there is none."""
     arguments = config.get("init_args") if isinstance(config, Mapping) else None
     return (arguments or {}).get("name") or class_name(config)

@@ -1,14 +1,14 @@
-"""The names of metrics. W&B, TensorBoard and MLflow put what stands before a name's slash into one section.
+"""The names of metrics. W&B, TensorBoard and MLflow group metrics into sections by the part before a slash.
 
-Names have exactly one slash, so that it makes no difference whether a dashboard groups by the first or by the last::
+Names have exactly one slash, so that grouping by the first and by the last slash is the same::
 
     cl/task                            number of tasks learned so far, 1, 2, ...; the x-axis
-    cl/average_accuracy                of the deployed model, to sort and compare runs; and so on for the other figures.
-                                       In the reading of the logits that the run goes by, which ``cl/evaluation`` names
+    cl/average_accuracy                of the deployed model, to sort and compare runs; likewise the other figures. In
+                                       the run's default reading of the logits, which ``cl/evaluation`` names
     cl_average_accuracy/MODEL          of every model (magmax ..., expert, zero_shot), side by side
     cl_accuracy_MODEL/TASK             accuracy on one task: the forgetting curves of a model
 
-and the same with ``cl_task_aware`` for the task-aware reading; ``cl_`` with a model is always of the task-agnostic one.
+``cl_task_aware_...`` is the same in the task-aware reading; all other ``cl_`` names with a model are task-agnostic.
 """
 
 import math
@@ -30,11 +30,11 @@ PREFIXES: Final[dict[str, Setting]] = {"cl": "task_agnostic", "cl_task_aware": "
 
 
 def task_metrics(results: Results, deployed: str | None = None) -> dict[str, float]:
-    """Return every defined figure after the latest task under the name loggers know it by.
+    """Return every defined figure after the latest task by its metric name.
 
     Args:
-        results: What the run found so far, at least one finished task.
-        deployed: The model that stands for the run. Default: the first merger, if there is any.
+        results: Results of the run so far, at least one finished task.
+        deployed: The run's deployed model. Default: the first merger, if there is any.
 
     Returns:
         Names to numbers; undefined figures are left out.
@@ -68,7 +68,7 @@ def task_metrics(results: Results, deployed: str | None = None) -> dict[str, flo
 
 
 def part_of_key(name: str) -> str:
-    """Return a name as a part of a metric's: without a slash, which would open a section, and as it is shown.
+    """Return a name for use in a metric's name: safe to display, and without slashes, which would open a section.
 
     Example:
         >>> part_of_key("indoor/kitchen")
@@ -82,7 +82,7 @@ def _latest(figure: float | list[float]) -> float:
 
 
 def deployed_model(results: Results, deployed: str | None = None) -> str | None:
-    """Return the model that stands for the run: the one that is named, else the first merger, else the un-merged one.
+    """Return the run's deployed model: ``deployed`` if given, else the first merger, else the un-merged model.
 
     Raises:
         ValueError: If the run has no model of that name.

@@ -1,4 +1,4 @@
-"""A W&B run that may lose its helper process: training goes on, and one line says so."""
+"""Wrap a W&B run so that training continues, after one message, if W&B's helper process dies."""
 
 import sys
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class SteadyRun:
-    """Pass everything on to a W&B run until its helper process is gone (killed, for instance), and nothing after that.
+    """Forward calls to a W&B run until its helper process dies, and ignore them afterwards.
 
     Args:
         run: The run.
@@ -17,13 +17,13 @@ class SteadyRun:
         self._part = _Part(run, _Line())
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_part":  # not there yet, where a copy is made
+        if name == "_part":  # not set yet while an object is copied
             raise AttributeError(name)
         return getattr(self._part, name)
 
 
 class _Line:
-    """The way to W&B, for a run and its parts together."""
+    """The connection to W&B, shared by a run and its parts."""
 
     def __init__(self) -> None:
         self.broken = False
@@ -46,7 +46,7 @@ class _Line:
                 flush=True,
             )
             with suppress(ConnectionError, MailboxClosedError):
-                wandb.teardown()  # or it complains once more when Python ends
+                wandb.teardown()  # otherwise W&B raises again when Python exits
             return None
 
 

@@ -1,4 +1,4 @@
-"""Tell any Lightning loggers about a stream: figures after every task, pictures, the ending."""
+"""Log a stream to any Lightning loggers: figures after every task, pictures, final summary and artifacts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @rank_zero_only
 def log_facts(loggers: Sequence[Logger], facts: RunFacts) -> None:
-    """Give every logger the configuration; W&B's run has it from its beginning.
+    """Log the configuration to every logger except W&B's, whose run was started with it.
 
     Args:
         loggers: Any Lightning loggers.
-        facts: What the run is.
+        facts: Description of the run.
     """
     for logger in loggers:
         if not isinstance(logger, WandbLogger):
@@ -39,21 +39,21 @@ def log_task(
     deployed: str | None = None,
     images: bool = True,
 ) -> None:
-    """Tell every logger the figures after a task.
+    """Log the figures after a task to every logger.
 
     Loggers other than W&B's get one ``log_metrics`` call whose step is the number of tasks learned, so that
     curves are drawn against tasks; they are flushed afterwards.
 
     Args:
         loggers: Any Lightning loggers.
-        results: What the run found so far, the task's rows included. Rows of later tasks are left out, so
-            that a resumed run can tell a logger again what it may have lost.
+        results: Results of the run, the task's rows included. Rows of later tasks are left out, so that a resumed
+            run can log again what a logger may have lost.
         task_index: Index of the task, from 0.
-        deployed: The model that stands for the run. Default: the first merger.
+        deployed: The run's deployed model. Default: the first merger.
         images: Whether the matrices are shown as images and tables (0.2 seconds per model and task).
 
     Raises:
-        ValueError: If the results do not hold that task.
+        ValueError: If the results lack that task.
     """
     if not 0 <= task_index < results.num_finished:
         raise ValueError(f"expected one of {results.num_finished} finished tasks, got task {task_index}")
@@ -81,14 +81,14 @@ def log_task(
 
 @rank_zero_only
 def log_summary(loggers: Sequence[Logger], results: Results, *, deployed: str | None = None) -> None:
-    """Show the pictures that compare the models, and give W&B the final figures as the run's summary.
+    """Log the pictures that compare the models, and set the final figures as the summary of W&B's run.
 
-    Other loggers have the final figures already, as those of the last task.
+    Other loggers already have the final figures, as those of the last task.
 
     Args:
         loggers: Any Lightning loggers.
-        results: What the run found, at least one finished task.
-        deployed: The model that stands for the run. Default: the first merger.
+        results: Results of the run, at least one finished task.
+        deployed: The run's deployed model. Default: the first merger.
     """
     from clmerge.figures import plot_average_accuracy, plot_final_accuracy, plot_forgetting_curves
 
@@ -112,7 +112,7 @@ def log_summary(loggers: Sequence[Logger], results: Results, *, deployed: str | 
 
 @rank_zero_only
 def log_comparison(loggers: Sequence[Logger], document: Mapping[str, Any]) -> None:
-    """Tell every logger what ``clmerge compare`` found: each model's figures after every task, searches as tables.
+    """Log a comparison to every logger: each model's figures after every task, and searches as tables.
 
     Args:
         loggers: Any Lightning loggers.
@@ -132,12 +132,12 @@ def log_comparison(loggers: Sequence[Logger], document: Mapping[str, Any]) -> No
 
 @rank_zero_only
 def log_artifacts(loggers: Sequence[Logger], run: RunFolder, results: Results) -> None:
-    """Give W&B the task vectors and the merged models of a finished run, with the base they came from.
+    """Log base, task vectors and merged models of a finished run to W&B as artifacts.
 
     Args:
-        loggers: Any Lightning loggers; those that are not W&B's know no artifacts.
+        loggers: Any Lightning loggers; only W&B's have artifacts.
         run: The run folder, with a bank and final models.
-        results: What the run found.
+        results: Results of the run.
 
     Raises:
         ValueError: If the run has kept no task vectors.
@@ -149,7 +149,7 @@ def log_artifacts(loggers: Sequence[Logger], run: RunFolder, results: Results) -
 
 @rank_zero_only
 def finish_loggers(loggers: Sequence[Logger], *, success: bool = True) -> None:
-    """Write out and close every logger; W&B runs end here rather than at the end of the process.
+    """Flush and close every logger; W&B runs end here rather than at the end of the process.
 
     Args:
         loggers: Any Lightning loggers.
@@ -162,7 +162,7 @@ def finish_loggers(loggers: Sequence[Logger], *, success: bool = True) -> None:
 
 
 def _show(loggers: Sequence[Logger], draw: "Mapping[str, Callable[[], Figure]]", num_tasks: int) -> None:
-    """Show pictures where a logger can, and draw them only then: Lightning has no method that all loggers share."""
+    """Log pictures to W&B, TensorBoard and MLflow, each by its own method; draw them only if one of these is used."""
     able = [logger for logger in loggers if isinstance(logger, (WandbLogger, TensorBoardLogger, MLFlowLogger))]
     if not able:
         return

@@ -1,9 +1,9 @@
-"""All that is peculiar to Weights & Biases: starting a run, the axes of its metrics, tables, artifacts.
+"""Code specific to Weights & Biases: starting a run, the axes of its metrics, tables, artifacts.
 
-``wandb`` is imported only where a run is started or at hand. Lessons that this file holds:
+``wandb`` is imported only where a run is started or used. Behaviour of W&B that this file depends on:
 
 - Metrics get their axis by exact name: of two globs that match, W&B picks one at random.
-- Nothing is logged with ``step=``: W&B drops rows whose step lies behind its own. The tasks' axis is ``cl/task``.
+- Nothing is logged with ``step=``: W&B drops rows whose step is smaller than its own. The tasks' axis is ``cl/task``.
 - Every table is a new object: W&B silently keeps the first version of one that is logged again.
 """
 
@@ -53,14 +53,14 @@ def build_wandb_logger(
     config: Mapping[str, Any] | None = None,
     online: bool = False,
 ) -> WandbLogger:
-    """Start (or continue) a W&B run whose files lie below a folder, and wrap it in a Lightning logger.
+    """Start (or continue) a W&B run whose files are below a folder, and wrap it in a Lightning logger.
 
-    The run is offline unless the user asks for online or is logged in to W&B, and unless the server can be
-    reached within two seconds: a machine without network must not wait for W&B's own time-out of a minute and
-    a half. ``WANDB_MODE`` and ``wandb offline`` are respected. Which mode was chosen, and why, is logged.
+    The run is online only if the user asks for it or is logged in to W&B, and if the server can be reached within
+    two seconds: a machine without network must not wait for W&B's own time-out of a minute and a half.
+    ``WANDB_MODE`` and ``wandb offline`` are respected. The chosen mode and its reason are logged.
 
-    Lightning's ``WandbLogger(offline=True)`` would set ``WANDB_MODE`` for the whole process and everything it
-    starts; here the mode stays with the run.
+    Lightning's ``WandbLogger(offline=True)`` would set ``WANDB_MODE`` for the whole process and its children; here
+    the mode applies to this run only.
 
     Args:
         save_dir: Folder for the run's files; W&B adds ``wandb/`` to it.
@@ -68,9 +68,9 @@ def build_wandb_logger(
         name: Name of the run; W&B invents one by default.
         group: Group of the run.
         tags: Tags of the run.
-        run_id: Identity of the run; the same one after a resume continues it. Default: W&B's choice, or what an
-            agent of a sweep has set.
-        job_type: What kind of run it is: ``fit``, ``compare``.
+        run_id: Identity of the run; a resumed run continues under the same one. Default: W&B's choice, or the one
+            that an agent of a sweep has set.
+        job_type: Kind of run: ``fit``, ``compare``.
         config: Configuration to show with the run.
         online: Whether to go online although the user is not logged in (W&B then asks for a key).
 
@@ -103,7 +103,7 @@ def build_wandb_logger(
             job_type=job_type,
             resume="allow",
             config=dict(config or {}),
-            # A run that the caller has in progress is left alone instead of being logged into.
+            # If the caller has a run in progress, start another one instead of logging into it.
             reinit="create_new" if wandb.run is not None else None,
             settings=wandb.Settings(init_timeout=_INIT_SECONDS, quiet=True, silent=mode == "offline"),
         )
@@ -118,7 +118,7 @@ def build_wandb_logger(
         _log.warning("W&B: offline, because the server was reached but did not answer: %s", error)
         wandb.teardown()  # its background process would refuse the same run id a second time
         run = start("offline")
-    # Lightning defines these only for runs it starts itself: training curves lie on one axis over all tasks.
+    # Lightning defines these only for runs it starts itself: one axis for training curves, over all tasks.
     run.define_metric(_STEP_KEY)
     run.define_metric("*", step_metric=_STEP_KEY, step_sync=True)
     return WandbLogger(experiment=cast("Run", SteadyRun(run)), **logger_arguments)
@@ -161,7 +161,7 @@ def log_pictures(run: "Run", pictures: "Mapping[str, Figure]", num_tasks: int) -
 
 
 def log_tables(run: "Run", results: Results) -> None:
-    """Log the accuracy matrix of every model as a table with a row per entry."""
+    """Log the accuracy matrix of every model as a table with one row per entry."""
     import wandb
 
     _log_on_tasks(
@@ -183,7 +183,7 @@ def log_tables(run: "Run", results: Results) -> None:
 
 
 def log_chart(run: "Run", results: Results) -> None:
-    """Log the average accuracy of all models after every task as one chart: a panel of W&B has a run a line."""
+    """Log the average accuracy of all models after every task as one chart; W&B's panels have one line per run."""
     import wandb
 
     averages = {model: results.figures(model, results.evaluation)["average_accuracy"] for model in results.models}
@@ -198,7 +198,7 @@ def log_chart(run: "Run", results: Results) -> None:
 
 
 def log_searches(run: "Run", searches: Sequence[Mapping[str, Any]]) -> None:
-    """Log the validation scores of every search for hyper-parameters as a table, and what was chosen as summary.
+    """Log the validation scores of every hyper-parameter search as a table, and the chosen values as summary.
 
     Args:
         run: The run.
@@ -209,29 +209,29 @@ def log_searches(run: "Run", searches: Sequence[Mapping[str, Any]]) -> None:
     for search in searches:
         columns = list(search["parameters"])
         rows = [[*(point["values"][name] for name in columns), point["score"]] for point in search["points"]]
-        # Two searches of one merger are about different runs; their models have different names.
+        # Two searches of one merger belong to different runs; their models have different names.
         key = f"cl_search/{part_of_key(search['model'])}"
         run.log({key: wandb.Table(columns=[*columns, "validation_score"], data=rows)})
         summarise(run, {f"{key}/{name}": value for name, value in search["chosen"].items()})
 
 
 def summarise(run: "Run", summary: Mapping[str, Any]) -> None:
-    """Set what a project's table of runs shows and sorts by."""
+    """Set the summary of a run, which a project's table of runs shows and sorts by."""
     run.summary.update(dict(summary))
 
 
 def log_artifacts(run: "Run", folder: RunFolder, results: Results) -> None:
     """Log base, task vectors and merged models of a finished run, linked in this order.
 
-    The base is known by its fingerprint, and is one artifact for all runs of a project that start from it. Base and
-    task vectors are declared as inputs of the run, so that the graph reads base, experts, merged; every merged model
-    says besides in its metadata which vectors it is made of. Files are not copied: a run that is offline needs the
-    run folder where it is until it is synchronised.
+    The base is named by its fingerprint and is one artifact for all runs of a project that start from it. Base and
+    task vectors are declared as inputs of the run, so that the graph is base, experts, merged; the metadata of every
+    merged model also lists its task vectors. Files are not copied: the folder of an offline run must stay in place
+    until the run is synchronised.
 
     Args:
         run: The run.
         folder: The run folder.
-        results: What the run found.
+        results: Results of the run.
 
     Raises:
         ValueError: If there are no task vectors.
@@ -270,30 +270,30 @@ def log_artifacts(run: "Run", folder: RunFolder, results: Results) -> None:
 
 
 def _log_input(run: "Run", artifact: "Artifact") -> None:
-    """Log an artifact that the run also reads."""
+    """Log an artifact as an input of the run."""
     if not run.offline:
         run.use_artifact(artifact)
         return
-    # use_artifact refuses to work offline, although the record it writes for an artifact that is new, "use after
-    # commit", can wait in the run's file like any other.
+    # use_artifact refuses to work offline, although its record for a new artifact, "use after commit", can wait in
+    # the run's file like any other.
     run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
 
 
 def _plain(name: str) -> str:
-    """Leave the characters that W&B allows in the names of artifacts."""
+    """Replace the characters that W&B does not allow in the names of artifacts."""
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
 
 
 def _log_on_tasks(run: "Run", num_tasks: int, values: Mapping[str, Any]) -> None:
     run.define_metric(TASK_KEY)
     for name in values:
-        # A bare dot would mean a nested value, and labels such as "ties_density0.1" hold dots.
+        # An unescaped dot means a nested value, and labels such as "ties_density0.1" contain dots.
         run.define_metric(name.replace(".", "\\."), step_metric=TASK_KEY)
     run.log({TASK_KEY: num_tasks, **values})
 
 
 def _choose_mode(online: bool) -> Literal["online", "offline", "disabled"]:
-    """Decide where a run goes, and log why."""
+    """Choose whether a run is online, offline or disabled, and log the reason."""
     import wandb
 
     settings = wandb.setup().settings
@@ -315,7 +315,7 @@ def _choose_mode(online: bool) -> Literal["online", "offline", "disabled"]:
 
 
 def _in_netrc(url: str) -> bool:
-    """Tell whether the netrc file, where ``wandb login`` writes, knows the server or W&B's public one."""
+    """Return whether the netrc file, which ``wandb login`` writes, has an entry for the server or W&B's public one."""
     named = os.environ.get("NETRC")
     for path in [named] if named else ["~/.netrc", "~/_netrc"]:
         file = Path(path).expanduser()
@@ -330,7 +330,7 @@ def _in_netrc(url: str) -> bool:
 
 
 def _reachable(url: str) -> bool:
-    """Tell whether the server, or the proxy on the way to it, accepts a connection within two seconds."""
+    """Return whether the server, or the proxy before it, accepts a connection within two seconds."""
     parts = urlsplit(url)
     proxy = getproxies().get(parts.scheme)
     if proxy and parts.hostname and not proxy_bypass(parts.hostname):
@@ -345,7 +345,7 @@ def _reachable(url: str) -> bool:
         except OSError:
             answers.put(False)
 
-    # In a thread, because looking the name up can take far longer than connecting and has no time-out.
+    # In a thread, because the name look-up has no time-out and can take far longer than connecting.
     threading.Thread(target=connect, daemon=True).start()
     try:
         return answers.get(timeout=_CONNECT_SECONDS)

@@ -1,1 +1,1 @@
-"""What a run leaves: its folder, its accuracies and their figures."""
+"""The run folder, accuracy matrices and figures of a run."""

@@ -1,4 +1,4 @@
-"""Lightning's checkpoints in a run folder: complete or not there, and read with doubt."""
+"""Lightning's checkpoints in a run folder: written atomically, checked for damage before use."""
 
 import os
 import pickle
@@ -16,15 +16,15 @@ from clmerge.weights import save_torch
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write Lightning's checkpoints to a temporary file in the same folder, flush it, and rename it.
 
-    Lightning's own atomic save goes through the system's temporary folder, where the final move can be a copy
-    that a kill leaves half done, and it does not flush.
+    Lightning's own atomic save writes to the system's temporary folder, so the final move can be a copy that a kill
+    interrupts, and it does not flush.
     """
 
     @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Save ``checkpoint`` to ``path``, or leave what was there.
+        """Save ``checkpoint`` to ``path``; on failure an existing file stays unchanged.
 
         Raises:
             TypeError: For ``storage_options``, which a local file does not have.
@@ -35,11 +35,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def damage(path: Path) -> str | None:
-    """Return what is wrong with a file that ``torch.save`` wrote; None if it is whole.
+    """Return the damage found in a file that ``torch.save`` wrote, as text; None if it is intact.
 
     Args:
-        path: The file; all of it is read, and the checksums that the format keeps are compared. They cover content; of
-            names and offsets, PyTorch's own reader is asked.
+        path: The file. All of it is read and the checksums of the format are compared; they cover content only, so
+            names and offsets are checked by PyTorch's own reader.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -47,8 +47,8 @@ def damage(path: Path) -> str | None:
         if broken is not None:
             return f"bad checksum of {broken}"
         torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError:  # whole, with objects that somebody's callback keeps
+    except pickle.UnpicklingError:  # intact, with objects that a callback saved
         return None
-    except Exception as error:  # readers of a damaged archive raise about anything
+    except Exception as error:  # readers of a damaged archive raise almost any error
         return str(error).partition("\n")[0] or type(error).__name__
     return None

@@ -82,6 +82,6 @@ def _search(value: Any, where: str) -> None:
 
 
 def _setting(value: Any, where: str) -> None:
-    """Accept every value of a parameter but numbers that no chart can show."""
+    """Accept any value of a parameter, except numbers that a chart cannot show."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         number(value, where)

@@ -1,4 +1,4 @@
-"""The contract of ``results.json``: which keys it has, and what stands in them."""
+"""The contract of ``results.json``: its keys and their values."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias

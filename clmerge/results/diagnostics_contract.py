@@ -9,8 +9,8 @@ def validate_diagnostics(document: Any, where: str) -> None:
     """Check a diagnostics document.
 
     Args:
-        document: What :func:`clmerge.evaluation.diagnostics.document` returned, after a trip through JSON.
-        where: Its place in the file.
+        document: The result of :func:`clmerge.evaluation.diagnostics.document`, read back from JSON.
+        where: Place of the document in the file.
 
     Raises:
         ValueError: If something is missing, misshapen, or not finite; the message names the place.

@@ -1,4 +1,4 @@
-"""What a run found out: the accuracy matrices of all models, their figures, and ``results.json``."""
+"""The results of a run: the accuracy matrices of all models, their figures, and ``results.json``."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ TASK_ORACLE = "task_oracle"
 ENSEMBLE = "ensemble"
 JOINT = "joint"
 BASE = "base"  # theta_0 in diagnostics
-HEAD = "head"  # the file of the head's weights beside those of the models
+HEAD = "head"  # file name of the head's weights, beside the models' files
 REFERENCES = (EXPERT, ZERO_SHOT, TASK_ORACLE, ENSEMBLE, JOINT)
 
 __all__ = ["BASE", "HEAD", "REFERENCES", "SCHEMA", "SETTINGS", "Results", "Setting", "is_reference", "validate"]
 
 
 def is_reference(model: str) -> bool:
-    """Tell whether a model is no merger but what mergers are held against.
+    """Return whether a model is a reference that mergers are compared with, such as ``expert``, not a merger.
 
     Example:
         >>> is_reference("expert"), is_reference("expert@seed1"), is_reference("ties@seed1")
@@ -35,22 +35,22 @@ class Results:
 
     A model is a merger's label, ``expert`` (the un-merged model after each task) or ``zero_shot`` (the model
     before the first task). The zero-shot model never changes, so its row is given once and repeated for every
-    finished task; it is also the baseline of forward transfer, as the expert is the reference of normalised
-    accuracy and merge gap.
+    finished task; it is also the baseline of forward transfer. The expert is the reference of normalised accuracy
+    and merge gap.
 
     Args:
         tasks: Names of all tasks of the stream, in order.
         classes: Class names of each task, one sequence per task.
         samples: Number of test samples of each task, for sample-weighted averages. Can be given later
             (:meth:`set_samples`).
-        evaluation: Which reading of the logits tells which model is best, where none is named.
+        evaluation: Default reading of the logits, by which models are ranked.
 
     Attributes:
-        bytes: What a method keeps from task to task beside the mergers' accumulators, by name.
-        options: What was changed when the run was resumed, per task as on the command line; empty if nothing was.
+        bytes: Bytes that a method keeps from task to task beside the mergers' accumulators, by name.
+        options: Options that were changed when the run was resumed, per task as on the command line; empty if none.
 
     Raises:
-        ValueError: If there is no task, a name comes twice, or a length differs from the number of tasks.
+        ValueError: If there is no task, a name occurs twice, or a length differs from the number of tasks.
 
     Example:
         >>> results = Results(["zero and one", "two and three"], classes=[["0", "1"], ["2", "3"]])
@@ -113,7 +113,7 @@ class Results:
         return self.mergers + references + [ZERO_SHOT] * (self._zero_shot is not None)
 
     def set_samples(self, samples: Sequence[int]) -> None:
-        """Say how many test samples each task has.
+        """Set the number of test samples of each task.
 
         Args:
             samples: Counts, ``(num_tasks,)``.
@@ -126,7 +126,7 @@ class Results:
         self.samples = [int(count) for count in samples]
 
     def set_zero_shot(self, task_agnostic: Row, task_aware: Row) -> None:
-        """Give the accuracies of the model before the first task.
+        """Set the accuracies of the model before the first task.
 
         Args:
             task_agnostic: Accuracy in [0, 1] on every task, all classes competing, ``(num_tasks,)``.
@@ -158,11 +158,11 @@ class Results:
             matrices[setting].add_row(row)
 
     def add_seconds(self, key: str, value: float) -> None:
-        """Add to the time spent on something.
+        """Add to the seconds spent on an activity.
 
         Args:
-            key: What the time was spent on, for example ``"train"``.
-            value: Seconds, added to what the key has already.
+            key: Name of the activity, for example ``"train"``.
+            value: Seconds, added to the key's total.
 
         Raises:
             ValueError: If the value is negative or not finite.
@@ -252,7 +252,7 @@ class Results:
         """Return the ``results.json`` document: JSON types, full precision, null where undefined.
 
         Raises:
-            RuntimeError: If a model lacks the row of a task another model has.
+            RuntimeError: If a model lacks the row of a task that another model has.
         """
         for name, matrices in self._rows.items():
             num_rows = len(matrices[SETTINGS[0]])
@@ -279,10 +279,10 @@ class Results:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "Results":
-        """Rebuild the object a document was made from, so that a resumed run can add to it.
+        """Rebuild the object that a document was made from, so that a resumed run can add to it.
 
         Args:
-            document: What :meth:`to_dict` returned, also after a trip through JSON.
+            document: The result of :meth:`to_dict`, or the same read back from JSON.
 
         Returns:
             Results whose ``to_dict()`` equals the document.

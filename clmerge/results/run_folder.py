@@ -1,4 +1,4 @@
-"""The run folder: one atomic manifest is the truth, everything else can be made from it or is a view of it."""
+"""The run folder: an atomic manifest records what is committed; other files are listed in it or derived from it."""
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from clmerge.results.run_manifest import Manifest, check_config, read_manifest
 from clmerge.weights import checksum, load_tensors, save_tensors, save_torch, write_json_atomic, write_text_atomic
 from clmerge.weights.checksums import MANIFEST, verify_files
 
-# What a run makes in its folder, and nobody else.
+# Folders that only a run makes.
 _OWN = ("bank", "checkpoints", "logs", "model", "plots", "state", "unmerged")
 _OWN_FILES = ("config.yaml", "data_check.json", "results.json", LOCK, MANIFEST)
 
@@ -40,16 +40,16 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, *, config: str = "", unique: bool = False, writes: bool = True) -> "RunFolder":
-        """Start a run in a new or empty folder, or in one where a run has never trained anything.
+        """Start a run in a new or empty folder, or in the folder of a run that has trained nothing.
 
         Args:
             path: The folder; missing parents are made.
-            config: The configuration that re-runs the run; ``config.yaml`` holds it.
-            unique: Whether another name is taken (``NAME-2``) where there is something at ``path``.
+            config: The configuration that repeats the run; ``config.yaml`` holds it.
+            unique: Whether to use another name (``NAME-2``) if ``path`` is in use.
             writes: Whether this process writes; if not, nothing is checked or made.
 
         Raises:
-            FileExistsError: If there is something at ``path`` already.
+            FileExistsError: If ``path`` is in use.
             BlockingIOError: If another process writes there.
         """
         run = cls(path, writes=writes)
@@ -74,23 +74,23 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path, *, writes: bool = True) -> "RunFolder":
-        """Open a run that exists: check everything that it holds, then tidy up after it if it was killed.
+        """Open an existing run: check all of its files, then remove leftovers of a killed process.
 
         Args:
             path: The folder.
             writes: Whether this process writes; if not, nothing is changed.
 
         Raises:
-            FileNotFoundError: If there is no run at ``path``, or a file of it is missing.
-            ValueError: If the manifest is damaged or was written by another version, or a file is not as it was
-                committed.
+            FileNotFoundError: If there is no run at ``path``, or one of its files is missing.
+            ValueError: If the manifest is damaged or was written by another version, or a file differs from its
+                committed content.
             BlockingIOError: If another process writes there.
         """
         run = cls(path, writes=writes)
         read_manifest(run.path / MANIFEST)
         if writes:
             hold_lock(run.path, run)
-        run.manifest = read_manifest(run.path / MANIFEST)  # whoever had the lock has changed it meanwhile
+        run.manifest = read_manifest(run.path / MANIFEST)  # the process that held the lock may have changed it
         run.verify()
         if writes:
             run._remove_leftovers()
@@ -98,11 +98,11 @@ class RunFolder:
         return run
 
     def verify(self) -> None:
-        """Check that the files of the run are as they were committed.
+        """Check that the files of the run have their committed content.
 
         Raises:
-            FileNotFoundError: If one is missing.
-            ValueError: If one was changed; the message names it.
+            FileNotFoundError: If a file is missing.
+            ValueError: If a file was changed; the message names it.
         """
         verify_files(self.path, self.manifest.files)
         if self.config.is_file() and self.manifest.config:
@@ -110,31 +110,31 @@ class RunFolder:
 
     @property
     def is_untrained(self) -> bool:
-        """Whether nothing that was trained is there: neither a committed task nor a checkpoint."""
+        """Whether the run has trained nothing: it has neither a committed task nor a checkpoint."""
         return self.tasks_begun == 0
 
     @property
     def tasks_begun(self) -> int:
-        """Tasks that something was trained of."""
+        """Number of tasks whose training has begun."""
         began = self.manifest.branch > 0 or any((self.path / "checkpoints").glob("task_*"))
         return self.manifest.trained + began
 
     def change_options(self, options: Sequence[str], *, begin_anew: bool) -> bool:
-        """Take down what is other than in ``config.yaml`` from the task on that is trained next.
+        """Record options that override ``config.yaml`` from the next trained task on.
 
         Args:
             options: As on the command line.
-            begin_anew: Whether what the task has trained without them is given up.
+            begin_anew: Whether to discard the training of the current task done without them.
 
         Returns:
-            Whether anything was given up.
+            Whether training was discarded.
         """
         manifest = self.manifest
         manifest.options.append({"task": manifest.trained, "options": list(options)})
         checkpoints = list((self.path / "checkpoints").glob("task_*"))
         began = self.tasks_begun > manifest.trained
         if begin_anew and not manifest.finished:
-            # Before the commit: a kill in between costs epochs, and never mixes two sets of options.
+            # Before the commit: a kill in between loses epochs, but never mixes two sets of options.
             for found in checkpoints if self.writes else ():
                 shutil.rmtree(found) if found.is_dir() else found.unlink()
             manifest.branch = 0
@@ -146,7 +146,7 @@ class RunFolder:
         return began and begin_anew
 
     def discard(self) -> None:
-        """Remove a run that has trained nothing, and its folder if nothing else is in it."""
+        """Remove a run that has trained nothing, and its folder if that is then empty."""
         if self.writes and self.is_untrained:
             self._remove_everything()
             (self.path / LOCK).unlink(missing_ok=True)
@@ -155,31 +155,31 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """The resolved configuration that re-runs the run."""
+        """File of the resolved configuration, which repeats the run."""
         return self.path / "config.yaml"
 
     @property
     def results(self) -> Path:
-        """The results, for scripts."""
+        """File of the results, for scripts."""
         return self.path / "results.json"
 
     @property
     def bank(self) -> Path:
-        """The task vectors of the run."""
+        """Folder of the run's task vectors."""
         return self.path / "bank"
 
     def unmerged(self, task: int) -> Path:
-        """What belongs to a task's vector and is not merged; not there where a task has nothing of the kind."""
+        """File of the un-merged tensors that belong to a task's vector; missing if the task has none."""
         return self.path / "unmerged" / f"task_{task:03d}.safetensors"
 
     @property
     def plots(self) -> Path:
-        """Pictures of the results."""
+        """Folder of the pictures of the results."""
         return self.path / "plots"
 
     @property
     def logs(self) -> Path:
-        """What the loggers write."""
+        """Folder of the loggers' files."""
         return self.path / "logs"
 
     def checkpoint(self, task: int, branch: int = 0) -> Path:
@@ -187,10 +187,10 @@ class RunFolder:
         return self.path / "checkpoints" / f"task_{task:03d}{f'_branch_{branch:03d}' * (branch > 0)}.ckpt"
 
     def has_whole(self, checkpoint: Path) -> bool:
-        """Return whether there is a checkpoint; one that is damaged is told of and removed.
+        """Return whether there is an intact checkpoint; a damaged one is reported and removed.
 
         Args:
-            checkpoint: What ``checkpoint`` returned.
+            checkpoint: The path that ``checkpoint`` returned.
         """
         if not checkpoint.exists() or (wrong := damage(checkpoint)) is None:
             return checkpoint.exists()
@@ -201,20 +201,20 @@ class RunFolder:
         return False
 
     def branch(self, task: int, done: int) -> Path:
-        """State between two branches of a task."""
+        """File of the state between two branches of a task."""
         return self.path / "state" / f"task_{task:03d}_branch_{done:03d}.pt"
 
     def model(self, name: str) -> Path:
-        """Final weights of one merger."""
+        """File of one merger's final weights."""
         return self.path / "model" / f"{file_name(name)}.safetensors"
 
     def keep_unmerged(self, task: int, state: Mapping[str, Tensor]) -> None:
-        """Keep what goes with a task's vector in the bank: its head and running statistics, where there are any."""
+        """Save the un-merged tensors of a task beside its vector in the bank: head and running statistics, if any."""
         if self.writes and state:
             save_tensors(self.unmerged(task), state)
 
     def commit(self) -> None:
-        """Make the manifest as it is in memory the truth."""
+        """Write the manifest in memory to disk, which commits it."""
         if self.writes:
             write_json_atomic(self.path / MANIFEST, asdict(self.manifest))
             if self.manifest.results:
@@ -262,13 +262,13 @@ class RunFolder:
             self._remove_leftovers()
 
     def load_branch(self) -> dict[str, Any]:
-        """Return what the last ``commit_branch`` of the current task took, on the CPU."""
+        """Return the state given to the last ``commit_branch`` of the current task, on the CPU."""
         file = self.branch(self.manifest.trained, self.manifest.branch)
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         return state
 
     def load_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return what the last ``commit_state`` took: the module's weights and the accumulators, on the CPU.
+        """Return the state given to the last ``commit_state``: the module's weights and the accumulators, on the CPU.
 
         Raises:
             RuntimeError: Before the first ``commit_state``.
@@ -292,13 +292,13 @@ class RunFolder:
         return self.path / self.manifest.state
 
     def _record(self, *files: Path, instead_of: str) -> None:
-        """Take the checksums of new files into the manifest, in place of those whose paths begin with a text."""
+        """Add checksums of new files to the manifest and drop those of paths that begin with ``instead_of``."""
         kept = {name: value for name, value in self.manifest.files.items() if not name.startswith(instead_of)}
         new = {file.relative_to(self.path).as_posix(): checksum(file) for file in files}
         self.manifest.files = kept | new
 
     def _write_views(self) -> None:
-        """Write what the manifest says as files for people and scripts."""
+        """Write configuration and results from the manifest as files, for people and scripts."""
         if self.manifest.config and not self.config.is_file():
             write_text_atomic(self.config, self.manifest.config)
         if self.manifest.results:
@@ -309,7 +309,7 @@ class RunFolder:
         if not self.path.is_dir():
             return False
         found = {entry.name for entry in self.path.iterdir()}
-        if all(name == LOCK or _is_half_written(name) for name in found):  # a start that was killed at once
+        if all(name == LOCK or _is_half_written(name) for name in found):  # left by a start that was killed
             return True
         if not (self.path / MANIFEST).is_file() or not all(_is_own(name) for name in found):
             return False
@@ -318,7 +318,7 @@ class RunFolder:
         return there.is_untrained
 
     def _remove_everything(self) -> None:
-        """Remove what a run makes, but for the lock."""
+        """Remove all files of a run except the lock."""
         for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == MANIFEST):
             if entry.is_dir() and _is_own(entry.name):  # a logger of a failed start may still be writing
                 shutil.rmtree(entry, ignore_errors=entry.name == "logs")
@@ -326,16 +326,16 @@ class RunFolder:
                 entry.unlink()
 
     def _remove_leftovers(self) -> None:
-        """Remove states and checkpoints that the manifest has left behind, and half-written files."""
+        """Remove states and checkpoints that the manifest no longer refers to, and half-written files."""
         keep = {self.path / self.manifest.state} if self.manifest.state is not None else set()
         if not self.manifest.finished:
             task, branch = self.manifest.trained, self.manifest.branch
             keep |= {self.checkpoint(task, branch), self.branch(task, branch)}
         for folder in ("state", "checkpoints"):
-            for found in sorted((self.path / folder).glob("task_*")):  # a callback of the user may write here, too
+            for found in sorted((self.path / folder).glob("task_*")):  # the user's callbacks may write here as well
                 if found not in keep:
                     shutil.rmtree(found) if found.is_dir() else found.unlink()
-        for kept in (self.bank, self.path / "unmerged"):  # of a task that was merged and not committed
+        for kept in (self.bank, self.path / "unmerged"):  # remove files of a task that was merged but not committed
             for found in sorted(kept.glob("task_*.safetensors")):
                 if found.stem[5:].isdecimal() and int(found.stem[5:]) >= self.manifest.trained:
                     found.unlink()
@@ -345,7 +345,7 @@ class RunFolder:
     def _half_written(self) -> Iterator[Path]:
         yield from sorted(self.path.glob(".*.tmp"))
         for folder in _OWN:
-            if folder != "logs":  # what loggers write is theirs
+            if folder != "logs":  # the loggers' own files are left alone
                 yield from sorted((self.path / folder).rglob(".*.tmp"))
 
 
@@ -358,7 +358,7 @@ def _is_half_written(name: str) -> bool:
 
 
 def _new_folder(path: Path) -> Path:
-    """Make a folder that nobody has made before: ``path``, or ``path-2`` and so on."""
+    """Make a new folder: ``path``, or ``path-2`` and so on if that exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for number in count(1):
         candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")

@@ -1,4 +1,4 @@
-"""One process writes a folder at a time: a lock that the system takes back when the process dies."""
+"""Lock a folder so that only one process writes to it; the system releases the lock when the process dies."""
 
 import errno
 import fcntl
@@ -19,8 +19,8 @@ _held: dict[Path, list[int]] = {}
 def hold_lock(folder: Path, holder: object) -> None:
     """Lock a folder for this process until ``holder`` is gone; a process may hold it several times.
 
-    The lock is on the file ``.lock``, which says who has it and is removed with the lock; a killed process leaves the
-    file, not the lock. Where the file system knows no locks, a note on stderr says so.
+    The lock is on the file ``.lock``, which names its owner and is removed when the lock is released; a killed process
+    leaves the file but not the lock. If the file system does not support locks, a note is printed to stderr.
 
     Args:
         folder: A folder that exists.
@@ -51,7 +51,7 @@ def _locked_file(folder: Path) -> int | None:
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(owner).encode(), 0)
                 return descriptor
-            os.close(descriptor)  # whoever had it has removed the file meanwhile
+            os.close(descriptor)  # the previous owner has removed the file meanwhile
         except BlockingIOError:
             found = os.pread(descriptor, 1000, 0).decode("utf-8", "replace")
             os.close(descriptor)
@@ -74,7 +74,7 @@ def _owner(found: str) -> str:
             f"process {owner['pid']} on {owner['host']} has been writing since {owner['since']}: wait until it ends, "
             "or end it"
         )
-    except (ValueError, KeyError, TypeError):  # it is writing its name just now
+    except (ValueError, KeyError, TypeError):  # the owner has not finished writing its name
         return "another process writes: wait until it ends, or end it"
 
 
@@ -99,7 +99,7 @@ def _release(folder: Path, owner: int) -> None:
 
 
 def _close_in_child() -> None:
-    """Forked workers of a data loader outlive a killed process for seconds; the lock must not."""
+    """Close the locks in a forked child: workers of a data loader outlive a killed process, its locks must not."""
     for descriptor, _ in _held.values():
         os.close(descriptor)
     _held.clear()

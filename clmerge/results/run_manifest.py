@@ -1,4 +1,4 @@
-"""The manifest of a run: what is committed, read with every doubt."""
+"""The manifest of a run: the record of what is committed, validated when it is read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -16,7 +16,7 @@ SCHEMA = 1
 
 @dataclass
 class Manifest:
-    """What a run has committed.
+    """The committed state of a run.
 
     Attributes:
         trained: Tasks whose training and merge are committed.
@@ -26,15 +26,15 @@ class Manifest:
         epochs: Epochs trained so far, over all tasks.
         task_step: ``step`` when the current task began.
         task_epochs: ``epochs`` when the current task began.
-        branch: Fits of the current task that are committed, where a task is trained in branches.
-        wandb_id: Identity of the run in W&B, kept over a resume.
+        branch: Committed fits of the current task, if tasks are trained in branches.
+        wandb_id: Identity of the run in W&B, kept when the run is resumed.
         results: The results so far, in the form of ``results.json``.
         finished: Whether the run is complete.
         config: The text of ``config.yaml``; empty for a run that was started from Python.
-        options: What was changed when the run was resumed: ``task``, the first task that was trained so, and
+        options: Options that were changed when the run was resumed: ``task``, the first task trained with them, and
             ``options``, as on the command line.
-        settings: What must be the same when the run is resumed: the seed, the mergers, the policies.
-        stream: What the stream was: the tasks' images, as counts and hashes.
+        settings: Settings that must not change when the run is resumed: the seed, the mergers, the policies.
+        stream: Identity of the stream: counts and hashes of the tasks' images.
         files: Checksums of the committed files by path, relative to the run folder.
     """
 
@@ -58,11 +58,11 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)
 
     def options_in_force(self) -> list[str]:
-        """Return the options beside ``config.yaml`` that the latest task was or will be trained with."""
+        """Return the options that override ``config.yaml`` for the latest task."""
         return [option for entry in self.options for option in entry["options"]]
 
     def options_by_task(self, num_tasks: int) -> list[list[str]]:
-        """Return the options beside ``config.yaml`` of every task.
+        """Return the options that override ``config.yaml``, for every task.
 
         Example:
             >>> Manifest(options=[{"task": 1, "options": ["--trainer.max_epochs=3"]}]).options_by_task(2)
@@ -108,7 +108,7 @@ def check_config(file: Path, expected: str) -> None:
 
     Args:
         file: ``config.yaml``.
-        expected: The text that the manifest has.
+        expected: The text in the manifest.
 
     Raises:
         ValueError: If it was edited; the message shows the first line that differs.
@@ -128,7 +128,7 @@ def check_config(file: Path, expected: str) -> None:
 
 
 def _contradiction(found: Mapping[str, Any]) -> str | None:
-    """Return what a manifest should say and does not, None if nothing is wrong with it."""
+    """Return the first contradiction in a manifest, as the end of a message; None if there is none."""
     try:
         _CONTRACT(found, "")
     except ValueError as error:

@@ -34,11 +34,10 @@ def render_table(results: Results, *, setting: Setting | None = None, width: int
     """Return a rich table with one row per model: accuracy on each task, average accuracy, forgetting, BWT.
 
     Percentages after the latest finished task. The best merger, by average accuracy, is bold and starred.
-    Tasks have a column each as long as the table fits the width; otherwise the first, the latest and the
-    worst task stand for them.
+    Every task has a column if the table fits the width; otherwise only the first, the latest and the worst task.
 
     Args:
-        results: What the run found so far, at least one finished task.
+        results: Results of the run so far, at least one finished task.
         setting: Which reading of the logits to show; default the results' own.
         width: Columns of the terminal.
 
@@ -71,12 +70,12 @@ def render_text(results: Results, *, setting: Setting | None = None, width: int 
     """Return the table of :func:`render_table` as plain ASCII text, for log files and pipes.
 
     Args:
-        results: What the run found so far, at least one finished task.
+        results: Results of the run so far, at least one finished task.
         setting: Which reading of the logits to show; default the results' own.
-        width: Longest line wanted.
+        width: Largest length of a line.
 
     Returns:
-        Lines joined by newlines, without one at the end.
+        Lines joined by newlines, without a final newline.
 
     Raises:
         ValueError: If no task is finished.
@@ -99,13 +98,13 @@ def render_text(results: Results, *, setting: Setting | None = None, width: int 
 
 
 def needs_task(results: Results, model: str) -> bool:
-    """Return whether a model has task-aware accuracies alone, because it serves every task with a view of its own."""
+    """Return whether a model has only task-aware accuracies, because it uses other weights for every task."""
     agnostic, aware = (results.matrix(model, setting) for setting in SETTINGS)
     return bool(np.isnan(agnostic).all() and not np.isnan(aware).all())
 
 
 def align(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Return lines of cells as text: the first column to the left, the others to the right.
+    """Return rows of cells as aligned lines: the first column to the left, the others to the right.
 
     Example:
         >>> align([["model", "A"], ["ties", "75.0"]])

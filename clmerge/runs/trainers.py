@@ -31,7 +31,7 @@ _WHOLE: Mapping[str, tuple[float, str]] = {
 
 
 def require_whole(options: Mapping[str, Any]) -> None:
-    """Raise a ValueError if an argument of the Trainer would restrict training or evaluation to a part of the images.
+    """Raise a ValueError if an option in ``_WHOLE`` has a value that would leave images out.
 
     Args:
         options: Arguments or attributes of a Trainer by name; None or absent means the default.
