@@ -1,8 +1,8 @@
 """Pictures of a run: accuracy matrices, forgetting curves, average accuracy, final accuracy.
 
 Figures are made through Matplotlib's object interface, so a program's own ``pyplot`` state, backend and open
-figures are left alone. All axes show percent on a fixed range from 0 to 100: pictures of different runs can
-be laid side by side.
+figures stay unchanged. All axes show percent on a fixed range from 0 to 100, so that pictures of different runs can
+be compared.
 """
 
 import io
@@ -31,16 +31,15 @@ DPI = 130
 
 
 def save_plots(results: Results, folder: str | Path) -> list[Path]:
-    """Draw every picture of a run and write them as PNG, each file replaced atomically.
+    """Draw every picture of a run and write it as PNG, replacing each file atomically.
 
-    ``matrices.png`` (the best merger's matrix beside the expert's), ``forgetting_curves.png``,
-    ``average_accuracy.png`` and ``final_accuracy.png``: in the folder itself in the
-    reading of the logits that the run goes by, in its ``task_aware`` (or ``task_agnostic``) in the other one. The
-    folder also gets the matrix of every model but the zero-shot one, whose rows are all the same
-    (``matrix_MODEL.png``).
+    The pictures are ``matrices.png`` (the best merger's matrix beside the expert's), ``forgetting_curves.png``,
+    ``average_accuracy.png`` and ``final_accuracy.png``. Those in the folder itself show the run's default reading of
+    the logits; those in its subfolder ``task_aware`` (or ``task_agnostic``) show the other one. The folder also gets
+    the matrix of every model (``matrix_MODEL.png``) except the zero-shot one, whose rows are all the same.
 
     Args:
-        results: What the run found so far, at least one finished task.
+        results: Results of the run so far, at least one finished task.
         folder: Where to write; made if missing.
 
     Returns:
@@ -64,7 +63,7 @@ def save_plots(results: Results, folder: str | Path) -> list[Path]:
         }
         target = Path(folder) if setting == results.evaluation else Path(folder, setting)
         pictures |= {target / f"{name}.png": figure for name, figure in figures.items()}
-    # All are drawn before the first is written: a folder never holds some of them.
+    # Draw all before writing the first, so that a folder never holds only some of them.
     drawn = {file: to_png(figure) for file, figure in pictures.items()}
     for file, data in drawn.items():
         write_bytes_atomic(file, data)
@@ -82,8 +81,8 @@ def plot_files(results: Results, folder: str | Path) -> list[Path]:
     """Return the files that ``save_plots`` writes.
 
     Args:
-        results: What the run found.
-        folder: Where they are written.
+        results: Results of the run.
+        folder: Folder of the pictures.
     """
     names = ("matrices", "forgetting_curves", "average_accuracy", "final_accuracy")
     whole = [*(f"matrix_{file_name(model)}" for model in _moving(results)), *names]

@@ -14,11 +14,11 @@ from clmerge.results.results import Results, Setting
 def plot_forgetting_curves(results: Results, *, setting: Setting | None = None) -> Figure:
     """Draw, in one panel per task, the accuracy on that task after every task.
 
-    A vertical line marks the moment the task was learned; what comes before it is zero-shot ability and
-    transfer, drawn thin, what comes after it is remembering or forgetting.
+    A vertical line marks when the task was learned. Accuracy before it is zero-shot ability and transfer, drawn thin;
+    accuracy after it shows forgetting.
 
     Args:
-        results: What the run found so far.
+        results: Results of the run so far.
         setting: Which reading of the logits; default the results' own.
 
     Returns:
@@ -37,7 +37,7 @@ def plot_forgetting_curves(results: Results, *, setting: Setting | None = None) 
         style_axes(panel, results.num_tasks)
         panel.axvline(task + 1, color=GREY, linewidth=0.8, zorder=1)
         panel.set_title(label(results.tasks[task], 22), fontsize=9, color=DARK)
-        # The last row of panels may be short; the panels above its gap then carry the tick labels.
+        # The last row of panels may be short; the panels above its gap then have the tick labels.
         panel.tick_params(labelbottom=task + num_columns >= results.num_tasks)
         for model in reversed(results.models):
             column = results.matrix(model, setting)[:, task] * 100
@@ -64,7 +64,7 @@ def plot_average_accuracy(results: Results, *, setting: Setting | None = None) -
     """Draw the average accuracy on the tasks seen so far against the number of tasks, one line per model.
 
     Args:
-        results: What the run found so far.
+        results: Results of the run so far.
         setting: Which reading of the logits; default the results' own.
 
     Returns:
@@ -104,7 +104,7 @@ def plot_final_accuracy(results: Results, *, setting: Setting | None = None) -> 
     """Draw the accuracy on every task after the latest one: bars, or dots where bars would be too thin.
 
     Args:
-        results: What the run found so far.
+        results: Results of the run so far.
         setting: Which reading of the logits; default the results' own.
 
     Returns:
@@ -154,7 +154,7 @@ def _spread(heights: dict[str, float], *, gap: float) -> dict[str, float]:
     groups: list[list[str]] = []
     for model in order:
         groups.append([model])
-        # Groups that touch become one, centred on the mean height of its members.
+        # Merge groups that touch into one, centred on the mean height of its members.
         while len(groups) > 1 and _bottom(groups[-1], heights, gap) - _top(groups[-2], heights, gap) < gap:
             groups[-2:] = [groups[-2] + groups[-1]]
     return {model: _bottom(group, heights, gap) + index * gap for group in groups for index, model in enumerate(group)}

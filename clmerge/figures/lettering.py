@@ -1,4 +1,4 @@
-"""Names in pictures: Matplotlib reads ``$`` as mathematics and draws boxes for letters that its own font lacks."""
+"""Prepare names for Matplotlib, which parses ``$`` as mathematics and draws boxes for letters its font lacks."""
 
 from functools import cache
 
@@ -12,9 +12,9 @@ _NO_GLYPH = "\N{WHITE SQUARE}"
 
 
 def label(name: str, length: int) -> str:
-    r"""Return a name as Matplotlib draws it literally, cut if it is longer than ``length`` characters.
+    r"""Escape a name so that Matplotlib draws it literally, and cut it to ``length`` characters.
 
-    Letters that no installed font has become squares.
+    Letters that no installed font has are replaced by squares.
 
     Example:
         >>> print(label("$x^2$", 10))
@@ -25,7 +25,7 @@ def label(name: str, length: int) -> str:
 
 
 def lettered(figure: Figure) -> Figure:
-    """Let every text of a figure use the fonts that have its letters; return the figure."""
+    """Set the fonts of every text in a figure to ones that have its letters; return the figure."""
     own = _own_font()
     for text in figure.findobj(Text):
         letters = text.get_text()
@@ -41,12 +41,12 @@ def _own_font() -> str:
 
 @cache
 def _font_of(letter: str) -> str | None:
-    """Return the name of a font that has a letter, Matplotlib's own if it does; None if there is none."""
+    """Return the name of a font that has a letter, preferably Matplotlib's own; None if there is none."""
     own = findfont(FontProperties())
     if letter.isspace() or ord(letter) in _letters(own):
         return _own_font()
     for font in sorted(fontManager.ttflist, key=lambda font: (font.style != "normal", font.weight != 400, font.name)):
-        # The font of last resort has nothing but boxes.
+        # The font of last resort draws boxes only.
         if not font.name.startswith("Last Resort") and ord(letter) in _letters(font.fname):
             return font.name
     return None

@@ -21,7 +21,7 @@ def plot_matrix(results: Results, model: str, *, setting: Setting | None = None)
     """Draw the accuracy matrix of one model as a heatmap with the numbers in its cells.
 
     Args:
-        results: What the run found so far.
+        results: Results of the run so far.
         model: One of ``results.models``.
         setting: Which reading of the logits; default the results' own.
 
@@ -38,8 +38,8 @@ def plot_matrices(results: Results, models: Sequence[str], *, setting: Setting |
     """Draw the accuracy matrices of several models side by side, with one colour scale.
 
     Args:
-        results: What the run found so far.
-        models: Names out of ``results.models``.
+        results: Results of the run so far.
+        models: Names from ``results.models``.
         setting: Which reading of the logits; default the results' own.
 
     Returns:

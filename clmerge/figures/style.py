@@ -1,4 +1,4 @@
-"""How every picture looks: colours, axes, tick labels and legends."""
+"""The style of all pictures: colours, axes, tick labels and legends."""
 
 from typing import Literal, TypeAlias
 
@@ -11,9 +11,9 @@ from matplotlib.patches import Rectangle
 from clmerge.figures.lettering import label
 from clmerge.results.results import EXPERT, ZERO_SHOT, Results
 
-MODEL_LENGTH = 40  # letters of a model's name that legends and titles show
+MODEL_LENGTH = 40  # largest length of a model's name in legends and titles
 DARK, GREY, LIGHT = "#222222", "#767676", "#E4E4E4"
-# The palette of Okabe and Ito, told apart with any kind of colour blindness, and two more.
+# The palette of Okabe and Ito, distinguishable with any kind of colour blindness, and two more colours.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#8C6D31")
 _MARKERS = "os^Dv<>P"
 Dash: TypeAlias = Literal["-", "--", "-.", ":"]
@@ -36,7 +36,7 @@ def look_at(index: int | None, model: str) -> tuple[str, Dash, str]:
     """Return colour, line style and marker of the merger with an index, or of a reference, which has none."""
     if index is None:
         return _REFERENCES.get(model, (GREY, ":", "+"))
-    # After eight mergers the colours come round again, with another line style.
+    # After eight mergers the colours repeat, with another line style.
     return _COLORS[index % 8], _DASHES[index // 8 % 3], _MARKERS[index % 8]
 
 
@@ -63,7 +63,7 @@ def add_legend(figure: Figure, results: Results, kind: Literal["lines", "bars", 
             )
         else:
             handles.append(Line2D([], [], color=color, linestyle=dash, linewidth=1.8, label=name))
-    # A handle with its gaps is 0.7 inch wide, a letter of 9 points about 0.08.
+    # In inches: a handle with its gaps is 0.7 wide, a letter of 9 points about 0.08.
     widest = 0.7 + 0.08 * max((len(str(handle.get_label())) for handle in handles), default=0)
     columns = max(1, min(len(handles), int(figure.get_figwidth() / widest)))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
@@ -86,7 +86,7 @@ def style_axes(panel: Axes, num_tasks: int) -> None:
 
 
 def label_tasks(panel: Axes, results: Results) -> None:
-    """Write the tasks' names under the horizontal axis, slanted if long, every fifth number if many."""
+    """Label the horizontal axis with the tasks' names, slanted if long; with every fifth number if there are many."""
     names = [label(name, 18) for name in results.tasks]
     if results.num_tasks > 25:
         numbers = range(1, results.num_tasks + 1)

@@ -1,4 +1,4 @@
-"""One page, and the same figures as files, for what ``clmerge fit`` and ``clmerge compare`` found."""
+"""Report the results of ``clmerge fit`` and ``clmerge compare`` as one page, with its figures also as files."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,27 +20,27 @@ __all__ = ["make_study", "paper_table", "read_study", "write_report"]
 
 
 def read_study(folders: Sequence[str | Path], *, evaluation: Setting | None = None) -> Study:
-    """Read run folders and put them together.
+    """Read run folders and combine them into one study.
 
     Args:
         folders: Folders of ``clmerge fit`` or ``clmerge compare`` over the same stream.
         evaluation: The reading of the logits to show first; default that of the first run.
 
     Raises:
-        FileNotFoundError: If a folder is none or has no results.
-        ValueError: If a file is damaged, or the runs do not fit together.
+        FileNotFoundError: If a folder does not exist or has no results.
+        ValueError: If a file is damaged, or the runs do not match.
     """
     study = make_study([run for folder in folders for run in read_runs(folder)])
     return study if evaluation is None else replace(study, evaluation=evaluation)
 
 
 def write_report(study: Study, out: str | Path, *, title: str | None = None) -> list[Path]:
-    """Write the page, and its figures as PNG and CSV into a folder beside it; every file replaced atomically.
+    """Write the page, and its figures as PNG and CSV into a folder beside it; replace every file atomically.
 
     Args:
-        study: What :func:`read_study` returned.
-        out: The page, for example ``report.html``; the folder is then ``report_figures``, figures of the
-            study's evaluation in it and those of the other in a folder of its name.
+        study: The study that :func:`read_study` returned.
+        out: The page, for example ``report.html``; the folder is then ``report_figures``. It holds the figures of the
+            study's evaluation; those of the other one are in a subfolder of that name.
         title: Heading of the page. Default: the names of the runs.
 
     Returns:
@@ -57,7 +57,7 @@ def write_report(study: Study, out: str | Path, *, title: str | None = None) -> 
         files |= _draw_figures(view.figures, target)
     name = title or ", ".join(dict.fromkeys(run.name for run in study.runs))
     files[page] = render_page(study, views, common, diagnostics, title=name, folder=folder.name).encode()
-    # Nothing is written until all is drawn: a failure leaves no part of a report behind.
+    # Draw everything before writing anything, so that a failure leaves no partial report.
     for file, data in files.items():
         write_bytes_atomic(file, data)
     return list(files)

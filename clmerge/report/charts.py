@@ -1,4 +1,4 @@
-"""What a chart shows, apart from how it is drawn: the page, the PNG and the CSV are made from the same object."""
+"""The data of a chart, independent of its drawing: the page, the PNG and the CSV are made from the same object."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 from clmerge.names import visible
 from clmerge.report.study import Entry, Spread
 
-# What makes a spreadsheet compute a cell, ASCII and full-width; control characters are written out before.
+# First characters of a formula in a spreadsheet, ASCII and full-width; control characters are escaped before.
 _FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 _NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
 
@@ -24,11 +24,11 @@ class Line:
     """One line, or a cloud of dots.
 
     Attributes:
-        entry: Whose it is; gives name and look.
+        entry: The entry that it belongs to, which determines name and look.
         points: Horizontal position and figure, in order.
         known_from: Points before this position are drawn thin: the task has not been learned yet.
-        chosen: Indices of the points that were chosen, drawn larger.
-        faint: Whether it stays in the background, one of many.
+        chosen: Indices of the chosen points, drawn larger.
+        faint: Whether to draw it faintly, as one of many lines in the background.
     """
 
     entry: Entry
@@ -43,10 +43,10 @@ class Panel:
     """One pair of axes with its lines.
 
     Attributes:
-        title: Above it.
+        title: Text above it.
         lines: The first one is drawn on top.
         rule: Position of a vertical line.
-        y_range: Fixed range; by default what the lines need.
+        y_range: Fixed range; default the range of the lines.
     """
 
     title: str
@@ -79,7 +79,7 @@ class LineChart:
 
     @property
     def entries(self) -> list[Entry]:
-        """Every entry that has a line, once."""
+        """All entries with a line, without repeats."""
         return list({line.entry.name: line.entry for panel in self.panels for line in panel.lines}.values())
 
     def to_csv(self) -> str:
@@ -98,9 +98,9 @@ class Grid:
     """One heatmap.
 
     Attributes:
-        title: Above it.
+        title: Text above it.
         cells: Rows of figures; rows may be fewer than columns.
-        note: Under the title.
+        note: Text below the title.
     """
 
     title: str
@@ -114,15 +114,15 @@ class HeatChart:
 
     Attributes:
         grids: In reading order.
-        row_name: What rows are.
-        column_name: What columns are.
+        row_name: Name of the vertical axis.
+        column_name: Name of the horizontal axis.
         rows: Labels of the rows.
         columns: Labels of the columns.
-        value_name: What the colour says; also a column of the CSV.
+        value_name: Name of the coloured value; also a column of the CSV.
         value_range: Ends of the colour scale.
         unit: Unit of the values.
         diagonal: Outline the cells on the diagonal.
-        shown: How many grids the page shows at once; it folds the others away.
+        shown: Number of grids that the page shows at once; the others are collapsed.
     """
 
     grids: Sequence[Grid]
@@ -149,13 +149,13 @@ class HeatChart:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with what a reader needs to understand it.
+    """A chart with its title and description.
 
     Attributes:
-        name: Of its files and its anchor.
+        name: Name of its files and its anchor.
         title: Heading.
-        sentence: What it shows, in one plain sentence.
-        chart: What is drawn.
+        sentence: Description of the chart in one sentence.
+        chart: The chart.
     """
 
     name: str
@@ -165,17 +165,17 @@ class Figure:
 
     @property
     def lines(self) -> LineChart | None:
-        """The chart, if it is one of lines."""
+        """The chart, if it is a line chart."""
         return self.chart if isinstance(self.chart, LineChart) else None
 
     @property
     def heat(self) -> HeatChart | None:
-        """The chart, if it is one of heatmaps."""
+        """The chart, if it consists of heatmaps."""
         return self.chart if isinstance(self.chart, HeatChart) else None
 
 
 def numbers_of(spread: Spread) -> list[str]:
-    """Return mean, standard deviation and number of runs as text that reads back as the same numbers."""
+    """Return mean, standard deviation and number of runs as text that parses to the same numbers."""
     return [*_exact(spread.mean), *_exact(spread.std), str(len(spread.values))]
 
 
@@ -186,10 +186,10 @@ def _exact(value: float) -> list[str]:
 
 
 def to_csv(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    r"""Return rows as CSV text in which no cell is a formula to a spreadsheet.
+    r"""Return rows as CSV text in which spreadsheets recognise no formula.
 
-    Text that begins like one has a quotation mark before it, which spreadsheets take for "this is text"; numbers stay
-    as they are.
+    Text that begins like a formula gets an apostrophe before it, with which spreadsheets mark text; numbers stay
+    unchanged.
 
     Example:
         >>> to_csv(["a", "b"], [["=1+1", "-0.5"]])

@@ -1,4 +1,4 @@
-"""Papers behind the mergers, for BibTeX: titles and authors as arXiv has them."""
+"""Titles and authors, copied from arXiv, of the papers behind the mergers, for BibTeX."""
 
 import unicodedata
 from collections.abc import Iterable
@@ -156,7 +156,7 @@ def bibtex(sources: Iterable[str]) -> str:
     """Return BibTeX entries for arXiv ids, each once, in order.
 
     Args:
-        sources: The ids. One that ``PAPERS`` does not have gets an entry without title and authors: nothing is made up.
+        sources: The ids. An id that ``PAPERS`` lacks gets an entry without title and authors.
 
     Example:
         >>> print(bibtex(["2111.09832"]))

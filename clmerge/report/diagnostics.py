@@ -25,7 +25,7 @@ def diagnostic_figures(study: Study) -> list[Figure]:
 
 
 def measured_on(study: Study) -> str:
-    """Say which images the diagnostics were measured on; empty if none were needed."""
+    """Describe the images that the diagnostics were measured on; empty if none were needed."""
     found = ((study.diagnosed.diagnostics if study.diagnosed else None) or {}).get("models")
     if not found:
         return ""
@@ -154,7 +154,7 @@ def _curves(found: Mapping[str, Any], study: Study, start: str, end: str | None)
 
 
 def _entry(study: Study, model: str) -> Entry:
-    """Return the entry of a model, whichever group it is of, or one for this chart alone."""
+    """Return the entry of a model in any group, or a new one for this chart."""
     return next((entry for entry in study.entries if entry.model == model), Entry(model, model, ()))
 
 
@@ -184,7 +184,7 @@ def _spread(value: float | None) -> Spread:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """Return the mean of what is defined: a matrix that a task did not touch has no direction."""
+    """Return the mean of the defined values: a matrix that a task did not change has no direction."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
@@ -215,6 +215,6 @@ def _end(choose: Callable[..., float], rows: Rows) -> float:
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
-    """Keep the last two parts of dotted names if that still tells them apart."""
+    """Shorten dotted names to their last two parts if they stay different."""
     short = [".".join(name.split(".")[-2:]) for name in names]
     return short if len(set(short)) == len(names) else list(names)

@@ -1,4 +1,4 @@
-"""The figures of a report, from what the runs found."""
+"""The figures of a report, from the results of the runs."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -10,16 +10,16 @@ from clmerge.results.results import Setting
 
 
 def make_figures(study: Study, setting: Setting) -> list[Figure]:
-    """Return every figure of accuracies that the runs have numbers for, in reading order."""
+    """Return every accuracy figure that the runs have numbers for, in reading order."""
     return [figure for build in _BUILDERS for figure in build(study, setting)]
 
 
 def common_figures(study: Study) -> list[Figure]:
-    """Return the figures that are the same however accuracy is measured, in reading order."""
+    """Return the figures that do not depend on how accuracy is measured, in reading order."""
     return [*_growth(study), *_seconds(study), *search_figures(study)]
 
 
-MOST_LINES = 7  # mergers that are not in the background
+MOST_LINES = 7  # number of mergers that are not drawn faintly in the background
 
 
 def ranked(study: Study, setting: Setting) -> list[Entry]:

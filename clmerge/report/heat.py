@@ -20,7 +20,7 @@ _TOP = 6.0
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the cells are, in pixels of the drawing."""
+    """Position and size of the cells, in pixels of the drawing."""
 
     left: float
     width: float  # of a cell
@@ -92,7 +92,7 @@ def _tip(chart: HeatChart, grid: Grid, row: int, column: int, spread: Spread) ->
 def _diagonal(chart: HeatChart, grid: Grid, layout: _Layout) -> Iterable[Markup]:
     for row in range(len(grid.cells) if chart.diagonal else 0):
         x, y = layout.left + layout.width * row, _TOP + layout.height * row
-        for style in ("diagonal halo", "diagonal"):  # dark on white, to be seen on any colour
+        for style in ("diagonal halo", "diagonal"):  # dark on white, visible on any colour
             yield tag("rect", x=x, y=y, width=layout.width, height=layout.height, class_=style)
 
 

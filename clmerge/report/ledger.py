@@ -1,4 +1,4 @@
-"""Where every number of a report comes from: folders, settings, versions, hashes."""
+"""Provenance of a report's numbers: folders, settings, versions, hashes."""
 
 import hashlib
 import json
@@ -27,9 +27,9 @@ class Source:
     """One run folder.
 
     Attributes:
-        name: What the folder is called.
-        facts: What is known of it, by heading.
-        files: What the report or the merges were made from.
+        name: Name of the folder.
+        facts: Facts about the run, by heading.
+        files: Files that the report or the merges were made from.
         config: Its configuration as text; empty if it has none.
     """
 
@@ -41,7 +41,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Merged:
-    """What one merger was: class and settings, or why that is not known."""
+    """Class and settings of one merger, or the reason why they are unknown."""
 
     name: str
     rule: str
@@ -49,7 +49,7 @@ class Merged:
 
 
 def sources_of(study: Study) -> list[Source]:
-    """Describe every run; reads and hashes its results, its configuration and the task vectors it kept."""
+    """Describe every run; reads and hashes its results, its configuration and its stored task vectors."""
     return [Source(run.name, dict(_facts(run)), list(_files(run)), _config_text(run)) for run in study.runs]
 
 
@@ -59,7 +59,7 @@ def merged_of(study: Study) -> list[Merged]:
 
 
 def report_versions() -> dict[str, str]:
-    """Return the versions of what made the report."""
+    """Return the versions of the packages that made the report."""
     return versions()
 
 

@@ -1,4 +1,4 @@
-"""Several folders that tell of the same run: which of their models are the same, and one run of it all."""
+"""Join several folders about the same run into one run, and name models with different settings differently."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,17 +12,17 @@ TUNED = "tuned"
 
 
 def join_looks(looks: Sequence[Run]) -> list[Run]:
-    """Join what folders tell of the same run; the order in which they are given changes no name and no number.
+    """Join folders about the same run into one run; names and numbers do not depend on the order of the folders.
 
-    Mergers of one name are told apart where they are not the same: one whose settings ``clmerge compare`` searched is
-    ``NAME (tuned)`` beside one with settings of its own, and different settings are named, ``NAME (density=0.2)``.
-    Seeds of mergers tell nothing apart. Where two folders have the same model, the run's own folder counts.
+    Different mergers with the same name are renamed: ``NAME (tuned)`` if ``clmerge compare`` searched the settings and
+    there is also one with given settings, ``NAME (density=0.2)`` if given settings differ. Mergers that differ only in
+    seeds count as the same. If two folders have the same model, the run's own folder is used.
 
     Args:
         looks: Runs as :func:`clmerge.report.runs.read_runs` returns them.
 
     Returns:
-        One run per run folder, in the order in which they are first named.
+        One run per run folder, in the order of first appearance.
     """
     joined: dict[Path, Run] = {run.path: run for run in reversed(looks)}
     found: dict[Path, Run] = {}

@@ -1,4 +1,4 @@
-"""The page: one HTML file that carries its style, its script, its charts and its numbers, and asks for nothing else."""
+"""Render the page: one self-contained HTML file with its style, script, charts and numbers."""
 
 import base64
 import hashlib
@@ -36,7 +36,7 @@ _HINTS: dict[Setting, str] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of the table: as shown, and with all its digits."""
+    """One number of the table: as shown, and with all digits."""
 
     column: Column
     text: str
@@ -47,7 +47,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class View:
-    """All that depends on how accuracy is measured."""
+    """The parts of the page that depend on how accuracy is measured."""
 
     setting: Setting
     hint: str
@@ -61,7 +61,7 @@ class View:
 
 
 def make_views(study: Study) -> list[View]:
-    """Return what is shown for each way of measuring accuracy, that of the study first."""
+    """Return one view for each way of measuring accuracy, that of the study first."""
     return [_view(study, setting) for setting in study.settings]
 
 
@@ -78,7 +78,7 @@ def render_page(
 
     Args:
         study: The runs.
-        views: What :func:`make_views` returned.
+        views: The views that :func:`make_views` returned.
         common: Figures that do not depend on how accuracy is measured.
         diagnostics: Figures that explain the accuracies.
         title: Heading of the page.
@@ -108,7 +108,7 @@ def render_page(
         versions=report_versions(),
         bibtex=bibtex(source for entry in study.mergers if entry.rule for source in entry.rule.sources),
         folder=folder,
-        # Ours, and the only text that is not escaped.
+        # Package files, which are the only text that is not escaped.
         style=Markup((_FOLDER / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

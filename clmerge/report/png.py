@@ -1,4 +1,4 @@
-"""Charts as PNG, drawn by Matplotlib from the same objects as the page's."""
+"""Draw charts as PNG with Matplotlib, from the same objects as the page's charts."""
 
 import math
 
@@ -28,7 +28,7 @@ def _draw_lines(chart: LineChart) -> Figure:
     num_columns = min(count, 3 if count != 4 else 2)
     num_rows = math.ceil(count / num_columns)
     width = 3.6 * num_columns + 0.8
-    # A handle with its gaps is 0.7 inch wide, a letter of 9 points about 0.08; a line of the legend is 0.2 high.
+    # In inches: a handle with its gaps is 0.7 wide, a letter of 9 points about 0.08; a line of the legend is 0.2 high.
     widest = 0.7 + 0.08 * max(min(len(entry.name), MODEL_LENGTH) for entry in chart.entries)
     columns = max(1, min(len(chart.entries), int(width / widest)))
     height = 2.7 * num_rows + 0.6 + 0.21 * math.ceil(len(chart.entries) / columns)

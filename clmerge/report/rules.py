@@ -1,4 +1,4 @@
-"""Which merge rules a run used: their settings, what they keep, where they come from."""
+"""The merge rules of a run: their settings, accumulator sizes and sources."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Rule:
     """A merge rule with its settings.
 
     Attributes:
-        merger: An accumulator of that rule; nothing is ever folded in.
+        merger: A merger of that rule; no task is ever folded into it.
     """
 
     merger: Merger
@@ -27,7 +27,7 @@ class Rule:
 
     @property
     def sources(self) -> list[str]:
-        """The arXiv ids of the rule and of the rules it is made of."""
+        """The arXiv ids of the rule and of its parts."""
         return list(dict.fromkeys(_sources(self.merger)))
 
     def bytes_kept(self, shapes: Shapes, num_tasks: int) -> int:
@@ -36,9 +36,9 @@ class Rule:
 
 
 def rule_of(setting: Mapping[str, Any]) -> Rule | None:
-    """Return the rule of one model of ``clmerge compare``, None if this clmerge does not have it.
+    """Return the rule of one model of ``clmerge compare``, None if this version of clmerge lacks it.
 
-    Classes are looked up among those that are imported; nothing that a file names is imported.
+    Only classes that are already imported are found; nothing that a file names is imported.
     """
     specification = {"class_path": setting["merger"], "init_args": setting.get("init_args")}
     try:
@@ -48,9 +48,9 @@ def rule_of(setting: Mapping[str, Any]) -> Rule | None:
 
 
 def configured_rules(config: Mapping[str, Any]) -> dict[str, Rule]:
-    """Return the rules of a run's configuration by the name they have in its results.
+    """Return the rules of a run's configuration by their names in its results.
 
-    A run with a rule from elsewhere gives nothing, since the names of the others may depend on it.
+    Returns no rules if one of them is unknown, since the names of the others may depend on it.
     """
     specifications = config.get("mergers")
     if not isinstance(specifications, list):
@@ -63,7 +63,7 @@ def configured_rules(config: Mapping[str, Any]) -> dict[str, Rule]:
 
 
 def _plain(value: Any) -> Any:
-    """Bring a part of a configuration into the form that a ledger has: bare class names, arguments always there."""
+    """Convert a part of a configuration to the form in a ledger: bare class names, arguments always present."""
     if isinstance(value, Mapping) and "class_path" in value:
         arguments = value.get("init_args") or {}
         if not isinstance(arguments, Mapping):

@@ -1,4 +1,4 @@
-"""What a folder of ``clmerge fit`` or ``clmerge compare`` holds, read and checked."""
+"""Read and check a folder of ``clmerge fit`` or ``clmerge compare``."""
 
 import math
 from collections.abc import Mapping
@@ -27,24 +27,24 @@ class Run:
     """One training run, with all models that were merged from it and evaluated.
 
     Attributes:
-        path: Its folder, also where only a comparison of it was given; it may be gone.
+        path: Its run folder, even if only a comparison of it was given; the folder may no longer exist.
         files: Files that were read.
         tasks: Names of the tasks of the stream.
         samples: Test images of every task; None if not recorded.
         models: Figures by model and setting, as in ``results.json``; None where undefined.
-        seconds: What time was spent on.
-        config: Its ``config.yaml``; empty if that is not there.
+        seconds: Seconds by activity.
+        config: Its ``config.yaml``; empty if missing.
         is_finished: Whether the run is complete.
-        rules: Merge rules by model, of those that are known.
-        compared: What ``clmerge compare`` found beside the models, by kind and model: ``bytes_kept``,
-            ``merge_seconds``, ``figures`` and ``orders``.
+        rules: Known merge rules by model.
+        compared: Further results of ``clmerge compare``, by kind and model: ``bytes_kept``, ``merge_seconds``,
+            ``figures`` and ``orders``.
         searches: Its searches.
-        group: What ``clmerge compare`` calls runs that differ from it in nothing but seeds; None if it does not say.
+        group: Name that ``clmerge compare`` gave to the runs that differ from it only in seeds; None if unknown.
         seed: Its seed.
         diagnostics: Document of ``clmerge.evaluation.diagnostics`` about it; None if there is none.
-        is_comparison: Whether ``clmerge compare`` wrote what was read.
+        is_comparison: Whether it was read from a folder of ``clmerge compare``.
         tuned: Models whose settings a search chose.
-        evaluation: The reading of the logits that it goes by.
+        evaluation: Its default reading of the logits.
     """
 
     path: Path
@@ -67,17 +67,17 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What the folder is called, as it is shown."""
+        """Name of the folder, safe to display."""
         return shown(self.path.name)
 
     @property
     def num_finished(self) -> int:
-        """Tasks after which all models were evaluated."""
+        """Number of tasks after which all models were evaluated."""
         return max((len(settings[SETTINGS[0]]["R"]) for settings in self.models.values()), default=0)
 
     @property
     def bank(self) -> TaskVectorBank:
-        """The task vectors it kept."""
+        """The task vectors that the run kept."""
         return TaskVectorBank(self.path / "bank")
 
     def section(self, name: str) -> Mapping[str, Any]:
@@ -95,7 +95,7 @@ class Run:
 
     @property
     def num_parameters(self) -> int | None:
-        """Entries of one task vector, None if none was kept."""
+        """Number of entries of one task vector, None if none was kept."""
         return None if self.shapes is None else num_entries(self.shapes)
 
     def numbers(self, model: str, setting: Setting) -> Mapping[str, Any]:
@@ -118,11 +118,11 @@ class Run:
             "seconds": {},
         }
         earlier = Results.from_dict(document).until(num_finished).to_dict()
-        # What comparing found besides describes the run's end, and is left out.
+        # Further results of a comparison describe the end of the run, and are left out.
         return replace(self, models=earlier["models"], compared={}, searches=(), diagnostics=None)
 
     def joined(self, other: "Run") -> "Run":
-        """Return the run with the models of another look at it; where both have one, this one's counts."""
+        """Return the run with the models of another folder about it; if both have a model, this one's is kept."""
         kinds = {kind: {**other.compared.get(kind, {}), **found} for kind, found in self.compared.items()}
         return replace(
             self,
@@ -138,7 +138,7 @@ class Run:
         )
 
     def renamed(self, names: Mapping[str, str]) -> "Run":
-        """Return the run with some of its models called otherwise, wherever it tells of them."""
+        """Return the run with some models renamed in all of its fields."""
         if not names:
             return self
 
@@ -168,14 +168,14 @@ def read_runs(folder: str | Path) -> list[Run]:
     """Read a folder that ``clmerge fit`` or ``clmerge compare`` wrote.
 
     Args:
-        folder: The folder; a run that is still in progress will do once a task has been evaluated.
+        folder: The folder; an unfinished run is accepted once a task has been evaluated.
 
     Returns:
         One run, or all runs that were compared.
 
     Raises:
         FileNotFoundError: If there is no such folder, or it holds no results.
-        ValueError: If a file is damaged or by another version, or no task is finished.
+        ValueError: If a file is damaged or was written by another version, or no task is finished.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -236,11 +236,11 @@ def _fitted(file: Path, document: Mapping[str, Any]) -> Run:
 
 
 def _compared(file: Path, document: Mapping[str, Any]) -> list[Run]:
-    """Take a comparison apart into its runs, each with its own models under their plain names."""
+    """Split a comparison into its runs, each with its own models under their plain names."""
     compare = document["compare"]
     runs = []
     for entry in compare["runs"]:
-        # Models of several runs are called NAME@RUN.
+        # In a comparison of several runs, models are named NAME@RUN.
         suffix = f"@{entry['name']}" if len(compare["runs"]) > 1 else ""
         own = {model: model.removesuffix(suffix) for model in document["models"] if model.endswith(suffix)}
         settings = compare["settings"]

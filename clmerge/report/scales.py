@@ -1,4 +1,4 @@
-"""From numbers to positions, and the round numbers that axes show."""
+"""Scales from numbers to positions, and round numbers for the ticks of axes."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scale:
-    """Map numbers from ``low`` to ``high`` onto positions from ``start`` to ``end``, linearly or by logarithm."""
+    """Map numbers from ``low`` to ``high`` to positions from ``start`` to ``end``, linearly or logarithmically."""
 
     low: float
     high: float
@@ -30,15 +30,15 @@ def scale_of(
     pad: float = 0.05,
     zero: bool = False,
 ) -> Scale:
-    """Return a scale that holds all values.
+    """Return a scale that covers all values.
 
     Args:
-        values: What is to be shown; may be empty.
-        positions: Where it begins and ends.
-        fixed: The range, if it does not follow the values.
-        log: Logarithmic; values are positive.
-        pad: Share of the range that is added on both sides.
-        zero: Begin at zero unless values are negative.
+        values: The values to show; may be empty.
+        positions: First and last position.
+        fixed: Range to use instead of that of the values.
+        log: Whether it is logarithmic; values are then positive.
+        pad: Share of the range to add on both sides.
+        zero: Whether to begin at zero unless values are negative.
     """
     if fixed is not None:
         return Scale(*fixed, *positions)
@@ -53,12 +53,12 @@ def scale_of(
 
 
 def ticks(scale: Scale, count: int, *, whole: bool = False) -> list[float]:
-    """Return round numbers inside of a scale, about ``count`` of them.
+    """Return about ``count`` round numbers inside a scale.
 
     Args:
-        scale: Where they lie.
-        count: How many are wanted at most.
-        whole: Whole numbers only.
+        scale: The scale.
+        count: Largest number of ticks wanted.
+        whole: Whether to return whole numbers only.
 
     Example:
         >>> ticks(Scale(0.0, 1.0, 0, 100), 5)

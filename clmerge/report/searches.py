@@ -1,4 +1,4 @@
-"""What ``clmerge compare`` searched and swept: validation curves, chosen values, orders of the tasks."""
+"""Searches and task orders of ``clmerge compare``: validation curves, chosen values, accuracy by order."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _SENTENCE = (
 
 @dataclass(frozen=True)
 class Chosen:
-    """One search in a line of the ledger."""
+    """One search, as a line of the ledger."""
 
     name: str
     run: str
@@ -30,7 +30,7 @@ class Chosen:
 
 
 def search_figures(study: Study) -> Iterable[Figure]:
-    """Draw the validation accuracy of what was tried: curves for one parameter, dots for several."""
+    """Draw the validation accuracy of the tried values: curves for one parameter, dots for several."""
     curves: dict[str, list[Line]] = {}
     for entry in study.mergers:
         found = _searches(entry)
@@ -51,7 +51,7 @@ def order_figures(study: Study, setting: Setting) -> Iterable[Figure]:
     for entry in study.mergers:
         found = [run.compared["orders"][entry.model] for run in entry.runs if entry.model in _orders(run)]
         values = [order[setting]["average_accuracy"] for order in found]
-        # Rules that do not depend on the order have one.
+        # Rules that do not depend on the order are evaluated in one order only.
         if values and max(map(len, values)) > 1:
             points = [
                 (float(i + 1), Spread(tuple(map(number, each)))) for i, each in enumerate(zip(*values, strict=False))
@@ -67,7 +67,7 @@ def order_figures(study: Study, setting: Setting) -> Iterable[Figure]:
 
 
 def order_spread(entry: Entry, setting: Setting) -> Spread:
-    """Return the final average accuracy in every order that was tried, over all runs; undefined if there was one."""
+    """Return the final average accuracy in every tried order, over all runs; undefined for a single order."""
     found = [run.compared["orders"][entry.model] for run in entry.runs if entry.model in _orders(run)]
     values = [[number(value) for value in order[setting]["average_accuracy"]] for order in found]
     if not values or max(map(len, values)) < 2:
@@ -76,7 +76,7 @@ def order_spread(entry: Entry, setting: Setting) -> Spread:
 
 
 def chosen_of(study: Study) -> list[Chosen]:
-    """Describe every search: what was tried, and what was chosen."""
+    """Describe every search: the tried and the chosen values."""
     return [
         Chosen(
             entry.name,
@@ -96,7 +96,7 @@ def _searches(entry: Entry) -> list[tuple[Run, Mapping[str, Any]]]:
 
 
 def _curve(entry: Entry, parameter: str, searches: list[Mapping[str, Any]]) -> Line:
-    """Return the mean over runs at the values that all of them tried."""
+    """Return the mean over runs at the values that all runs tried."""
     scores = [{p["values"][parameter]: number(p["score"]) for p in search["points"]} for search in searches]
     common = sorted(set.intersection(*map(set, scores)))
     chosen = {search["chosen"][parameter] for search in searches}
@@ -121,7 +121,7 @@ def _dots(entry: Entry, searches: list[Mapping[str, Any]]) -> Iterable[Figure]:
 
 
 def _rules(study: Study) -> Iterable[Figure]:
-    """Draw how a coefficient follows the number of tasks, where a rule was asked for."""
+    """Draw a coefficient against the number of tasks, for searches that fit a rule."""
     panels: dict[str, list[Line]] = {"best on validation images": [], "used: from earlier tasks alone": []}
     for entry in study.mergers:
         rules = [search["rule"] for _, search in _searches(entry) if search.get("rule")]

@@ -1,4 +1,4 @@
-"""Several runs as one study: which are seeds of the same, and every model's figures over them."""
+"""Combine several runs into one study: group repetitions by seed, and collect every model's figures over them."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from clmerge.report.rules import Rule
 from clmerge.report.runs import Run, number
 from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Setting
 
-# Models that no rule has merged: bounds and baselines, and what they are.
+# Models that are not merged (bounds and baselines), with descriptions.
 REFERENCES = {
     EXPERT: "The model as it was fine-tuned, without merging, after each task.",
     "task_oracle": "Every image goes to the expert of its own task: a bound that keeps all experts and knows the task.",
@@ -23,13 +23,13 @@ REFERENCES = {
     "joint": "One model trained on all classes together.",
     ZERO_SHOT: "The model before the first task.",
 }
-# What may differ between runs that are repetitions of one another.
+# Settings in which repetitions of a run may differ.
 _FREE = {"name", "seed", "run_dir", "resume", "logging", "mergers"}
 
 
 @dataclass(frozen=True)
 class Spread:
-    """One figure over the runs that have it.
+    """The values of one figure over runs.
 
     Attributes:
         values: One number per run, NaN where undefined.
@@ -39,7 +39,7 @@ class Spread:
 
     @property
     def mean(self) -> float:
-        """Mean; of one run, its own number to the last digit."""
+        """Mean; for a single run, its exact number."""
         return self.values[0] if len(self.values) == 1 else statistics.fmean(self.values)
 
     @property
@@ -62,10 +62,10 @@ class Entry:
     """A model over the runs that have it: one row of a table, one line of a chart.
 
     Attributes:
-        name: What it is called on the page, unlike any other's.
-        model: What it is called in ``results.json``.
-        runs: The runs that have it.
-        rule: Which merge rule it is, with its settings; None for references and unknown rules.
+        name: Unique name on the page.
+        model: Name in ``results.json``.
+        runs: The runs that have the model.
+        rule: Its merge rule with settings; None for references and unknown rules.
         look: Index of its colour; None for references.
     """
 
@@ -77,11 +77,11 @@ class Entry:
 
     @property
     def is_merger(self) -> bool:
-        """Whether it is a merger and no reference."""
+        """Whether it is a merger, not a reference."""
         return self.look is not None
 
     def figure(self, key: str, setting: Setting) -> Spread:
-        """Return one figure of ``results.json``; the last of a list with one number per row."""
+        """Return one figure of ``results.json``; for a list with one number per row, its last number."""
         return Spread(tuple(_last_number(run.numbers(self.model, setting)[key]) for run in self.runs))
 
     def series(self, key: str, setting: Setting) -> list[Spread]:
@@ -98,11 +98,11 @@ class Entry:
         return Spread(tuple(_worst_task(run, self.model, setting) for run in self.runs))
 
     def gap_to_experts(self, setting: Setting) -> Spread:
-        """Return how far the final accuracies are below the experts', each on its own task when just trained."""
+        """Return the mean over tasks of the accuracy of the task's expert, just trained, minus the final accuracy."""
         return Spread(tuple(_gap_to_experts(run, self.model, setting) for run in self.runs))
 
     def bytes_kept(self) -> list[Spread]:
-        """Return what is kept beside the base model after every task, in bytes; empty if unknown."""
+        """Return the bytes kept beside the base model after every task; empty if unknown."""
         return _spreads([self._bytes_of(run) for run in self.runs])
 
     def merge_seconds(self) -> list[Spread]:
@@ -118,13 +118,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Study:
-    """Everything a report shows.
+    """The data of a report.
 
     Attributes:
         runs: The runs, cut after the same task.
         entries: Mergers first, then references.
-        tasks: Names of the tasks; numbered where runs call them differently.
-        notes: What a reader must know before reading on.
+        tasks: Names of the tasks; numbers if the runs' names differ.
+        notes: Notes that the reader should see first.
         evaluation: The reading of the logits that is shown first.
     """
 
@@ -141,7 +141,7 @@ class Study:
 
     @property
     def num_finished(self) -> int:
-        """Tasks after which every model of every run was evaluated."""
+        """Number of tasks after which every model of every run was evaluated."""
         return self.runs[0].num_finished
 
     @property
@@ -151,7 +151,7 @@ class Study:
 
     @property
     def samples(self) -> list[int] | None:
-        """Test images of every task, if all runs agree."""
+        """Number of test images of every task, if all runs agree."""
         found = {run.samples for run in self.runs}
         samples = found.pop()
         return None if found or samples is None else list(samples)
@@ -177,14 +177,14 @@ class Study:
 
 
 def make_study(runs: Sequence[Run]) -> Study:
-    """Put runs together.
+    """Combine runs into a study.
 
     Args:
-        runs: One or more. Looks at the same run are joined; runs whose configurations differ in seed, name and mergers
-            alone are taken as repetitions.
+        runs: One or more. Folders about the same run are joined; runs whose configurations differ only in seed, name
+            and mergers count as repetitions.
 
     Raises:
-        ValueError: If there is none, or they do not have the same number of tasks.
+        ValueError: If there is no run, or their numbers of tasks differ.
     """
     if not runs:
         raise ValueError("expected at least one run, got none")
@@ -212,7 +212,7 @@ def _entries(groups: Mapping[str, Sequence[Run]]) -> Iterable[Entry]:
         for model in dict.fromkeys(model for run in runs for model in run.models):
             having = tuple(run for run in runs if model in run.models)
             name = shown(model) + (f" ({shown(group)})" if group else "")
-            while name in taken:  # other names can look the same
+            while name in taken:  # different names can look the same when shown
                 name += "'"
             taken.add(name)
             if model in REFERENCES:
@@ -223,7 +223,7 @@ def _entries(groups: Mapping[str, Sequence[Run]]) -> Iterable[Entry]:
 
 
 def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Put repetitions together; name every group by what its configuration has unlike the others'."""
+    """Group repetitions; name every group by the settings in which it differs from the others."""
     if not all(run.config for run in runs) and all(run.group is not None for run in runs):
         return {
             group: [run for run in runs if run.group == group] for group in dict.fromkeys(r.group or "" for r in runs)
@@ -231,7 +231,7 @@ def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
     nested = [_settled(run.config) for run in runs]
     groups: dict[str, list[int]] = {}
     for index, config in enumerate(nested):
-        # Without a configuration nothing says that two runs are alike.
+        # Without a configuration it is unknown whether two runs are repetitions.
         key = json.dumps(config, default=str) if config else str(runs[index].path)
         groups.setdefault(key, []).append(index)
     if len(groups) == 1:
@@ -253,7 +253,7 @@ def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def _settled(value: Any, depth: int = 0) -> Any:
-    """Drop what repetitions may differ in: the free settings at the top, and seeds everywhere."""
+    """Remove the settings in which repetitions may differ: the free settings at the top, and seeds everywhere."""
     if isinstance(value, Mapping):
         free = _FREE if depth == 0 else {"seed"}
         kept = {str(key): item for key, item in value.items() if key not in free}

@@ -1,4 +1,4 @@
-"""Charts as SVG: a few shapes with classes, so that the page's style sheet gives colours for light and dark."""
+"""Draw charts as SVG: shapes with classes, so that the page's style sheet sets colours for light and dark."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +30,7 @@ _REFERENCE_MARKERS = {"task_oracle": 1, "ensemble": 2, "joint": 3}
 
 
 def tag(name: str, *children: object, **attributes: object) -> Markup:
-    """Return an element; everything that is not markup already is escaped.
+    """Return an element; children and values that are not markup are escaped.
 
     Args:
         name: Name of the element.
@@ -50,9 +50,9 @@ def tag(name: str, *children: object, **attributes: object) -> Markup:
 
 
 def legible(value: object) -> object:
-    """Return text without what a page must not hold: control characters and marks that turn the line are written out.
+    """Return text with control characters and marks that change the direction of writing as escapes.
 
-    Markup and everything that is no text is returned as it is.
+    Markup and values that are not text are returned unchanged.
     """
     return visible(value, keep="\n\t") if isinstance(value, str) and not isinstance(value, Markup) else value
 
@@ -70,7 +70,7 @@ def draw_panel(chart: LineChart, panel: Panel) -> Markup:
 
 
 def draw_strip(values: Sequence[float], best: float) -> Markup:
-    """Draw where one number lies among all mergers' numbers, for a tile."""
+    """Draw the position of one number among all mergers' numbers, for a tile."""
     known = [value for value in values if not math.isnan(value)]
     across = scale_of(known, (6, 194), pad=0.0)
     dots = [tag("circle", cx=across(value), cy=8, r=3, class_="other") for value in known if value != best]
@@ -81,7 +81,7 @@ def draw_strip(values: Sequence[float], best: float) -> Markup:
 
 
 def key(entry: Entry) -> Markup:
-    """Draw the sample of a line that a legend shows."""
+    """Draw the sample line of an entry for a legend."""
     line = _path("M1 8H27", class_="stroke")
     return tag(
         "svg", line, _marker(entry, 14, 8, 3.5), viewBox="0 0 28 16", class_=f"key {look(entry)}", aria_hidden="true"
@@ -89,7 +89,7 @@ def key(entry: Entry) -> Markup:
 
 
 def look(entry: Entry) -> str:
-    """Return the classes that give a line its colour and its dashes."""
+    """Return the CSS classes for the colour and dashes of a line."""
     if entry.look is None:
         return {EXPERT: "expert", ZERO_SHOT: "zero"}.get(entry.model, "reference")
     return f"c{entry.look % 8} d{entry.look // 8 % 3}"
@@ -177,5 +177,5 @@ def _heights(panel: Panel) -> list[float]:
 
 
 def short(value: object) -> object:
-    """Return coordinates with one decimal, and everything else as it is."""
+    """Return coordinates with one decimal, and other values unchanged."""
     return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else value

@@ -15,7 +15,7 @@ from clmerge.report.text import MISSING, percent, show
 from clmerge.results.results import Setting
 
 Format: TypeAlias = Literal["md", "latex"]
-MOST_TASKS = 10  # tasks that have a column of their own
+MOST_TASKS = 10  # largest number of tasks for which every task has a column
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Column:
     """One column of numbers.
 
     Attributes:
-        key: Its name in CSV.
-        title: Its heading.
-        hint: What it says, in one sentence.
+        key: Name in CSV.
+        title: Heading.
+        hint: Description in one sentence.
         unit: Unit of its numbers.
-        of: Its number for an entry.
+        of: Returns the number of an entry.
         best: Which end is better, if any.
-        in_papers: Whether the Markdown and LaTeX tables have it.
+        in_papers: Whether the Markdown and LaTeX tables have this column.
     """
 
     key: str
@@ -131,7 +131,7 @@ def columns(study: Study, setting: Setting) -> list[Column]:
 
 
 def best_of(column: Column, entries: Iterable[Entry]) -> float:
-    """Return the best number among the mergers, NaN where a column has no better end."""
+    """Return the best number among the mergers, NaN if neither end of the column is better."""
     known = [column.of(entry).mean for entry in entries if entry.is_merger and column.of(entry).is_defined]
     if column.best is None or len(known) < 2:
         return math.nan
@@ -183,7 +183,7 @@ def paper_table(study: Study, setting: Setting, form: Format) -> str:
 
 
 def escape_latex(text: str) -> str:
-    r"""Return text in which LaTeX's special characters stand for themselves.
+    r"""Escape LaTeX's special characters in text.
 
     Example:
         >>> print(escape_latex("ties_density0.1 & 50%"))
@@ -198,7 +198,7 @@ def escape_latex(text: str) -> str:
         "<": r"\textless{}",
         ">": r"\textgreater{}",
         "|": r"\textbar{}",
-        # After the end of a row these would be arguments of it.
+        # After the end of a row, a bracket would begin its optional argument.
         "[": "{[}",
         "*": "{*}",
     }
@@ -206,9 +206,9 @@ def escape_latex(text: str) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    r"""Return text in which Markdown's special characters stand for themselves, those of GitHub's tables included.
+    r"""Escape Markdown's special characters in text, including those of GitHub's tables.
 
-    An underscore inside of a word is left alone, since it is plain there.
+    An underscore inside a word is not special and stays unchanged.
 
     Example:
         >>> print(escape_markdown("ties_density0.1"), escape_markdown("a|b *c* $x^2$ _d_"))
@@ -294,7 +294,7 @@ def _paper_cell(spread: Spread, form: Format, *, bold: bool) -> str:
 
 
 def _shown_best(column: Column, entry: Entry, best: dict[str, float]) -> bool:
-    """Whether a number is the best one as far as the shown digits tell."""
+    """Return whether a number equals the best one in the shown digits."""
     value, top = column.of(entry).mean, best[column.key]
     return not math.isnan(value) and not math.isnan(top) and show(value, column.unit) == show(top, column.unit)
 
@@ -308,7 +308,7 @@ def _runs(entries: Sequence[Entry]) -> str:
 
 
 def _names_of(wanted: Sequence[Column], study: Study) -> str:
-    """Say what tasks are called whose names are too long for a heading."""
+    """List the names of tasks that are too long for a heading."""
     named = [c.title for c in wanted if c.key.startswith("task_")]
     pairs = [f"{title} {name}" for title, name in zip(named, study.tasks, strict=False) if title != name]
     return f" {', '.join(pairs)}." if pairs else ""

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them: percent, points, megabytes, seconds."""
+"""Format numbers for readers: percent, points, megabytes, seconds."""
 
 import math
 
@@ -12,8 +12,8 @@ def show(value: float, unit: Unit = "share", *, digits: int = 1) -> str:
     """Return a number with its unit.
 
     Args:
-        value: The number; NaN is a dash.
-        unit: What it is; a share is shown in percent.
+        value: The number; NaN is shown as a dash.
+        unit: Its unit; a share is shown in percent.
         digits: Decimals of percentages.
 
     Example:
@@ -32,7 +32,7 @@ def show(value: float, unit: Unit = "share", *, digits: int = 1) -> str:
 
 
 def percent(value: float, digits: int = 1) -> str:
-    """Return a share in percent, without the sign for it; never minus zero.
+    """Return a share in percent, without the percent sign; never minus zero.
 
     Example:
         >>> percent(-0.0001), percent(0.5)
@@ -56,7 +56,7 @@ def points(value: float, *, signed: bool = False) -> str:
 
 
 def show_spread(spread: Spread, unit: Unit = "share", *, digits: int = 1) -> str:
-    """Return a mean with the standard deviation over runs, where there are several.
+    """Return a mean, with the standard deviation over runs if there are several.
 
     Example:
         >>> show_spread(Spread((0.9, 0.92))), show_spread(Spread((0.9,)))
@@ -81,7 +81,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def of_runs(count: int) -> str:
-    """Return over how many runs a number is, if there are several.
+    """Return the number of runs in brackets; empty for one run.
 
     Example:
         >>> of_runs(1), of_runs(3)

@@ -1,4 +1,4 @@
-"""Which merger is best and why, in sentences whose every number is in the table."""
+"""State which merger is best and why, in sentences that use only numbers of the table."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -27,10 +27,10 @@ class Verdict:
     """The answer to "which merger should I use?".
 
     Attributes:
-        best: The merger with the highest average accuracy; None if none has one.
+        best: The merger with the highest average accuracy; None if none is defined.
         tiles: Its figures.
-        reasons: Why it is best, in sentences.
-        caution: How far to trust that.
+        reasons: Sentences on why it is best.
+        caution: Sentences on how reliable that is.
     """
 
     best: Entry | None
@@ -40,7 +40,7 @@ class Verdict:
 
 
 def judge(study: Study, setting: Setting) -> Verdict:
-    """Say which merger is best, by average accuracy after the last task."""
+    """Find the best merger, by average accuracy after the last task, with reasons and cautions."""
     ranking = study.ranking(setting)
     if not ranking:
         return Verdict(None, caution=["No merger has a defined average accuracy: there is nothing to compare."])
@@ -57,8 +57,8 @@ def sampling_error(entry: Entry, other: Entry, samples: Sequence[int], setting: 
     """Return the standard error of the difference of two average accuracies that comes from finite test sets.
 
     ``sqrt(sum_j (p_j (1 - p_j) + q_j (1 - q_j)) / n_j) / t`` with the accuracies p and q on task j and its n_j test
-    images: the binomial variances as if the two had seen different images. Both saw the same ones, which makes the
-    true error smaller as a rule.
+    images: binomial variances, as if the two were tested on different images. They are tested on the same images, so
+    the true error is usually smaller.
     """
     num_tasks = len(entry.matrix(setting))
     total = 0.0
@@ -170,7 +170,7 @@ def _caution(study: Study, setting: Setting, ranking: Sequence[Entry]) -> Iterab
 
 
 def _where(study: Study, best: Entry, second: Entry, setting: Setting) -> str:
-    """Say on which tasks the best merger gains and loses most."""
+    """Name the tasks on which the best merger gains and loses most."""
     rows = best.matrix(setting)[-1], second.matrix(setting)[-1]
     differences = [
         (first.mean - other.mean, name)
