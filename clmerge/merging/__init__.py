@@ -1,4 +1,4 @@
-"""Mergers: streaming rules that fold one task vector at a time into the running model. Pure tensor code."""
+"""Mergers: streaming rules that fold in one task vector at a time. Pure tensor code."""
 
 from clmerge.merging.finish.finisher import ClipNorm, Finisher, Scale
 from clmerge.merging.finish.grouped import GroupScale

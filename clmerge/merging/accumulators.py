@@ -1,4 +1,4 @@
-"""The accumulators of a merger: for every parameter a few tensors of its shape, by slot name."""
+"""The accumulators of a merger: for each parameter, a few tensors of the same shape, by slot name."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ Slots = dict[str, Tensor]
 """The accumulators of one parameter, by slot name."""
 
 SlotDtypes = dict[str, torch.dtype | None]
-"""Which accumulators there are; None is the floating dtype: float32, or float64 for float64 vectors."""
+"""Dtype of each accumulator, by slot name; None means float32, or float64 for float64 vectors."""
 
 
 def allocate(vector: State, dtypes: SlotDtypes, device: torch.device | None) -> dict[str, Slots]:
@@ -20,8 +20,8 @@ def allocate(vector: State, dtypes: SlotDtypes, device: torch.device | None) -> 
 
     Args:
         vector: The first task vector.
-        dtypes: Which accumulators.
-        device: Where they go; None is where each parameter is.
+        dtypes: Dtype of each accumulator, by slot name.
+        device: Device of the accumulators; None means the device of each parameter.
     """
     slots: dict[str, Slots] = {}
     for name in vector:
@@ -38,7 +38,7 @@ def copied(slots: dict[str, Slots], device: torch.device | None = None) -> dict[
 
     Args:
         slots: Accumulators by parameter name.
-        device: Where the copies go; None is where the originals are.
+        device: Device of the copies; None means the device of the originals.
     """
     return {
         name: {slot: tensor.detach().to(device or tensor.device, copy=True) for slot, tensor in accumulators.items()}
@@ -47,11 +47,11 @@ def copied(slots: dict[str, Slots], device: torch.device | None = None) -> dict[
 
 
 def widen(slots: dict[str, Slots], dtypes: SlotDtypes) -> None:
-    """Give integer accumulators the dtype they need now, in place.
+    """Convert integer accumulators in place to the dtype needed for the current number of tasks.
 
     Args:
         slots: Accumulators by parameter name.
-        dtypes: What the rule asks for at the present number of tasks.
+        dtypes: Dtypes that the rule declares for the current number of tasks.
     """
     for accumulators in slots.values():
         for slot, dtype in dtypes.items():
@@ -65,19 +65,19 @@ def float_dtype(slots: Slots) -> torch.dtype:
 
 
 def device_of(slots: Slots) -> torch.device:
-    """Return where the accumulators of one parameter are."""
+    """Return the device of the accumulators of one parameter."""
     return next(iter(slots.values())).device
 
 
 def slot_blocks(slots: Slots, *others: Tensor) -> Iterator[tuple[Slots, tuple[Tensor, ...]]]:
-    """Walk over the accumulators of one parameter, and over tensors of its shape, in flat pieces.
+    """Iterate over the accumulators of one parameter, and over tensors of its shape, in flat pieces.
 
     Args:
         slots: Contiguous accumulators; the pieces are views of them.
         others: Further tensors of the same shape and device.
 
     Yields:
-        The pieces of the accumulators by slot name, and those of the others.
+        The pieces of the accumulators by slot name, and the pieces of ``others``.
 
     Example:
         >>> slots = {"sum": torch.zeros(2, 2)}

@@ -1,4 +1,4 @@
-"""One bit per entry of a model: yes-or-no masks, eight to a byte."""
+"""Boolean masks packed as one bit per entry, eight to a byte."""
 
 import torch
 from torch import Tensor
@@ -25,12 +25,12 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, start: int, count: int) -> Tensor:
-    """Read a stretch of packed bits.
+    """Read a range of packed bits.
 
     Args:
-        packed: uint8, what ``pack_bits`` or ``BitWriter`` returned.
-        start: First bit.
-        count: How many.
+        packed: uint8, as returned by ``pack_bits`` or ``BitWriter``.
+        start: Index of the first bit.
+        count: Number of bits.
 
     Returns:
         bool of shape ``(count,)``.
@@ -64,7 +64,7 @@ class BitWriter:
         """Append a mask.
 
         Args:
-            mask: bool, any shape; all masks end up on the device of the first.
+            mask: bool, any shape; all masks are moved to the device of the first.
         """
         device = self._bytes[0].device if self._bytes else mask.device
         waiting = torch.cat([self._rest.to(device), mask.reshape(-1).to(device)])
@@ -73,5 +73,5 @@ class BitWriter:
         self._rest = waiting[whole:]
 
     def packed(self) -> Tensor:
-        """Return everything written: uint8, the last byte filled up with zeros."""
+        """Return all masks written so far as uint8; the last byte is padded with zeros."""
         return torch.cat([*self._bytes, pack_bits(self._rest)])

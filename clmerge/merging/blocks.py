@@ -1,4 +1,4 @@
-"""Walk over large tensors in blocks that stay in the processor's cache."""
+"""Iterate over large tensors in blocks that fit in the processor's cache."""
 
 from collections.abc import Iterator
 
@@ -17,10 +17,10 @@ def blocks(*flat: Tensor, cpu_block: int | None = None) -> Iterator[tuple[Tensor
 
     Args:
         flat: Tensors of shape ``(numel,)`` on one device.
-        cpu_block: Entries of a piece on the CPU. Default: ``CPU_BLOCK`` for every thread, up to 8.
+        cpu_block: Entries per piece on the CPU. Default: ``CPU_BLOCK`` per thread, for up to 8 threads.
 
     Yields:
-        One view per tensor; nothing at all for empty tensors.
+        One view per tensor; nothing for empty tensors.
 
     Example:
         >>> [len(a) for a, b in blocks(torch.zeros(10), torch.zeros(10), cpu_block=4)]

@@ -1,4 +1,4 @@
-"""What a merger checks before it lets a task vector near its state."""
+"""Checks of a task vector that run before the merger's state changes."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -15,7 +15,7 @@ MOST_STEPS = 100_000  # of solvers; published settings are 100 to 1,000
 
 
 def num_entries(shapes: Shapes) -> int:
-    """Return how many entries parameters have in all.
+    """Return the total number of entries of all parameters.
 
     Example:
         >>> num_entries({"w": (2, 3), "scale": ()})
@@ -28,7 +28,7 @@ def read_shapes(vector: State) -> Shapes:
     """Return the shapes of a task vector by name.
 
     Args:
-        vector: What was handed to ``update``.
+        vector: The argument of ``update``.
 
     Raises:
         TypeError: If it is not a mapping of names to tensors.
@@ -55,12 +55,12 @@ def read_shapes(vector: State) -> Shapes:
 
 
 def check_shapes(shapes: Shapes, known: Shapes, source: str) -> None:
-    """Raise a ValueError if names or shapes differ from those the merger already holds.
+    """Raise a ValueError if names or shapes differ from those of the vectors merged so far.
 
     Args:
-        shapes: Shapes of the newcomer.
+        shapes: Shapes of the new vector.
         known: Shapes of the vectors merged so far.
-        source: What the newcomer is called in the message.
+        source: Name of the new vector in the message.
     """
     missing = [name for name in known if name not in shapes]
     unknown = [name for name in shapes if name not in known]
@@ -84,12 +84,12 @@ def check_shapes(shapes: Shapes, known: Shapes, source: str) -> None:
 
 
 def check_base(base: str | None, known: str | None, source: str) -> None:
-    """Raise a ValueError if a task vector was taken from another base model.
+    """Raise a ValueError if a task vector belongs to another base model.
 
     Args:
-        base: Fingerprint of the newcomer's base model; None if unknown.
-        known: Fingerprint the merger has seen; None if unknown.
-        source: What the newcomer is called in the message.
+        base: Fingerprint of the new vector's base model; None if unknown.
+        known: Fingerprint of the base model of the vectors merged so far; None if unknown.
+        source: Name of the new vector in the message.
     """
     if base is not None and known is not None and base != known:
         raise ValueError(
@@ -108,8 +108,8 @@ def is_finite(tensor: Tensor) -> bool:
         >>> is_finite(torch.tensor([3e38, 3e38])), is_finite(torch.tensor([3e38, float("inf")]))
         (True, False)
     """
-    # One read-only pass: a sum is not finite if any entry is not. A sum may also overflow, hence the second
-    # look.
+    # One read-only pass: a sum is not finite if any entry is not. A sum of finite entries may also overflow, hence the
+    # second check.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
@@ -117,7 +117,7 @@ def check_finite(vector: State) -> None:
     """Raise a ValueError that names the first parameter with NaN or Inf.
 
     Args:
-        vector: The task vector to look through.
+        vector: The task vector to check.
     """
     for name in vector:
         tensor = vector[name].detach()

@@ -1,4 +1,4 @@
-"""How an accumulator recognises a task vector it has met before."""
+"""Identities of task vectors, by which an accumulator recognises a vector it has merged before."""
 
 import hashlib
 import json
@@ -13,15 +13,15 @@ from clmerge.merging.checks import check_finite
 from clmerge.merging.step import Statistics
 from clmerge.weights.task_vector import CheckedVector, State
 
-_SAMPLED = 1024  # entries of a tensor that are looked at: no two trainings agree in them
+_SAMPLED = 1024  # entries hashed per tensor: no two training runs agree in all of them
 
 
 class Examined(NamedTuple):
-    """What one walk over a task vector tells.
+    """Results of one pass over a task vector.
 
     Attributes:
-        identity: What an accumulator knows the vector by.
-        largest: Largest magnitude of every parameter.
+        identity: Hash by which an accumulator recognises the vector.
+        largest: Largest magnitude of each parameter.
     """
 
     identity: str
@@ -29,14 +29,14 @@ class Examined(NamedTuple):
 
 
 def examine(vector: State) -> Examined:
-    """Return the identity of a task vector and its largest entries, and refuse one that is not finite.
+    """Return the identity of a task vector and its largest magnitudes; raise an error if it is not finite.
 
     The identity is a SHA-256 over names, shapes and up to 1024 evenly spaced entries of every tensor, by value: the
-    same on every device and in every dtype that holds the values. It tells vectors apart; that files are undamaged is
-    for ``clmerge.weights.fingerprint`` to say, which reads every byte.
+    same on every device and in every dtype that holds the values. It distinguishes vectors but does not detect damaged
+    files; ``clmerge.weights.fingerprint``, which reads every byte, does.
 
     Args:
-        vector: The task vector; a ``CheckedVector`` is looked at once, whoever asks.
+        vector: The task vector; the result for a ``CheckedVector`` is computed once and cached.
 
     Raises:
         ValueError: If a tensor holds NaN or Inf; the message names the first.
@@ -56,11 +56,11 @@ def examine(vector: State) -> Examined:
 
 
 def with_statistics(identity: str, statistics: Statistics) -> str:
-    """Return the identity of a task vector together with what was measured beside it.
+    """Return the joint identity of a task vector and its statistics.
 
     Args:
-        identity: That of the vector.
-        statistics: What the rule reads of the task's statistics.
+        identity: Identity of the vector.
+        statistics: The task's statistics that the rule reads.
     """
     if not statistics:
         return identity
@@ -88,20 +88,20 @@ def _examine(vector: State) -> Examined:
 
 
 def _sampled(state: State) -> str:
-    """Hash names, shapes and some entries of every tensor."""
+    """Hash names, shapes and a sample of the entries of every tensor."""
     digest = hashlib.sha256()
     samples: list[Tensor] = []
     for name in sorted(state):
         flat = state[name].detach().reshape(-1)
         digest.update(json.dumps([name, list(state[name].shape)]).encode() + b"\n")
-        # Adding zero makes one number of both zeros.
+        # Adding zero turns -0.0 into 0.0.
         samples.append(flat[:: -(-max(flat.numel(), 1) // _SAMPLED)].double() + 0.0)
     digest.update(_gathered(samples).numpy().data)
     return digest.hexdigest()
 
 
 def _gathered(pieces: list[Tensor]) -> Tensor:
-    """Return flat float64 tensors as one on the CPU: one copy from their device instead of one for each."""
+    """Concatenate flat float64 tensors on the CPU, with one copy from their device instead of one each."""
     if not pieces:
         return torch.empty(0, dtype=torch.float64)
     return torch.cat([piece.to(pieces[0].device) for piece in pieces]).cpu()

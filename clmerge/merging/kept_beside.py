@@ -1,4 +1,4 @@
-"""What a rule keeps beside its per-parameter accumulators: numbers, tensors, and dictionaries of them."""
+"""State that a rule keeps in addition to its per-parameter accumulators: numbers, tensors, dictionaries of them."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 Join = Literal["sum"] | Callable[[Any, Any], Any] | None
-"""How the values of two accumulators become one."""
+"""How the values of two accumulators are joined: added, by a function, or not at all (None)."""
 
 
 def duplicate(value: Any, device: torch.device | None = None) -> Any:
-    """Return a copy that shares nothing.
+    """Return a deep copy.
 
     Args:
         value: A number, a string, a tensor, or a dictionary or list of such.
-        device: Where the copies of tensors go; None is where the originals are.
+        device: Device of the copied tensors; None means the device of the originals.
 
     Example:
         >>> duplicate({"count": 2, "sums": {"w": torch.ones(2)}})
@@ -32,11 +32,11 @@ def duplicate(value: Any, device: torch.device | None = None) -> Any:
 
 
 def added(ours: Any, theirs: Any) -> Any:
-    """Return the sum of two values, number by number; a name that only one has keeps its value.
+    """Return the entrywise sum of two values; a name that only one of them has keeps its value.
 
     Args:
         ours: A number, a tensor, or a dictionary of such.
-        theirs: The same, which is not changed.
+        theirs: A value of the same kind; it is not changed.
 
     Example:
         >>> added({"a": 1, "b": 2}, {"a": 10, "c": 5})

@@ -1,4 +1,4 @@
-"""What spectral rules take for a matrix."""
+"""Which parameters spectral rules treat as matrices."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The contract of every merge rule: an accumulator that folds task vectors in, one task at a time."""
+"""The interface of every merge rule: an accumulator that folds in one task vector at a time."""
 
 from dataclasses import replace
 from typing import Any
@@ -27,28 +27,28 @@ from clmerge.weights.task_vector import State, TaskVector
 class Merger(Accumulator, Scoped):
     """Merge task vectors as a streaming reduction with constant memory.
 
-    ``compute()`` after t updates is the rule applied to tasks 1..t, for every t. A subclass keeps its
-    constructor arguments under their own names, says which accumulators every parameter has, and writes two
-    short functions: ``_fold_block`` takes a piece of a task vector in, ``_read_block`` reads the merged piece
-    out. Subclasses are the registry: a class that exists is found by ``registered_mergers``.
+    ``compute()`` after t updates returns the rule applied to tasks 1..t, for every t. A subclass keeps its
+    constructor arguments under their own names, declares the accumulators of a parameter, and defines two
+    short functions: ``_fold_block`` folds in a piece of a task vector, ``_read_block`` reads the merged piece.
+    Subclasses are the registry: ``registered_mergers`` finds every defined class.
 
     Attributes:
         name: Short name in results and file names.
         summary: One line for the table of mergers.
         source: arXiv id of the paper.
         exact_online: Whether ``compute()`` equals the batch rule at every t with a state that does not grow.
-        removable: Whether a task can be taken out again: the rule is a group, ``downdate`` inverts ``update``. Such
-            a rule multiplies what it adds to its accumulators by ``step.sign``.
-        task_views: Whether every task is served by a view of its own (``task_view``), so that images must say which
-            task they are of; ``compute()`` is then what is left where they do not.
+        removable: Whether a task can be removed again: ``downdate`` inverts ``update``. Such a rule multiplies what it
+            adds to its accumulators by ``step.sign``.
+        task_views: Whether every task has its own merged model (``task_view``), so that prediction needs the task of
+            each image; ``compute()`` returns the model for images of unknown task.
         keeps_vectors: Whether every task vector is kept, in memory or in a bank (``use_bank``).
-        reading_bytes: What ``compute()`` of such a rule takes per parameter, beside the result and the task vectors of
-            one parameter.
-        requires: Names of the statistics that ``update`` needs beside the vector.
-        requires_score: Whether ``update`` needs a ``score`` as well.
+        reading_bytes: Bytes per parameter that ``compute()`` of such a rule takes, in addition to the result and the
+            task vectors of one parameter.
+        requires: Names of the statistics that ``update`` needs in addition to the vector.
+        requires_score: Whether ``update`` also needs a ``score``.
         scope: Whether parameters can be merged one at a time; see ``Scoped``.
-        tasks: Index of every merged task, in order of arrival.
-        num_tasks: How many there are.
+        tasks: Indices of the merged tasks, in order of arrival.
+        num_tasks: Number of merged tasks.
     """
 
     summary: str = ""
@@ -66,11 +66,11 @@ class Merger(Accumulator, Scoped):
     # What a rule defines
 
     def _plan(self, vector: State, step: Step) -> Any:
-        """Compute what folding needs to know of the whole vector; it may fail, and changes nothing."""
+        """Compute the whole-vector quantities that folding needs; may raise, and does not change the state."""
         return None
 
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
-        """Fold one parameter in; by default block by block."""
+        """Fold in one parameter; by default block by block."""
         dtype = float_dtype(slots)
         for block, (piece,) in slot_blocks(slots, tau):
             self._fold_block(block, piece.to(dtype), step, plan)
@@ -80,10 +80,10 @@ class Merger(Accumulator, Scoped):
         raise TypeError(f"{type(self).__name__} defines neither _fold nor _fold_block")
 
     def _after_update(self, step: Step, plan: Any) -> None:
-        """Update what the rule keeps beside the per-parameter accumulators."""
+        """Update the state that the rule keeps in addition to the per-parameter accumulators."""
 
     def _overview(self) -> Any:
-        """Compute what reading needs to know of the whole state."""
+        """Compute the whole-state quantities that reading needs."""
         return None
 
     def _read(self, name: str, slots: Slots, overview: Any) -> Tensor:
@@ -99,7 +99,7 @@ class Merger(Accumulator, Scoped):
         raise TypeError(f"{type(self).__name__} defines neither _read nor _read_block")
 
     def _sparsify_with(self, sparsifiers: list[Sparsifier]) -> bool:
-        """Take over what a pipeline does to task vectors; False if the rule leaves that to the pipeline."""
+        """Apply a pipeline's sparsifiers inside the rule; False if the rule leaves that to the pipeline."""
         return False
 
     # What every rule has
@@ -121,20 +121,20 @@ class Merger(Accumulator, Scoped):
         score: Score | None = None,
         statistics: Statistics | None = None,
     ) -> None:
-        """Fold one task vector in. It is neither written to nor kept.
+        """Fold in one task vector. The vector is neither changed nor kept.
 
         Args:
             task_vector: Parameter name -> tensor, any floating dtype, the same names and shapes every time.
-            task: Index of the task: it names the task in this accumulator, seeds random rules, and finds settings per
-                task. Default: one more than the largest so far, 0 at first.
+            task: Index of the task: it identifies the task in this accumulator, seeds random rules, and selects
+                per-task settings. Default: one more than the largest so far, 0 at first.
             base: Fingerprint of the base model (``clmerge.weights.fingerprint``). Default: not checked.
             score: Held-out accuracy of theta0 + vector, for rules with ``requires_score``.
-            statistics: What else ``requires`` names, for example ``{"fisher": {name: tensor}}``.
+            statistics: The statistics named by ``requires``, for example ``{"fisher": {name: tensor}}``.
 
         Raises:
             TypeError: If ``task_vector`` is not a mapping of names to tensors.
-            ValueError: If it holds NaN or Inf, names, shapes or the base differ from before, the task is merged
-                already, or something the rule requires is missing. The state is then as it was.
+            ValueError: If it holds NaN or Inf, names, shapes or the base differ from before, the task is already
+                merged, or something the rule requires is missing. The state is then unchanged.
         """
         task = max(self.tasks, default=-1) + 1 if task is None else task
         if task in self._identities:
@@ -146,15 +146,15 @@ class Merger(Accumulator, Scoped):
         self._change(task_vector, base, given)
 
     def update_piece(self, piece: State, task: int, *, statistics: Statistics | None = None) -> None:
-        """Fold in one parameter, or a flat piece of one, of a task vector that is brought piece by piece.
+        """Fold in one parameter, or a flat piece of one, of a task vector that is read piece by piece.
 
-        For walkers over vectors that are not in memory: nothing ties the piece to the whole vector, so the accumulator
-        can neither be joined nor take it out again. ``merge_out_of_core`` is such a walker.
+        ``merge_out_of_core`` uses this for vectors that are not in memory. The identity of the whole vector is
+        unknown, so the accumulator can neither be joined nor remove the task again.
 
         Args:
             piece: Name -> tensor.
             task: Index of the task.
-            statistics: What else ``requires`` names.
+            statistics: The statistics named by ``requires``.
 
         Raises:
             ValueError: As for ``update``.
@@ -170,18 +170,18 @@ class Merger(Accumulator, Scoped):
         base: str | None = None,
         statistics: Statistics | None = None,
     ) -> None:
-        """Take a task vector out again: the inverse of the ``update`` that folded it in.
+        """Remove a task vector: the inverse of the ``update`` that folded it in.
 
         Args:
-            task_vector: The vector as it was given to ``update``.
-            task: Its task index then. Default: that of the task with this vector.
+            task_vector: The vector that was given to ``update``.
+            task: The task index that was given to ``update``. Default: that of the task with this vector.
             base: Fingerprint of the base model. Default: not checked.
-            statistics: What was given beside it then.
+            statistics: The statistics that were given to ``update``.
 
         Raises:
-            TypeError: If the rule cannot forget single tasks.
+            TypeError: If the rule cannot remove single tasks.
             RuntimeError: If no task is merged.
-            ValueError: As for ``update``, and if this is not a vector that was merged; the state is then as it was.
+            ValueError: As for ``update``, and if this vector was not merged; the state is then unchanged.
         """
         if not self.removable:
             raise TypeError(f"expected a rule that can take tasks out again, got {self!r}; merge the others anew")
@@ -193,10 +193,10 @@ class Merger(Accumulator, Scoped):
         self._change(task_vector, base, given)
 
     def task_view(self, task: int) -> TaskVector:
-        """Return what is added to theta0 for one task, for rules that keep a mask per task.
+        """Return the vector to add to theta0 for one task, for rules that keep a mask per task.
 
         Args:
-            task: Index of the task, as it was given to ``update``.
+            task: Index of the task, as given to ``update``.
 
         Raises:
             TypeError: If the rule has one merged model for all tasks.
@@ -204,10 +204,10 @@ class Merger(Accumulator, Scoped):
         raise TypeError(f"expected a rule with a mask per task, got {self!r}; use compute()")
 
     def compute(self) -> TaskVector:
-        """Return what is added to theta0 for the tasks merged so far, scale included.
+        """Return the merged vector, to be added to theta0, of the tasks merged so far, scale included.
 
         Returns:
-            Fresh tensors by name, float32 (float64 after float64 vectors), where the accumulators live.
+            New tensors by name, float32 (float64 after float64 vectors), on the accumulators' device.
 
         Raises:
             RuntimeError: If nothing was merged yet, or the merged vector overflows.
@@ -226,19 +226,19 @@ class Merger(Accumulator, Scoped):
         return merged
 
     def use_bank(self, bank: TaskVectorBank) -> None:
-        """Read task vectors from a bank where the rule would keep copies; nothing changes for rules that keep none.
+        """Read task vectors from a bank instead of keeping copies; no effect on rules that keep no vectors.
 
-        State and checkpoints then hold their fingerprints alone. The caller stores every vector in the bank, under the
-        task index of its ``update``, before the next ``compute()``.
+        State and checkpoints then hold only fingerprints of the vectors. The caller stores every vector in the bank,
+        under the task index of its ``update``, before the next ``compute()``.
 
         Args:
-            bank: Where the vectors are.
+            bank: The bank that holds the vectors.
         """
 
     # How it works inside
 
     def _change(self, vector: State, base: str | None, step: Step) -> None:
-        """Check a task vector and what comes with it, then fold it in or take it out."""
+        """Check a task vector and its statistics, then fold it in or remove it."""
         shapes = read_shapes(vector)
         source = "the task vector" if step.task < 0 else f"the task vector of task {step.task}"
         if self.num_tasks:
@@ -270,7 +270,7 @@ class Merger(Accumulator, Scoped):
             self._take(vector, shapes, base, step)
 
     def _merged_task(self, step: Step) -> int:
-        """Return which task is to be taken out, or refuse a vector that was never merged."""
+        """Return the index of the task to remove; raise a ValueError if the vector was not merged."""
         matching = [task for task, identity in self._identities.items() if identity == step.identity]
         if step.task in matching or (step.task < 0 and len(matching) == 1):
             return step.task if step.task >= 0 else matching[0]
@@ -285,7 +285,7 @@ class Merger(Accumulator, Scoped):
         )
 
     def _take(self, vector: State, shapes: Shapes, base: str | None, step: Step) -> None:
-        """Fold a checked task vector in, or take it out, and write down whose it is."""
+        """Fold in or remove a checked task vector, and record its identity."""
         plan = self._fold_in(vector, shapes, step)
         self._shapes, self.base = shapes, self.base or base
         if step.sign > 0:
@@ -295,7 +295,7 @@ class Merger(Accumulator, Scoped):
         self._after_update(step, plan)
 
     def _fold_in(self, vector: State, shapes: Shapes, step: Step) -> Any:
-        """Fold a checked task vector in, or take it out; return the plan."""
+        """Fold in or remove a checked task vector; return the plan."""
         plan = self._plan(vector, step)
         dtypes = self._slot_dtypes(step.position + 1)
         slots = self._slots or allocate(vector, dtypes, self._device)

@@ -1,4 +1,4 @@
-"""Which matrices are stored the other way round: rules that speak of outputs need to know."""
+"""Which matrices are stored as (in, out): rules that work on the outputs of a layer need to know."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -6,11 +6,11 @@ from fnmatch import fnmatchcase
 from torch import Tensor
 
 IN_OUT = ("proj", "*.proj", "text_projection", "*.text_projection")
-"""CLIP's projections, which are used as ``x @ proj``: their shape is (in, out), not (out, in)."""
+"""CLIP's projections, used as ``x @ proj``: their shape is (in, out), not (out, in)."""
 
 
 def outputs_first(name: str, tensor: Tensor, transposed: Sequence[str] = IN_OUT) -> Tensor:
-    """Turn an (in, out) matrix to (out, in), or back: a view. Everything else is returned as it is.
+    """Return a transposed view of a matrix that is stored as (in, out); any other tensor is returned unchanged.
 
     Args:
         name: Name of the parameter.
@@ -31,11 +31,11 @@ def output_rows(name: str, tensor: Tensor, transposed: Sequence[str] = IN_OUT) -
 
     Args:
         name: Name of the parameter.
-        tensor: The parameter, or anything of its shape. Of three or more dimensions, the first is that of the outputs.
+        tensor: The parameter, or a tensor of its shape. With three or more dimensions, the first one is the outputs.
         transposed: Patterns of matrices of shape (in, out).
 
     Returns:
-        Shape (rows, columns). ``from_output_rows`` is the way back.
+        Shape (rows, columns). ``from_output_rows`` is the inverse.
 
     Example:
         >>> import torch
@@ -48,12 +48,12 @@ def output_rows(name: str, tensor: Tensor, transposed: Sequence[str] = IN_OUT) -
 
 
 def from_output_rows(name: str, rows: Tensor, shape: tuple[int, ...], transposed: Sequence[str] = IN_OUT) -> Tensor:
-    """Return what ``output_rows`` made a matrix of in its own shape again.
+    """Return a matrix of ``output_rows`` in the parameter's own shape; the inverse of ``output_rows``.
 
     Args:
         name: Name of the parameter.
         rows: Shape (rows, columns).
-        shape: The parameter's.
+        shape: Shape of the parameter.
         transposed: Patterns of matrices of shape (in, out).
     """
     turned = outputs_first(name, rows.new_empty(shape, device="meta"), transposed).shape

@@ -55,7 +55,7 @@ def working_memory(merger: Merger, shapes: Shapes, num_tasks: int) -> int:
     largest = max((pack.numel for pack in held), default=0)
     whole = passes_of(merger) == "model"
     numel = num_entries(shapes) if whole else largest
-    # One pack of a task vector, of the merged vector (twice while a sign is undecided) and of the merged model.
+    # One pack each of a task vector, the merged vector (two while a sign is undecided) and the merged model.
     buffers = 8 * numel + 8 * largest
     if merger.keeps_vectors and whole:
         return merger.reading_bytes * numel + 4 * num_tasks * largest + buffers
@@ -64,24 +64,25 @@ def working_memory(merger: Merger, shapes: Shapes, num_tasks: int) -> int:
 
 
 def merge_out_of_core(merger: Merger, vectors: Vectors) -> Iterator[tuple[Pack, Tensor]]:
-    """Merge task vectors parameter by parameter, with the bits that merging them in memory gives.
+    """Merge task vectors parameter by parameter; the result is bitwise that of merging them in memory.
 
-    Small parameters are merged together, so that a model of many costs what its entries do.
+    Small parameters are merged together, so that the cost depends on the number of entries, not of parameters.
 
     Rules with one threshold for the whole model (TIES by default, a pipeline with ``TrimModel``) read everything
-    twice. Any other rule whose ``scope`` is ``"model"`` holds its state, one task vector and the result in memory; one
-    that keeps every task vector reads them again instead.
+    twice. Any other rule whose ``scope`` is ``"model"`` holds its state, one task vector and the result in memory; a
+    rule that keeps every task vector reads the vectors again instead.
 
     Args:
         merger: The rule and its settings; its own state is neither used nor changed.
         vectors: The task vectors.
 
     Yields:
-        Parameters and their merged entries, flat and one after another, scale included. A pack may come a second time;
-        then the later one counts.
+        Packs of parameters and their merged entries, flat and concatenated, scale included. A pack that is yielded a
+        second time replaces the first.
 
     Raises:
-        ValueError: If the rule needs what ``vectors`` does not know, or a vector is refused; see ``Merger.update``.
+        ValueError: If ``vectors`` lacks a statistic that the rule requires, or a vector is invalid; see
+            ``Merger.update``.
         RuntimeError: If the merged vector overflows.
     """
     merger = deepcopy(merger)
@@ -109,7 +110,7 @@ def merge_out_of_core(merger: Merger, vectors: Vectors) -> Iterator[tuple[Pack, 
 
 
 class _KnownThresholds(TrimModel):
-    """Trim with thresholds that were found before, by task."""
+    """Trim with known thresholds, by task."""
 
     def __init__(self, density: float, thresholds: dict[int, float]) -> None:
         super().__init__(density)
@@ -121,7 +122,7 @@ class _KnownThresholds(TrimModel):
 
 
 class _Flat:
-    """The entries of one task vector, read anew at every walk."""
+    """The entries of one task vector, read anew at every iteration."""
 
     def __init__(self, vectors: Vectors, position: int, packed: list[Pack]) -> None:
         self.vectors, self.position, self.packed = vectors, position, packed
@@ -140,7 +141,7 @@ def _trim_density(merger: Merger) -> float:
 
 
 def _threshold(density: float, vectors: Vectors, position: int, packed: list[Pack]) -> float:
-    """Find what ``TrimModel.plan`` finds, without holding the task vector."""
+    """Compute the threshold of ``TrimModel.plan`` without holding the task vector in memory."""
     total = sum(pack.numel for pack in packed)
     count = int(density * total) + 1
     if count > total:
@@ -153,7 +154,7 @@ def _threshold(density: float, vectors: Vectors, position: int, packed: list[Pac
 
 
 def _pieces(numel: int) -> list[slice]:
-    """Cut a parameter into pieces whose accumulators stay in the processor's cache over all tasks."""
+    """Split a parameter into pieces whose accumulators stay in the processor's cache over all tasks."""
     return [slice(start, min(start + _PIECE, numel)) for start in range(0, max(numel, 1), _PIECE)]
 
 
@@ -170,7 +171,7 @@ def _by_piece(pack: Pack, merged: Callable[[Pack, slice], Tensor]) -> Tensor:
 
 
 def _as_one(pack: Pack, merged: Callable[[Pack, slice], Tensor]) -> Tensor:
-    """Merge a pack as if it were one parameter, which is the same to a rule that looks at single entries."""
+    """Merge a pack as if it were one parameter; equivalent for a rule that works entry by entry."""
     try:
         return _by_piece(pack, merged)
     except (ValueError, RuntimeError):
@@ -188,7 +189,7 @@ def _fold_as_one(merger: Merger, vectors: Vectors, pack: Pack, piece: slice) -> 
 
 
 def _joined(found: dict[str, Tensor], pack: Pack) -> Tensor:
-    """Take the parameters of a pack out of others."""
+    """Remove the parameters of a pack from ``found`` and return them concatenated."""
     parts = [found.pop(name).reshape(-1) for name in pack.names]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -214,7 +215,7 @@ def _by_parameter(merger: Merger, vectors: Vectors, packed: list[Pack]) -> Itera
 
 
 class _Reread(LazyVector):
-    """One of the task vectors, for rules that keep them all: read again whenever a parameter is asked for."""
+    """One of the task vectors, for rules that keep them all; a parameter is read again at every access."""
 
     def __init__(self, vectors: Vectors, position: int) -> None:
         self._vectors = vectors
@@ -243,8 +244,8 @@ def _whole(merger: Merger, vectors: Vectors, packed: list[Pack]) -> Iterator[tup
 def _ties(merger: TIES, vectors: Vectors, packed: list[Pack]) -> Iterator[tuple[Pack, Tensor]]:
     """Merge by TIES with one trim for the model.
 
-    Entries whose sum is zero take the sign that most entries of the model have, which is known only at the end. Where
-    it would make a difference a guess is written first, and the parameter is merged again if it was wrong.
+    Entries whose sum is zero take the majority sign over the entries of the model, which is known only at the end.
+    Parameters that depend on it are merged with a guess first, and again if the guess was wrong.
     """
     surplus = 0
     guesses: dict[str, int] = {}  # by the first name of a pack
@@ -274,9 +275,9 @@ def _ties(merger: TIES, vectors: Vectors, packed: list[Pack]) -> Iterator[tuple[
 
 
 def _undecided(block: Slots, total: Tensor) -> bool:
-    """Return whether any entry depends on the sign that zero sums take: its positive and negative parts differ."""
+    """Return whether any entry depends on the sign chosen for zero sums: its positive and negative parts differ."""
     kind = "max" if "pos_max" in block else "sum"
-    # Numbers instead of flags: on a CPU comparisons that give flags, and any(), take five times as long.
+    # Numbers instead of booleans: on a CPU comparisons that return booleans, and any(), take five times as long.
     zero = torch.eq(total, 0, out=torch.empty_like(total))
     differ = torch.ne(block[f"pos_{kind}"], block[f"neg_{kind}"], out=torch.empty_like(total))
     return bool(zero.dot(differ))

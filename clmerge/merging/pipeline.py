@@ -22,13 +22,12 @@ from clmerge.weights.task_vector import State, TaskVector
 class Pipeline(Merger):
     """Sparsify every task vector, reduce them with any rule, finish the result.
 
-    The pipeline is as exact, as order-free and as large as its reducer, and asks for what its reducer
-    requires.
+    Exactness, order dependence, state size and required statistics of the pipeline are those of its reducer.
 
     Args:
         reducer: The rule that merges; the pipeline works on its own copy. Default: ``TaskArithmetic()``.
-        sparsifier: What is done to every task vector before it. Default: nothing.
-        finisher: What is done to the merged vector after it. Default: nothing.
+        sparsifier: Applied to every task vector before the reducer. Default: nothing.
+        finisher: Applied to the merged vector after the reducer. Default: nothing.
 
     Example:
         >>> from clmerge.merging import MagMax, Scale, TrimTensor
@@ -65,7 +64,7 @@ class Pipeline(Merger):
         self.keeps_vectors = self._inner.keeps_vectors
         self.reading_bytes = self._inner.reading_bytes
         self.scope = widest(self._inner, sparsifier, finisher)
-        # The plain sum of the task vectors, for a finisher that looks at it.
+        # The plain sum of the task vectors, for a finisher that needs it.
         self._total: Merger | None = TaskArithmetic(1.0) if finisher is not None and finisher.uses_sum else None
         if self._total is not None and self.requires_score:
             raise ValueError(
@@ -121,7 +120,7 @@ class Pipeline(Merger):
         sparse = vector
         if self.sparsifier is not None and not self._handed_down:
             sparse = Sparsified(vector, self.sparsifier, step.task)
-        # A part that refuses to take a task out leaves the other one as it was, too.
+        # If one part refuses to remove a task, the other one must stay unchanged, too.
         before = deepcopy(self._parts()) if step.sign < 0 and self._total is not None else None
         try:
             self._inner._take(sparse, shapes, None, step if sparse is vector else replace(step, largest={}))

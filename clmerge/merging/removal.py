@@ -1,4 +1,4 @@
-"""Taking a task out of sums again: exact to a stated bound, or refused."""
+"""Removing a task from sums: accurate to a stated bound, or refused."""
 
 import math
 from abc import ABC
@@ -17,7 +17,7 @@ from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
 TOLERANCE = 1e-4
-"""How far what remains may be off after a removal, as a share of its largest entry."""
+"""Largest accepted error after a removal, as a share of the largest remaining entry."""
 
 
 def largest_entry(vector: State, step: Step) -> float:
@@ -25,7 +25,7 @@ def largest_entry(vector: State, step: Step) -> float:
 
     Args:
         vector: The vector that is folded in.
-        step: Its update, which may have looked already.
+        step: Its update; it may already hold the largest magnitudes.
     """
     if step.largest:
         return max(step.largest.values())
@@ -46,12 +46,12 @@ def magnitude(tensor: Tensor) -> float:
 
 
 class Removable(Merger, ABC):
-    """A rule whose accumulators are sums over the tasks: a task is taken out by subtracting what was added.
+    """A rule whose accumulators are sums over the tasks: a task is removed by subtracting what it added.
 
-    Subtraction brings out what rounding did to the sum while the task was in it. The rule bounds that: ``mass`` is a
-    bound on the entries of the sum, ``error`` one on what rounding has added to them since the first task. A removal
-    that leaves more than ``TOLERANCE`` of the largest remaining entry uncertain is refused, and the state stays. Once
-    none of the tasks that are left added anything (``count`` did), the sum is zero.
+    Subtraction exposes the rounding errors made while the task was in the sum. The rule bounds them: ``mass`` bounds
+    the entries of the sum, ``error`` bounds the rounding errors added to them since the first task. A removal after
+    which the bound exceeds ``TOLERANCE`` of the largest remaining entry is refused, and the state is unchanged.
+    ``count`` is the number of tasks that added anything; at zero, the sum is set to zero.
     """
 
     removable = True
@@ -63,15 +63,15 @@ class Removable(Merger, ABC):
         self._keep("_rounding", join=self._joined)
 
     def _mass(self, vector: State, step: Step, plan: Any) -> float:
-        """Return a bound on the entries of what is added to the sum for a task."""
+        """Return a bound on the magnitude of the entries that a task adds to the sum."""
         return largest_entry(vector, step)
 
     def _uncertain(self, before: dict[str, Slots], extras: dict[str, Any], plan: Any) -> float:
-        """Return a bound on the rounding error of what remains, as a share of its largest entry.
+        """Return a bound on the rounding error of the remaining sum, as a share of its largest entry.
 
         Args:
             before: The accumulators before the removal; ``self._slots`` are those after it.
-            extras: What was kept beside them.
+            extras: The additional state before the removal.
             plan: The plan of the removal.
         """
         remains = max((magnitude(slots["sum"]) for slots in self._slots.values()), default=0.0)
@@ -101,12 +101,12 @@ class Removable(Merger, ABC):
         return plan
 
     def _joined(self, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-        """Return the bounds of two sums that are added."""
+        """Return the bounds of the sum of two accumulators."""
         total: dict[str, Any] = added(ours, theirs)
         return total | {"error": total["error"] + self._unit() * total["mass"]}
 
     def _note(self, mass: float) -> None:
-        """Add up what one more operation does to the bounds; a negative mass is that of a task that leaves."""
+        """Update the bounds for one more operation; the mass is negative if a task is removed."""
         held = self._rounding["mass"]
         self._rounding = {
             "mass": max(held + mass, 0.0),
@@ -122,7 +122,7 @@ class Removable(Merger, ABC):
         self._rounding = {"mass": 0.0, "error": 0.0, "count": 0}
 
     def _unit(self) -> float:
-        """Return half the distance between neighbouring numbers around 1."""
+        """Return the unit roundoff: half the distance between neighbouring floats around 1."""
         return max((torch.finfo(float_dtype(slots)).eps / 2 for slots in self._slots.values()), default=0.0)
 
     def _check(self, uncertain: float, step: Step) -> None:
@@ -135,7 +135,7 @@ class Removable(Merger, ABC):
 
 
 def share_of(error: float, remains: float) -> float:
-    """Return an error as a share of what remains: infinite if nothing does, unless there is no error either.
+    """Return ``error / remains``; for ``remains`` = 0, infinity, or 0 if ``error`` is 0, too.
 
     Example:
         >>> share_of(0.5, 2.0), share_of(0.5, 0.0), share_of(0.0, 0.0)

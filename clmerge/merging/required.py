@@ -1,4 +1,4 @@
-"""What a rule checks of the statistics that come beside a task vector, before it changes anything."""
+"""Checks of the statistics of a task vector that run before the merger's state changes."""
 
 import math
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ from clmerge.weights.task_vector import State
 
 
 def diagonal_of(step: Step, vector: State, statistic: str) -> dict[str, Tensor]:
-    """Return a statistic with one number, not below zero, for every entry of the task vector.
+    """Return a statistic with one non-negative number for every entry of the task vector.
 
     Args:
-        step: What came with the task vector.
+        step: The update of the task vector.
         vector: The task vector.
         statistic: Name of the statistic.
 
     Returns:
-        The statistic of every parameter of ``vector``, as it was given.
+        The given statistic of every parameter of ``vector``.
 
     Raises:
         ValueError: If a parameter is missing or of another shape, or an entry is negative, NaN or Inf.
@@ -49,7 +49,7 @@ def tensors_of(step: Step, statistic: str) -> State:
     """Return a statistic that holds finite floating-point tensors by parameter name.
 
     Args:
-        step: What came with the task vector.
+        step: The update of the task vector.
         statistic: Name of the statistic; the rule requires it.
 
     Raises:
@@ -72,7 +72,7 @@ def number_of(step: Step, statistic: str) -> float:
     """Return a statistic that is one finite number.
 
     Args:
-        step: What came with the task vector.
+        step: The update of the task vector.
         statistic: Name of the statistic, such as ``"loss"``.
 
     Raises:
@@ -91,7 +91,7 @@ def positive_number_of(step: Step, statistic: str) -> float:
     """Return a statistic that is one positive number.
 
     Args:
-        step: What came with the task vector.
+        step: The update of the task vector.
         statistic: Name of the statistic, such as ``"samples"``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How much of a task vector a rule looks at: one parameter at a time, or the whole model."""
+"""How much of a task vector a rule needs at once: one entry, one parameter, or the whole model."""
 
 from typing import Any, ClassVar, Literal
 
@@ -6,27 +6,27 @@ Scope = Literal["entry", "parameter", "model"]
 
 
 class Scoped:
-    """Base of mergers, sparsifiers and finishers: they say whether parameters can be merged one by one.
+    """Base of mergers, sparsifiers and finishers: declares whether parameters can be merged one by one.
 
     Attributes:
-        scope: ``"entry"`` if what happens to an entry depends on that entry alone, whatever parameter it is in;
-            ``"parameter"`` if what happens to a parameter depends on that parameter alone, so that a model can be
+        scope: ``"entry"`` if the result of an entry depends on that entry alone, whatever parameter it is in;
+            ``"parameter"`` if the result of a parameter depends on that parameter alone, so that a model can be
             merged one parameter at a time; ``"model"`` otherwise. A class that overrides one of the functions that see
-            the whole model counts as ``"model"`` until it says otherwise.
+            the whole model has scope ``"model"`` unless it sets another.
     """
 
     scope: Scope = "parameter"
     _sees_model: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Take a class that looks at the whole model for one that needs it."""
+        """Set scope ``"model"`` for a class that overrides a function that sees the whole model."""
         super().__init_subclass__(**kwargs)
         if "scope" not in cls.__dict__ and cls._sees_model & cls.__dict__.keys():
             cls.scope = "model"
 
 
 def widest(*parts: Scoped | None) -> Scope:
-    """Return the scope of a rule that is made of parts: ``"model"`` if any part's is.
+    """Return the scope of a rule made of several parts: ``"model"`` if any part has scope ``"model"``.
 
     Example:
         >>> from clmerge.merging import MagMax, TrimModel

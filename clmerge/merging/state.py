@@ -1,4 +1,4 @@
-"""What a merger holds: accumulators by parameter, numbers beside them, and whose task vectors are in them."""
+"""The state of a merger: accumulators by parameter, additional values, and identities of the merged task vectors."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,12 @@ from clmerge.settings import Configured
 
 
 class Accumulator(Configured, ABC):
-    """The state of a merger. What there is is declared; sizes, saving, loading, resetting, moving and joining follow.
+    """The state of a merger, with its size, saving, loading, resetting, moving and joining.
 
-    A rule declares its accumulators of every parameter with ``_slot_dtypes``, and with ``_keep`` what it keeps beside
-    them.
+    A rule declares the accumulators of a parameter with ``_slot_dtypes`` and any additional state with ``_keep``.
 
     Attributes:
-        order_free: Whether the order of the tasks does not matter; only then can accumulators be joined.
+        order_free: Whether the result is independent of the order of tasks; only then can accumulators be joined.
         base: Fingerprint of the base model, once known.
     """
 
@@ -35,10 +34,10 @@ class Accumulator(Configured, ABC):
 
     @abstractmethod
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        """Name the accumulators of a parameter, and their dtypes after ``num_tasks`` tasks."""
+        """Return the dtypes of a parameter's accumulators after ``num_tasks`` tasks, by slot name."""
 
     def _join_block(self, slots: Slots, other: Slots) -> None:
-        """Join the accumulators of two streams; by default they are sums."""
+        """Join the accumulators of two streams; by default they are added."""
         for slot, accumulator in slots.items():
             accumulator.add_(other[slot])
 
@@ -47,27 +46,27 @@ class Accumulator(Configured, ABC):
         return self._slots
 
     def _keep(self, attribute: str, *, join: Join = None) -> None:
-        """Declare what the rule keeps beside the accumulators: it is saved, loaded, reset, moved and joined.
+        """Declare additional state: an attribute that is saved, loaded, reset, moved and joined with the accumulators.
 
         Args:
-            attribute: Name of an attribute, whose present value is that before the first update: a number, a tensor, or
-                a dictionary of such by strings.
-            join: ``"sum"`` adds the values of two accumulators, number by number; else what returns the joined value;
-                None where the rule cannot be joined.
+            attribute: Name of the attribute; its current value is the one before the first update: a number, a tensor,
+                or a dictionary of such with string keys.
+            join: ``"sum"`` adds the values of two accumulators entrywise; a function returns the joined value;
+                None if the rule cannot be joined.
         """
         self._kept_beside[attribute] = (duplicate(getattr(self, attribute)), join)
 
     def _extras(self) -> dict[str, Any]:
-        """Return what the rule keeps beside the accumulators, as primitives and copies of tensors."""
+        """Return the additional state, as primitives and copies of tensors."""
         return {attribute.strip("_"): duplicate(getattr(self, attribute)) for attribute in self._kept_beside}
 
     def _load_extras(self, extras: dict[str, Any]) -> None:
-        """Take back what ``_extras`` returned; ``{}`` is the state before the first update."""
+        """Restore the additional state that ``_extras`` returned; ``{}`` is the state before the first update."""
         for attribute, (initial, _) in self._kept_beside.items():
             setattr(self, attribute, duplicate(extras.get(attribute.strip("_"), initial), self._device))
 
     def _join_extras(self, other: Self) -> None:
-        """Join what the rule keeps beside the accumulators."""
+        """Join the additional state."""
         for attribute, (_, join) in self._kept_beside.items():
             ours, theirs = getattr(self, attribute), getattr(other, attribute)
             if join is not None:
@@ -75,16 +74,16 @@ class Accumulator(Configured, ABC):
 
     @property
     def tasks(self) -> tuple[int, ...]:
-        """Index of every merged task, in order of arrival."""
+        """Indices of the merged tasks, in order of arrival."""
         return tuple(self._identities)
 
     @property
     def num_tasks(self) -> int:
-        """How many tasks are merged."""
+        """Number of merged tasks."""
         return len(self._identities)
 
     def merge_state(self, other: "Accumulator") -> None:
-        """Join another accumulator of the same rule, as if ``other``'s task vectors had come after these.
+        """Join another accumulator of the same rule, as if ``other``'s task vectors had been merged after these.
 
         Args:
             other: A merger of the same class and settings, over the same parameters; it is not changed.
@@ -92,7 +91,7 @@ class Accumulator(Configured, ABC):
         Raises:
             RuntimeError: If the rule depends on the order of tasks or the settings differ.
             TypeError: If ``other`` is another rule.
-            ValueError: If base model, names or shapes differ, or both have merged a task of the same index.
+            ValueError: If base model, names or shapes differ, or both have merged a task with the same index.
         """
         if type(other) is not type(self):
             raise TypeError(f"expected another {type(self).__name__} to join, got {type(other).__name__}")
@@ -120,16 +119,16 @@ class Accumulator(Configured, ABC):
         self._identities = self._identities | other._identities
 
     def reset(self) -> None:
-        """Forget every task; settings and the device asked for with ``to`` stay."""
+        """Remove all tasks; settings and the device set with ``to`` are kept."""
         self._identities, self.base = {}, None
         self._shapes, self._slots = {}, {}
         self._load_extras({})
 
     def to(self, device: torch.device | str) -> Self:
-        """Keep the accumulators on this device from now on. Default: where the first task vector lives.
+        """Keep the accumulators on this device from now on. Default: the device of the first task vector.
 
         Args:
-            device: Where they go.
+            device: Device of the accumulators.
         """
         self._device = torch.device(device)
         self._slots = copied(self._slots, self._device)
@@ -138,11 +137,11 @@ class Accumulator(Configured, ABC):
         return self
 
     def state_size(self, shapes: Shapes, num_tasks: int) -> int:
-        """Return the bytes that the accumulators' tensors take for task vectors of float32 or less.
+        """Return the bytes of the accumulators for task vectors of float32 or lower precision.
 
         Args:
             shapes: Shapes of the merged parameters by name.
-            num_tasks: Task vectors merged.
+            num_tasks: Number of merged task vectors.
 
         Example:
             >>> from clmerge.merging import TIES
@@ -153,7 +152,7 @@ class Accumulator(Configured, ABC):
         return num_entries(shapes) * sum((dtype or torch.float32).itemsize for dtype in dtypes)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to go on: primitives and copies of tensors, safe to load weights-only."""
+        """Return the complete state: primitives and copies of tensors, safe to load weights-only."""
         return {
             "class": type(self).__name__,
             "settings": self.settings(),
@@ -165,14 +164,14 @@ class Accumulator(Configured, ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; the merge continues with the same bits.
+        """Restore a state returned by ``state_dict``; further merging is bitwise the same as without interruption.
 
         Args:
-            state: What ``state_dict`` of a merger of the same class and settings returned.
+            state: State from ``state_dict`` of a merger of the same class and settings.
 
         Raises:
             ValueError: If it belongs to another rule or other settings, or tensors are missing. The state is
-                then as it was.
+                then unchanged.
         """
         for key, expected in (("class", type(self).__name__), ("settings", self.settings())):
             if state.get(key) != expected:
@@ -201,7 +200,7 @@ class Accumulator(Configured, ABC):
         return {name: float_dtype(slots) for name, slots in self._slots.items()}
 
     def _check_dtypes(self, dtypes: dict[str, torch.dtype], source: str) -> None:
-        """Refuse what would lose precision: float64 for an accumulator that began in float32."""
+        """Raise a ValueError for a float64 tensor if its accumulator is float32: precision would be lost."""
         for name, dtype in self._float_dtypes().items():
             if dtypes[name] == torch.float64 != dtype:
                 raise ValueError(
@@ -225,7 +224,7 @@ class Accumulator(Configured, ABC):
 
 
 def listed(tasks: Sequence[int]) -> str:
-    """Return task indices for a message.
+    """Format task indices for a message.
 
     Example:
         >>> listed([0, 2])

@@ -1,4 +1,4 @@
-"""What comes beside a task vector."""
+"""The arguments of an update other than the task vector."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,25 +9,25 @@ Score = Callable[[TaskVector], float]
 """Held-out accuracy of theta0 + vector; higher is better."""
 
 Statistics = Mapping[str, State | float]
-"""What was measured on a task beside its vector, by name: tensors by parameter name, or one number."""
+"""Statistics of a task by name: each is a mapping of parameter names to tensors, or one number."""
 
 
 PIECE = "piece"
-"""The identity of what is not a whole task vector."""
+"""The identity of a piece of a task vector."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one update knows beside the task vector.
+    """The arguments of one update other than the task vector.
 
     Attributes:
         task: Index of the task; it seeds random rules.
-        position: How many task vectors were merged before this one.
+        position: Number of task vectors merged before this one.
         score: The held-out metric, for rules that require it.
-        statistics: What else was measured on the task, for rules that require it.
-        sign: 1 to fold the vector in, -1 to take it out again.
-        largest: Largest magnitude of every parameter, where somebody has looked.
-        identity: What the accumulator will know the task by, the vector and its statistics; see ``identity.py``.
+        statistics: Statistics of the task, for rules that require them.
+        sign: 1 to fold the vector in, -1 to remove it.
+        largest: Largest magnitude of each parameter, if computed already.
+        identity: Identity of the vector and its statistics, stored by the accumulator; see ``identity.py``.
     """
 
     task: int
@@ -40,5 +40,5 @@ class Step:
 
     @property
     def is_piece(self) -> bool:
-        """Whether this is a part of a task vector, brought piece by piece."""
+        """Whether this update folds in a piece of a task vector."""
         return self.identity == PIECE

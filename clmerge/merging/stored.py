@@ -1,4 +1,4 @@
-"""Rules without a stream of constant size: every task vector is kept, in memory or as a reference to where it is."""
+"""Rules whose state grows with the number of tasks: every task vector is kept, in memory or as a reference."""
 
 from collections.abc import Iterator, Mapping
 from math import prod
@@ -19,7 +19,7 @@ from clmerge.weights.task_vector import LazyVector, State, fingerprint
 
 
 class _Kept(NamedTuple):
-    """One task: either tensors in memory, plain or packed, or what reads them when they are asked for."""
+    """One kept task vector: tensors in memory, plain or packed, or a reference that reads them on access."""
 
     task: int
     parts: dict[str, Slots] | None
@@ -29,8 +29,8 @@ class _Kept(NamedTuple):
 class _Stored(Merger):
     """Keep every task vector, in order of arrival, and read them parameter by parameter.
 
-    They stay in memory, packed after ``Quantise``. With a bank (``use_bank``), or where ``update`` is given a
-    ``LazyVector``, the rule keeps references instead, and sparsifies what it reads anew.
+    The vectors stay in memory, packed after ``Quantise``. With a bank (``use_bank``), or if ``update`` is given a
+    ``LazyVector``, the rule keeps references instead and sparsifies the vectors again at every read.
     """
 
     exact_online = False
@@ -46,7 +46,7 @@ class _Stored(Merger):
     # What rules use
 
     def _position(self, task: int) -> int:
-        """Return when a task came."""
+        """Return the position of a task in the order of arrival."""
         if task not in self.tasks:
             raise ValueError(f"expected one of the merged tasks {list(self.tasks)}, got {task}")
         return self.tasks.index(task)
@@ -56,7 +56,7 @@ class _Stored(Merger):
         return [slots[f"task{position}"] for position in range(len(slots))]
 
     def _tau(self, position: int, name: str) -> Tensor:
-        """Return a parameter of the task vector that came at this position; it must not be written to."""
+        """Return a parameter of the task vector at this position; callers must not change it."""
         kept = self._kept[position]
         if kept.reference is not None:
             return self._cast(name, kept.reference[name])
@@ -82,11 +82,11 @@ class _Stored(Merger):
 
     @override
     def state_size(self, shapes: Shapes, num_tasks: int) -> int:
-        """Return the bytes that the kept vectors take in memory: none where they are references.
+        """Return the bytes that the kept vectors take in memory; references count as none.
 
         Args:
             shapes: Shapes of the merged parameters by name.
-            num_tasks: Task vectors merged.
+            num_tasks: Number of merged task vectors.
         """
         if self._bank is not None or any(kept.reference is not None for kept in self._kept):
             return 0
@@ -97,7 +97,7 @@ class _Stored(Merger):
 
     @property
     def _packing(self) -> Quantise | None:
-        """What packs vectors that stay in memory."""
+        """Return the quantiser that packs vectors kept in memory, if any."""
         last = self._sparsifiers[-1] if self._sparsifiers else None
         return last if isinstance(last, Quantise) else None
 
@@ -134,7 +134,7 @@ class _Stored(Merger):
         return vector
 
     def _parts(self, vector: State, task: int) -> dict[str, Slots]:
-        """Return copies of a task vector, sparsified and perhaps packed."""
+        """Return copies of a task vector, sparsified, and packed if the rule quantises."""
         packing = self._packing
         for sparsifier in self._sparsifiers if packing is None else self._sparsifiers[:-1]:
             vector = Sparsified(vector, sparsifier, task)
@@ -146,7 +146,7 @@ class _Stored(Merger):
         return tensor.detach().to(self._device or tensor.device, dtype).contiguous()
 
     def _moved(self, kept: _Kept) -> _Kept:
-        """Return a copy where the rule computes; a reference stays one."""
+        """Return a copy on the rule's device; a reference is returned unchanged."""
         return kept if kept.parts is None else _Kept(kept.task, copied(kept.parts, self._device))
 
     @override
@@ -164,7 +164,7 @@ class _Stored(Merger):
         return {"wide": sorted(self._wide), "kept": kept}
 
     def _described(self, kept: _Kept) -> dict[str, Any]:
-        """Return what is saved of one task: copies of its tensors, or where it is and its fingerprint."""
+        """Return the saved form of one task: copies of its tensors, or its bank and fingerprint."""
         if kept.parts is not None:
             return {"task": kept.task, "parts": copied(kept.parts)}
         vector = kept.reference
@@ -182,14 +182,14 @@ class _Stored(Merger):
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; the merge continues with the same bits.
+        """Restore a state returned by ``state_dict``; further merging is bitwise the same as without interruption.
 
         Args:
-            state: What ``state_dict`` of a merger of the same class and settings returned.
+            state: State from ``state_dict`` of a merger of the same class and settings.
 
         Raises:
             ValueError: If it belongs to another rule or other settings, tensors are missing, or task vectors are in
-                a bank that the merger was not given. The state is then as it was.
+                a bank that the merger was not given. The state is then unchanged.
         """
         packing = self._packing
         wanted = {
@@ -229,7 +229,7 @@ class _Stored(Merger):
 
 
 class _Shelves(Mapping[str, Slots]):
-    """The kept vectors parameter by parameter: read when they are asked for, and not held."""
+    """The kept vectors by parameter; a parameter is read on access and not cached."""
 
     def __init__(self, merger: _Stored) -> None:
         self._merger = merger

@@ -31,8 +31,8 @@ class Threshold(NamedTuple):
 def kth_largest_magnitude(tensors: Sequence[Tensor], k: int) -> Threshold:
     """Find the k-th largest absolute value over all tensors together.
 
-    A sample brackets the value; one pass counts what is larger and collects the few entries inside the
-    bracket, among which the value is selected. Where that fails, as it does if many entries are equal, the
+    A sample gives a bracket for the value; one pass counts larger entries and collects the few entries inside the
+    bracket, among which the value is selected. If that fails, for example because many entries are equal, the
     value is found by digits. Either way the result is exact.
 
     Args:
@@ -58,8 +58,8 @@ def kth_largest_magnitude(tensors: Sequence[Tensor], k: int) -> Threshold:
 
 
 def sample_step(total: int) -> int:
-    """Return how many entries apart those of a good sample of ``total`` entries are."""
-    # An odd step does not walk down one column of a matrix whose rows have an even length.
+    """Return the distance between sampled entries for a good sample of ``total`` entries."""
+    # An odd step does not sample a single column of a matrix whose rows have an even length.
     return int(total ** (1 / 3)) | 1
 
 
@@ -69,8 +69,8 @@ def kth_of_pieces(
     """Find the k-th largest absolute value of pieces that need not be in memory together.
 
     Args:
-        flat: Pieces of shape ``(numel,)`` on one device; walked over once, or up to four times more if the sample
-            misleads, so an iterator will not do.
+        flat: Pieces of shape ``(numel,)`` on one device; iterated over once, or up to four times more if the sample
+            misleads, so an iterator is not enough.
         sample: Every ``sample_step(total)``-th entry of every piece.
         dtype: float32 or float64, in which magnitudes are compared.
         total: Entries of all pieces together.
@@ -85,7 +85,7 @@ def kth_of_pieces(
 
 
 def _selected(magnitudes: Tensor, k: int) -> Threshold:
-    """Select directly: a copy of everything, and time proportional to it."""
+    """Select directly from a copy of all magnitudes, in time proportional to their number."""
     value = magnitudes.kthvalue(magnitudes.numel() - k + 1).values
     return Threshold(float(value), int((magnitudes >= value).sum()) - k)
 
@@ -93,7 +93,7 @@ def _selected(magnitudes: Tensor, k: int) -> Threshold:
 def _by_sample(
     flat: Iterable[Tensor], pieces: Sequence[Tensor], dtype: torch.dtype, total: int, k: int
 ) -> Threshold | None:
-    """Select from a bracket that a sample suggests; None if the bracket is wide or misses the value."""
+    """Select from a bracket estimated from a sample; None if the bracket is wide or misses the value."""
     sample = torch.cat(list(pieces)).to(dtype).abs_()
     share = k / total
     margin = 3 * math.sqrt(share * (1 - share) / sample.numel()) + 2 / sample.numel()
@@ -122,7 +122,7 @@ def _by_sample(
 
 
 def _split(magnitudes: Tensor, low: float, high: float) -> tuple[int, Tensor]:
-    """Count what is above ``high``, and collect what is from ``low`` to ``high``, of which little is expected."""
+    """Count the entries above ``high``, and collect those from ``low`` to ``high``, of which few are expected."""
     if magnitudes.device.type == "cpu":
         # NumPy compares, counts and selects flags of one byte three times as fast as PyTorch does.
         array = magnitudes.numpy()

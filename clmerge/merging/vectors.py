@@ -1,4 +1,4 @@
-"""Task vectors that are not in memory, and which of their parameters are read together."""
+"""Task vectors that are read from disk, and packs of parameters that are read together."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from clmerge.merging.step import Statistics
 
-# A call costs as much as a few thousand entries do, and a merge takes dozens of calls per parameter. A pack is small
-# beside a large parameter, and what is in it stays in the processor's cache.
+# A call costs as much as a few thousand entries, and a merge takes dozens of calls per parameter. A pack is small
+# compared with a large parameter, and its content stays in the processor's cache.
 PACK = 1 << 18
-_LARGEST = PACK // 4  # entries of a parameter that is put into a pack
+_LARGEST = PACK // 4  # most entries of a parameter that shares a pack
 
 
 Shape = tuple[int, ...]
@@ -25,28 +25,28 @@ class Pack:
     """Small parameters that are read, merged and written as one, or a large one by itself.
 
     Attributes:
-        shapes: Shape by name, in the order in which their entries follow one another.
+        shapes: Shape by name, in the order of the concatenated entries.
     """
 
     shapes: dict[str, Shape]
 
     @cached_property
     def names(self) -> list[str]:
-        """The parameters."""
+        """Names of the parameters."""
         return list(self.shapes)
 
     @cached_property
     def sizes(self) -> list[int]:
-        """How many entries each has."""
+        """Number of entries of each parameter."""
         return [*map(prod, self.shapes.values())]
 
     @cached_property
     def numel(self) -> int:
-        """How many entries there are in all."""
+        """Total number of entries."""
         return sum(self.sizes)
 
     def parts(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return the parameters, by name and in their shapes, as views of all their entries."""
+        """Return the parameters by name, in their shapes, as views of the concatenated entries."""
         parts = flat.split_with_sizes(self.sizes)
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
@@ -55,44 +55,44 @@ class Vectors(Protocol):
     """Task vectors that are read a few parameters at a time.
 
     Attributes:
-        shapes: The parameters' shapes by name, in the order in which they are best read.
-        tasks: Task index of every task vector, by which random masks and settings per task go.
+        shapes: Shapes of the parameters by name, in the most efficient order of reading.
+        tasks: Task index of every task vector; it selects random masks and per-task settings.
     """
 
     shapes: Mapping[str, Shape]
     tasks: Sequence[int]
 
     def dtype(self, position: int, name: str) -> torch.dtype:
-        """Return the dtype that ``read`` gives: float32 or float64."""
+        """Return the dtype of the tensors that ``read`` returns: float32 or float64."""
 
     def kind(self, name: str) -> Hashable:
-        """Return what parameters have in common that can be read together: their dtypes, above all."""
+        """Return a key, such as the dtypes; parameters with equal keys can be read together."""
 
     def read(self, position: int, pack: Pack, piece: slice | None = None) -> Tensor:
-        """Return parameters of one kind of one task vector, flat and one after another; the next call may overwrite it.
+        """Return parameters of one task vector, flat and concatenated; the next call may overwrite the result.
 
         Args:
-            position: Which task vector.
-            pack: The parameters.
-            piece: The entries that are wanted of all. Default: every entry.
+            position: Position of the task vector.
+            pack: The parameters, all of one ``kind``.
+            piece: Range of the concatenated entries to return. Default: every entry.
         """
 
     def sample(self, position: int, pack: Pack, step: int) -> Tensor:
-        """Return one of ``step`` entries of what ``read`` gives, flat and spread evenly."""
+        """Return one of ``step`` entries of the result of ``read``, flat and evenly spaced."""
 
     def statistics(self, position: int, names: Sequence[str]) -> Statistics:
-        """Return what is known beside a task vector, of some parameters; ``check_statistics`` says what must be."""
+        """Return the statistics of a task vector for these parameters; ``check_statistics`` names required ones."""
 
 
 def packs(shapes: Mapping[str, Shape], kind: Callable[[str], Hashable]) -> list[Pack]:
-    """Group small parameters that can be read together; a large one is by itself.
+    """Group small parameters that can be read together; each large parameter is its own group.
 
     Args:
         shapes: Shapes of the parameters by name.
-        kind: What those of a group have in common.
+        kind: Returns a key per name; parameters of a group have equal keys.
 
     Returns:
-        Every name once.
+        Packs that together hold every name once.
 
     Example:
         >>> shapes = {"weight": (1000, 1000), "bias": (8,), "scale": ()}

@@ -1,1 +1,1 @@
-"""Finishers, which scale or cut the merged vector after a rule."""
+"""Finishers, which scale, clip or truncate the merged vector after a rule."""

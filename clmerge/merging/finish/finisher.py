@@ -1,4 +1,4 @@
-"""Finishers: what happens to the merged vector after the reduction."""
+"""Finishers: transformations of the merged vector after the reduction."""
 
 from abc import ABC, abstractmethod
 
@@ -11,11 +11,11 @@ from clmerge.weights.task_vector import State, TaskVector
 
 
 class Finisher(Configured, Scoped, ABC):
-    """Change a merged vector after a reducer computed it.
+    """Transform the merged vector of a reducer.
 
     Attributes:
-        uses_sum: Whether it also looks at the sum of the task vectors, which the pipeline then keeps: 4 bytes per
-            parameter.
+        uses_sum: Whether the finisher also needs the sum of the task vectors, which the pipeline then keeps: 4 bytes
+            per parameter.
     """
 
     scope: Scope = "parameter"
@@ -27,25 +27,25 @@ class Finisher(Configured, Scoped, ABC):
         """Finish a merged vector.
 
         Args:
-            vector: The reducer's result; it belongs to the finisher, which may write into it.
+            vector: The reducer's result; the finisher may change it in place.
 
         Returns:
-            What is added to theta0.
+            The vector to add to theta0.
         """
 
     def finish_beside(self, vector: TaskVector, total: State, num_tasks: int) -> TaskVector:
-        """Finish a merged vector beside the sum of the task vectors; by default without a look at it.
+        """Finish a merged vector given the sum of the task vectors; by default the sum is ignored.
 
         Args:
             vector: As for ``finish``.
-            total: Sum of the task vectors, as they were before any sparsifier; empty unless ``uses_sum``.
-            num_tasks: How many there are.
+            total: Sum of the task vectors before any sparsifier; empty unless ``uses_sum``.
+            num_tasks: Number of task vectors.
         """
         return self.finish(vector)
 
 
 class Scale(Finisher):
-    """Multiply the merged vector by a scaling coefficient, on top of the reducer's own.
+    """Multiply the merged vector by a scaling coefficient, in addition to the reducer's own.
 
     Args:
         scale: The coefficient.
@@ -70,10 +70,10 @@ class Scale(Finisher):
 
 
 class ClipNorm(Finisher):
-    """Shorten the merged vector to a largest L2 norm, that of the whole vector; shorter ones stay as they are.
+    """Scale the merged vector down to a maximum L2 norm of the whole vector; shorter vectors are unchanged.
 
     Args:
-        max_norm: The largest norm, above 0.
+        max_norm: The maximum norm, above 0.
 
     Raises:
         ValueError: If ``max_norm`` is not positive.

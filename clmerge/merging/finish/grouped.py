@@ -1,4 +1,4 @@
-"""Coefficients for groups of parameters, by patterns of their names."""
+"""Coefficients for groups of parameters, selected by name patterns."""
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -11,12 +11,12 @@ from clmerge.weights.task_vector import TaskVector
 
 
 class GroupScale(Finisher):
-    """Multiply groups of parameters by coefficients of their own.
+    """Multiply each group of parameters by its own coefficient.
 
     A pattern is a shell glob over the whole parameter name, in which ``*`` also matches dots; the first that matches
-    counts. That covers coefficients per module type or modality (DAMC, MAM), patches of the shallow layers alone
-    (RWS: ``{"*blocks.[0-3].*": 1.0}, default=0``; open_clip's ``resblocks`` and timm's ``blocks`` match) and vectors
-    that are added to a part of the model.
+    applies. Uses: coefficients per module type or modality (DAMC, MAM), patching the shallow layers alone
+    (RWS: ``{"*blocks.[0-3].*": 1.0}, default=0``; open_clip's ``resblocks`` and timm's ``blocks`` match), adding
+    a vector to a part of the model.
 
     Args:
         coefficients: Coefficient by pattern, in the order in which they are tried.

@@ -1,4 +1,4 @@
-"""Coefficients by depth: finishers that tell the blocks of a network apart."""
+"""Coefficients by depth: finishers with a coefficient per block of the network."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,15 +11,15 @@ from clmerge.merging.norms import l1_norm
 from clmerge.weights.task_vector import State, TaskVector
 
 BLOCK = r"\b(?:resblocks|blocks|layers|layer|h)\.(\d+)\."
-"""How the blocks of CLIP, timm and Hugging Face transformers are called; the group is the index."""
+"""Matches block names of CLIP, timm and Hugging Face transformers; the group is the index of the block."""
 
 
 class LayerScale(Finisher):
-    """Multiply every block of the network by a coefficient of its own.
+    """Multiply every block of the network by its own coefficient.
 
     Args:
-        coefficients: One coefficient per block, from the input on.
-        default: Coefficient of what is in no block, such as embeddings and the final norm.
+        coefficients: One coefficient per block, starting at the input.
+        default: Coefficient of parameters outside of the blocks, such as embeddings and the final norm.
         block: Regular expression that finds the index of a block in a parameter name, as its only group; its first
             match in the name counts. Default: ``resblocks.3.``, ``blocks.3.``, ``layers.3.``, ``layer.3.`` and
             ``h.3.``.
@@ -66,19 +66,20 @@ class LayerScale(Finisher):
 class LiNeS(Finisher):
     """Scale the merged vector by depth, shallow blocks least (Wang et al., arXiv 2410.17146).
 
-    Block l of L is multiplied by ``alpha + beta * l / (L - 1)``, and what is in no block by ``alpha``: also the final
-    norm and the projection, as in the released code.
+    Block l of L is multiplied by ``alpha + beta * l / (L - 1)``. Parameters outside of the blocks, including the final
+    norm and the projection, are multiplied by ``alpha``, as in the released code.
 
-    The paper sets alpha in multi-task merging from the norms, ``alpha = |sum(tau_t)|_1 / |tau_merged|_1 / T``, which is
-    ``alpha="auto"`` here: the pipeline then keeps the sum beside what its reducer keeps, 4 bytes per parameter. For
-    ``TaskArithmetic(scale)`` that is ``1 / (T * scale)``. There it searches beta from 0.1 to 1.5; for a single task
-    ``alpha = g`` and ``beta = 1 - g``, and the default is that with g = 0.5.
+    For multi-task merging the paper computes alpha from the norms, ``alpha = |sum(tau_t)|_1 / |tau_merged|_1 / T``,
+    and searches beta from 0.1 to 1.5. This is ``alpha="auto"``: the pipeline then also keeps the sum of the task
+    vectors, 4 bytes per parameter. For ``TaskArithmetic(scale)`` alpha is ``1 / (T * scale)``. For a single task the
+    paper sets ``alpha = g`` and ``beta = 1 - g``; the defaults are g = 0.5.
 
     Args:
-        alpha: Coefficient of the first block and of what is in no block; ``"auto"`` takes it from the norms.
-        beta: What the last block's coefficient is larger by.
-        num_blocks: L, for vectors that leave out the last blocks. Default: one more than the largest index, for every
-            tower (what comes before the block in the name) by itself.
+        alpha: Coefficient of the first block and of parameters outside of the blocks; ``"auto"`` computes it from the
+            norms.
+        beta: Difference between the coefficients of the last and the first block.
+        num_blocks: L, for vectors that leave out the last blocks. Default: one more than the largest index, separately
+            for every tower (the part of the name before the block).
         block: Regular expression that finds the index of a block in a parameter name, as its only group; its first
             match in the name counts. Default: ``resblocks.3.``, ``blocks.3.``, ``layers.3.``, ``layer.3.`` and
             ``h.3.``.
@@ -125,8 +126,8 @@ class LiNeS(Finisher):
         """Finish a merged vector.
 
         Raises:
-            ValueError: If alpha is "auto", which takes a pipeline; if there are no blocks, a tower has a single one, or
-                there are more than ``num_blocks``.
+            ValueError: If alpha is "auto", which requires a pipeline; if there are no blocks, a tower has only one
+                block, or there are more than ``num_blocks``.
         """
         if self.alpha == "auto":
             raise ValueError("expected the sum of the task vectors for alpha='auto', got none; finish in a Pipeline")
@@ -154,7 +155,7 @@ class LiNeS(Finisher):
 
 
 def block_indices(names: Iterable[str], block: str = BLOCK) -> dict[str, int]:
-    """Return the index of the block for every parameter that is in one.
+    """Return the block index of every parameter that is in a block.
 
     Args:
         names: Parameter names.

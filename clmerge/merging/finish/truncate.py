@@ -1,4 +1,4 @@
-"""Bring the merged vector back to the rank of the adapters it was merged from."""
+"""Truncate the merged vector to a low rank, such as that of the merged adapters."""
 
 from typing_extensions import override
 
@@ -8,10 +8,10 @@ from clmerge.weights.task_vector import TaskVector
 
 
 class TruncateRank(Finisher):
-    """Keep the leading singular vectors of every merged matrix: what a merge of adapters is as one adapter of a rank.
+    """Keep the leading singular vectors of every merged matrix, so that merged adapters fit one adapter of this rank.
 
-    Behind ``TaskArithmetic`` it is what PEFT calls ``svd``; behind ``KnOTS`` it is KnOTS at constant rank. For runs of
-    LoRA, whose parameters are adapted matrices; a packed ``in_proj_weight`` counts as three, as it does there.
+    After ``TaskArithmetic`` it is what PEFT calls ``svd``; after ``KnOTS`` it is KnOTS at constant rank. Meant for
+    LoRA, where the merged parameters are adapted matrices; a packed ``in_proj_weight`` counts as three, as in LoRA.
 
     Args:
         rank: Singular vectors to keep.

@@ -1,1 +1,1 @@
-"""Linear rules: coefficients per task, whatever the entries are."""
+"""Linear rules: combinations of task vectors with coefficients per task, tensor or entry."""

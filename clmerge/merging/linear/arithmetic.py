@@ -72,20 +72,20 @@ class WeightAverage(_Sum):
 class TaskArithmetic(_Sum):
     """Add the task vectors: ``scale * sum(tau_t)`` (Ilharco et al., arXiv 2212.04089).
 
-    With a weight per task it is ``scale * sum(weights[t] * tau_t)``, and does all arithmetic there is:
+    With a weight per task it is ``scale * sum(weights[t] * tau_t)``, which covers:
 
-    - negation subtracts what was learned: a negative ``scale``, or a weight of -1 for one task;
-    - an analogy makes up a task vector from three others, D is to C as B is to A: ``tau_C + tau_B - tau_A`` with
-      ``weights=[1, 1, -1]`` for tasks C, B and A;
-    - extrapolation goes beyond the fine-tuned model: one task and a ``scale`` above 1, which is 1 + alpha of ExPO
+    - negation, which unlearns a task: a negative ``scale``, or a weight of -1 for one task;
+    - analogies, where D is to C as B is to A: ``tau_C + tau_B - tau_A`` with ``weights=[1, 1, -1]`` for tasks C, B
+      and A;
+    - extrapolation beyond the fine-tuned model: one task and a ``scale`` above 1, which is 1 + alpha of ExPO
       (arXiv 2404.16792).
 
     State: 4 bytes per parameter.
 
     Args:
-        scale: Scaling coefficient. The default 0.3 is what the paper's authors and their followers use for
-            eight tasks; the best value falls as tasks are added, and two tasks want about 0.8.
-        weights: One weight per task index, of any sign, on top of ``scale``. Default: 1 for every task.
+        scale: Scaling coefficient. The default 0.3 is the value that the paper and later work use for eight tasks;
+            the best value decreases as tasks are added, and is about 0.8 for two tasks.
+        weights: One weight per task index, of any sign, multiplied by ``scale``. Default: 1 for every task.
 
     Example:
         >>> import torch

@@ -16,17 +16,17 @@ class CoFiMA(Merger):
     """Interpolate between the merged model and the new one, weighted by the Fisher (arXiv 2312.08977).
 
     ``merged = ((1 - a) F' merged + a F tau) / ((1 - a) F' + a F)`` with ``a = alpha``, the diagonal Fisher ``F`` of
-    the new task and ``F'`` of the task before it; the first task is taken as it is. Theta0 cancels. Made for
-    tasks trained one after the other from the merged model. The Fisher of older tasks is not summed up, so the
-    order counts. Where neither task knows anything the entry is interpolated as without Fisher; the released
-    code divides 0 by 0 there. State: 8 bytes per parameter, 4 without Fisher.
+    the new task and ``F'`` of the task before it; the first task vector is taken unchanged. Theta0 cancels. Made
+    for tasks trained sequentially from the merged model. The Fisher of older tasks is not accumulated, so the
+    result depends on the order of tasks. Entries without information in both tasks are interpolated as without
+    Fisher; the released code divides 0 by 0 there. State: 8 bytes per parameter, 4 without Fisher.
 
     Args:
         alpha: Share of the new task, in (0, 1]. The released code has 0.4 on CIFAR-100 and ImageNet-R and 0.5 on
             others.
         use_fisher: Whether to weight by the Fisher; False is CoMA, which requires no statistics.
-        clip: Largest Fisher information that counts. The released code has 1e-4, for Fishers of batch-mean
-            gradients; the paper's rule has none.
+        clip: Upper bound at which the Fisher information is clipped. The released code uses 1e-4, for Fishers of
+            batch-mean gradients; the paper's rule has no bound.
         floor: Least Fisher information of an entry, above 0.
         statistic: Name of the statistic with the precision: ``"fisher"``, or ``"adam"`` for Adam's second moments
             (``clmerge.statistics.adam``), which take no data.

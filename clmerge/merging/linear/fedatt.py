@@ -1,4 +1,4 @@
-"""FedAtt: weigh every task anew for each parameter, by how far it moved."""
+"""FedAtt: weigh the tasks per parameter tensor, by the distance from the base model."""
 
 import math
 
@@ -11,19 +11,19 @@ from clmerge.weights.task_vector import State
 
 
 class FedAtt(WeightedSum):
-    """Average every parameter with attention on the tasks that moved it most (Ji et al., arXiv 1812.07108).
+    """Average every parameter with attention on the tasks that changed it most (Ji et al., arXiv 1812.07108).
 
     The result is ``scale * sum(a_t tau_t)``, where for every parameter tensor the ``a_t`` are the softmax over the
-    tasks of ``|tau_t| / temperature``, its distance from theta0. As theta0 stays, the weights of a task depend on that
-    task alone, and the softmax is streamed. The sign is that of the released code, ``softmax(+|.|)``: what moved far
-    counts more. There each parameter tensor is a layer of its own, too; its distance for matrices is the largest
-    singular value (scipy's norm of order 2), here it is the Euclidean norm of all entries; and it adds noise for
-    privacy, which is left out. A task with nearly all of the attention on a parameter cannot be taken out again.
-    State: 4 bytes per parameter.
+    tasks of ``|tau_t| / temperature``, with ``|tau_t|`` the distance from theta0. Theta0 is fixed, so the weight of a
+    task depends on that task alone, and the softmax is streamed. The sign is that of the released code,
+    ``softmax(+|.|)``: larger changes count more. As in that code, each parameter tensor is a layer of its own. Two
+    differences: the released code uses the largest singular value of matrices as distance (scipy's norm of order 2),
+    here it is the Euclidean norm of all entries; and its noise for privacy is left out. A task with nearly all of the
+    attention on a parameter cannot be removed. State: 4 bytes per parameter.
 
     Args:
-        temperature: Of the softmax: the larger, the more equal the weights; 1 is the paper's rule. A negative one
-            turns the attention to the tasks that stayed nearest to theta0.
+        temperature: Temperature of the softmax: the larger, the more equal the weights; 1 is the paper's rule. A
+            negative value prefers the tasks nearest to theta0.
         scale: Step size towards the average; the paper's epsilon.
 
     Raises:

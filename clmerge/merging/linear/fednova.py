@@ -17,9 +17,9 @@ class FedNova(WeightedSum):
     """Average the updates per local step, then take the average number of steps (Wang et al., arXiv 2007.07481).
 
     With the share of the samples ``p_t = n_t / sum(n)`` and ``s_t`` local steps the result is ``scale * sum(p_t s_t)
-    * sum(p_t tau_t / s_t)``: a task that trained longer does not count for more. With equal steps it is FedAvg.
-    This is the paper's rule for plain SGD, where the norm of the step weights is their number. State: 4 bytes per
-    parameter.
+    * sum(p_t tau_t / s_t)``: longer training does not give a task more weight. With equal steps it is FedAvg.
+    This is the paper's rule for plain SGD, where the norm of the step weights is the number of steps. State: 4 bytes
+    per parameter.
 
     Args:
         scale: Scaling coefficient; 1 is the paper's rule.

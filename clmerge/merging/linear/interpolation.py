@@ -1,4 +1,4 @@
-"""Interpolation between what was merged so far and the newest model: WiSE-FT and PAINT."""
+"""Interpolation between the merged model so far and the newest model: WiSE-FT and PAINT."""
 
 from typing import Any
 
@@ -36,10 +36,9 @@ class _Interpolation(Merger):
 class WiSEFT(_Interpolation):
     """Interpolate between theta0 and the fine-tuned model (Wortsman et al., arXiv 2109.01903).
 
-    After one task the result is ``alpha * tau_1``, WiSE-FT itself. Every further task moves the merged vector
-    the same share of the way towards its task vector: ``m_t = (1 - alpha) m_(t-1) + alpha tau_t``. With start
-    policy ``merged`` that is WiSE-FT applied again after every task. Older tasks fade: task k weighs ``alpha
-    (1 - alpha)^(t - k)``.
+    After one task the result is ``alpha * tau_1``, WiSE-FT itself. Every further task interpolates with the same
+    coefficient: ``m_t = (1 - alpha) m_(t-1) + alpha tau_t``. With start policy ``merged`` that is WiSE-FT applied
+    again after every task. Weights of older tasks decay: task k weighs ``alpha (1 - alpha)^(t - k)``.
     State: 4 bytes per parameter.
 
     Args:

@@ -14,9 +14,9 @@ class MetaGPT(WeightedSum):
     """Add task vectors by their share of the squared norms (Zhou et al., arXiv 2406.11385).
 
     The result is ``scale * sum(lambda_t tau_t)`` with ``lambda_t = |tau_t|^2 / sum(|tau_s|^2)`` and the norm of the
-    whole vector: what minimises the average loss difference where the model is linear and task vectors are
-    orthogonal. Both sums are streamed. A task with nearly all of the squared norm cannot be taken out again, for only
-    rounding would remain. State: 4 bytes per parameter.
+    whole vector, the minimiser of the average loss difference if the model is linear and task vectors are
+    orthogonal. Both sums are streamed. A task with nearly all of the squared norm cannot be removed, because only
+    rounding error would remain. State: 4 bytes per parameter.
 
     Args:
         scale: Scaling coefficient; 1 is the paper's rule.

@@ -12,11 +12,11 @@ from clmerge.seeds import seeded_uniform
 
 
 class RandomMix(Merger):
-    """Take every entry from one task, all tasks being equally likely.
+    """Take every entry from one task, with equal probability for all tasks.
 
     A baseline of MagMax (Marczak et al., arXiv 2407.06322).
-    Reservoir sampling makes it a stream: the t-th task vector replaces each entry with probability 1/t, which
-    leaves every task the share 1/t at every t. The result has exactly the distribution of the batch rule; the
+    It is streamed by reservoir sampling: the t-th task vector replaces each entry with probability 1/t, so that
+    every task has probability 1/t at every t. The result has exactly the distribution of the batch rule; the
     draws depend on seed, task and parameter name. State: 4 bytes per parameter.
 
     Args:

@@ -1,4 +1,4 @@
-"""SLERP: move along the arc between the merged vector and the newest task vector."""
+"""SLERP: spherical interpolation between the merged vector and the newest task vector."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ def slerp_weights(cosine: float, t: float) -> tuple[float, float]:
 
     Args:
         cosine: Cosine of the angle between the two ends.
-        t: Where on the arc; 0 is the first end, 1 the second.
+        t: Position on the arc; 0 is the first end, 1 the second.
 
     Returns:
         The weights of the first and the second end; those of linear interpolation if the ends are nearly parallel or
@@ -36,20 +36,20 @@ def slerp_weights(cosine: float, t: float) -> tuple[float, float]:
 
 
 class SLERP(Merger):
-    """Interpolate along the arc to every new task vector, for each parameter tensor (as in mergekit, arXiv 2403.13257).
+    """Interpolate spherically towards every new task vector, per parameter tensor (as in mergekit, arXiv 2403.13257).
 
     With the angle ``w`` between the merged vector m and the task vector, ``m = sin((1 - t) w) / sin(w) * m +
-    sin(t w) / sin(w) * tau``. As in mergekit the weights come from the directions and are applied to the vectors as
-    they are, so norms are interpolated; ends that are nearly parallel or opposite, or zero, are interpolated
-    linearly. The rule is made for two models. More are merged one after the other, in their order.
+    sin(t w) / sin(w) * tau``. As in mergekit the weights are computed from the directions and applied to the vectors
+    without normalising them, so norms are interpolated; ends that are nearly parallel or opposite, or zero, are
+    interpolated linearly. The rule is made for two models. More are merged one after the other, in order of arrival.
 
-    mergekit interpolates the weights themselves. Those of models fine-tuned from one theta0 are nearly parallel, so
-    what happens there is linear interpolation, which ``WeightAverage`` and ``WiSEFT`` do. Here the ends are the task
-    vectors, whose angles are large. State: 4 bytes per parameter.
+    mergekit interpolates the model weights. Weights of models fine-tuned from one theta0 are nearly parallel, so that
+    is linear interpolation, as in ``WeightAverage`` and ``WiSEFT``. Here the ends are the task vectors, whose angles
+    are large. State: 4 bytes per parameter.
 
     Args:
-        t: Share of the newest task vector, in [0, 1]. Default: ``1 / n`` for the n-th, half of the way between two
-            and equal shares of parallel vectors.
+        t: Share of the newest task vector, in [0, 1]. Default: ``1 / n`` for the n-th: the midpoint of two vectors,
+            and equal shares of parallel ones.
         scale: Scaling coefficient; 1 is the plain rule. For k orthogonal task vectors of norm 1 the result has norm 1,
             where their mean has ``1 / sqrt(k)``.
 

@@ -18,7 +18,7 @@ def measured(score: Score, vector: TaskVector) -> float:
 
     Args:
         score: The metric.
-        vector: What is added to theta0.
+        vector: The vector to add to theta0.
 
     Raises:
         ValueError: If the metric is NaN, which no comparison can rank.
@@ -35,19 +35,19 @@ class _Decision:
 
 
 class GreedySoup(Merger):
-    """Average the task vectors that help, deciding as they arrive (Wortsman et al., arXiv 2203.05482).
+    """Average the task vectors that improve a held-out metric, in order of arrival (Wortsman et al., arXiv 2203.05482).
 
     The first task vector is always kept. A later one is kept if the average with it scores at least as well
-    as the average without it; both are scored with the metric handed to that ``update``, so the held-out data
+    as the average without it; both are scored with the metric passed to that ``update``, so the held-out data
     may grow.
 
-    This is not the batch recipe, which sorts all models by their score before it begins (hence
-    ``exact_online = False``): the stream cannot go back to a vector it left out. State: 4 bytes per
+    This differs from the batch recipe, which first sorts all models by their score (hence
+    ``exact_online = False``): the stream cannot reconsider a vector it left out. State: 4 bytes per
     parameter.
 
     Args:
-        strict: Whether the score must rise. Default: it must not fall, as in the paper; the released code
-            wants it to rise.
+        strict: Whether the score must increase. Default: it must not decrease, as in the paper; the released code
+            requires an increase.
 
     Example:
         >>> import torch

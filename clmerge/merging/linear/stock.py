@@ -1,4 +1,4 @@
-"""Model Stock: how far to go along the average, from the angle between the task vectors."""
+"""Model Stock: scale the average by a ratio computed from the angles between the task vectors."""
 
 import math
 from typing import Any
@@ -22,11 +22,10 @@ def stock_ratio(unit_sum_squared: float, count: int) -> float:
 
     Args:
         unit_sum_squared: Squared norm of the sum of ``count`` unit vectors.
-        count: How many there are; the ratio of one vector is 1.
+        count: Number of vectors; the ratio of one vector is 1.
 
     Returns:
-        The share of the average that is taken, in [0, 1]. Negative cosines, for which the formula has a pole,
-        count as 0.
+        The factor of the average, in [0, 1]. Negative cosines, for which the formula has a pole, count as 0.
 
     Example:
         >>> stock_ratio(3.0, count=2)  # two vectors at 60 degrees
@@ -39,16 +38,15 @@ def stock_ratio(unit_sum_squared: float, count: int) -> float:
 
 
 class ModelStock(Removable):
-    """Take the share of the average that the angle between the task vectors allows (arXiv 2403.19522).
+    """Scale the average by a ratio computed from the angles between the task vectors (arXiv 2403.19522).
 
     For every parameter tensor the mean of the task vectors is multiplied by ``N cos / (1 + (N - 1) cos)``
     with the mean cosine over all pairs. The mean needs no pairs: ``|sum of unit vectors|^2 = N + N (N - 1)
     cos``, so the stream is exact. State: 8 bytes per parameter.
 
-    The rule is made for several fine-tunings of one task; nearly orthogonal task vectors collapse towards
-    theta0. No official code exists; where it is silent, this is what happens: negative mean cosines count as
-    0, and a task vector that is zero on a tensor (a frozen layer) has no direction and does not take part
-    there.
+    The rule is made for several fine-tuned models of one task; for nearly orthogonal task vectors the result is
+    near theta0. No official code exists; cases that the paper leaves open: negative mean cosines count as
+    0, and a task vector that is zero on a tensor (a frozen layer) has no direction and is ignored there.
 
     Args:
         scale: Scaling coefficient; 1 is the paper's rule.

@@ -1,4 +1,4 @@
-"""Subtract from an expert what only the others do: extraction before subtraction."""
+"""Extraction before subtraction: subtract from an expert only what it does not share with the anti-experts."""
 
 from typing import Any, Literal
 
@@ -17,24 +17,25 @@ _OPPOSITE = 1e-6  # sums of two unit vectors below it are zero
 
 
 class ExtSub(Merger):
-    """Take the deficiency of further models out of an expert (Ext-Sub, arXiv 2308.08090), as an exact stream.
+    """Subtract the deficiency of anti-experts from an expert (Ext-Sub, arXiv 2308.08090), as an exact stream.
 
     The first task vector is the expert, the later ones are anti-experts, trained on what is to be unlearned. For every
-    row of a matrix, the weights of one output, the direction they share is the sum of their unit vectors; what an
-    anti-expert has beside it is its deficiency, and the result is ``expert - strength * sum(deficiencies)``. One task
-    is the expert itself. A parameter of one dimension or none is one row; of three or more, a row is what belongs to
-    one index of the first. CLIP's ``proj`` and ``text_projection``, of shape (in, out), have their outputs in columns.
+    row of a matrix (the weights of one output), the shared direction is the sum of the two unit vectors. The component
+    of an anti-expert orthogonal to it is its deficiency, and the result is ``expert - strength * sum(deficiencies)``.
+    After one task the result is the expert itself. A parameter of at most one dimension is one row; with three or more
+    dimensions, each index of the first is a row. CLIP's ``proj`` and ``text_projection``, of shape (in, out), have
+    their outputs in columns.
 
-    The released code divides by zero where a row of either is zero; here such rows share nothing, and neither do
-    opposite ones. State: 8 bytes per parameter. The order matters, because the first is the expert.
+    The released code divides by zero if a row of either is zero; here zero rows and opposite rows have no shared
+    direction. State: 8 bytes per parameter. The order matters, because the first is the expert.
 
     Args:
-        strength: How much of the deficiencies is subtracted.
+        strength: Factor of the deficiencies.
         shared: ``"both"``: the shared direction is the sum of the two unit vectors (the paper and its code).
-            ``"expert"``: it is the expert's own, so that nothing along the expert is subtracted.
+            ``"expert"``: it is the expert's own direction, so that nothing along the expert is subtracted.
 
     Raises:
-        ValueError: If ``shared`` is neither.
+        ValueError: If ``shared`` has another value.
 
     Example:
         >>> merger = ExtSub(shared="expert")
@@ -65,7 +66,7 @@ class ExtSub(Merger):
         if not step.position:
             slots["expert"].copy_(tau)
             return
-        # In float64: the squares of float32 values may not be float32 values.
+        # In float64: the squares of float32 values may overflow or underflow in float32.
         rows, expert = (output_rows(name, tensor.to(torch.float64)) for tensor in (tau, slots["expert"]))
         direction, own = _unit(expert), _unit(rows)
         if self.shared == "both":

@@ -23,25 +23,25 @@ class WeightedAverage(WeightedSum):
 
     - ``"samples"``: the number of training samples, as in federated averaging (FedAvg, arXiv 1602.05629).
     - ``"loss"``: ``exp(-loss / temperature)``, the softmax of the negative losses of the experts. LM-Cocktail (arXiv
-      2311.13534) has the losses of all experts, and of the base model, on the same few examples of one target task, and
-      then mixes with the base model (``scale`` is the share of the average): hand those losses to ``update``. A run of
-      ``clmerge fit`` has no examples of tasks to come, and gives every expert's loss on its *own* task's images, which
+      2311.13534) uses the losses of all experts, and of the base model, on the same few examples of one target task,
+      then mixes with the base model (``scale`` is the share of the average): pass those losses to ``update``. A run of
+      ``clmerge fit`` has no examples of future tasks and passes every expert's loss on its *own* task's images, which
       favours easy tasks.
     - ``"inverse_norm"``: ``1 / |tau|`` over the whole vector (NAN, arXiv 2505.16148). A zero vector has no weight.
-    - ``"given"``: a preference per task index, a point of the simplex (rewarded soups, arXiv 2306.04488). While
-      tasks are still to come, the preferences of those that came are rescaled to sum 1.
+    - ``"given"``: a preference per task index, a point of the simplex (rewarded soups, arXiv 2306.04488). Until all
+      tasks are merged, the preferences of the merged tasks are rescaled to sum 1.
 
-    A task with nearly all of the weight cannot be taken out again, for only rounding would remain. State: 4 bytes per
-    parameter.
+    A task with nearly all of the weight cannot be removed, because only rounding error would remain. State: 4 bytes
+    per parameter.
 
     Args:
-        by: Where the weights come from, as above. ``"samples"`` and ``"loss"`` are statistics of ``update``.
-        weights: The preferences for ``"given"``, by task index, none negative, with sum 1.
-        temperature: Of the softmax for ``"loss"``: the larger, the more equal the weights.
+        by: Source of the weights, as above. ``"samples"`` and ``"loss"`` are statistics of ``update``.
+        weights: The preferences for ``"given"``, by task index, non-negative, with sum 1.
+        temperature: Temperature of the softmax for ``"loss"``: the larger, the more equal the weights.
         scale: Scaling coefficient; 1 is the plain weighted mean.
 
     Raises:
-        ValueError: If ``weights`` is given without ``by="given"``, or the other way round, or is off the simplex.
+        ValueError: If only one of ``weights`` and ``by="given"`` is set, or ``weights`` is not on the simplex.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The sum that weighted averages share: positive weights per task and parameter, safe for exponentials."""
+"""Base of weighted averages: a sum with positive weights per task and parameter, stored without overflow."""
 
 import math
 from abc import abstractmethod
@@ -24,14 +24,14 @@ _UNIT64 = 2.0**-53
 
 @dataclass(frozen=True)
 class Share:
-    """What one update does to the sum of one parameter: ``sum = sum * rescale + weight * tau``.
+    """The effect of one update on the sum of one parameter: ``sum = sum * rescale + weight * tau``.
 
     Attributes:
         counts: Whether the weight is above 0.
-        offset: What the sum's weights are relative to afterwards.
+        offset: Offset of the sum's weights after the update.
         rescale: Factor of the sum so far.
         weight: The task's weight, relative to the offset.
-        mass: The largest entry of what is added.
+        mass: Largest magnitude of the added term.
     """
 
     counts: bool
@@ -47,7 +47,7 @@ class _Total:
 
     Attributes:
         mass: Bound on the entries of the weighted sum.
-        error: Bound on what rounding has added to them.
+        error: Bound on their rounding error.
     """
 
     offset: float = -math.inf
@@ -61,13 +61,13 @@ class _Total:
             return Share(counts=False, offset=self.offset, rescale=1.0, weight=0.0, mass=0.0)
         offset = max(self.offset, _OFFSET_STEP * round(log_weight / _OFFSET_STEP))
         rescale = math.exp(self.offset - offset)
-        if not self.count:  # what taking all tasks out again left behind is rounding
+        if not self.count:  # after the removal of all tasks, the remainder is rounding error
             rescale = 1.0 if self.offset == -math.inf else 0.0
         weight = math.exp(log_weight - offset)
         return Share(counts=True, offset=offset, rescale=rescale, weight=weight, mass=weight * largest)
 
     def after(self, share: Share, sign: int, unit: float) -> "_Total":
-        """Return the total once a task is folded in (sign 1) or taken out (-1)."""
+        """Return the total after a task is folded in (sign 1) or removed (-1)."""
         held = self.mass * share.rescale
         return _Total(
             offset=share.offset,
@@ -81,8 +81,8 @@ class _Total:
 class WeightedSum(Removable):
     """Keep ``sum(w_t * tau_t)`` and ``sum(w_t)`` of positive weights; the result is their quotient.
 
-    A subclass gives the logarithms of the weights. They are summed as in a streaming softmax, relative to an offset
-    that grows with the largest weight.
+    A subclass computes the logarithms of the weights. Weights are summed as in a streaming softmax, relative to an
+    offset that grows with the largest weight.
     """
 
     scope: Scope = "parameter"
@@ -155,7 +155,7 @@ class WeightedSum(Removable):
         super()._join(other)
 
     def _aligned(self, other: Self) -> Self:
-        """Give both streams the same offsets; the other one is copied first."""
+        """Return a copy of ``other``, after rescaling both streams to the same offsets."""
         copy = deepcopy(other)
         for name, mine in self._totals.items():
             offset = max(mine.offset, copy._totals[name].offset)

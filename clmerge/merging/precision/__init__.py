@@ -1,1 +1,1 @@
-"""Rules that weigh entries or matrices by what the data of the tasks say."""
+"""Rules that weigh entries or matrices by statistics of the tasks, such as Fisher information and Gram matrices."""

@@ -1,4 +1,4 @@
-"""BECAME: how far to go from the merged model to the new one, from the Fisher information of all tasks."""
+"""BECAME: interpolate between the merged model and the new one, by the Fisher information of all tasks."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from clmerge.weights.task_vector import State
 
 
 class BECAME(Merger):
-    """Go from the merged model to the new one as far as the Laplace approximations of both allow.
+    """Interpolate between the merged model and the new one at the optimum of their Laplace approximations.
 
     With ``d = tau - merged``, the diagonal Fisher ``H`` of the new task and the sum ``L`` of those before it, the
     share ``d^T H d / (d^T L d + d^T H d)`` minimises the two quadratic losses on the line between the models: one
     number for the model. BECAME (arXiv 2504.02666) and P&M (arXiv 2505.22389) interpolate by such a coefficient; it
-    is derived here from the two losses, and their own codes were not compared. They also train in ways of their
-    own, which are no part of the rule. The first task is taken as it is; where the Fisher says nothing along ``d``,
-    all tasks count the same. The order counts. State: 8 bytes per parameter.
+    is derived here from the two losses and was not compared with their code. Their training methods are not part of
+    the rule. The first task vector is taken unchanged; where the Fisher is zero along ``d``, all tasks count
+    equally. The result depends on the order of tasks. State: 8 bytes per parameter.
 
     Args:
         statistic: Name of the statistic with the precision: ``"fisher"``, or ``"adam"`` for Adam's second moments
@@ -57,7 +57,7 @@ class BECAME(Merger):
         for name, slots in self._slots.items():
             others = (tensor.detach().to(device_of(slots)) for tensor in (vector[name], fisher[name]))
             for block, (tau, information) in slot_blocks(slots, *others):
-                # Squares of float32 numbers times small Fishers may be no float32 numbers.
+                # Squares of float32 numbers times small Fishers may underflow in float32.
                 squares = (tau.double() - block["merged"].double()).square()
                 new += float((squares * information.double()).sum())
                 old += float((squares * block["fisher"].double()).sum())

@@ -1,4 +1,4 @@
-"""DOP: move the merged matrix where neither the old model nor the new one feels it."""
+"""DOP: optimise the merged matrix against losses that preserve the old and the new model's inputs and outputs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,24 +19,25 @@ _EPSILON = 1e-8
 class DOP(_Spectral):
     """Merge continually by dual orthogonal projection (DOP, Yang et al., NeurIPS 2025; OpenReview zD5cUX67b9).
 
-    Both the merged matrix M so far and a new task matrix tau stand for the inputs and outputs they were trained on:
-    with ``U S V^T`` the decomposition of either, its loss at X is ``|S U^T (X - it)|^2 + |(X - it) V S|^2``. Starting
-    at the mean of the two, X takes ``num_steps`` steps of Adam on ``a loss(M) + (1 - a) loss(tau)`` and becomes M.
-    ``a`` begins at ``alpha`` and follows, as a moving average, the weights that give the loss-normalised gradients the
-    shortest sum (multiple-gradient descent). What is no matrix becomes the mean of merged and new, as in the released
-    code, whose defaults these are. There only the weights of linear layers count as matrices.
+    The singular vectors of the merged matrix M so far and of a new task matrix tau approximate the inputs and outputs
+    they were trained on: with ``Y = U S V^T`` the decomposition of either, its loss at X is ``|S U^T (X - Y)|^2 +
+    |(X - Y) V S|^2``. Starting at the mean of the two, X takes ``num_steps`` steps of Adam on ``a loss(M) + (1 - a)
+    loss(tau)`` and becomes the new M. ``a`` begins at ``alpha`` and is a moving average of the weights that minimise
+    the norm of the weighted sum of loss-normalised gradients (multiple-gradient descent). Parameters that are not
+    matrices become the mean of merged and new, as in the released code, whose defaults are used. In that code only
+    weights of linear layers count as matrices.
 
-    ``energy`` is read as the released code does: singular values are used while their sum stays below that share, the
-    one that crosses it left out. The steps have a fixed length, so scaling all task vectors does not scale the
-    result. State: 4 bytes per parameter. An update costs two decompositions and ``num_steps`` gradients per matrix, in
-    float64. The order of the tasks matters.
+    ``energy`` has the meaning of the released code: leading singular values are used while their sum stays below that
+    share; the one that crosses it is left out. The steps have a fixed length, so scaling all task vectors does not
+    scale the result. State: 4 bytes per parameter. An update costs two decompositions and ``num_steps`` gradients per
+    matrix, in float64. The order of the tasks matters.
 
     Args:
         num_steps: Steps of Adam per task.
         lr: Length of a step, in units of the weights.
         alpha: Weight of the merged model at first, in [0, 1].
         beta: Decay of the moving average of the weights, in [0, 1]; 1 keeps ``alpha``.
-        energy: Share of the sum of the singular values that is used, in [0, 1].
+        energy: Share of the sum of singular values that is used, in [0, 1].
         include: Glob patterns of the parameters that are treated as matrices. Default: all of two dimensions.
         exclude: Glob patterns of those that are averaged instead; see ``Matrices``.
         split_qkv: Treat a fused query-key-value weight as three matrices; the result differs.
@@ -130,7 +131,7 @@ def shortest(first: Tensor, second: Tensor) -> float:
         second: Same shape.
 
     Returns:
-        A number in [0.001, 0.999]: the released solver leaves neither gradient out.
+        A number in [0.001, 0.999]: as in the released solver, neither gradient is left out.
 
     Example:
         >>> shortest(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]))

@@ -1,4 +1,4 @@
-"""Precision rules: every entry of every task counts as much as the task's data say about it."""
+"""Precision rules: every entry of a task is weighted by its Fisher information."""
 
 import math
 from abc import abstractmethod
@@ -20,13 +20,13 @@ from clmerge.weights.task_vector import State
 class _Precision(Removable):
     """Keep the sum of weighted task vectors and the sum of the Fisher information.
 
-    A removal is judged entry by entry: where one task had nearly all of the information, what is left of its sums is
-    rounding.
+    The error of a removal is bounded entry by entry: where the removed task had nearly all of the information, the
+    remaining sums are mostly rounding error.
     """
 
     requires = frozenset({"fisher"})
     scope: Scope = "parameter"  # _plan only looks whether the statistics fit
-    prior: float = 0.0  # Fisher information that is there before any task
+    prior: float = 0.0  # Fisher information before any task
 
     def __init__(self, statistic: str) -> None:
         super().__init__()
@@ -62,8 +62,8 @@ class _Precision(Removable):
 
     @override
     def _uncertain(self, before: dict[str, Slots], extras: dict[str, Any], plan: dict[str, Tensor]) -> float:
-        shrunk = 1.0  # by which factor an entry's information shrinks at most
-        remains = 0.0  # the largest entry of the average that is left
+        shrunk = 1.0  # largest factor by which an entry's information shrinks
+        remains = 0.0  # largest entry of the remaining average
         for name, slots in self._slots.items():
             for block, (old,) in slot_blocks(slots, before[name]["fisher"]):
                 rest = block["fisher"] + self.prior
@@ -76,7 +76,7 @@ class _Precision(Removable):
 
     @abstractmethod
     def _weights(self, fisher: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the task vector is multiplied by, and what is added to the sum of the Fisher."""
+        """Return the weights of the task vector, and the term that is added to the sum of the Fisher."""
 
 
 class Fisher(_Precision):
@@ -84,22 +84,22 @@ class Fisher(_Precision):
 
     ``scale * sum(F_t * tau_t) / sum(F_t)``, entry by entry, with the diagonal Fisher ``F_t`` of task t at its own
     fine-tuned weights. Theta0 cancels, so task vectors give the paper's average of weights. ``F_t`` is at least
-    ``floor``: an entry about which no task knows anything gets the mean. State: 8 bytes per parameter.
+    ``floor``: an entry without information in any task is the plain mean. State: 8 bytes per parameter.
 
     The paper's Fisher is exact, a mean over examples of squared gradients with labels drawn from the model;
-    ``clmerge.statistics.collectors.diagonal_fisher`` collects that. MergeLM and FusionBench square the gradient of a
+    ``clmerge.statistics.collectors.diagonal_fisher`` computes it. MergeLM and FusionBench square the gradient of a
     sum over examples and classes, which is another quantity.
 
-    Taking a task out is refused if it had nearly all of the information about any entry: what remains of the sums could
-    not be told from rounding there.
+    Removing a task is refused if it had nearly all of the information about any entry: the remaining sums would be
+    mostly rounding error there.
 
     Args:
         floor: Least Fisher information of an entry, above 0. The released code has 1e-6, for some models only.
-        granularity: ``"entry"`` is the paper's rule; ``"row"`` gives all weights of one output of a layer the mean
-            information of them, which is less noisy. (Fisher information of mask nodes is another rule:
+        granularity: ``"entry"`` is the paper's rule; ``"row"`` uses the mean information over all weights of one
+            output of a layer, which is less noisy. (Fisher information of mask nodes is another rule:
             ``FisherMaskNodes``.)
         normalize: Divide each task's Fisher by its norm over all parameters, as the released code does, so that
-            every task weighs the same in total. The floor comes after that.
+            every task weighs the same in total. The floor is applied afterwards.
         statistic: Name of the statistic with the precision: ``"fisher"``, or ``"adam"`` for Adam's second moments
             (``clmerge.statistics.adam``), which take no data.
         transposed: Patterns of matrices of shape (in, out), for rows. Default: CLIP's ``proj`` and
@@ -170,22 +170,22 @@ class Fisher(_Precision):
 
     @override
     def _read_block(self, slots: Slots, overview: Any) -> Tensor:
-        # The sum is never below that but by rounding, after a task was taken out.
+        # Only rounding after the removal of a task can make the sum smaller than that.
         return slots["weighted"] / slots["fisher"].clamp(min=self.floor * self.num_tasks) * self.scale
 
 
 class UGM(_Precision):
-    """Add the task vectors, uncertainty corrected for gradient mismatch (Daheim et al., arXiv 2310.12808).
+    """Merge by uncertainty-based gradient matching (Daheim et al., arXiv 2310.12808).
 
     ``sum(a (H0 + H_t) tau_t) / (H0 + sum(a H_t))`` with the diagonal Fisher ``H_t`` of task t and ``a = scale``. The
-    prior ``H0``, how sure the base model is of its weights, is one number here: an isotropic Gaussian around
-    theta0. The paper also uses the Fisher of the base model on its training data, which is rarely at hand. With
+    prior precision ``H0`` of the base model's weights is one number here: an isotropic Gaussian around
+    theta0. The paper also uses the Fisher of the base model on its training data, which is rarely available. With
     ``prior`` 0 this is the Fisher average, with a large one task arithmetic. State: 8 bytes per parameter.
 
     Args:
         scale: The paper's coefficient of every task; 1 is its default.
-        prior: ``H0`` in units of the Fisher information per example, above 0. The paper has no one value: look
-            at the size of the Fisher, and compare several.
+        prior: ``H0`` in units of the Fisher information per example, above 0. The paper recommends no single value:
+            compare several near the size of the Fisher.
         statistic: Name of the statistic with the precision: ``"fisher"``, or ``"adam"`` for Adam's second moments
             (``clmerge.statistics.adam``), which take no data.
 

@@ -1,4 +1,4 @@
-"""Fisher averaging by what attention heads and hidden features know, in place of single weights."""
+"""Fisher averaging by the information of attention heads and hidden features instead of single weights."""
 
 from clmerge.merging.precision.fisher import Fisher
 
@@ -7,9 +7,9 @@ class FisherMaskNodes(Fisher):
     """Average the task vectors by the Fisher information of mask nodes (Thennal et al., arXiv 2403.09891).
 
     ``scale * sum(F_t * tau_t) / sum(F_t)``, where ``F_t`` is the information of the attention head or of the hidden
-    feature that a weight belongs to, or a mean of these: ``clmerge.statistics.mask_nodes`` measures it and says which.
-    It is less noisy than the information of single weights. Where no task knows anything the mean is taken, as in the
-    authors' code. The paper's coefficient of every task is 1 here. State: 8 bytes per parameter.
+    feature that a weight belongs to, or a mean of these; ``clmerge.statistics.mask_nodes`` defines and measures it.
+    It is less noisy than the information of single weights. Weights without information in any task are averaged, as
+    in the authors' code. The paper's coefficient of every task is 1 here. State: 8 bytes per parameter.
 
     Args:
         floor: Least information of a weight, above 0.

@@ -1,4 +1,4 @@
-"""What the Gram rules share: a matrix equation per weight matrix, from sums over the tasks."""
+"""Base of the Gram rules: a matrix equation per weight matrix, from sums over the tasks."""
 
 from abc import abstractmethod
 from typing import Any
@@ -20,10 +20,10 @@ _UNIT64 = 2.0**-53
 
 
 class _Gram(Removable):
-    """Keep ``sum(G_t)`` and ``sum(tau_t G_t)`` of every matrix in float64, and the sum of everything.
+    """Keep ``sum(G_t)`` and ``sum(tau_t G_t)`` of every matrix in float64, and ``sum(tau_t)`` of every parameter.
 
-    Rules differ in what the Gram matrix ``G_t``, shape (in, in), is. Shapes are (out, in) but for parameters
-    that match ``transposed``.
+    Rules differ in the definition of the Gram matrix ``G_t``, shape (in, in). Shapes are (out, in) except for
+    parameters that match ``transposed``.
     """
 
     transposed: tuple[str, ...] = IN_OUT
@@ -37,7 +37,7 @@ class _Gram(Removable):
 
     @abstractmethod
     def _gram(self, name: str, tau: Tensor, plan: Any) -> Tensor | None:
-        """Return the float64 Gram matrix of a parameter, shape (in, in), or None to merge it without."""
+        """Return the float64 Gram matrix of a parameter, shape (in, in), or None if it is merged without one."""
 
     @abstractmethod
     def _solve(self, total: Tensor, held: Slots, dtype: torch.dtype) -> Tensor:
@@ -45,16 +45,17 @@ class _Gram(Removable):
 
         Args:
             total: ``sum(tau_t)``, float64.
-            held: What ``_accumulate`` holds of it: ``gram``, ``sum(G_t)``, and ``moment``, ``sum(tau_t G_t)``.
-            dtype: That of the task vectors.
+            held: The matrix's accumulators of ``_accumulate``: ``gram``, ``sum(G_t)``, and ``moment``,
+                ``sum(tau_t G_t)``.
+            dtype: Dtype of the task vectors.
         """
 
     @abstractmethod
     def _read_other(self, total: Tensor) -> Tensor:
-        """Return what becomes of a parameter without Gram matrix, from ``sum(tau_t)``."""
+        """Return the merged value of a parameter without Gram matrix, from ``sum(tau_t)``."""
 
     def _oriented(self, name: str, tensor: Tensor) -> Tensor:
-        """Turn an (in, out) parameter to (out, in), or back."""
+        """Transpose a parameter that is stored as (in, out); return others unchanged."""
         return outputs_first(name, tensor, self.transposed)
 
     @override
@@ -72,7 +73,7 @@ class _Gram(Removable):
         self._accumulate(self._grams.setdefault(name, {}), name, matrix, gram.to(device_of(slots)), step)
 
     def _accumulate(self, held: Slots, name: str, matrix: Tensor, gram: Tensor, step: Step) -> None:
-        """Fold a matrix and its Gram matrix, both float64, into what is held of the parameter; nothing at first."""
+        """Fold a matrix and its Gram matrix, both float64, into the parameter's accumulators, empty at first."""
         if not held:
             held |= {"gram": torch.zeros_like(gram), "moment": torch.zeros_like(matrix)}
         held["gram"].add_(gram, alpha=step.sign)
@@ -87,7 +88,7 @@ class _Gram(Removable):
         return self._oriented(name, merged).to(float_dtype(slots)).contiguous()
 
     def _joined_grams(self, ours: dict[str, Slots], theirs: dict[str, Slots]) -> dict[str, Slots]:
-        """Return the Gram parts of two accumulators as one."""
+        """Return the joined Gram accumulators of two mergers."""
         joined: dict[str, Slots] = added(ours, theirs)
         return joined
 
@@ -110,17 +111,17 @@ class _Gram(Removable):
 
     @override
     def state_size(self, shapes: Shapes, num_tasks: int) -> int:
-        """Return the bytes the accumulators take: of a matrix with Gram matrix that and the moments, in float64.
+        """Return the bytes of the accumulators, including float64 Gram matrices and moments.
 
         Args:
             shapes: Shapes of the merged parameters by name.
-            num_tasks: Task vectors merged.
+            num_tasks: Number of merged task vectors.
         """
         matrices = [self._oriented_shape(name, shape) for name, shape in shapes.items() if self._has_gram(name, shape)]
         return super().state_size(shapes, num_tasks) + sum(self._gram_size(*shape, num_tasks) for shape in matrices)
 
     def _has_gram(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Return whether a parameter has a Gram matrix: what the state tells, else every matrix that can have one."""
+        """Return whether a parameter has a Gram matrix; before the first task, whether it can have one."""
         return name in self._grams if self._shapes else len(shape) == 2 and min(shape) > 0
 
     def _oriented_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -132,10 +133,10 @@ class _Gram(Removable):
 
 
 def ridge_solution(start: Tensor, gram: Tensor, moment: Tensor, ridge: float) -> Tensor:
-    """Solve ``W gram = moment`` for W, as near to ``start`` as the equation leaves free.
+    """Solve ``W gram = moment`` for W with a ridge penalty on the distance from ``start``.
 
     The minimiser of ``tr(W gram W^T) / 2 - tr(W moment^T) + r / 2 |W - start|^2`` is ``start + (moment - start gram)
-    (gram + r I)^-1``: directions that the Gram matrix does not see keep ``start``.
+    (gram + r I)^-1``: directions in the null space of the Gram matrix keep ``start``.
 
     Args:
         start: Shape (out, in), float64.

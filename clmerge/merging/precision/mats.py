@@ -1,4 +1,4 @@
-"""MaTS: conjugate gradients from a given merge towards all tasks, in the metric of their layers' inputs and outputs."""
+"""MaTS: conjugate gradients from an initial merge towards all tasks, in the metric of layer inputs and outputs."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,7 +14,7 @@ from clmerge.merging.required import tensors_of
 from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
-_SOLVED = 1e-28  # squared residual, as a share of that of zero: float64 does not get further
+_SOLVED = 1e-28  # squared residual relative to that of W = 0; float64 cannot go lower
 
 
 class MaTS(RegMean):
@@ -27,17 +27,17 @@ class MaTS(RegMean):
     - ``sum(B_t W A_t) = sum(B_t W_t A_t)`` with ``outputs``: both Kronecker factors of the Fisher information, ``B_t``
       those of the gradients of the outputs (``clmerge.statistics.output_factors``).
 
-    The start stays in directions that no task's inputs have, and a few steps change mostly the directions with the
-    largest inputs; without ``outputs`` many end at RegMean with ``reduce`` 1. Parameters without a Gram matrix stay as
-    they start.
+    Directions without inputs in any task keep the start, and a few steps mainly change the directions with the
+    largest inputs; without ``outputs``, many steps converge to RegMean with ``reduce`` 1. Parameters without a Gram
+    matrix keep the start.
 
     State: as for RegMean. With ``outputs`` the factors of all tasks are kept, ``8 (in^2 + out^2)`` bytes per matrix and
-    task, no task vector is; a step takes two products per task and matrix, and no task can be taken out again.
+    task, but no task vectors; a step takes two products per task and matrix, and no task can be removed.
 
     Args:
-        steps: Most iterations; they end earlier once the equation is solved. The paper tunes their number.
-        start: Coefficient of the sum of the task vectors where the iteration starts. Default: 1 / T, the mean.
-        outputs: Whether the statistic ``"output_gram"`` is taken beside ``"gram"``.
+        steps: Maximum number of iterations; they end earlier once the equation is solved. The paper tunes it.
+        start: The iteration starts at this coefficient times the sum of the task vectors. Default: 1 / T, the mean.
+        outputs: Whether the statistic ``"output_gram"`` is used in addition to ``"gram"``.
         transposed: Patterns of matrices of shape (in, out). Default: CLIP's ``proj`` and ``text_projection``.
 
     Raises:
@@ -129,7 +129,7 @@ class MaTS(RegMean):
 
 
 def _pairs(held: Slots) -> list[tuple[Tensor, Tensor]]:
-    """Return the factors of every task: of the inputs, and of the outputs."""
+    """Return the Kronecker factors of every task as pairs: of the inputs, and of the outputs."""
     count = sum(key.startswith("inputs") for key in held)
     return [(held[f"inputs{position}"], held[f"outputs{position}"]) for position in range(count)]
 
@@ -146,10 +146,10 @@ def conjugate_gradients(start: Tensor, apply: Callable[[Tensor], Tensor], moment
         start: Shape (out, in), float64.
         apply: Linear, symmetric and positive semi-definite, from matrices (out, in) to such matrices.
         moment: Shape (out, in), float64.
-        steps: Most iterations.
+        steps: Maximum number of iterations.
 
     Returns:
-        Shape (out, in), fresh.
+        A new tensor of shape (out, in).
 
     Example:
         >>> gram, moment = torch.diag(torch.tensor([1.0, 2.0])).double(), torch.tensor([[1.0, 1.0]]).double()
@@ -160,7 +160,7 @@ def conjugate_gradients(start: Tensor, apply: Callable[[Tensor], Tensor], moment
     residual = moment - apply(weights)
     direction = residual.clone()
     squared = float(residual.square().sum())
-    # The start may solve the equation already; what then remains is rounding of its two sides.
+    # If the start already solves the equation, the residual is the rounding error of its two sides.
     solved = _SOLVED * float(moment.square().sum())
     for _ in range(steps):
         if squared <= solved:

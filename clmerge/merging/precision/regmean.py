@@ -1,4 +1,4 @@
-"""RegMean: the weights that give every task's layers their own outputs, in the least-squares sense."""
+"""RegMean: least-squares weights that reproduce the layer outputs of every task's expert."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase

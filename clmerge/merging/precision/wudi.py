@@ -1,4 +1,4 @@
-"""WUDI and ACTMat: the task vectors themselves stand in for the inputs of the layers."""
+"""WUDI and ACTMat: Gram rules that use the task vectors in place of the layer inputs."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -16,23 +16,24 @@ from clmerge.merging.precision.gram import _Gram, ridge_solution
 class WUDI(_Gram):
     """Minimise the interference in the subspaces that the task vectors span (arXiv 2503.08099).
 
-    For every matrix, the minimiser of ``sum(|(M - tau_t) tau_t^T|^2 / |tau_t|^2)``: the rows of a task vector lie
-    in the span of its layer's inputs, so it takes no data. Gradient and minimiser depend on the tasks through
-    ``sum(G_t)`` and ``sum(tau_t G_t)`` with ``G_t = tau_t^T tau_t / |tau_t|^2`` alone, so the stream is exact. State:
+    For every matrix, the objective is ``sum(|(M - tau_t) tau_t^T|^2 / |tau_t|^2)``: the rows of a task vector lie
+    in the span of its layer's inputs, so no data is needed. Gradient and minimiser depend on the tasks only through
+    ``sum(G_t)`` and ``sum(tau_t G_t)`` with ``G_t = tau_t^T tau_t / |tau_t|^2``, so the stream is exact. State:
     4 bytes per parameter, 8 more per entry of a matrix and 8 in^2 for it, in float64.
 
-    The paper starts at ``sum(tau_t)`` and stops Adam after 300 short steps, a result near the sum; its figures are
-    for that. The minimiser itself can be far from it.
-    ``compute()`` then takes 300 products with the Gram matrix, 78 TFLOP for the image tower of a ViT-B. They are taken
-    in float32 (float64 for float64 vectors), on the distance from the start, which is exact where that is zero.
+    The paper starts at ``sum(tau_t)`` and stops Adam after 300 short steps; its reported results are for this point
+    near the sum. The minimiser itself can be far from it.
+    ``compute()`` then takes 300 products with the Gram matrix, 78 TFLOP for the image tower of a ViT-B. They are
+    computed in float32 (float64 for float64 vectors), on the distance from the start, which is exact where that is
+    zero.
 
     Args:
-        solver: ``"adam"`` is the paper's rule; ``"ridge"`` is the minimiser in closed form, pulled to the sum.
+        solver: ``"adam"`` is the paper's rule; ``"ridge"`` is the minimiser in closed form, regularised to the sum.
         steps: Steps of Adam.
-        lr: Learning rate of Adam. Its steps are that long whatever the size of the task vectors.
-        ridge: Pull of the closed form towards the sum, as a share of the mean of the Gram diagonal, above 0.
-        others: What becomes of parameters that are no matrices: ``"mean"``, as in FusionBench, or ``"keep"``, the
-            base model's as in the official script, which merges the blocks' four matrices alone.
+        lr: Learning rate of Adam; the length of a step does not depend on the size of the task vectors.
+        ridge: Regularisation of the closed form to the sum, as a share of the mean of the Gram diagonal, above 0.
+        others: Parameters that are not matrices: ``"mean"`` averages them, as in FusionBench; ``"keep"`` keeps the
+            base model's, as in the official script, which merges only the four matrices of each block.
         transposed: Patterns of matrices of shape (in, out). Default: CLIP's ``proj`` and ``text_projection``.
         scale: Scaling coefficient; 1 is the paper's rule.
 
@@ -97,19 +98,19 @@ class WUDI(_Gram):
 def interference_descent(
     start: Tensor, gram: Tensor, moment: Tensor, *, steps: int, lr: float, dtype: torch.dtype
 ) -> Tensor:
-    """Take steps of Adam from ``start`` down ``tr(W gram W^T) - 2 tr(W moment^T)``.
+    """Minimise ``tr(W gram W^T) - 2 tr(W moment^T)`` with steps of Adam from ``start``.
 
-    Adam divides by the size of the gradient, so the rounding of one that is zero would become a step. What is iterated
-    is the distance from the start: the gradient there is taken in float64, and what is added to it rounds relative to
-    the distance.
+    Adam divides by the size of the gradient, so the rounding error of a zero gradient would become a full step.
+    Therefore the distance from the start is iterated: the gradient at the start is computed in float64, and rounding
+    errors of later gradients are relative to the distance.
 
     Args:
         start: Shape (out, in), float64.
         gram: Symmetric, shape (in, in), float64.
         moment: Shape (out, in), float64.
-        steps: How many.
+        steps: Number of steps.
         lr: Learning rate.
-        dtype: In which the distance is kept; float32 is twice as fast as float64 on a CPU, and more on a GPU.
+        dtype: Dtype of the distance; float32 is twice as fast as float64 on a CPU, and more on a GPU.
 
     Returns:
         Shape (out, in), float64.
@@ -132,7 +133,7 @@ def interference_descent(
 
 
 class ACTMat(_Gram):
-    """RegMean with ``tau_t^T tau_t`` for the Gram matrix of the inputs, so without data (arXiv 2604.01329).
+    """RegMean without data: ``tau_t^T tau_t`` replaces the Gram matrix of the inputs (arXiv 2604.01329).
 
     ``W = sum(tau_t G_t) sum(G_t)^-1`` for matrices; other parameters are averaged. Larger task vectors weigh more;
     WUDI with ``solver="ridge"`` is the same with Gram matrices of trace 1. State: as for WUDI.

@@ -1,1 +1,1 @@
-"""Rules that elect signs, or let the largest entry win."""
+"""Rules that elect signs or keep the entry of largest magnitude."""

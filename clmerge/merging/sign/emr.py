@@ -1,4 +1,4 @@
-"""EMR: one unified vector of elected signs and largest magnitudes, and a mask and a factor per task."""
+"""EMR: one unified vector of elected signs and largest magnitudes, with a mask and a factor per task."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
@@ -20,7 +20,7 @@ Undecided = Literal["zero", "negative"]
 
 @dataclass(frozen=True)
 class _Record:
-    """What is kept of one task: the signs of its entries, one bit each way, and its size."""
+    """State kept per task: two bits per entry (above zero, below zero) and the size of the task vector."""
 
     task: int
     positive: Tensor
@@ -31,7 +31,7 @@ class _Record:
 
 @dataclass
 class _Scratch:
-    """What is gathered of one task while its parameters are folded in."""
+    """Values collected for one task while its parameters are folded in."""
 
     positive: BitWriter = field(default_factory=BitWriter)
     negative: BitWriter = field(default_factory=BitWriter)
@@ -44,14 +44,14 @@ class EMR(Merger):
 
     1. Elect: ``tau_uni`` has in every entry the sign of the sum over the tasks, and the largest magnitude among the
     entries that have this sign.
-    2. Mask: ``M_t`` keeps the entries of ``tau_uni`` that have the sign of task t's own.
-    3. Rescale: ``lambda_t = sum |tau_t| / sum |M_t tau_uni|`` brings task t back to its size.
+    2. Mask: ``M_t`` keeps the entries of ``tau_uni`` whose sign is that of ``tau_t``.
+    3. Rescale: ``lambda_t = sum |tau_t| / sum |M_t tau_uni|`` restores the size of task t.
 
-    Task t is served by ``task_view(t)``, theta0 + ``lambda_t M_t tau_uni``. ``compute()`` is ``scale * tau_uni``, for
+    Inputs of task t use ``task_view(t)``, theta0 + ``lambda_t M_t tau_uni``. ``compute()`` is ``scale * tau_uni``, for
     inputs of unknown task; the paper does not use it alone.
 
-    No task vector is kept, but two bits of every entry (above zero, below zero), with which masks are exact also when
-    later tasks turn a sign around. State: 12 bytes per parameter, and 1/4 byte per parameter and task.
+    Task vectors are not kept, only two bits per entry (above zero, below zero), so that masks stay exact when later
+    tasks change an elected sign. State: 12 bytes per parameter, and 1/4 byte per parameter and task.
 
     Args:
         scale: Scaling coefficient of ``compute()``; task views have ``lambda_t`` instead.
@@ -131,10 +131,10 @@ class EMR(Merger):
 
     @override
     def task_view(self, task: int) -> TaskVector:
-        """Return ``lambda_t * M_t * tau_uni``, what is added to theta0 for one task.
+        """Return ``lambda_t * M_t * tau_uni``, the vector to add to theta0 for one task.
 
         Args:
-            task: Index of the task, as it was given to ``update``; the last one of that index.
+            task: Index of the task, as given to ``update``; the last one with that index.
 
         Raises:
             ValueError: If no such task is merged.
@@ -180,7 +180,7 @@ class EMR(Merger):
         self._records = self._records + [self._moved(record) for record in other._records]
 
     def _moved(self, record: _Record) -> _Record:
-        """Return a copy of what is kept of a task, where the accumulators live."""
+        """Return a copy of a task's record on the accumulators' device."""
         positive, negative = (
             bits.to(self._device or bits.device, copy=True) for bits in (record.positive, record.negative)
         )

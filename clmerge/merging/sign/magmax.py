@@ -1,4 +1,4 @@
-"""MagMax: every entry is decided by the task that moved it furthest."""
+"""MagMax: keep, for every entry, the change of largest magnitude over the tasks."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def fold_max_magnitude(winner: Tensor, tau: Tensor) -> None:
     """
     larger = torch.maximum(winner, tau)
     torch.minimum(winner, tau, out=winner)
-    # The sum of two numbers has the sign of the one of larger magnitude, and is 0 for no others than +x and -x.
+    # The sum of two numbers has the sign of the one of larger magnitude, and is 0 only for +x and -x.
     take_larger = larger + winner
     torch.ge(take_larger, 0, out=take_larger)
     # With weights of 0 and 1 lerp selects exactly; on a CPU torch.where takes ten times as long.

@@ -1,4 +1,4 @@
-"""PCB: weigh every entry of every task by how large it is in its task and how well it agrees with the others."""
+"""PCB: weigh every entry of a task by its magnitude within the task and its agreement with the other tasks."""
 
 from typing import NamedTuple
 
@@ -12,11 +12,11 @@ from clmerge.merging.stored import _Stored
 from clmerge.merging.threshold import kth_largest_magnitude
 from clmerge.weights.task_vector import TaskVector
 
-_ROUNDING = 1e-9  # differences of weights or scores below this share of the largest are no differences
+_ROUNDING = 1e-9  # differences of weights or scores below this share of the largest count as rounding
 
 
 class _Range(NamedTuple):
-    """Between which magnitudes the entries of a task are clamped."""
+    """Magnitudes between which the entries of a task are clamped."""
 
     low: float
     high: float
@@ -35,10 +35,10 @@ class PCB(_Stored):
 
     1. Clamp the magnitudes of every task vector to their quantiles ``clip`` and ``1 - clip``, and let ``n_t`` be these
     magnitudes, scaled to run from 0 to 1, with their signs.
-    2. Score: ``exp(T n_t^2) * sum_s tanh(n_t n_s)``: large in its task (intra-balancing) and of one sign with the other
-    tasks (inter-balancing).
-    3. Weigh: of every task the ``density`` share of largest scores is kept; there the score, scaled to run from 0 to 1,
-    is the weight ``w_t``, elsewhere it is 0.
+    2. Score: ``exp(T n_t^2) * sum_s tanh(n_t n_s)``: high for entries that are large in their task (intra-balancing)
+    and agree in sign with the other tasks (inter-balancing).
+    3. Weigh: of every task the ``density`` share of largest scores is kept; the weight ``w_t`` is the score there,
+    scaled to run from 0 to 1, and 0 elsewhere.
     4. Merge: ``scale * sum(w_t tau_t) / sum(w_t)`` of the clamped vectors.
 
     Quantiles are those of the whole model. This is the released code for vision models; the paper writes softmax in
@@ -119,7 +119,7 @@ class PCB(_Stored):
         filled = [score for score in scores.values() if score.numel()]
         if not filled:
             return scores
-        # Counted from the smallest, scores are magnitudes, among which thresholds are found.
+        # Shifted so that the smallest is 0, scores are magnitudes, for which thresholds can be computed.
         smallest, largest = min(float(s.min()) for s in filled), max(float(s.max()) for s in filled)
         rounding = _ROUNDING * max(abs(smallest), abs(largest))
         for score in filled:

@@ -1,4 +1,4 @@
-"""TALL masks: which entries of the summed task vectors belong to which task; Consensus: which belong to several."""
+"""TALL: select each task's entries of the summed task vectors. Consensus: keep entries that several tasks use."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,12 +14,12 @@ from clmerge.weights.task_vector import State, TaskVector
 
 
 def tall_mask(tau: Tensor, total: Tensor, threshold: float) -> Tensor:
-    """Return which entries of a sum of task vectors are a task's own: ``|tau| >= threshold * |total - tau|``.
+    """Return the mask of a task's entries in a sum of task vectors: ``|tau| >= threshold * |total - tau|``.
 
     Args:
-        tau: The task's vector, any shape, float64 so that the order of the tasks does not show.
+        tau: The task's vector, any shape, float64 so that the result does not depend on the order of tasks.
         total: Sum over all tasks, same shape and dtype.
-        threshold: How large an entry must be beside what the other tasks add to it.
+        threshold: Smallest magnitude of an entry, relative to the sum of the other tasks.
 
     Returns:
         bool, same shape.
@@ -33,7 +33,7 @@ def tall_mask(tau: Tensor, total: Tensor, threshold: float) -> Tensor:
 
 
 class _Masked(_Stored):
-    """Rules that compare every task vector with the sum of all."""
+    """Base of rules that compare every task vector with the sum of all."""
 
     per_task = ("threshold",)
 
@@ -70,20 +70,20 @@ class _Masked(_Stored):
 
 
 class TALL(_Masked):
-    """Add the task vectors, and cut every task's part out of the sum again (Wang et al., arXiv 2405.07813).
+    """Add the task vectors, and select every task's entries of the sum by a mask (Wang et al., arXiv 2405.07813).
 
-    With ``tau_mtl = sum(tau_t)``, task t is served by ``task_view(t) = m_t * tau_mtl``. The mask ``m_t = |tau_t| >=
-    threshold * |tau_mtl - tau_t|`` keeps the entries that are task t's more than the others'. The released code
-    compares theta0 - theta_t with theta_mtl - theta_t, which is the same, but for ``>`` in place of ``>=``.
+    With ``tau_mtl = sum(tau_t)``, inputs of task t use ``task_view(t) = m_t * tau_mtl``. The mask ``m_t = |tau_t| >=
+    threshold * |tau_mtl - tau_t|`` keeps the entries to which task t contributes most. The released code compares
+    theta0 - theta_t with theta_mtl - theta_t, which is equivalent except for ``>`` in place of ``>=``.
 
-    ``compute()`` is what is left for inputs of unknown task: the plain sum times ``scale``, that is task arithmetic.
+    ``compute()``, for inputs of unknown task, is the plain sum times ``scale``, that is task arithmetic.
 
     Masks change with every further task, so all task vectors are kept. State: 4 bytes per parameter and task, or none
     with a bank (``use_bank``).
 
     Args:
-        threshold: How large an entry must be beside what the other tasks add to it; one number, or one for every task
-            by its index. The paper chooses among 0.2, 0.3, ..., 0.6 for every task on held-out data.
+        threshold: Smallest magnitude of an entry, relative to the sum of the other tasks; one number, or one per task
+            index. The paper chooses among 0.2, 0.3, ..., 0.6 for every task on held-out data.
         scale: Scaling coefficient of ``compute()``; task views are not scaled.
 
     Example:
@@ -109,10 +109,10 @@ class TALL(_Masked):
 
     @override
     def task_view(self, task: int) -> TaskVector:
-        """Return ``m_t * tau_mtl``, what is added to theta0 for one task.
+        """Return ``m_t * tau_mtl``, the vector to add to theta0 for one task.
 
         Args:
-            task: Index of the task, as it was given to ``update``; the last one of that index.
+            task: Index of the task, as given to ``update``; the last one with that index.
 
         Raises:
             ValueError: If no such task is merged.
@@ -139,8 +139,8 @@ class Consensus(_Masked):
     with a bank (``use_bank``).
 
     Args:
-        k: How many tasks must use an entry; 2 is the paper's.
-        threshold: How large an entry must be beside what the other tasks add to it, as in ``TALL``.
+        k: Number of tasks that must use an entry; 2 in the paper.
+        threshold: Smallest magnitude of an entry, relative to the sum of the other tasks, as in ``TALL``.
         scale: Scaling coefficient; the paper searches 0.1 to 1.
 
     Example:

@@ -19,7 +19,7 @@ MergeKind = Literal["mean", "sum", "max"]
 
 
 def majority_sign(totals: Iterable[Tensor]) -> int:
-    """Return the sign most entries of the model have: 1, -1, or 0 if none prevails.
+    """Return the majority sign over the entries of the model: 1, -1, or 0 for a draw.
 
     Args:
         totals: Sums over the tasks, in pieces of at most 2^24 entries.
@@ -33,7 +33,7 @@ def majority_sign(totals: Iterable[Tensor]) -> int:
 
 
 def sum_of_signs(totals: Iterable[Tensor]) -> int:
-    """Return how many more entries are positive than negative.
+    """Return the number of positive minus the number of negative entries.
 
     Args:
         totals: Sums over the tasks, in pieces of at most 2^24 entries.
@@ -54,12 +54,12 @@ class TIES(Merger):
     3. Merge: mean, sum or largest magnitude of the non-zero entries that have the elected sign; times
     ``scale``.
 
-    No task vector is kept: sums and counts of the positive and of the negative entries are enough. State: 12
+    Task vectors are not kept: sums and counts of the positive and of the negative entries suffice. State: 12
     bytes per parameter (mean, max) or 8 (sum); 16 for the mean of more than 32767 tasks, or with weights.
 
-    Entries whose sum is exactly zero: with ``trim="model"`` they take the sign most entries of the model
-    have; if there is no such sign either, mean and sum keep the negative entries and max gives zero, as the
-    released code does. With ``trim="tensor"`` they are positive, as in mergekit.
+    Entries whose sum is exactly zero: with ``trim="model"`` they take the majority sign over the entries of the
+    model; if that is a draw, mean and sum keep the negative entries and max returns zero, as in the
+    released code. With ``trim="tensor"`` they are positive, as in mergekit.
 
     Args:
         density: Share of the entries the trim keeps, in (0, 1].
@@ -67,8 +67,8 @@ class TIES(Merger):
             exactly ``max(1, int(density * n))`` entries of each tensor (mergekit; PEFT but for tiny tensors).
         merge: ``"mean"`` (the paper), ``"sum"`` or ``"max"``.
         scale: Scaling coefficient; the paper searches 0.8 to 2.5 and falls back to 1.
-        weights: One weight of 0 or more per task index, which multiplies what the trim keeps; the mean is then the
-            weighted one (as in mergekit). Default: 1 for every task.
+        weights: One non-negative weight per task index, which multiplies the trimmed task vector; the mean is then
+            weighted (as in mergekit). Default: 1 for every task.
 
     Example:
         >>> merger = TIES(density=1.0)
@@ -164,7 +164,7 @@ class TIES(Merger):
 
     @override
     def _overview(self) -> int:
-        """Return the sign of entries whose sum is zero: 1, -1, or 0 if the model has none."""
+        """Return the sign of entries whose sum is zero: 1, -1, or 0 if there is no majority."""
         if self.trim == "tensor":
             return 1
         return majority_sign(self._total(block) for slots in self._slots.values() for block, _ in slot_blocks(slots))

@@ -1,4 +1,4 @@
-"""Tunable MagMax: the largest changes, but every task wins as many entries as it is given."""
+"""Tunable MagMax: keep the largest changes, with a given share of the entries for every task."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,11 +15,11 @@ from clmerge.weights.task_vector import State
 
 
 def entry_quotas(num_entries: int, preference: Sequence[float]) -> list[int]:
-    """Return how many entries of a parameter every task wins: rounded down, the rest to the first tasks.
+    """Return the number of entries of a parameter that each task wins: rounded down, the rest to the first tasks.
 
     Args:
         num_entries: Entries of the parameter.
-        preference: Positive, one per task, of any sum.
+        preference: Positive numbers, one per task, with any sum.
 
     Example:
         >>> entry_quotas(10, [1.0, 1.0, 1.0])
@@ -33,12 +33,13 @@ def entry_quotas(num_entries: int, preference: Sequence[float]) -> list[int]:
 
 
 def quota_winners(magnitudes: Tensor, quotas: Sequence[int], lots: Callable[[int], Tensor]) -> Tensor:
-    """Return which task wins every entry, so that task t wins ``quotas[t]`` of them.
+    """Return the task that wins each entry, such that task t wins ``quotas[t]`` entries.
 
     Args:
         magnitudes: Shape ``(tasks, entries)``.
         quotas: One per task; their sum is the number of entries.
-        lots: Returns numbers of shape ``(entries,)`` for a task; where it won too much, it loses the lowest.
+        lots: Returns random numbers of shape ``(entries,)`` for a task; a task over its quota loses the entries with
+            the lowest numbers.
 
     Returns:
         int64, shape ``(entries,)``.
@@ -72,22 +73,22 @@ def quota_winners(magnitudes: Tensor, quotas: Sequence[int], lots: Callable[[int
 
 
 class TunableMagMax(_Stored):
-    """MagMax with a say: a preference fixes the share of entries each task wins (Hiroshima et al., arXiv 2605.20803).
+    """MagMax with a preference that fixes the share of entries each task wins (Hiroshima et al., arXiv 2605.20803).
 
     In every parameter the largest magnitude wins an entry, as in MagMax. Then, from the last task to the second, a task
-    that won more than its share loses as many, drawn by lot, to the largest of the tasks before it. What the first task
-    has too much goes to the tasks that lack entries, where possible to the largest among them. Shares are rounded down,
-    and the first tasks get the rest.
+    that won more than its share loses the surplus entries, drawn at random, each to the earlier task of largest
+    magnitude. The surplus of the first task goes to the tasks below their share, where possible to the one of largest
+    magnitude. Shares are rounded down, and the first tasks get the rest.
 
-    The paper measures the preference on a little target data; here it is given. Lots depend on seed, task and parameter
-    name alone. Between equal magnitudes the earlier task wins.
+    The paper measures the preference on a little target data; here it is an argument. The draws depend only on seed,
+    task and parameter name. Between equal magnitudes the earlier task wins.
 
     All task vectors are kept. State: 4 bytes per parameter and task, or none with a bank (``use_bank``).
 
     Args:
-        preference: Positive, one per task by its index, of any sum. Default: the same for every task.
+        preference: Positive numbers, one per task index, with any sum. Default: the same for every task.
         scale: Scaling coefficient.
-        seed: Seed of the lots.
+        seed: Seed of the draws.
 
     Example:
         >>> merger = TunableMagMax([1.0, 3.0], scale=1.0)

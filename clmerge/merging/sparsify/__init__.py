@@ -1,1 +1,1 @@
-"""Sparsifiers, which thin a task vector before a rule, and the rules named after them."""
+"""Sparsifiers, which prune or quantise a task vector before a rule, and the rules named after them."""

@@ -13,8 +13,8 @@ class BreadcrumbsMask(Sparsifier):
     """Keep the middle magnitudes of every tensor (arXiv 2312.06795).
 
     Of a tensor's n entries the ``int(gamma * n)`` largest and the ``int(beta * n)`` smallest become zero. Both numbers
-    are rounded down and their shares add up to less than 1, so every tensor keeps at least one entry, also where it is
-    too small to have outliers. Between entries of equal magnitude the later in memory order count as smaller.
+    are rounded down and their shares add up to less than 1, so every tensor keeps at least one entry, even a small
+    tensor without outliers. Between entries of equal magnitude the later in memory order count as smaller.
 
     Args:
         beta: Share of the entries of smallest magnitude that is dropped, in [0, 1).
@@ -50,11 +50,11 @@ class Breadcrumbs(Pipeline):
     Davari and Belilovsky, arXiv 2312.06795; the mask is ``BreadcrumbsMask``, tensor by tensor as in the paper. State: 4
     bytes per parameter.
 
-    Others differ: the released code ranks every row along the last dimension, drops the top share and then *keeps* a
-    share of the row (which is nothing in rows too short for it); its search tries 0.05 to 0.2 for what is kept and
-    0.001 to 0.01 for ``gamma``, from 0.15 (a ``beta`` of 0.85), 0.006 and a scale of 0.2 on. mergekit 0.1.5 ranks
-    whole tensors too, but takes ``density = 1 - beta - gamma`` and rounds down what it keeps, where this rounds down
-    what is dropped.
+    Other implementations differ: the released code ranks every row along the last dimension, drops the top share and
+    then *keeps* a share of the row (nothing in very short rows); its search covers 0.05 to 0.2 for the kept share and
+    0.001 to 0.01 for ``gamma``, starting at 0.15 (a ``beta`` of 0.85), 0.006 and a scale of 0.2. mergekit 0.1.5 also
+    ranks whole tensors, but takes ``density = 1 - beta - gamma`` and rounds down the number of kept entries; here the
+    numbers of dropped entries are rounded down.
 
     Args:
         beta: Share of the entries of smallest magnitude that is dropped, in [0, 1).

@@ -1,4 +1,4 @@
-"""A sparsifier for every task."""
+"""A separate sparsifier for every task."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from clmerge.weights.task_vector import State
 
 
 class ByTask(Sparsifier):
-    """Sparsify every task vector by a part of its own, such as trims of different densities.
+    """Sparsify every task vector by its own sparsifier, for example trims of different densities.
 
     Args:
         parts: The sparsifier of every task, by task index.

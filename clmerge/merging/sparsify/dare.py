@@ -10,7 +10,7 @@ class DARE(Pipeline):
     """Drop and rescale, then merge with any rule (Yu et al., arXiv 2311.03099).
 
     Every entry of a task vector is dropped with probability ``drop_rate`` and what is kept is divided by
-    ``1 - drop_rate``; the expectation stays. The masks depend on seed, task and parameter name alone. State:
+    ``1 - drop_rate``, which preserves the expectation. The masks depend only on seed, task and parameter name. State:
     the reducer's.
 
     Args:
@@ -18,8 +18,7 @@ class DARE(Pipeline):
         rescale: ``"probability"`` as above (the paper); ``"l1"`` restores each tensor's L1 norm (mergekit);
             ``"none"`` does neither (the released code without its rescale flag).
         seed: Seed of the masks.
-        scale: Scaling coefficient of task arithmetic, which merges by default. Default: that of
-            ``TaskArithmetic``.
+        scale: Scaling coefficient of task arithmetic, the default reducer. Default: that of ``TaskArithmetic``.
         reducer: Another rule that merges, with its own scale, e.g. ``TIES(density=1.0)``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""DELLA: drop entries at random, the smaller the likelier, rescale the rest, elect signs, merge."""
+"""DELLA: drop entries at random, small ones more likely, rescale the rest, elect signs, merge."""
 
 import torch
 from torch import Tensor
@@ -15,12 +15,12 @@ _BLOCK = 1 << 18  # entries whose ranks are in memory together; a longer row is 
 
 
 def keep_probabilities(rows: Tensor, density: float, window: float) -> Tensor:
-    """Return with which probability entries are kept, by the rank of their magnitude in their row.
+    """Return the keep probability of every entry, by the rank of its magnitude in its row.
 
     Args:
         rows: Entries, shape ``(rows, columns)``.
-        density: Probability in the middle of the ranks; that of single entries too.
-        window: How much more likely the largest entry of a row is kept than the smallest.
+        density: Probability at the middle rank, and in rows of one entry.
+        window: Difference between the keep probabilities of the largest and the smallest entry of a row.
 
     Returns:
         float64, same shape; of equal magnitudes the later has the higher rank.
@@ -42,10 +42,10 @@ def keep_probabilities(rows: Tensor, density: float, window: float) -> Tensor:
 class MagnitudeDrop(Sparsifier):
     """Drop entries at random, small ones more often than large ones (DELLA's MagPrune, arXiv 2406.11617).
 
-    In every row, the weights of one output (vectors are one row), the keep probability rises evenly with the rank of
-    the magnitude, from ``1 - drop_rate - window / 2`` to ``1 - drop_rate + window / 2``. The row of a convolution is
-    all that one output channel has; CLIP's ``proj`` and ``text_projection``, whose shape is (in, out), have their
-    outputs in columns. The mask depends on seed, task, parameter name and the ranks alone.
+    In every row (the weights of one output; vectors are one row), the keep probability rises linearly with the rank of
+    the magnitude, from ``1 - drop_rate - window / 2`` to ``1 - drop_rate + window / 2``. A row of a convolution holds
+    all weights of one output channel; CLIP's ``proj`` and ``text_projection``, whose shape is (in, out), have their
+    outputs in columns. The mask depends only on seed, task, parameter name and the ranks.
 
     Args:
         drop_rate: Share of the entries that is dropped, in [0, 1).
@@ -96,12 +96,12 @@ class DELLA(Pipeline):
     """Drop by magnitude, elect signs, fuse (Deep et al., arXiv 2406.11617).
 
     1. Drop: every entry is kept with a probability that rises with the rank of its magnitude in its row, and what is
-    kept is divided by that probability; the expectation stays.
+    kept is divided by that probability, which preserves the expectation.
     2. Elect: the sign of an entry is the sign of its sum over the tasks, positive if that is zero.
     3. Fuse: the mean of the non-zero entries that have the elected sign; times ``scale``.
 
-    The masks depend on seed, task, parameter name and ranks alone. State: the reducer's, by default 12 bytes per
-    parameter. Numbers are drawn in another way than in the released code, so masks agree in distribution only.
+    The masks depend only on seed, task, parameter name and ranks. State: the reducer's, by default 12 bytes per
+    parameter. Random numbers are drawn differently from the released code, so masks agree only in distribution.
 
     Args:
         drop_rate: Share of the entries that is dropped, in [0, 1).

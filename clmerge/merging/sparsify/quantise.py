@@ -1,4 +1,4 @@
-"""Task vectors in one or eight bits per entry."""
+"""Quantise task vectors to one or eight bits per entry."""
 
 from math import prod
 from typing import Literal
@@ -13,16 +13,16 @@ from clmerge.merging.sparsify.sparsifier import Sparsifier
 
 
 class Quantise(Sparsifier):
-    """Round task vectors to a sign, or to eight bits, with one magnitude for every tensor.
+    """Quantise task vectors to signs, or to eight bits, with one magnitude per tensor.
 
     - ``bits=1``: ``sign(tau) * mean |tau|``, the nearest such tensor; zeros count as negative (BitDelta, arXiv
-      2402.10193, which then trains the magnitudes). Half of what was pruned before comes back that way: prune after it,
-      or keep eight bits.
-    - ``bits=8``: whole multiples, -127 to 127, of ``max |tau| / 127``.
+      2402.10193, which then trains the magnitudes). Entries pruned before become non-zero again: prune afterwards, or
+      use eight bits.
+    - ``bits=8``: integer multiples, -127 to 127, of ``max |tau| / 127``.
 
-    Any rule merges what is left. Rules that keep every task vector (TALL, PCB, ...) keep it packed if no other
-    sparsifier follows: ``ceil(n / 8)`` bytes for a tensor of n entries, or n, and 4 for its magnitude. Vectors that
-    are read from a bank are rounded as they are read.
+    Any rule can merge the result. Rules that keep every task vector (TALL, PCB, ...) keep it packed if no other
+    sparsifier follows: ``ceil(n / 8)`` bytes for a tensor of n entries with one bit, n with eight, and 4 for its
+    magnitude. Vectors in a bank are quantised when they are read.
 
     Args:
         bits: 1 or 8.
@@ -70,10 +70,10 @@ class Quantise(Sparsifier):
         return {"codes": whole.to(torch.int8), "magnitude": magnitude}
 
     def unpack(self, packed: Slots, shape: tuple[int, ...]) -> Tensor:
-        """Return the parameter that codes and magnitude stand for.
+        """Return the parameter from its codes and magnitude.
 
         Args:
-            packed: What ``pack`` returned.
+            packed: The result of ``pack``.
             shape: Shape of the parameter.
         """
         codes, magnitude = packed["codes"], packed["magnitude"]
@@ -82,15 +82,15 @@ class Quantise(Sparsifier):
         return codes.to(magnitude.dtype).mul_(magnitude)
 
     def packed_bytes(self, numel: int) -> int:
-        """Return the bytes that a float32 parameter takes, its magnitude included.
+        """Return the packed bytes of a float32 parameter, including its magnitude.
 
         Args:
-            numel: Its entries.
+            numel: Number of entries.
         """
         return -(-numel * self.bits // 8) + 4
 
     def packed_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of what ``pack`` returns.
+        """Return the shapes of the tensors that ``pack`` returns.
 
         Args:
             shape: Shape of the parameter.

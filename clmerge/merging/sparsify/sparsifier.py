@@ -46,13 +46,13 @@ def _next_smaller(value: float, dtype: torch.dtype) -> float:
 
 
 def keep_largest(tau: Tensor, threshold: Threshold) -> Tensor:
-    """Keep exactly as many entries as the threshold was made for: those of largest magnitude.
+    """Keep exactly the k entries of largest magnitude, for the k that the threshold was computed for.
 
     Between entries of equal magnitude the first in memory order are kept.
 
     Args:
         tau: Any shape, float32 or float64.
-        threshold: What ``kth_largest_magnitude`` returned for ``tau``.
+        threshold: The result of ``kth_largest_magnitude`` for ``tau``.
 
     Returns:
         A fresh tensor with zeros in place of the other entries.
@@ -69,7 +69,7 @@ def keep_largest(tau: Tensor, threshold: Threshold) -> Tensor:
 
 
 def _drop_last(kept: Tensor, threshold: Threshold) -> None:
-    """Zero the last ``surplus`` entries whose magnitude is the threshold, in place."""
+    """Set the last ``surplus`` entries whose magnitude equals the threshold to zero, in place."""
     left = threshold.surplus
     for (piece,) in reversed(list(blocks(kept))):
         equal = (piece.abs() == threshold.value).nonzero().squeeze(1)
@@ -86,9 +86,9 @@ def drop_entries(tau: Tensor, uniform: Tensor, drop_rate: float, rescale: Rescal
     Args:
         tau: Any shape, floating-point.
         uniform: Numbers in [0, 1), same shape.
-        drop_rate: Share that is dropped.
-        rescale: ``"probability"`` divides by ``1 - drop_rate``; ``"l1"`` gives the rest the L1 norm of
-            ``tau``; ``"none"`` leaves it.
+        drop_rate: Expected share of dropped entries.
+        rescale: ``"probability"`` divides the kept entries by ``1 - drop_rate``; ``"l1"`` scales them to the L1 norm
+            of ``tau``; ``"none"`` leaves them unchanged.
 
     Returns:
         A fresh tensor with zeros in place of the dropped entries.
@@ -109,14 +109,14 @@ def drop_entries(tau: Tensor, uniform: Tensor, drop_rate: float, rescale: Rescal
 class Sparsifier(Configured, Scoped, ABC):
     """Set part of a task vector's entries to zero, before any reducer.
 
-    It sees one task vector at a time and nothing of the others, so it never stands in the way of streaming.
+    It needs only one task vector at a time, so it can always be streamed.
     """
 
     scope: Scope = "parameter"
     _sees_model = frozenset({"plan", "__call__"})
 
     def plan(self, vector: State, task: int) -> Any:
-        """Compute what is needed of the whole vector, such as a threshold; by default nothing.
+        """Compute whole-vector quantities, such as a threshold; by default nothing.
 
         Args:
             vector: The task vector.
@@ -129,10 +129,10 @@ class Sparsifier(Configured, Scoped, ABC):
         """Sparsify one parameter.
 
         Args:
-            name: Its name.
-            tau: Its part of the task vector, float32 or float64; not written to.
+            name: Name of the parameter.
+            tau: Its tensor in the task vector, float32 or float64; not changed.
             task: Index of the task.
-            plan: What ``plan`` returned.
+            plan: The result of ``plan``.
 
         Returns:
             The sparse tensor, same shape and dtype.
@@ -150,11 +150,11 @@ class Sparsifier(Configured, Scoped, ABC):
 
 
 class Sparsified(Mapping[str, Tensor]):
-    """A task vector whose parameters are sparsified when they are asked for, one at a time.
+    """A task vector whose parameters are sparsified on access, one at a time.
 
     Args:
         vector: The task vector.
-        sparsifier: What is done to it.
+        sparsifier: The sparsifier to apply.
         task: Index of its task.
     """
 
@@ -184,9 +184,8 @@ class Sparsified(Mapping[str, Tensor]):
 class TrimModel(Sparsifier):
     """Keep the largest entries of the whole model, by one threshold (TIES' trim, arXiv 2306.01708).
 
-    The threshold is the released code's: with d entries, the ``d - int(density * d)``-th smallest magnitude.
-    That entry and all that equal it are kept, so a vector without ties keeps ``int(density * d) + 1``
-    entries.
+    The threshold is that of the released code: with d entries, the ``d - int(density * d)``-th smallest magnitude.
+    Entries equal to the threshold are kept, so a vector without ties keeps ``int(density * d) + 1`` entries.
 
     Args:
         density: Share of the entries that is kept, in (0, 1]; 1 keeps everything.
@@ -242,7 +241,7 @@ class TrimTensor(Sparsifier):
 class RandomDrop(Sparsifier):
     """Drop entries at random and rescale the others (DARE, arXiv 2311.03099).
 
-    The mask depends on seed, task and parameter name alone.
+    The mask depends only on seed, task and parameter name.
 
     Args:
         drop_rate: Share of the entries that is dropped, in [0, 1).
@@ -270,7 +269,7 @@ class RandomDrop(Sparsifier):
 
 
 def checked_density(density: float) -> float:
-    """Return ``density``, or raise a ValueError if it is no share in (0, 1]."""
+    """Return ``density``, or raise a ValueError if it is not in (0, 1]."""
     if not 0 < density <= 1:
         raise ValueError(f"expected density as a share in (0, 1], got {density}; 20 % is 0.2")
     return density

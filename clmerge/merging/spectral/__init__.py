@@ -1,1 +1,1 @@
-"""Rules that look at singular vectors."""
+"""Rules that use singular value decompositions of the task matrices."""

@@ -1,4 +1,4 @@
-"""Merging in the space of low-rank adapters, where what is merged stays a pair of thin factors."""
+"""Merging of low-rank adapters, where the result is again a pair of thin factors per weight."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,17 +13,17 @@ Adapter = Mapping[str, Product]
 
 
 def sum_adapters(adapters: Sequence[Adapter], coefficients: Sequence[float] | None = None) -> dict[str, Product]:
-    """Add adapters up exactly, by concatenating their factors: task arithmetic, of the sum of the ranks.
+    """Add adapters exactly, by concatenating their factors: task arithmetic; the ranks add up.
 
     Args:
-        adapters: At least one; their ranks and scales may differ. A weight that some leave out they do not change.
+        adapters: At least one; ranks and scales may differ. An adapter does not change weights that it lacks.
         coefficients: One per adapter; default 1 for all.
 
     Returns:
         An adapter of scale 1.
 
     Raises:
-        ValueError: If there is no adapter, the coefficients are not as many, or shapes of a weight differ.
+        ValueError: If there is no adapter, the number of coefficients differs, or shapes of a weight differ.
 
     Example:
         >>> one = {"w": Product(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0], [1.0]]), 2.0)}
@@ -45,9 +45,9 @@ def sum_adapters(adapters: Sequence[Adapter], coefficients: Sequence[float] | No
 
 
 def truncate_adapter(adapter: Adapter, rank: int) -> dict[str, Product]:
-    """Bring every product back to a rank, by its leading singular vectors: the nearest one there is (Eckart-Young).
+    """Truncate every product to its leading singular vectors, the best approximation of that rank (Eckart-Young).
 
-    Costs decompositions of matrices as large as the present rank, not as the weights.
+    The size of the decomposed matrices is the current rank, not the size of the weights.
 
     Args:
         adapter: The adapter, for instance a sum.
@@ -74,7 +74,7 @@ def truncate_adapter(adapter: Adapter, rank: int) -> dict[str, Product]:
 
 
 def negate_adapter(adapter: Adapter) -> dict[str, Product]:
-    """Change the sign of every product, which takes that of one factor: flipping both would change nothing.
+    """Negate every product by negating one of its factors.
 
     Args:
         adapter: The adapter.
@@ -87,10 +87,10 @@ def negate_adapter(adapter: Adapter) -> dict[str, Product]:
 
 
 def mean_of_factors(adapters: Sequence[Adapter]) -> dict[str, Product]:
-    """Average A and B each by itself, which is *not* task arithmetic: a product of means is no mean of products.
+    """Average A and B separately. This is *not* task arithmetic: a product of means is not a mean of products.
 
-    What federated averaging of LoRA does (and PEFT's ``combination_type="linear"`` much the same); a baseline. The
-    factors only mean the same thing where A was shared. For the mean of the changes take ``sum_adapters`` with
+    A baseline: federated averaging of LoRA does this (PEFT's ``combination_type="linear"`` is similar). The
+    two agree if all adapters share A. For the mean of the weight changes use ``sum_adapters`` with
     coefficients ``1 / len(adapters)``, and ``truncate_adapter`` for the rank.
 
     Args:
@@ -114,10 +114,10 @@ def mean_of_factors(adapters: Sequence[Adapter]) -> dict[str, Product]:
 
 
 def adapter_of(vector: State, rank: int) -> dict[str, Product]:
-    """Take the nearest adapter to a dense vector, of any merger: KnOTS or TIES at the cost of an adapter.
+    """Approximate a dense merged vector of any merger, such as KnOTS or TIES, by the nearest adapter.
 
     Args:
-        vector: A merged vector; parameters that are no matrix are left out. A packed ``in_proj_weight`` of
+        vector: A merged vector; parameters that are not matrices are left out. A packed ``in_proj_weight`` of
             ``nn.MultiheadAttention`` counts as three matrices.
         rank: Rank of every product.
 
@@ -142,7 +142,7 @@ def adapter_of(vector: State, rank: int) -> dict[str, Product]:
 
 
 def _by_weight(adapters: Sequence[Adapter]) -> dict[str, list[tuple[int, Product]]]:
-    """Weight name -> the adapters that change it, with their positions."""
+    """Return, per weight name, the positions and products of the adapters that change it."""
     found: dict[str, list[tuple[int, Product]]] = {}
     for index, adapter in enumerate(adapters):
         for name, part in adapter.items():
@@ -154,7 +154,7 @@ def _by_weight(adapters: Sequence[Adapter]) -> dict[str, list[tuple[int, Product
 
 
 def _sliced(part: Product, ndim: int) -> tuple[Tensor, Tensor]:
-    """Return A and B in slices: a product over all of a packed projection has one A for the three of them."""
+    """Return A and B in slices; the three slices of a packed projection share A if the product has only one."""
     if part.a.ndim == ndim:
         return part.a, part.b
     return part.a.expand(3, *part.a.shape), part.b.reshape(3, -1, part.b.shape[-1])

@@ -1,4 +1,4 @@
-"""What the rules that decompose matrices share: the choice of matrices and careful linear algebra."""
+"""Base of the rules that decompose matrices: the choice of matrices, and decompositions robust to rounding."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,10 +15,10 @@ from clmerge.weights.task_vector import State
 
 
 class _Spectral(Merger):
-    """A rule that treats matrices by their singular values.
+    """A rule that uses singular value decompositions of matrices.
 
-    Decompositions are taken in float64 whatever the accumulators are: singular vectors of float32 matrices carry
-    errors that the rules amplify, and LAPACK's float32 routine fails more often.
+    Decompositions are computed in float64 for any dtype of the accumulators: singular vectors of float32 matrices
+    have errors that the rules amplify, and LAPACK's float32 routine fails more often.
     """
 
     def __init__(self, include: Sequence[str] | None, exclude: Sequence[str], split_qkv: bool) -> None:
@@ -57,12 +57,12 @@ def tolerance(dtype: torch.dtype, shape: Sequence[int]) -> float:
 
 
 def live_svd(matrix: Tensor, dtype: torch.dtype, largest: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Decompose a matrix, and leave out what is zero to rounding: those directions would be arbitrary.
+    """Decompose a matrix; drop singular values that are zero to rounding, whose singular vectors are arbitrary.
 
     Args:
         matrix: Shape ``(m, n)``, float64, ``m`` and ``n`` at least 1.
-        dtype: The dtype its entries were known in.
-        largest: What the singular values are compared with. Default: the largest of them.
+        dtype: The dtype its entries were computed in.
+        largest: The singular value that the others are compared with. Default: the largest of the matrix.
 
     Returns:
         ``u`` of shape ``(m, k)``, ``s`` of shape ``(k,)``, descending, and ``vh`` of shape ``(k, n)``, float64, with

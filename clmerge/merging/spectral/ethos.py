@@ -1,4 +1,4 @@
-"""Ethos: unlearn only where a task changes the base model much, looked at in the base model's own directions."""
+"""Ethos: unlearn only the large components of a task vector in the base model's singular basis."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,25 +20,25 @@ class Ethos(_Spectral, Removable):
     """Negate the part of the task vectors that is large in the base model's basis (Ethos, arXiv 2403.08994).
 
     With ``W0 = U S V^T`` a weight matrix of the base model, ``C = U^T tau V`` are the coordinates of a task matrix.
-    Those below ``threshold * max|C|`` count as general knowledge and stay as they are; the others are unlearned, with
-    what lies outside of the space of W0: the result is ``-strength * sum(tau_t - U small(C_t) V^T)``. What is no matrix
-    is left alone, for the paper edits matrices only.
+    Coordinates below ``threshold * max|C|`` count as general knowledge and are kept; the others are unlearned, and so
+    is the component outside of the space of W0: the result is ``-strength * sum(tau_t - U small(C_t) V^T)``. Parameters
+    that are not matrices are unchanged, because the paper edits matrices only.
 
-    The released code adds a further task vector, of an auxiliary task that is to stay, and takes the basis of W0 with
-    it: give those weights as the statistic, and add that vector by yourself. It compares with the largest coordinate
-    in place of the largest magnitude, and filters what is outside of the space of a matrix that is not square in an
-    arbitrary basis, where this negates it as a whole.
+    The released code adds the task vector of an auxiliary task that is to be kept, and takes the basis of W0 plus that
+    vector: to do the same, pass those weights as the statistic and add the vector yourself. It compares with the
+    largest coordinate instead of the largest magnitude. For matrices that are not square it filters the component
+    outside of the space of W0 in an arbitrary basis; here that component is negated as a whole.
 
     The weights of the base model are a statistic of every update: ``statistics={"weights": theta0}``, which
-    ``MergeCallback`` gives by itself. State: 4 bytes per parameter. An update costs one decomposition per matrix, in
+    ``MergeCallback`` passes itself. State: 4 bytes per parameter. An update costs one decomposition per matrix, in
     float64.
 
     Args:
-        threshold: Share of the largest coordinate below which one counts as small, in [0, 1]; 0 negates everything. The
-            released code has 0.03.
-        strength: How much is subtracted.
+        threshold: Coordinates below this share of the largest count as small, in [0, 1]; 0 negates everything. The
+            released code uses 0.03.
+        strength: Factor of the subtracted part.
         include: Glob patterns of the parameters that are treated as matrices. Default: all of two dimensions.
-        exclude: Glob patterns of those that are left alone; see ``Matrices``.
+        exclude: Glob patterns of those that are left unchanged; see ``Matrices``.
         split_qkv: Treat a fused query-key-value weight as three matrices; the result differs.
 
     Raises:
@@ -105,7 +105,7 @@ class Ethos(_Spectral, Removable):
 
     @override
     def _mass(self, vector: State, step: Step, plan: State) -> float:
-        return vector_norm(vector)  # a projection can gather in one entry what was in all
+        return vector_norm(vector)  # a projection can concentrate the whole norm in one entry
 
     def _large(self, tau: Tensor, weight: Tensor) -> Tensor:
         u, _, vh = live_svd(weight.to(torch.float64), weight.dtype)

@@ -20,8 +20,8 @@ class IsoC(_Spectral, Removable):
     Other parameters are averaged, as in the official code, which sums matrices but takes the mean of the rest. State: 4
     bytes per parameter. Reading costs one decomposition per matrix, in float64.
 
-    Directions in which the sum is zero to rounding stay zero, where the official code fills them with arbitrary ones;
-    the mean is over all of ``min(m, n)`` singular values all the same.
+    Directions in which the sum is zero to rounding stay zero; the official code fills them with arbitrary ones. The
+    mean is over all ``min(m, n)`` singular values in both.
 
     Args:
         scale: Scaling coefficient; the authors search 0.1 to 3.

@@ -15,21 +15,20 @@ from clmerge.merging.spectral.kept import _KeptSpectral
 class IsoCTS(_KeptSpectral):
     """Flatten the spectrum of common and task-specific directions together (Iso-CTS, arXiv 2502.04959).
 
-    Of ``r = min(m, n)`` directions of a matrix, about ``common`` are the leading ones of ``sum(tau_t)``. The rest is
-    shared out evenly: every task brings the leading singular triplets of what is left of its matrix outside of the
-    common left space (the official code projects that side only). The vectors are orthogonalised as in ``TSVM``, and
-    all of them get the mean of the singular values. Other parameters are averaged.
+    Of ``r = min(m, n)`` directions of a matrix, about the share ``common`` are the leading ones of ``sum(tau_t)``. The
+    rest is divided evenly among the tasks: each contributes the leading singular triplets of its matrix projected
+    orthogonally to the common left space (the official code projects that side only). The vectors are orthogonalised
+    as in ``TSVM``, and all singular values are replaced by their mean. Other parameters are averaged.
 
-    Every task is projected off a space that all tasks determine, so the task vectors are kept. State: 4 bytes per
-    parameter and task, or none with a bank (``use_bank``), and reading costs ``T + 3`` decompositions per matrix, in
-    float64. ``IsoC`` needs neither.
+    The common space depends on all tasks, so the task vectors are kept. State: 4 bytes per parameter and task, or none
+    with a bank (``use_bank``); reading costs ``T + 3`` decompositions per matrix, in float64. ``IsoC`` needs neither.
 
-    Directions that are zero to rounding are left out, where the official code fills them with arbitrary ones; the mean
-    is over ``r`` values all the same.
+    Directions that are zero to rounding are left out; the official code fills them with arbitrary ones. The mean is
+    over ``r`` values in both.
 
     Args:
-        common: Share of the directions that is common, in [0, 1]; what does not divide evenly among the tasks is added
-            to it, or taken from it to round.
+        common: Share of the directions that is common, in [0, 1]; adjusted so that the rest divides evenly among the
+            tasks.
         scale: Scaling coefficient; the authors search 0.1 to 3.
         include: Glob patterns of the parameters that are treated as matrices. Default: all of two dimensions.
         exclude: Glob patterns of those that are averaged instead; see ``Matrices``.

@@ -1,4 +1,4 @@
-"""Spectral rules without a stream of constant size: the task vectors are kept, and merged when they are read."""
+"""Spectral rules that keep every task vector and merge them when the result is read."""
 
 from torch import Tensor
 
@@ -8,9 +8,9 @@ from clmerge.merging.stored import _Stored
 
 
 class _KeptSpectral(_Spectral, _Stored):
-    """A spectral rule that needs every task matrix against something all of them determine."""
+    """A spectral rule that compares every task matrix with a basis that depends on all of them."""
 
     def _task_matrices(self, name: str, slots: Slots) -> list[list[Tensor]]:
-        """Return, for every matrix of a parameter, that of each task in float64; nothing for what is no matrix."""
+        """Return the float64 task matrices for every matrix of a parameter; empty if it is not a matrix."""
         by_task = [self._matrices.pieces(name, tau) for tau in self._taus(slots)]
         return [[piece.double() for piece in pieces] for pieces in zip(*by_task, strict=True)]

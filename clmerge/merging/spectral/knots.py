@@ -18,19 +18,19 @@ class KnOTS(_KeptSpectral):
     """Merge the coordinates of the task matrices in a common basis with TIES (arXiv 2410.19735).
 
     With ``U S [V_1 ... V_T]`` the singular value decomposition of the task matrices side by side, task t has the
-    coordinates ``S V_t`` in the basis ``U``, one of outputs: matrices are (out, in), and CLIP's ``proj`` and
-    ``text_projection``, which are stored the other way round, are turned. TIES merges the coordinates, and the result
-    times ``U`` is the merged matrix. Other parameters are averaged; the paper has none, for it merges LoRA updates
-    (give them as dense matrices).
+    coordinates ``S V_t`` in the basis ``U`` of the output space: matrices are (out, in), and CLIP's ``proj`` and
+    ``text_projection``, which are stored as (in, out), are transposed. TIES merges the coordinates, and ``U`` times
+    the result is the merged matrix. Other parameters are averaged; the paper has none, because it merges LoRA updates
+    (pass them as dense matrices).
 
-    The singular values are multiplied in before TIES looks at the coordinates, as in the authors' configurations.
+    TIES merges the coordinates with the singular values multiplied in, as in the authors' configurations.
 
     The basis changes with every task, so the task vectors are kept. State: 4 bytes per parameter and task, or none
     with a bank (``use_bank``); reading costs one decomposition of ``(m, T n)`` per matrix, in float64, and about 50
     bytes per parameter.
 
     Args:
-        density: Share of the coordinates of a task the trim of TIES keeps, in (0, 1].
+        density: Share of a task's coordinates that the trim of TIES keeps, in (0, 1].
         trim: ``"model"``: one threshold for all coordinates of a task (the paper); ``"tensor"``: one per matrix.
         merge: ``"mean"`` (the paper), ``"sum"`` or ``"max"``; see ``TIES``.
         scale: Scaling coefficient; the authors search it and use 0.6 for eight vision tasks.
@@ -104,7 +104,7 @@ class KnOTS(_KeptSpectral):
         }
 
     def _coordinates(self, position: int, bases: dict[str, list[Tensor]]) -> TaskVector:
-        """Return ``S V_t``, which is ``U^T`` times the matrix of the task: one task at a time is in memory."""
+        """Return ``S V_t``, which is ``U^T`` times the matrix of the task; only one task is in memory at a time."""
         found = {}
         for name, own in bases.items():
             pieces = self._matrices.pieces(name, self._tau(position, name))

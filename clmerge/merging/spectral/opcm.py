@@ -1,4 +1,4 @@
-"""OPCM: fold in what a new task adds orthogonally to the merged model, at constant length."""
+"""OPCM: add the component of a new task matrix orthogonal to the merged one, at constant norm."""
 
 import math
 from collections.abc import Sequence
@@ -21,28 +21,28 @@ class OPCM(_Spectral):
     """Merge continually by orthogonal projection (OPCM, arXiv 2501.09522).
 
     With ``M = U S V^T`` the merged matrix so far, ``C = U^T tau V`` are the coordinates of a new task matrix. Its
-    leading ``r x r`` block and its diagonal are set to zero, and ``M <- (lambda' M + U C V^T) / lambda``: what is added
-    is orthogonal to ``M``. ``r`` is the number of leading singular values that stay within the share ``alpha`` of
-    their sum, the one that crosses it not counted. What is no matrix is added as it is. ``lambda`` is one number for
-    the model, such that the length of the merged vector is the mean length of the task vectors; it grows like the
-    square root of the number of tasks.
+    leading ``r x r`` block and its diagonal are set to zero, and ``M <- (lambda' M + U C V^T) / lambda``: the added
+    matrix is orthogonal to ``M``. ``r`` is the number of leading singular values that stay within the share ``alpha``
+    of their sum, without the one that crosses it. Parameters that are not matrices are added unchanged. ``lambda`` is
+    one number for the model, chosen so that the norm of the merged vector is the mean norm of the task vectors; it
+    grows like the square root of the number of tasks.
 
-    The products ``lambda M`` are plain sums of what was added, so the sum and the mean length are all that is kept.
+    The products ``lambda M`` are plain sums of the added matrices, so only the sum and the mean norm are kept.
     State: 4 bytes per parameter. An update costs one decomposition per matrix, in float64. The order of the tasks
     matters.
 
-    The released code walks over leaf modules, which leaves a class embedding at its first task's value and never
-    visits the fused weights of ``nn.MultiheadAttention``; here every parameter takes part. Directions in which ``M`` is
-    zero to rounding have no coordinates that could be zeroed, and stay.
+    The released code iterates over leaf modules, so a class embedding keeps its first task's value and the fused
+    weights of ``nn.MultiheadAttention`` are skipped; here every parameter is merged. Directions in which ``M`` is
+    zero to rounding have no coordinates to set to zero and are added unchanged.
 
     Args:
-        alpha: Share of the spectrum of the merged matrix that is protected, in [0, 1]. With 1 nothing is protected as a
-            block, because no singular value crosses it.
+        alpha: Share of the spectrum of the merged matrix that is protected, in [0, 1]. With 1 no block is protected,
+            because no singular value crosses the share.
         zero_diagonal: ``"paper"``: the diagonal of C is set to zero. ``"released"``: it is kept, because the statement
-            of the authors' code that should do it writes to a copy; what they ran for their tables is not known.
+            of the authors' code that should zero it writes to a copy; which one their tables use is not known.
         scale: Scaling coefficient; 1 is the paper's rule.
         include: Glob patterns of the parameters that are treated as matrices. Default: all of two dimensions.
-        exclude: Glob patterns of those that are added as they are; see ``Matrices``.
+        exclude: Glob patterns of those that are added unchanged; see ``Matrices``.
         split_qkv: Treat a fused query-key-value weight as three matrices; the result differs.
 
     Raises:
@@ -120,7 +120,7 @@ class OPCM(_Spectral):
 
     @override
     def _overview(self) -> float:
-        """Return what the sums are multiplied by: 1 / lambda, and the scale."""
+        """Return the factor of the sums: the scale divided by lambda."""
         length = math.sqrt(sum(squared_norm(slots["sum"]) for slots in self._slots.values()))
         return self.scale * self._length / self.num_tasks / length if length else 0.0
 

@@ -19,16 +19,16 @@ class TSVM(_Spectral):
     side they are ``U``, ``S`` and ``V``; the matrix becomes ``scale * polar(U) S polar(V)^T``, where ``polar`` is the
     nearest orthogonal matrix. Other parameters are averaged.
 
-    The share of a task shrinks as tasks are added, and the leading triplets of the leading triplets are the leading
-    ones: each update cuts the triplets that are kept, so their number never exceeds ``min(m, n)`` and ``compute()``
-    equals the batch rule after every task. With more tasks than ``min(m, n)`` nothing of a matrix is left, as in the
-    official code. State: 8 bytes per parameter. An update costs one decomposition per matrix, in float64.
+    The share of a task shrinks as tasks are added, and fewer leading triplets are a prefix of more: each update drops
+    the last triplets of every task, so their total never exceeds ``min(m, n)`` and ``compute()`` equals the batch rule
+    after every task. With more tasks than ``min(m, n)`` the merged matrix is zero, as in the official code. State: 8
+    bytes per parameter. An update costs one decomposition per matrix, in float64.
 
-    Where the kept vectors of several tasks are linearly dependent (a task merged twice), the polar factor of the
+    If the kept vectors of several tasks are linearly dependent (a task merged twice), the polar factor of the
     official code has arbitrary directions; here they are left out.
 
     Args:
-        scale: Scaling coefficient; about 1 is best for the authors.
+        scale: Scaling coefficient; about 1 is best in the paper.
         include: Glob patterns of the parameters that are treated as matrices. Default: all of two dimensions.
         exclude: Glob patterns of those that are averaged instead; see ``Matrices``.
         split_qkv: Treat a fused query-key-value weight as three matrices; the result differs.
@@ -111,22 +111,22 @@ class TSVM(_Spectral):
                 _append(left, right, self.num_tasks, their_left[:, :rank], their_right, other.num_tasks)
 
     def _wide(self, name: str, tensor: Tensor) -> list[Tensor]:
-        """Return views of the matrices of a parameter, or of its accumulator, none of them taller than wide."""
+        """Return wide views (m <= n) of the matrices of a parameter or of its accumulator."""
         return [
             piece if piece.shape[0] <= piece.shape[1] else piece.t() for piece in self._matrices.pieces(name, tensor)
         ]
 
 
 def _append(left: Tensor, right: Tensor, ours: int, their_left: Tensor, their_right: Tensor, theirs: int) -> None:
-    """Put triplets of further tasks behind those that are kept, in place; every task keeps its leading ones.
+    """Append the triplets of further tasks to the kept ones, in place; every task keeps its leading triplets.
 
     Args:
         left: Left singular vectors of ``ours`` tasks in columns, shape ``(m, n)``, in equal shares of ``m`` columns.
-        right: Scaled right ones in rows, shape ``(m, n)``.
-        ours: How many tasks these belong to.
-        their_left: Those of ``theirs`` further tasks, shape ``(m, m)``.
-        their_right: Shape ``(m, n)``.
-        theirs: How many tasks those belong to.
+        right: Right singular vectors times singular values in rows, shape ``(m, n)``.
+        ours: Number of tasks in ``left`` and ``right``.
+        their_left: Left singular vectors of the further tasks, shape ``(m, m)``.
+        their_right: Scaled right ones, shape ``(m, n)``.
+        theirs: Number of further tasks.
     """
     rank = len(right)
     share = rank // (ours + theirs)
