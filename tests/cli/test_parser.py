@@ -40,10 +40,12 @@ def test_the_help_of_a_class_is_its_whole_docstring(command, capsys):
         main([command, option, "Ethos"])
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
-    assert "The released code adds a further task vector" in printed  # the second paragraph
+    assert "The released code adds the task vector of an auxiliary task" in " ".join(
+        printed.split()
+    )  # the second paragraph
     assert ">>> merger = Ethos(threshold=0.1)" in printed
     words = " ".join(printed.split())
-    assert words.count("Share of the largest coordinate below which one counts as small") == 1  # once, as an option
+    assert words.count("Coordinates below this share of the largest count as small") == 1  # once, as an option
 
 
 def optional_settings():
