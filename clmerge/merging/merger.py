@@ -41,6 +41,7 @@ class Merger(Accumulator, Scoped):
             adds to its accumulators by ``step.sign``.
         task_views: Whether every task has its own merged model (``task_view``), so that prediction needs the task of
             each image; ``compute()`` returns the model for images of unknown task.
+        ignored_by_views: Names of the settings that views do not depend on.
         keeps_vectors: Whether every task vector is kept, in memory or in a bank (``use_bank``).
         reading_bytes: Bytes per parameter that ``compute()`` of such a rule takes, in addition to the result and the
             task vectors of one parameter.
@@ -56,6 +57,7 @@ class Merger(Accumulator, Scoped):
     exact_online: bool = True
     removable: bool = False
     task_views: bool = False
+    ignored_by_views: tuple[str, ...] = ()
     keeps_vectors: bool = False
     reading_bytes: int = 0
     requires: frozenset[str] = frozenset()

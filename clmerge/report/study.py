@@ -14,6 +14,7 @@ from clmerge.report.looks import join_looks
 from clmerge.report.rules import Rule
 from clmerge.report.runs import Run, number
 from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Setting
+from clmerge.results.table import needs_task
 
 # Models that are not merged (bounds and baselines), with descriptions.
 REFERENCES = {
@@ -87,6 +88,11 @@ class Entry:
     def series(self, key: str, setting: Setting) -> list[Spread]:
         """Return a figure that is a list of numbers, one per row or task."""
         return _spreads([run.numbers(self.model, setting)[key] for run in self.runs])
+
+    @property
+    def needs_task(self) -> bool:
+        """Whether it must be told the task of every image, and so has task-aware accuracies alone."""
+        return all(needs_task(*(run.numbers(self.model, setting)["R"] for setting in SETTINGS)) for run in self.runs)
 
     def matrix(self, setting: Setting) -> list[list[Spread]]:
         """Return the accuracy matrix R, rows by columns."""

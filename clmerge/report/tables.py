@@ -13,6 +13,7 @@ from clmerge.report.searches import order_spread
 from clmerge.report.study import UNDEFINED, Entry, Spread, Study
 from clmerge.report.text import MISSING, percent, show
 from clmerge.results.results import Setting
+from clmerge.results.table import told_note
 
 Format: TypeAlias = Literal["md", "latex"]
 MOST_TASKS = 10  # largest number of tasks for which every task has a column
@@ -173,9 +174,11 @@ def paper_table(study: Study, setting: Setting, form: Format) -> str:
         for entry in entries
     ]
     names = [entry.name for entry in entries]
+    needy = [entry.name for entry in entries if entry.needs_task]
+    told = f" {told_note(needy)}." if needy else ""
     caption = (
         f"Accuracy in % after task {study.num_finished} of {len(study.tasks)}, {setting.replace('_', '-')}, "
-        f"{_runs(entries)}. Bold: best merger.{_names_of(wanted, study)}"
+        f"{_runs(entries)}.{' Bold: best merger.' if study.ranking(setting) else ''}{_names_of(wanted, study)}{told}"
     )
     if form == "md":
         return _markdown(caption, names, wanted, cells)

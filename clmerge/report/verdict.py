@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from clmerge.report.study import EXPERT, ZERO_SHOT, Entry, Spread, Study
 from clmerge.report.text import percent, plural, points, show, show_spread
 from clmerge.results.results import Setting
+from clmerge.results.table import told_note
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def judge(study: Study, setting: Setting) -> Verdict:
     """Find the best merger, by average accuracy after the last task, with reasons and cautions."""
     ranking = study.ranking(setting)
     if not ranking:
-        return Verdict(None, caution=["No merger has a defined average accuracy: there is nothing to compare."])
+        why = ["No merger has a defined average accuracy: there is nothing to compare.", *_told(study)]
+        return Verdict(None, caution=why)
     best = ranking[0]
     return Verdict(
         best,
@@ -167,6 +169,12 @@ def _caution(study: Study, setting: Setting, ranking: Sequence[Entry]) -> Iterab
         "all classes compete" if setting == "task_agnostic" else "only the classes of the image's own task compete"
     )
     yield f"Accuracies are {setting.replace('_', '-')}: {reading}."
+    yield from _told(study)
+
+
+def _told(study: Study) -> Iterable[str]:
+    if needy := [entry.name for entry in study.mergers if entry.needs_task]:
+        yield f"{told_note(needy)}."
 
 
 def _where(study: Study, best: Entry, second: Entry, setting: Setting) -> str:

@@ -97,10 +97,20 @@ def render_text(results: Results, *, setting: Setting | None = None, width: int 
     return "\n".join([cells.title, *body, *notes])
 
 
-def needs_task(results: Results, model: str) -> bool:
-    """Return whether a model has only task-aware accuracies, because it uses other weights for every task."""
-    agnostic, aware = (results.matrix(model, setting) for setting in SETTINGS)
-    return bool(np.isnan(agnostic).all() and not np.isnan(aware).all())
+def needs_task(agnostic: Sequence[Sequence[float | None]], aware: Sequence[Sequence[float | None]]) -> bool:
+    """Return whether a model has task-aware accuracies alone, because it serves every task with a view of its own.
+
+    Args:
+        agnostic: Its task-agnostic matrix R, None or NaN where undefined.
+        aware: Its task-aware one.
+    """
+    undefined, known = (np.isnan(np.array(matrix, dtype=float)) for matrix in (agnostic, aware))
+    return bool(undefined.all() and not known.all())
+
+
+def told_note(names: Sequence[str]) -> str:
+    """Return a note on models that have task-aware accuracies alone."""
+    return f"{', '.join(names)}: must be told the task of every image, so task-aware only"
 
 
 def align(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -131,8 +141,9 @@ def _cells(results: Results, setting: Setting, width: int) -> _Cells:
     figures = [_latest_figures(results, model, setting) for model in models]
     notes = [_HINTS[setting], *(["* best merger by average accuracy"] if best else [])]
 
-    if told := [model for model in results.mergers if needs_task(results, model)]:
-        notes.append(f"{', '.join(told)}: must be told the task of every image, so task-aware only")
+    matrices = {model: [results.matrix(model, reading).tolist() for reading in SETTINGS] for model in results.mergers}
+    if told := [model for model, pair in matrices.items() if needs_task(*pair)]:
+        notes.append(told_note(told))
 
     tasks = [shorten(name, _NAME_LENGTH) for name in results.tasks[:done]]
     short = all(len(name) <= 6 for name in tasks)

@@ -15,7 +15,7 @@ from clmerge.runs.learner_parts import LearnerParts
 from clmerge.lightning_compat import quiet_lightning
 from clmerge.loggers import finish_loggers, log_artifacts, log_summary, log_task
 from clmerge.names import tell
-from clmerge.runs.notices import add_place, notices
+from clmerge.runs.notices import add_place, notices, view_lines
 from clmerge.figures import plot_files, save_plots
 from clmerge.deploy.predictors import Merged, Predictor
 from clmerge.results.results import EXPERT, ZERO_SHOT, Results
@@ -70,7 +70,8 @@ class Learner(LearnerParts):
         results = restore(self, run)
         if run.writes:
             matrices = matrix_lines(self.module, self.mergers) if self.mergers else ()  # a frozen backbone has none
-            for line in (trainable_line(self.module), *matrices, *notices(self.module, self.stream)):
+            views = view_lines(self.mergers)
+            for line in (trainable_line(self.module), *matrices, *views, *notices(self.module, self.stream)):
                 tell(line)
         told = loggers if run.writes else ()  # but the Trainer needs the same loggers on every rank
         deployed = self.merge.deploy if self.mergers else EXPERT

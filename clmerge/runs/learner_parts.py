@@ -175,9 +175,13 @@ class LearnerParts:
         }
 
     def merged(self) -> dict[str, dict[str, Tensor]]:
-        """Return the weights of every merged model, by the module's own names."""
+        """Return the weights of every merged model, by the module's own names; rules with a view per task have none."""
         merge = self.merge
-        return {name: merge.state_with(merge.merged_vector(name), self.module, merger=name) for name in self.mergers}
+        return {
+            name: merge.state_with(merge.merged_vector(name), self.module, merger=name)
+            for name, merger in self.mergers.items()
+            if not merger.task_views
+        }
 
     def unmerged(self) -> dict[str, Tensor]:
         """Return the tensors that are trained but never merged: a trained head, and running statistics."""

@@ -1,8 +1,9 @@
 """Notices before training: settings and data that are allowed but rarely intended."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from clmerge.merging import Merger
 from clmerge.models import Classifier
 from clmerge.results.run_folder import RunFolder
 from clmerge.streams import Stream, Task
@@ -26,6 +27,20 @@ def notices(module: Classifier, stream: Stream) -> list[str]:
         *_domains(stream),
         *_empty_classes(stream),
         *_alone(module, stream),
+    ]
+
+
+def view_lines(mergers: Mapping[str, Merger]) -> list[str]:
+    """Return one line for each merger that is evaluated with other weights than those that it leaves in a file.
+
+    Args:
+        mergers: The run's mergers by name.
+    """
+    return [
+        f"{name} is evaluated with a view for every task, task-aware; model/{name}.safetensors, start_from and deploy "
+        "take its one model for inputs of unknown task"
+        for name, merger in mergers.items()
+        if merger.task_views
     ]
 
 

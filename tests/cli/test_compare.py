@@ -344,3 +344,20 @@ def test_a_comparison_goes_to_wandb_when_asked(run, tmp_path, monkeypatch, capsy
 def test_without_diagnose_there_are_no_diagnostics(run):
     compare(run, "--mergers", "MagMax")
     assert document(run / "compare")["compare"]["diagnostics"] is None
+
+
+def test_a_scale_that_views_do_not_depend_on_is_not_searched(tmp_path, capsys):
+    run = make_run(tmp_path, "--stream.val_fraction=0.2", "--mergers", "EMR", "MagMax")
+    capsys.readouterr()
+    compare(run, "--scale", "0.5,1.0")
+    told = capsys.readouterr()
+    assert "emr: scale is not searched: its views for the tasks do not depend on it" in told.err
+    found = document(run / "compare")
+    assert [search["merger"] for search in found["compare"]["searches"]] == ["MagMax"]
+    assert "emr: must be told the task of every image, so task-aware only" in told.out
+    capsys.readouterr()
+    assert main(["compare", str(run), "--grid", "EMR.scale=0.5,1.0"]) == 1
+    assert "got EMR.scale: emr is evaluated with a view for every task" in capsys.readouterr().err
+    for form in ("md", "latex"):
+        assert main(["report", str(run), "--format", form]) == 0
+        assert "emr: must be told the task" in capsys.readouterr().out

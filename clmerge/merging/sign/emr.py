@@ -72,6 +72,7 @@ class EMR(Merger):
     summary = "elected signs with largest magnitudes; a 1-bit mask and a factor per task"
     source = "2405.17461"
     task_views = True
+    ignored_by_views = ("scale",)
     scope = "parameter"  # that of compute(); the factors of task views are the whole model's
 
     def __init__(self, scale: float = 1.0, *, rescale: Rescaler = "l1", undecided: Undecided = "zero") -> None:

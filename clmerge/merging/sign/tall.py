@@ -98,6 +98,7 @@ class TALL(_Masked):
     summary = "sum of the task vectors; a mask per task cuts its part out again"
     source = "2405.07813"
     task_views = True
+    ignored_by_views = ("scale",)
     scope = "entry"
 
     def __init__(self, threshold: float | Sequence[float] = 0.4, *, scale: float = 0.3) -> None:

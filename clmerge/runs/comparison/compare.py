@@ -16,6 +16,7 @@ from clmerge.runs.comparison.scale_rule import scale_rules
 from clmerge.runs.comparison.search import Search, search_all
 from clmerge.runs.comparison.stored_run import StoredRun
 from clmerge.merging import Merger
+from clmerge.names import tell
 from clmerge.results.results import ENSEMBLE, EXPERT, JOINT, SETTINGS, TASK_ORACLE, ZERO_SHOT, Results
 
 RULE = "scale-rule"
@@ -112,6 +113,9 @@ def check_request(run: StoredRun, request: Request, joint: StoredRun | None = No
     if joint is not None:
         check_joint(run, joint)
     grid = grids(mergers, request.scale, request.grid)
+    for name, merger in mergers.items() if request.scale is not None else ():
+        if "scale" in merger.ignored_by_views:
+            tell(f"{name}: scale is not searched: its views for the tasks do not depend on it")
     return {name: Search(run, name, mergers[name], parameters) for name, parameters in grid.items()}
 
 

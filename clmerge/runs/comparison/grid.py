@@ -64,7 +64,7 @@ def grids(
     if scale is not None:
         values = parse_values(scale)
         for name, merger in mergers.items():
-            if "scale" in _parameters(merger):
+            if "scale" in _parameters(merger) and "scale" not in merger.ignored_by_views:
                 found[name]["scale"] = _checked(mergers[name], "scale", values)
     for assignment in assignments:
         target, equals, text = assignment.partition("=")
@@ -81,6 +81,11 @@ def grids(
                 raise ValueError(
                     f"expected a parameter of {type(mergers[name]).__name__} ({', '.join(parameters) or 'none'}), "
                     f"got {parameter!r}{_near(parameter, parameters)}"
+                )
+            if parameter in mergers[name].ignored_by_views:
+                raise ValueError(
+                    f"expected a parameter that the result depends on, got {merger_name}.{parameter}: {name} is "
+                    f"evaluated with a view for every task, in which {parameter} does not occur"
                 )
             found[name][parameter] = _checked(mergers[name], parameter, parse_values(text))
     return {name: parameters for name, parameters in found.items() if parameters}

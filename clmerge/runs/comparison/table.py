@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.text import Text
 
 from clmerge.names import shorten
-from clmerge.results.results import Setting, is_reference
-from clmerge.results.table import align, percent
+from clmerge.results.results import SETTINGS, Setting, is_reference
+from clmerge.results.table import align, needs_task, percent, told_note
 
 _NAME_LENGTH = 80
 _NOTES = {
@@ -64,7 +64,12 @@ def comparison_lines(document: Mapping[str, Any], setting: Setting) -> tuple[lis
     ]
     table = align([headings, *cells])
     title = f"After task {num_tasks} of {num_tasks}, {setting.replace('_', '-')}"
-    notes = [*_NOTES.values(), "* best merger by average accuracy after the last task"]
+    notes = list(_NOTES.values())
+    if best >= 0:
+        notes.append("* best merger by average accuracy after the last task")
+    told = [model for model, found in document["models"].items() if needs_task(*(found[s]["R"] for s in SETTINGS))]
+    if told:
+        notes.append(told_note(told))
     chosen = [_search_note(search) for search in compared["searches"]]
     swept = compared["orders"]["models"] if compared["orders"] else {}
     orders = [_order_note(name, part, setting) for name, part in swept.items()]
