@@ -1,9 +1,8 @@
-"""Streams: where the images come from, and how they are cut into tasks.
+"""Streams: data sources of images, and how they are cut into tasks.
 
 A `DataSource` is one labelled data set, a `Stream` cuts one or several of them into tasks, and
 `StreamDataModule` serves the tasks to a Lightning Trainer. Heavy packages (Avalanche, Lightning,
-scikit-learn) are imported where they are first needed, so that building a stream on the command line costs
-nothing.
+scikit-learn) are imported where they are first needed, so that building a stream on the command line is fast.
 """
 
 from __future__ import annotations

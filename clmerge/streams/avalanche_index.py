@@ -1,7 +1,7 @@
-"""The bridge to Avalanche: it cuts index data sets into experiences, and only the indices come back.
+"""Let Avalanche cut data sets of indices into experiences, and return the indices.
 
-Avalanche decides which sample belongs to which experience. The images are served by our own data set class,
-because AvalancheDataset costs up to 25 % on small images and new-style Avalanche benchmarks serve the test
+Avalanche assigns the samples to experiences. The images are served by clmerge's own data set class, because
+AvalancheDataset takes up to 25 % more time on small images and new-style Avalanche benchmarks serve the test
 stream with the training transform until ``.eval()`` is called.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def avalanche_benchmarks() -> Any:
-    """Import ``avalanche.benchmarks`` without the two warnings its optional solvers raise at import."""
+    """Import ``avalanche.benchmarks`` without the two warnings that its optional solvers raise at import."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no QP solver found", category=UserWarning)
         warnings.filterwarnings("ignore", message="JAXopt is no longer maintained", category=DeprecationWarning)

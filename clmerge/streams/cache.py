@@ -1,4 +1,4 @@
-"""Evaluation images of several tasks in one data set, kept as tensors where they are few."""
+"""Serve the evaluation images of several tasks as one data set, and cache them as tensors if they fit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CachedImages(Dataset[tuple[Tensor, int]]):
     Args:
         images: ``(num_images, channels, height, width)``.
         targets: global class ids, length ``num_images``.
-        on_disk: whether the images are a mapped file and take no memory of their own.
+        on_disk: whether the images are in a memory-mapped file.
     """
 
     def __init__(self, images: Tensor, targets: list[int], *, on_disk: bool = False) -> None:
@@ -42,17 +42,17 @@ class CachedImages(Dataset[tuple[Tensor, int]]):
 def cached(
     dataset: ImageDataset, max_bytes: int, file: Path | None = None, *, num_workers: int = 0
 ) -> CachedImages | None:
-    """Transform all images once and keep them, if they fit and if the transform is not random.
+    """Transform all images once and keep the results, if they fit and the transform is not random.
 
     Args:
         dataset: images with their evaluation transform.
-        max_bytes: room there is in memory.
-        file: where images go that do not fit into memory, if the disk has room (default: they are not kept).
+        max_bytes: available memory.
+        file: file for images that do not fit into memory, if the disk has room (default: they are not kept).
         num_workers: processes that decode images for the file.
 
     Returns:
-        The kept images; None if they do not fit, are not tensors of one shape, or come out different the
-        second time.
+        The kept images; None if they do not fit, are not tensors of one shape, or the first one differs when it is
+        transformed again.
     """
     if not len(dataset):
         return None
@@ -63,7 +63,7 @@ def cached(
     size = first.nbytes * len(dataset)
     if size <= max_bytes:
         images, num_workers = first.new_empty(shape), 0
-    # A mapped file grows when it is written to, and a full disk would then kill the process.
+    # A mapped file takes disk space only when it is written, and a full disk would then kill the process.
     elif file is not None and size < shutil.disk_usage(file.parent).free * _SHARE_OF_DISK:
         images = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=first.dtype).view(shape)
     else:
@@ -98,7 +98,7 @@ class TaskImages(Dataset[tuple[Any, int, int]]):
 
     @property
     def in_memory(self) -> bool:
-        """Whether no image needs decoding any more."""
+        """Whether all images are cached, so that none needs decoding."""
         return all(isinstance(part, CachedImages) for part in self.parts)
 
     def __len__(self) -> int:

@@ -25,11 +25,10 @@ _DEFAULT_NUM_TASKS = 5
 
 
 class ClassIncremental(Stream):
-    """The classes of one data set arrive in groups, one group a task.
+    """The classes of one data set arrive in groups, one group per task.
 
-    Class ids stay those of the data set. No class is ever dropped: where the classes do not divide evenly,
-    task ``i`` gets the classes ``floor(n i / T)`` to ``floor(n (i + 1) / T) - 1`` of the order, as in MagMax
-    (arXiv 2407.06322).
+    Class ids stay those of the data set. No class is dropped: if the classes do not divide evenly, task ``i`` gets
+    the classes ``floor(n i / T)`` to ``floor(n (i + 1) / T) - 1`` of the order, as in MagMax (arXiv 2407.06322).
 
     Args:
         source: the data set.
@@ -40,8 +39,8 @@ class ClassIncremental(Stream):
         class_order: order of arrival: "natural" (by class id), "random" (drawn from ``seed``), the name of a
             published order, or a list of all class ids.
         seed: seed of the random order and of the validation cut.
-        val_fraction: share of each class's training images held out for validation; 0 for none. A data set
-            with its own validation split serves that instead, unless this is 0.
+        val_fraction: share of each class's training images held out for validation; 0 for none. If the data set has
+            its own validation split, that is used instead, unless this is 0.
         max_val: upper bound of the validation images of one task (default: no bound).
 
     Raises:
@@ -156,7 +155,7 @@ class ClassIncremental(Stream):
         benchmark = avalanche_benchmarks().class_incremental_benchmark(
             {"train": IndexDataset(train.targets), "test": IndexDataset(test.targets)},
             class_order=self._order(len(names)),
-            # num_experiences= would drop the classes that are left over by the division.
+            # num_experiences= would drop the remainder of the division.
             num_classes_per_exp=self._sizes(len(names)),
         )
         classes = [tuple(sorted(int(c) for c in exp.classes_in_this_experience)) for exp in benchmark.train_stream]
@@ -175,7 +174,7 @@ class ClassIncremental(Stream):
 
 
 def even_sizes(num_classes: int, num_tasks: int) -> list[int]:
-    """Divide classes over tasks at the boundaries ``floor(num_classes * i / num_tasks)``.
+    """Divide classes among tasks at the boundaries ``floor(num_classes * i / num_tasks)``.
 
     Example:
         >>> even_sizes(10, 3)

@@ -1,8 +1,7 @@
-"""Class names that the data sets themselves do not carry, by class id.
+"""Class names, by class id, of data sets that come without names.
 
-The wording is that of the CLIP evaluation protocol (arXiv 2103.00020, ``data/prompts.md`` of
-github.com/openai/CLIP), spelling mistakes included, because a text head built from other words gives other
-numbers.
+The wording, including spelling mistakes, is that of the CLIP evaluation protocol (arXiv 2103.00020,
+``data/prompts.md`` of github.com/openai/CLIP), because a text head built from other words has other accuracies.
 """
 
 from __future__ import annotations

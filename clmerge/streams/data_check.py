@@ -1,4 +1,4 @@
-"""Open every image of a stream before anything is trained on, and keep what cannot be read out of a run."""
+"""Open every image of a stream before training, and leave unreadable ones out of a run."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class UnreadableImage:
     Attributes:
         task: index of its task.
         split: its split.
-        image: where it comes from, such as its file.
-        reason: what is wrong, in a sentence that names image and task.
+        image: its origin, such as its file.
+        reason: the error, in a sentence that names image and task.
     """
 
     task: int
@@ -46,18 +46,18 @@ class UnreadableImage:
 
 @dataclass(frozen=True)
 class DataCheck:
-    """What a look at every image of a stream has found.
+    """The result of opening every image of a stream.
 
     Attributes:
-        num_images: how many were opened.
-        unreadable: those that cannot be read, in the order of tasks and splits.
+        num_images: number of opened images.
+        unreadable: unreadable images, in the order of tasks and splits.
     """
 
     num_images: int
     unreadable: tuple[UnreadableImage, ...]
 
     def save(self, path: Path) -> None:
-        """Write the record as JSON; a run folder keeps it, so that the same images are left out ever after."""
+        """Write the record as JSON; a run folder keeps it, so that a resumed run leaves out the same images."""
         from clmerge.weights import write_json_atomic
 
         found = [asdict(image) for image in self.unreadable]
@@ -65,10 +65,10 @@ class DataCheck:
 
     @classmethod
     def load(cls, path: Path) -> DataCheck | None:
-        """Read a record; None where there is none.
+        """Read a record; return None if the file does not exist.
 
         Raises:
-            ValueError: if the file holds something else.
+            ValueError: if the file is not such a record.
         """
         from clmerge.files import parse_json
 
@@ -83,7 +83,7 @@ class DataCheck:
 
 
 def check_images(stream: Stream, *, num_workers: int | None = None) -> DataCheck:
-    """Decode every image of a stream, in parallel, with progress on stderr where that is a terminal.
+    """Decode every image of a stream, in parallel, with progress on stderr if that is a terminal.
 
     Args:
         stream: the stream.
@@ -117,7 +117,7 @@ def _unreadable(
 
 
 class _Reasons(Dataset[str]):
-    """Why each image cannot be read; an empty text where it can."""
+    """The reason why each image cannot be read; empty text for readable images."""
 
     def __init__(self, images: ImageDataset) -> None:
         self.images = images
@@ -137,8 +137,8 @@ def leave_out(stream: Stream, check: DataCheck) -> None:
     """Leave the unreadable images out of a stream.
 
     Args:
-        stream: the stream; nothing of it may have been served yet.
-        check: what was found in it.
+        stream: the stream; none of its images may have been served yet.
+        check: the result of its check.
 
     Raises:
         ValueError: if an image is not in the stream, or a class of a task would be without training or test images.

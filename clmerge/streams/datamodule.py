@@ -36,10 +36,10 @@ class StreamDataModule(LightningDataModule):
         cache_eval: keep transformed evaluation images in memory where they fit into ``cache_mb``, because
             every merger is tested after every task.
         cache_mb: room for them, in MiB and per process.
-        replay: images of earlier tasks that are kept and trained on again, a baseline that merging does without:
-            that many in all, shared evenly by the classes seen, as many from memory in every batch as from the
-            task (experience replay); or ``all`` of them, shuffled with the task's (joint training on all data so
-            far). A loss over the ``current`` classes has no place for them.
+        replay: number of images of earlier tasks to keep and train on again, a baseline; merging needs none. They are
+            shared evenly by the classes seen, and every batch has as many from memory as from the task (experience
+            replay). ``all`` keeps every image and shuffles them with the task's (joint training on all data so far).
+            Not possible with a loss over the ``current`` classes.
 
     Attributes:
         part: ``(index, count)``: train on one of ``count`` class-balanced parts of the task's images.
@@ -82,7 +82,7 @@ class StreamDataModule(LightningDataModule):
         self._image_files: Path | None = None
 
     def setup_stream(self, stream: Stream, train_transform: Transform | None, eval_transform: Transform | None) -> None:
-        """Say which stream to serve and how the backbone wants its images; starts at task 0.
+        """Set the stream to serve and the backbone's image transforms; starts at task 0.
 
         Args:
             stream: the stream.
@@ -96,10 +96,10 @@ class StreamDataModule(LightningDataModule):
         self._cache.clear()
 
     def keep_images(self, folder: Path) -> None:
-        """Decode validation and test images once only: those that ``cache_mb`` has no room for are kept on disk.
+        """Decode validation and test images only once: those beyond ``cache_mb`` are kept on disk.
 
         Args:
-            folder: where image files go; it must be there, and removing it later is the caller's business.
+            folder: existing folder for the image files; the caller must remove it later.
         """
         self._image_files = folder
 
@@ -127,7 +127,7 @@ class StreamDataModule(LightningDataModule):
         if not 0 <= task < num_tasks:
             raise ValueError(f"expected a task in 0..{num_tasks - 1} of stream {self.stream.name}, got {task}")
         if task != self._task and self._image_files is None:
-            # A task's validation images are used while it is trained; room is kept for the test images.
+            # Validation images are used only while their task is trained; drop them to make room for test images.
             self._cache = {key: images for key, images in self._cache.items() if key[0] == "test"}
         self._task = task
 
@@ -190,7 +190,7 @@ class StreamDataModule(LightningDataModule):
             tasks: indices of the tasks (default: all of the stream).
 
         Raises:
-            ValueError: if there are no images, or fewer than processes.
+            ValueError: if there are no images, or fewer images than processes.
         """
         chosen = range(len(self.stream.tasks)) if tasks is None else tasks
         images = TaskImages([self._images(split, task) for task in chosen], list(chosen))
@@ -226,7 +226,7 @@ class StreamDataModule(LightningDataModule):
         )
 
     def _generator(self) -> torch.Generator:
-        # Without a generator of its own, a loader draws its workers' seed from the global one at every epoch.
+        # Without its own generator, a loader draws its workers' seed from the global generator at every epoch.
         return torch.Generator().manual_seed(derived_seed(self.seed, "workers", self._task))
 
     def _placement(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""From an image file of any kind to eight-bit RGB, without losing what a person would see."""
+"""Decode image files of any mode to eight-bit RGB, without clipping values or showing transparent pixels."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ if TYPE_CHECKING:
 
 _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
 _TIFF_BITS = 258
-# Formats whose mode "I" is known to hold 16 bits.
+# Formats whose mode "I" holds 16-bit values.
 _SIXTEEN_BITS = ("PNG", "PPM")
 
 
 class UnreadableImageError(RuntimeError):
-    """An image that cannot be decoded; the message names it and says why.
+    """Raised for an image that cannot be decoded; the message names the image and the reason.
 
     Args:
-        message: what is wrong. A worker process hands its whole traceback over, of which the last message is kept.
+        message: the message. A worker process passes its whole traceback, of which the last message is kept.
     """
 
     def __init__(self, message: str) -> None:
@@ -26,13 +26,13 @@ class UnreadableImageError(RuntimeError):
 
 
 def open_image(path: Path) -> Image:
-    """Decode an image file, upright as its EXIF orientation says; of several frames or pages the first.
+    """Decode an image file, rotated by its EXIF orientation; of several frames or pages, the first.
 
     Returns:
         An image of mode RGB.
 
     Raises:
-        UnreadableImageError: if there is no such file, or no image in it that `as_rgb` can show.
+        UnreadableImageError: if there is no such file, or it holds no image that `as_rgb` can convert.
     """
     import PIL.Image
     from PIL import ImageOps
@@ -42,7 +42,7 @@ def open_image(path: Path) -> Image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return as_rgb(image)
-    # Damaged files raise about anything: OSError, SyntaxError, struct.error, zlib.error, DecompressionBombError.
+    # Damaged files raise almost any error: OSError, SyntaxError, struct.error, zlib.error, DecompressionBombError.
     except Exception as error:
         raise UnreadableImageError(f"expected an image in {path}, got {_what_is_there(path, error)}") from error
 
@@ -50,9 +50,9 @@ def open_image(path: Path) -> Image:
 def as_rgb(image: Image) -> Image:
     """Return an image in mode RGB.
 
-    Grey of 16 bits (modes I;16 and, from PNG and PGM files, I) is scaled to 8, so that 65535 becomes 255; Pillow's own
-    conversion cuts off everything above 255. Transparent pixels are laid over white; Pillow's own conversion shows
-    whatever colour they hide, often black. CMYK, palettes and one-bit images are converted as Pillow does it.
+    16-bit grey (modes I;16 and, from PNG and PGM files, I) is scaled to 8 bits, so that 65535 becomes 255; Pillow's own
+    conversion clips values above 255. Transparent pixels are blended with white; Pillow's own conversion shows their
+    stored colour, often black. CMYK, palettes and one-bit images are converted as Pillow does it.
 
     Args:
         image: an image of any mode.

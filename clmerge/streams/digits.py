@@ -18,8 +18,7 @@ class SklearnDigits(DataSource):
     Args:
         test_fraction: share of each class that is held out as the test split.
         seed: seed of the cut into train and test.
-        templates: prompt templates, or the name of the data set whose templates to use (default: the digits'
-            own).
+        templates: prompt templates, or the name of the data set whose templates to use (default: its own).
 
     Example:
         >>> source = SklearnDigits(test_fraction=0.2)

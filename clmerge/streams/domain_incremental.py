@@ -1,4 +1,4 @@
-"""Domain-incremental streams: the same classes, one domain a task."""
+"""Domain-incremental streams: the same classes, one domain per task."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DomainIncremental(MultiSourceStream):
         name: short name of the stream, used in file names.
         seed: seed of the validation cut.
         val_fraction: share of each class's training images held out for validation, domain by domain; 0 for
-            none. A data set with its own validation split serves that instead, unless this is 0.
+            none. If a data set has its own validation split, that is used instead, unless this is 0.
         max_val: upper bound of the validation images of one task (default: no bound).
 
     Raises:

@@ -1,4 +1,4 @@
-"""Images named by text files, as DomainNet has them."""
+"""Images listed in text files, the layout of DomainNet."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from clmerge.streams.sources import DataSource, LabelledImages, Templates
 
 
 class FileListSource(DataSource):
-    """Images named by two text files with lines ``relative/path/of/image.jpg LABEL``, DomainNet's layout.
+    """Images listed in two text files with lines ``relative/path/of/image.jpg LABEL``, DomainNet's layout.
 
-    A class is named after the folder that holds its images. Labels that occur in neither file are left out,
-    and the class ids count those that do.
+    A class is named after the folder that holds its images. Class ids number, in ascending order, the labels that
+    occur in either file.
 
     Args:
         root: folder that the paths are relative to.

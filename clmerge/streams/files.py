@@ -18,7 +18,7 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".p
 
 
 class FileImages(LabelledImages):
-    """Images that are decoded when asked for.
+    """Images that are decoded on access.
 
     Args:
         paths: path of every image.
@@ -48,12 +48,12 @@ def read_lines(path: Path, what: str) -> list[str]:
     """Return the non-empty lines of a text file without surrounding blanks.
 
     Raises:
-        RuntimeError: if there is no such file, or none in UTF-8; the message says ``what`` was expected there.
+        RuntimeError: if there is no such file, or it is not UTF-8; the message says that ``what`` was expected.
     """
     if not path.is_file():
         raise RuntimeError(f"expected {what} at {path.absolute()}, found no such file")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     except UnicodeDecodeError as error:
         raise RuntimeError(f"expected {what} in UTF-8 at {path.absolute()}, got other bytes ({error})") from error
     return [line.strip() for line in text.splitlines() if line.strip()]

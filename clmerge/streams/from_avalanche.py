@@ -43,7 +43,7 @@ def as_pil(image: Any) -> Image:
             floating in ``[0, 1]``; Avalanche's MNIST has tensors even without transforms.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if ``image`` is neither.
     """
     import PIL.Image
     import torch
@@ -68,9 +68,8 @@ class FromAvalanche(Stream):
     """Any Avalanche classification benchmark, for use from Python.
 
     The benchmark's own transforms run before the backbone's and must still return images: its "train" group
-    for training images, its "eval" group for validation and test images. A stream called "valid" or "val"
-    serves as validation split; without one it is cut from the training images. The class ids are the
-    benchmark's.
+    for training images, its "eval" group for validation and test images. A stream named "valid" or "val" is the
+    validation split; without one, the split is cut from the training images. The class ids are the benchmark's.
 
     Args:
         benchmark: an Avalanche benchmark with a train and a test stream of equal length.
@@ -79,8 +78,7 @@ class FromAvalanche(Stream):
             text).
         name: short name of the stream, used in file names.
         seed: seed of the validation cut.
-        val_fraction: share of each class's training images held out where there is no validation stream; 0
-            for none.
+        val_fraction: share of each class's training images held out if there is no validation stream; 0 for none.
 
     Raises:
         ValueError: if the streams differ in length or a class id has no name (when the data is first read).
@@ -128,7 +126,7 @@ class FromAvalanche(Stream):
 
     @cached_property
     def _experiences(self) -> list[tuple[Any, Any, Any]]:
-        """Per task, the train, validation (or None) and test experience."""
+        """The train, validation (or None) and test experience of every task."""
         streams = self.benchmark.streams
         train, test = list(streams["train"]), list(streams["test"])
         validation = next((list(streams[name]) for name in ("valid", "val") if name in streams), [None] * len(train))
@@ -144,7 +142,7 @@ class FromAvalanche(Stream):
         splits: list[dict[Split, SplitPlan]] = []
         classes: list[tuple[int, ...]] = []
         for train, validation, test in self._experiences:
-            # New-style benchmarks serve the test stream with training transforms until told otherwise.
+            # New-style benchmarks serve the test stream with training transforms until eval() is called.
             learned = AvalancheImages(train.dataset.train())
             held_out = AvalancheImages((train if validation is None else validation).dataset.eval())
             tested = AvalancheImages(test.dataset.eval())

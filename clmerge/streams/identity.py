@@ -1,4 +1,4 @@
-"""What a stream was, in a few hashes: enough to notice other data when a run goes on."""
+"""The identity of a stream as a few hashes, to detect other data when a run is resumed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from clmerge.streams.stream import Stream
 
 _SPLITS: tuple[Split, ...] = ("train", "val", "test")
-_LOOKED_AT = 64  # images of a split whose content, or whose file's size, is looked at
+_LOOKED_AT = 64  # about as many images per split have their content, or the size of their file, hashed
 
 
 def stream_identity(stream: Stream) -> dict[str, Any]:
-    """Return what a stream's tasks are: names, counts of images, and hashes of labels and images.
+    """Return the identity of a stream's tasks: names, counts of images, and hashes of labels and images.
 
-    Of files it is the names of all, with their class folder, and apart from them the sizes of some; of arrays the
-    content of some. A folder that was moved is the same. Nothing is decoded.
+    For images in files, the hashes are of all file names with their class folder and, separately, of the sizes of some
+    files; for images in arrays, of the content of some. A moved folder keeps its identity. No image is decoded.
 
     Args:
         stream: The stream; its labels are read.
@@ -46,19 +46,19 @@ def stream_identity(stream: Stream) -> dict[str, Any]:
 
 
 def check_stream(stream: Stream, expected: dict[str, Any], run: str, *, trained: int, tested: bool) -> None:
-    """Check that a stream is the one of a run.
+    """Check that a stream is the one that a run began with.
 
-    Files that the run has not used yet may have other sizes: one of them that could not be read was mended.
+    Files that the run has not used yet may change their sizes, since an unreadable one may have been replaced.
 
     Args:
         stream: The stream.
-        expected: What ``stream_identity`` returned when the run began.
-        run: What the run is called in the message.
-        trained: Tasks whose training and validation images the run has used.
-        tested: Whether it has used the test images.
+        expected: The result of ``stream_identity`` when the run began.
+        run: Name of the run in the message.
+        trained: Number of tasks whose training and validation images the run has used.
+        tested: Whether the run has used the test images.
 
     Raises:
-        ValueError: If the data are others; the message says what differs first.
+        ValueError: If the data differ; the message names the first difference.
     """
     found = stream_identity(stream)["tasks"]
     known = expected.get("tasks", [])
@@ -86,7 +86,7 @@ def _other(run: str, number: int, name: str, what: str) -> ValueError:
 
 
 def _add_images(digest: hashlib._Hash, images: LabelledImages, indices: Sequence[int]) -> str:
-    """Add names or content to a hash, and return one of the sizes of files."""
+    """Add names or content of images to a hash, and return a hash of file sizes."""
     sizes = hashlib.sha256()
     while isinstance(images, ImageSubset):
         indices = [images.indices[index] for index in indices]

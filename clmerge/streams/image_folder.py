@@ -1,4 +1,4 @@
-"""A tree of folders, one a class."""
+"""Images in a tree of folders, one folder per class."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ _NUMBER = re.compile(r"^\d+\.")
 
 
 class ImageFolderSource(DataSource):
-    """A tree of folders, one a class: ``ROOT/train/CLASS/*`` and ``ROOT/test/CLASS/*``, or ``ROOT/CLASS/*``.
+    """A tree with one folder per class: ``ROOT/train/CLASS/*`` and ``ROOT/test/CLASS/*``, or ``ROOT/CLASS/*``.
 
-    Folders with one of the usual names of a split are recognised whatever their case (``Train``, ``TESTING``; ``val``
-    and ``Validation`` beside them serve as the validation split), also in the only folder of the root. A tree without
-    splits is cut into train and test by ``seed``; one that only looks as if it had some is refused, and the message
-    names the option to set. Class ids count the sorted folder names; the readable names have spaces for underscores
-    and no leading ``001.`` where every folder has one (CUB-200). Hidden files and folders are left out.
+    Folders with a usual name of a split are recognised in any case (``Train``, ``TESTING``; ``val`` or ``Validation``
+    beside them is the validation split), also inside the only folder of the root. A tree without splits is cut into
+    train and test by ``seed``; if folder names only resemble splits, the tree is refused and the message names the
+    option to set. Class ids number the sorted folder names; readable names have spaces for underscores, and a leading
+    ``001.`` is removed if every folder has one (CUB-200). Hidden files and folders are left out.
 
     Args:
         root: the tree.
         name: name of the data set, which selects its prompt templates (default: the name of the root folder).
-        train_folder: training images, relative to the root (default: the folder with such a name). The same folder as
-            ``test_folder`` is cut into both: with ``.`` for both every folder of the root is a class.
-        test_folder: test images, relative to the root (default: the folder with such a name).
-        val_folder: validation images, relative to the root (default: where a split is recognised, the folder with such
-            a name; else they are cut from the training images).
-        test_fraction: share of each class held out as the test split where there is none.
+        train_folder: training images, relative to the root (default: the folder with a usual name). If it is the same
+            as ``test_folder``, its images are cut into both: with ``.`` for both, every folder of the root is a class.
+        test_folder: test images, relative to the root (default: the folder with a usual name).
+        val_folder: validation images, relative to the root (default: if splits are recognised, the folder with a usual
+            name; else they are cut from the training images).
+        test_fraction: share of each class held out as the test split if there is none.
         seed: seed of that cut.
         class_name_file: text file with lines ``FOLDER NAME`` that names the classes, such as ImageNet-R's
-            README.txt (lines whose first word is no folder are left out). Relative to the root.
-        sort_by: what class ids count, the sorted ``folder`` names or the sorted class ``name``s of ``class_name_file``,
-            as the published order of ImageNet-R does.
+            README.txt (lines whose first word is no folder are ignored). Relative to the root.
+        sort_by: order of class ids: by ``folder`` name, or by class ``name`` in ``class_name_file``, as in the
+            published order of ImageNet-R.
         templates: prompt templates, or the name of the data set whose templates to use, "generic" for the
             plain one (default: those of the data set called ``name``).
 
     Raises:
         ValueError: if ``test_fraction`` is out of range.
-        RuntimeError: if the tree is not there or not as described (when it is first needed).
+        RuntimeError: if the tree is missing or not as described (when it is first needed).
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class ImageFolderSource(DataSource):
 
     @cached_property
     def splits(self) -> SplitFolders:
-        """Where the splits are."""
+        """The folders of the splits."""
         return split_folders(self.root, train=self.train_folder, test=self.test_folder, val=self.val_folder)
 
     @cached_property

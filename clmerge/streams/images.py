@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 class ImageDataset(Dataset[tuple[Any, int]]):
     """Images of one task and split, labelled with global class ids.
 
-    Holds no Avalanche object, so it is picklable and indexing costs nothing beyond the image itself.
+    Holds no Avalanche object, so it is picklable and indexing has no overhead beyond the image itself.
 
     Args:
-        plan: which images, and their global class ids.
-        transform: applied to the RGB PIL image; None returns the image as it is.
-        label: what the images are, for messages.
+        plan: the images and their global class ids.
+        transform: applied to the RGB PIL image; None returns the image unchanged.
+        label: name of the images in messages.
     """
 
     def __init__(self, plan: SplitPlan, transform: Transform | None, *, label: str = "images") -> None:
@@ -43,22 +43,22 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         return (image if self.transform is None else self.transform(image)), self.plan.targets[index]
 
     def where(self, index: int) -> str:
-        """Say where an image comes from, such as its file."""
+        """Return the origin of an image, such as its file."""
         return self.plan.images.where(self.plan.indices[index])
 
     def image(self, index: int) -> Image:
         """Return one image in mode RGB, before the transform.
 
         Raises:
-            UnreadableImageError: if it cannot be decoded; the message names the image and the task.
+            UnreadableImageError: if the image cannot be decoded; the message names the image and the task.
         """
         try:
             return self.plan.images.image(self.plan.indices[index])
         except UnreadableImageError as error:
             reason = str(error)
-        except (ValueError, TypeError):  # not damage: the source is set up wrong, and says how
+        except (ValueError, TypeError):  # not a damaged image: the source is configured wrong, and its message says how
             raise
-        except Exception as error:  # of a source that is not ours: torchvision's, Avalanche's
+        except Exception as error:  # raised by sources outside of clmerge: torchvision's, Avalanche's
             reason = f"expected an image, got {error or type(error).__name__} ({self.where(index)})"
         raise UnreadableImageError(f"{reason}, in the {self.label}")
 
@@ -68,7 +68,7 @@ def subset(images: ImageDataset, positions: Sequence[int]) -> ImageDataset:
 
     Args:
         images: the images.
-        positions: which of them, in this order.
+        positions: their positions, in the order wanted.
     """
     plan = images.plan
     indices, targets = (tuple(values[p] for p in positions) for values in (plan.indices, plan.targets))

@@ -1,4 +1,4 @@
-"""From chosen samples of a source to the train, validation and test split of one task."""
+"""Lay out the train, validation and test split of one task from chosen samples of a source."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clmerge.streams.splits import stratified_cut
 
 @dataclass(frozen=True)
 class ValidationCut:
-    """How validation images are found.
+    """How validation images are chosen.
 
     Args:
         fraction: share of each class's training images; 0 for no validation images.
@@ -44,7 +44,7 @@ class ValidationCut:
         """Lay out the three splits of one task.
 
         Args:
-            source: where the images are.
+            source: the source of the images.
             train: positions of the task's samples in the source's training images.
             test: positions of the task's samples in the source's test images.
             to_global: global class id of each of the task's labels in the source.

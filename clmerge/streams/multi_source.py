@@ -1,4 +1,4 @@
-"""What streams of one data set a task have in common."""
+"""The common base of streams with one data set per task."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clmerge.streams.stream import Stream, safe_name, unique_names
 
 
 class MultiSourceStream(Stream):
-    """One task per data source; subclasses say which global class a source's class is."""
+    """One task per data source; subclasses map the classes of a source to global classes."""
 
     def __init__(self, sources: Sequence[DataSource] | SourceGroup, name: str, validation: ValidationCut) -> None:
         if not isinstance(sources, SourceGroup) and not sources:
@@ -42,7 +42,7 @@ class MultiSourceStream(Stream):
 
         Returns:
             Display names by global class id; per source, the global class id of each label; and per global
-            class, a source and a label in it, which the class takes its prompts from.
+            class, the source and its label that the class's prompts are taken from.
         """
 
     @override

@@ -1,4 +1,4 @@
-"""Images in one NumPy archive, as MedMNIST has them."""
+"""Images in one NumPy archive, the layout of MedMNIST."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ class NpzSource(DataSource):
     """One ``.npz`` file in MedMNIST's layout.
 
     The file holds ``train_images`` and ``test_images`` (uint8, ``(num_images, height, width)`` grey or with a
-    last axis of three), ``train_labels`` and ``test_labels`` (``(num_images,)`` or ``(num_images, 1)``), and
-    may hold ``val_images`` and ``val_labels``, which then serve as the validation split, and ``classes``, the
-    class names.
+    last axis of three), ``train_labels`` and ``test_labels`` (``(num_images,)`` or ``(num_images, 1)``). Optional
+    are ``val_images`` and ``val_labels``, the validation split, and ``classes``, the class names.
 
     Args:
         path: the file.

@@ -1,8 +1,8 @@
-"""Published class and domain orders, by the name that ``class_order`` takes.
+"""Published class and domain orders, by their names in ``class_order``.
 
 All are constants of MagMax (arXiv 2407.06322), read from ``default_class_order`` and ``default_domain_order``
 in ``src/datasets/`` of github.com/danielm1405/magmax at commit 4f49f18. CUB-200 and ImageNet-R share one
-permutation. Ids count the sorted class names; Stanford Cars and the eight-data-set suite use the natural
+permutation. Ids number the sorted class names; Stanford Cars and the eight-data-set suite use the natural
 order.
 """
 

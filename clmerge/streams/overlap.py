@@ -1,4 +1,4 @@
-"""No image is trained on and tested, or held out, at the same time."""
+"""Check that no image is in two splits of a stream."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from clmerge.streams.sources import ImageSubset, LabelledImages
 
 
 def require_disjoint(plan: StreamPlan) -> None:
-    """Check that training, validation and test images of a stream are different ones, over all its tasks.
+    """Check that training, validation and test images of a stream are disjoint over all tasks.
 
-    Images are told apart by their file, or by their place in what holds them; copies under another name are not found.
+    Images are identified by their file, or by their position in their array or data set; copies of files under other
+    names are not found.
 
     Raises:
         ValueError: if an image is in two splits; the message names it.
     """
     owners: dict[Hashable, tuple[int, Split]] = {}
-    # Training images, which are many, are only looked up.
+    # Training images come last and are only looked up, because there are many.
     splits: tuple[Split, ...] = ("test", "val", "train")
     for split in splits:
         for task, plans in enumerate(plan.splits):

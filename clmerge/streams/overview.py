@@ -1,4 +1,4 @@
-"""What a stream holds, in a few lines: wrong folders show in the numbers before anything is trained."""
+"""A table of a stream's images and classes, in which wrong folders are visible before training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _WIDTH = 100
 
 
 def stream_lines(stream: Stream) -> list[str]:
-    """Return a table of the images per task and split and of the classes, a line a task.
+    """Return a table of the images per task and split and of the classes, one line per task.
 
     Example:
         >>> from clmerge.streams import ClassIncremental, SklearnDigits

@@ -1,4 +1,4 @@
-"""How the tasks of a stream are laid out, before an image is read."""
+"""The layout of a stream's tasks, known before an image is read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Evaluation: TypeAlias = Literal["task_agnostic", "task_aware"]
 
 @dataclass(frozen=True)
 class Task:
-    """What is known about one task before its images are read.
+    """One task, as known before its images are read.
 
     Attributes:
         index: position in the stream, from 0.
@@ -41,14 +41,14 @@ class SplitPlan:
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """Everything a stream knows once its sources' labels were read.
+    """The layout of a stream, known once the labels of its sources are read.
 
     Attributes:
         tasks: the tasks in order.
         splits: per task, its splits by name.
         class_names: display names by global class id, all different.
         prompt_names: names to put into the prompts by global class id; a class may have several.
-        sources: the data source whose templates a class uses, by global class id; None if it has none.
+        sources: the data source whose templates a class uses, by global class id; None if there is none.
     """
 
     tasks: tuple[Task, ...]

@@ -1,4 +1,4 @@
-"""Images of earlier tasks that are trained on again: the baselines that merging does without."""
+"""Replay baselines: images of earlier tasks that are kept and trained on again, unlike in merging."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from clmerge.streams.splits import derived_seed
 from clmerge.streams.stream import Stream
 
 Replay: TypeAlias = int | Literal["all"]
-"""How many images of earlier tasks are kept: a number, or all of them (joint training)."""
+"""Number of images of earlier tasks to keep, or all of them (joint training)."""
 
 
 def replay_memory(stream: Stream, task: int, replay: Replay, transform: Transform | None, *, seed: int) -> Images:
-    """Return the training images of earlier tasks that are still kept when a task is trained.
+    """Return the training images of earlier tasks that are in memory while a task is trained.
 
-    A number of images is shared evenly by the classes seen before (the first ones get what is left over), as a
-    class-balanced buffer does (experience replay, arXiv 1902.10486). Every class has one random order of its images by
-    ``seed``, and the first of them are kept: what is in memory was in memory one task earlier, so nothing that was
-    dropped ever comes back. A pure function of its arguments, it needs no state when a run resumes.
+    A number of images is shared evenly by the classes seen before (the first classes get the remainder), as in a
+    class-balanced buffer (experience replay, arXiv 1902.10486). Every class has one random order of its images by
+    ``seed``, and the first of them are kept: an image, once dropped, never returns. The result is a pure function of
+    the arguments, so a resumed run needs no state.
 
     Args:
         stream: the stream.
         task: index of the task that is trained.
-        replay: how many images in all, or ``"all"``.
+        replay: total number of images, or ``"all"``.
         transform: applied to each image.
         seed: seed of the choice.
 
@@ -47,7 +47,8 @@ def replay_memory(stream: Stream, task: int, replay: Replay, transform: Transfor
             by_class.setdefault(target, []).append((part, position))
     kept: list[list[int]] = [[] for _ in earlier]
     for rank, (target, places) in enumerate(by_class.items()):
-        # Places of a class grow from task to task where domains change: each has a rank of its own, never a shuffle.
+        # In domain streams a class gets more images with every task: give each image its own random rank, because a
+        # shuffle would change the order of the earlier images.
         order = sorted(places, key=lambda place: random.Random(derived_seed(seed, "replay", target, *place)).random())
         share = replay // len(by_class) + (rank < replay % len(by_class))
         for part, position in order[:share]:
@@ -56,7 +57,7 @@ def replay_memory(stream: Stream, task: int, replay: Replay, transform: Transfor
 
 
 class Images(Dataset[tuple[Any, int]]):
-    """Several sets of images as one.
+    """Several sets of images as one data set.
 
     Args:
         parts: the sets.
@@ -73,7 +74,7 @@ class Images(Dataset[tuple[Any, int]]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the decoded images, three a pixel; all of one data set count as large as its first."""
+        """Bytes of the decoded images, three per pixel; all images of a part count as large as its first."""
         first = [(len(part), part.image(0)) for part in self.parts]
         return sum(3 * number * image.width * image.height for number, image in first)
 
@@ -86,15 +87,15 @@ class Images(Dataset[tuple[Any, int]]):
 
 
 class ReplaySampler(DistributedSampler[tuple[int, int]]):
-    """Follow every batch of a task by as many images from memory.
+    """Add to every batch of a task as many images from memory.
 
-    Yields ``(epoch, position)``; positions count the task's images, then those in memory. The memory is walked through
-    in a random order, again and again, from another place in every epoch and on every process.
+    Yields ``(epoch, position)``; positions number the task's images, then those in memory. The memory is traversed
+    repeatedly in a random order, from another start in every epoch and on every process.
 
     Args:
         current: order of the task's own images.
-        num_current: how many there are.
-        num_memory: how many are in memory, at least one.
+        num_current: number of the task's own images.
+        num_memory: number of images in memory, at least one.
         batch_size: images of the task in a batch.
         seed: seed of the memory's order, already specific to the task.
 
@@ -114,7 +115,7 @@ class ReplaySampler(DistributedSampler[tuple[int, int]]):
         self.batch_size = batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Take note of the epoch, as Lightning does before each."""
+        """Set the epoch; Lightning calls this before each epoch."""
         super().set_epoch(epoch)
         self.current.set_epoch(epoch)
 

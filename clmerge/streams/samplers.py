@@ -1,4 +1,4 @@
-"""Orders of samples that are pure functions of (seed, task, epoch), on any number of processes."""
+"""Samplers whose orders are pure functions of (seed, task, epoch), on any number of processes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from clmerge.streams.splits import derived_seed
 class EpochSampler(DistributedSampler[tuple[int, int]]):
     """Shuffle anew every epoch and yield ``(epoch, position)``.
 
-    A `DistributedSampler` even on one process: Lightning tells it the epoch, so the order depends on nothing
-    that a restart would lose. Carrying the epoch in the key lets worker processes seed augmentations without
-    being told.
+    A `DistributedSampler` even on one process: Lightning passes it the epoch, so the order does not depend on state
+    that a restart would lose. With the epoch in the key, worker processes can seed augmentations.
 
     Args:
         data: anything with a length.
@@ -45,7 +44,7 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
 
 
 class ShardSampler(DistributedSampler[int]):
-    """Walk through the data in order, each sample on exactly one process.
+    """Traverse the data in order, each sample on exactly one process.
 
     PyTorch's own sampler repeats samples until all processes have equally many, which biases an accuracy.
     This one is a `DistributedSampler` by type only, so that Lightning leaves it in place.
@@ -74,12 +73,12 @@ class ShardSampler(DistributedSampler[int]):
 def even_steps_batch_size(num_samples: int, batch_size: int, num_replicas: int) -> int:
     """Return the largest batch size up to ``batch_size`` at which every process takes equally many steps.
 
-    With sharded weights a process that takes one step more than the others waits for them for ever. Shards
-    differ by one sample, so lowering the batch size a little evens the steps out.
+    With sharded weights a process that takes one step more than the others waits for them for ever. Shards differ by
+    one sample, so a slightly smaller batch size makes the numbers of steps equal.
 
     Args:
         num_samples: size of the whole set.
-        batch_size: the batch size asked for.
+        batch_size: the requested batch size.
         num_replicas: number of processes.
 
     Raises:
@@ -100,13 +99,13 @@ def even_steps_batch_size(num_samples: int, batch_size: int, num_replicas: int) 
 
 @contextmanager
 def seeded_rng(seed: int) -> Iterator[None]:
-    """Seed the CPU generators of torch, NumPy and Python, and put them back as they were afterwards.
+    """Seed the CPU generators of torch, NumPy and Python during the block, and restore their states afterwards.
 
     Args:
         seed: any non-negative integer.
     """
     saved = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    # Not torch.manual_seed: it would reseed the GPU generators too, and those could not be put back.
+    # Not torch.manual_seed: it would also seed the GPU generators, whose states could not be restored.
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -121,8 +120,8 @@ def seeded_rng(seed: int) -> Iterator[None]:
 class SeededDataset(Dataset[Any]):
     """Draw random transforms from a generator seeded by (seed, epoch, first sample of the batch).
 
-    The same batch is augmented alike with any number of workers and after a resume, and loading data leaves
-    the random state of the training process alone.
+    The same batch gets the same augmentation with any number of workers and after a resume, and loading data does not
+    change the random state of the training process.
 
     Args:
         dataset: the images; its transform may be random.

@@ -22,7 +22,7 @@ _TRAIN_AND_TEST: tuple[Role, Role] = ("train", "test")
 
 
 class SourceGroup(ABC):
-    """Several data sources from one description, in the order of their tasks."""
+    """Several data sources built from one description, in the order of their tasks."""
 
     @abstractmethod
     def sources(self) -> list[DataSource]:
@@ -36,7 +36,7 @@ def domain_names(domains: Domains) -> list[str]:
         domains: the names themselves, or the name of a published order.
 
     Raises:
-        ValueError: if the order is not known, a name repeats, or there is none.
+        ValueError: if the order is unknown, a name repeats, or there is no name.
     """
     if isinstance(domains, str):
         if domains not in DOMAIN_ORDERS:
@@ -50,15 +50,15 @@ def domain_names(domains: Domains) -> list[str]:
 class DomainFolders(SourceGroup):
     """A tree of domains: ``ROOT/DOMAIN/CLASS/*``, ``ROOT/DOMAIN/{train,test}/CLASS/*`` or the split on top.
 
-    Usual names of splits are recognised as `ImageFolderSource` does it.
+    Usual names of splits are recognised as in `ImageFolderSource`.
 
     Args:
         root: the tree.
         domains: names of the domains in order, or the name of a published order.
         split_first: whether the tree is ``ROOT/{train,test}/DOMAIN/CLASS/*``.
-        train_folder: name of the train folder (default: the one with such a name).
-        test_folder: name of the test folder (default: the one with such a name).
-        test_fraction: share of each class held out as the test split where there is no train folder.
+        train_folder: name of the train folder (default: the one with a usual name).
+        test_folder: name of the test folder (default: the one with a usual name).
+        test_fraction: share of each class held out as the test split if there is no train folder.
         seed: seed of that cut.
         templates: prompt templates, or the name of the data set whose templates to use, e.g. "DomainNet".
     """
@@ -128,7 +128,7 @@ class DomainFolders(SourceGroup):
 
 
 class DomainLists(SourceGroup):
-    """Domains listed in text files, as DomainNet has them: ``DOMAIN_train.txt`` and ``DOMAIN_test.txt``.
+    """Domains listed in text files, the layout of DomainNet: ``DOMAIN_train.txt`` and ``DOMAIN_test.txt``.
 
     Args:
         root: folder that holds the lists and the images they name.
@@ -171,12 +171,12 @@ class DomainLists(SourceGroup):
 
 
 class PrefixDomains(SourceGroup):
-    """One folder tree whose file names begin with the domain, as ImageNet-R's renditions do (``art_0.jpg``).
+    """One folder tree whose file names begin with the domain, such as ImageNet-R's renditions (``art_0.jpg``).
 
     Args:
         source: the folder tree.
         domains: names of the domains in order, or the name of a published order; other images are left out.
-        separator: what follows the domain in a file name.
+        separator: text after the domain in a file name.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ class LabelledImages(ABC):
     """Map-style access to RGB images and their labels.
 
     Attributes:
-        targets: class id of every image, so that streams can be cut without decoding an image.
+        targets: class id of every image, known without decoding an image.
     """
 
     targets: list[int]
@@ -33,7 +33,7 @@ class LabelledImages(ABC):
         """Return image ``index`` in mode RGB."""
 
     def where(self, index: int) -> str:
-        """Say where image ``index`` comes from, such as its file."""
+        """Return the origin of image ``index``, such as its file."""
         return f"image {index}"
 
     def __getitem__(self, index: int) -> tuple[Image, int]:
@@ -46,7 +46,7 @@ class ArrayImages(LabelledImages):
     Args:
         images: ``(num_images, height, width)`` grey or ``(num_images, height, width, 3)`` RGB, uint8.
         targets: class id of every image, length ``num_images``.
-        origin: where the array comes from, for messages (default: not told).
+        origin: origin of the array, for messages (default: not given).
 
     Raises:
         ValueError: if the array has another shape or type, or the lengths differ.
@@ -103,7 +103,7 @@ class ImageSubset(LabelledImages):
 class DataSource(ABC):
     """One labelled image data set.
 
-    Building a source reads nothing; files are opened when a property or split is first asked for, and kept.
+    Building a source reads nothing; a property or split is read on first access, and kept.
 
     Args:
         name: name of the data set, which also selects its prompt templates.
@@ -123,7 +123,7 @@ class DataSource(ABC):
 
     @property
     def prompt_names(self) -> list[tuple[str, ...]]:
-        """Names to put into the prompts by class id; more than one where the protocol has synonyms."""
+        """Names to put into the prompts by class id; several if the protocol has synonyms."""
         return [(name,) for name in self.class_names]
 
     @abstractmethod

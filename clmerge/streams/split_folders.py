@@ -1,4 +1,4 @@
-"""Which folders of a tree are its splits: by their usual names, whatever the case."""
+"""Find the folders of the splits in a tree, by their usual names in any case."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _NAMES: dict[Role, tuple[str, ...]] = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing", "tst"),
 }
-# What archives of other systems leave behind.
+# Folders that archive tools and file systems create.
 _NOT_DATA = ("__MACOSX", "@eaDir", "lost+found")
 
 
 @dataclass(frozen=True)
 class SplitFolders:
-    """Where the splits of one tree are.
+    """The folders of the splits of one tree.
 
     Attributes:
-        train: holds the training images, one folder a class.
-        test: holds the test images; None if they must be cut from the training images.
-        val: holds the validation images; None if they must be cut from the training images.
+        train: folder of the training images, with one folder per class.
+        test: folder of the test images; None if they must be cut from the training images.
+        val: folder of the validation images; None if they must be cut from the training images.
     """
 
     train: Path
@@ -49,10 +49,10 @@ def split_folders(root: Path, *, train: str | None, test: str | None, val: str |
         root: the tree.
         train: the training folder relative to the root; None to look for one of the usual names.
         test: the test folder; None to look for it.
-        val: the validation folder; None to look for it where a split is looked for at all.
+        val: the validation folder; None to look for it if another split is looked for.
 
     Raises:
-        RuntimeError: if a folder is not there, or it is not clear which one is meant.
+        RuntimeError: if a folder is missing, or several folders could be a split.
     """
     if not root.is_dir():
         raise RuntimeError(
@@ -100,12 +100,12 @@ def _one(root: Path, role: Role, found: list[Path], taken: set[Path]) -> Path | 
 
 
 def _without_splits(root: Path) -> SplitFolders:
-    """Take the folders for classes, unless they look like something else."""
+    """Treat the folders as classes, unless they look like splits or domains."""
     folders = list(subfolders(root))
     above = [folder for folder in folders if holds_folders(folder)]
     if len(folders) == 1 and above and not _holds_images(folders[0]):
         found = usual_splits(folders[0])
-        if found["train"] or found["test"]:  # an archive that was unpacked into a folder of its own name
+        if found["train"] or found["test"]:  # an archive was unpacked into a subfolder of its own name
             return split_folders(folders[0], train=None, test=None, val=None)
         raise RuntimeError(
             f"expected one folder per class in {root.absolute()}, found {folders[0].name!r} alone, which holds folders "
@@ -150,7 +150,7 @@ def _speaks_of(name: str, role: Role) -> bool:
 
 
 def subfolders(top: Path) -> Iterator[Path]:
-    """Yield the subfolders in order, without hidden ones and those that archives leave behind."""
+    """Yield the subfolders in order, without hidden ones and those that archive tools create."""
     for path in sorted(top.iterdir()):
         if not path.name.startswith(".") and path.name not in _NOT_DATA and path.is_dir():
             yield path
@@ -172,7 +172,7 @@ def _holds_images(folder: Path) -> bool:
 def image_files(folder: Path) -> list[Path]:
     """Return the images in a folder and below, in order; hidden files and folders are left out.
 
-    macOS leaves a file ``._NAME`` beside every image it copies to other file systems; it is none.
+    macOS writes a hidden file ``._NAME``, not an image, beside every image that it copies to other file systems.
     """
     found: list[Path] = []
     for top, folders, files in os.walk(folder):

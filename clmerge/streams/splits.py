@@ -11,10 +11,10 @@ from collections.abc import Sequence
 def derived_seed(*parts: int | str) -> int:
     """Return a 63-bit seed that is a pure function of the given parts.
 
-    Neighbouring run seeds must not give related random numbers, so the parts are hashed instead of added.
+    The parts are hashed instead of added, because neighbouring run seeds must not yield related random numbers.
 
     Args:
-        parts: what the random numbers belong to, e.g. ``(seed, "validation", task)``.
+        parts: keys of the random numbers, e.g. ``(seed, "validation", task)``.
 
     Example:
         >>> derived_seed(0, "validation", 1) == derived_seed(0, "validation", 1)
@@ -31,8 +31,8 @@ def stratified_cut(
 ) -> tuple[list[int], list[int]]:
     """Cut positions into a kept and a held-out part, class by class.
 
-    Every class gives ``round(fraction * n)`` of its ``n`` samples, at least one where it has two or more, and
-    never all of them. Both parts are returned in ascending order.
+    Of the ``n`` samples of a class, ``round(fraction * n)`` are held out: at least one if the class has two or more,
+    and never all of them. Both parts are returned in ascending order.
 
     Args:
         targets: class id of each sample, length ``n``.
@@ -42,7 +42,7 @@ def stratified_cut(
             bound).
 
     Returns:
-        The kept positions and the held-out positions, disjoint and together all of ``range(n)``.
+        The kept and the held-out positions, disjoint and together all of ``range(n)``.
 
     Raises:
         ValueError: if ``fraction`` is outside ``[0, 1)`` or ``max_held`` is negative.
@@ -67,7 +67,7 @@ def stratified_cut(
     for target in sorted(by_class):
         positions = by_class[target]
         num_held = min(max(round(fraction * len(positions)), 1), len(positions) - 1)
-        # random.Random is stable across Python versions for shuffle and costs nothing to construct.
+        # random.Random.shuffle is stable across Python versions, and construction is cheap.
         order = positions.copy()
         random.Random(derived_seed(seed, "cut", target)).shuffle(order)
         held += order[:num_held]
@@ -76,7 +76,7 @@ def stratified_cut(
 
 
 def dealt(targets: Sequence[int], num_parts: int, *, seed: int) -> list[list[int]]:
-    """Deal positions out into parts that have equally many of every class, as far as that goes.
+    """Divide positions into parts with equally many samples of every class, up to remainders.
 
     Args:
         targets: class id of each sample, length ``n``.

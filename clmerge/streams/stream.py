@@ -1,4 +1,4 @@
-"""Streams: tasks over one set of classes, and their images."""
+"""The base class of streams: tasks over one set of classes, and their images."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _SPLIT_NAMES: dict[Split, str] = {"train": "training", "val": "validation", "tes
 class Stream(ABC):
     """A sequence of tasks over one common set of classes.
 
-    Building a stream reads no data; labels are read when tasks, class names or images are first asked for.
+    Building a stream reads no data; labels are read on first access to tasks, class names or images.
 
     Attributes:
-        kind: What kind of stream it is.
-        evaluation: Whether all classes compete when its models are compared, or those of the image's own task.
+        kind: Kind of the stream.
+        evaluation: Default reading of the logits: whether all classes compete, or only those of the image's task.
     """
 
     kind: str = "stream"
@@ -95,18 +95,18 @@ class Stream(ABC):
             raise ValueError(f"expected a task in 0..{len(plans) - 1} of stream {self.name}, got {task}")
         if split not in plans[task]:
             raise ValueError(f"expected a split in {sorted(plans[task])}, got {split!r}")
-        from clmerge.streams.images import ImageDataset  # which brings torch
+        from clmerge.streams.images import ImageDataset  # imports torch
 
         label = f"{_SPLIT_NAMES[split]} images of task {task + 1}, {self._plan.tasks[task].name}"
         return ImageDataset(plans[task][split], transform, label=label)
 
     def keep(self, task: int, split: Split, positions: Sequence[int]) -> None:
-        """Leave all but some images of one split out of the stream.
+        """Restrict one split of a task to some of its images.
 
         Args:
             task: index of the task.
-            split: which split.
-            positions: what stays, as positions in ``dataset(task, split)``.
+            split: the split.
+            positions: the images that stay, as positions in ``dataset(task, split)``.
         """
         plan = self._plan.splits[task][split]
         indices, targets = (tuple(values[p] for p in positions) for values in (plan.indices, plan.targets))
@@ -114,9 +114,9 @@ class Stream(ABC):
 
 
 def safe_name(text: str) -> str:
-    """Return the text with everything but letters and digits of any script and ``.`` replaced by ``_``.
+    """Return the text with all characters except letters and digits of any script and ``.`` replaced by ``_``.
 
-    Accented letters are composed, because file systems differ in what they do about that.
+    Accented letters are composed, because file systems differ in their normalisation.
 
     Example:
         >>> safe_name("T-shirt/top")
@@ -128,7 +128,7 @@ def safe_name(text: str) -> str:
 
 
 def task_names(class_names: Sequence[Sequence[str]]) -> list[str]:
-    """Name tasks after their classes: all of them where that is short, else the first two and a count.
+    """Name tasks after their classes: all of them if that is short, else the first two and the number of others.
 
     Args:
         class_names: per task, the names of its classes.
@@ -159,7 +159,7 @@ def unique_names(names: Sequence[str]) -> list[str]:
     result: list[str] = []
     for name in names:
         candidate, count = name, 1
-        # Compared without case: two names that differ in case only are one file on some file systems.
+        # Ignore case: names that differ only in case are one file on some file systems.
         while candidate.casefold() in taken:
             count += 1
             candidate = f"{name}-{count}"

@@ -1,4 +1,4 @@
-"""Task-incremental streams: several data sets, each with classes of its own."""
+"""Task-incremental streams: several data sets, each with its own classes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from clmerge.streams.sources import DataSource
 class TaskIncremental(MultiSourceStream):
     """One task per data set, such as the eight-data-set suite; no class is shared.
 
-    Class ids are offset from data set to data set. A class name that occurs in two of them stays two classes,
+    Class ids are offset from data set to data set. A class name that occurs in two data sets denotes two classes,
     shown as ``DATASET: NAME``; prompts use the plain name and each data set's own templates. The task of an image is
-    known, so models are compared by task-aware accuracy unless told otherwise.
+    known, so models are compared by task-aware accuracy by default.
 
     Args:
         sources: the data sets in order, or a description of them.
         name: short name of the stream, used in file names.
         seed: seed of the validation cut.
-        val_fraction: share of each class's training images held out for validation; 0 for none. A data set
-            with its own validation split serves that instead, unless this is 0.
+        val_fraction: share of each class's training images held out for validation; 0 for none. If a data set has
+            its own validation split, that is used instead, unless this is 0.
         max_val: upper bound of the validation images of one task (default: no bound); task arithmetic
-            (arXiv 2212.04089) takes a tenth of the training images and at most 5000.
+            (arXiv 2212.04089) uses a tenth of the training images and at most 5000.
 
     Raises:
         ValueError: if there are no sources, or one lacks images (when the data is first read).

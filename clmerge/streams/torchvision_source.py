@@ -60,7 +60,7 @@ def _sample_labels(dataset: Any) -> list[int]:
 
 
 def _pcam_labels(dataset: Any) -> list[int]:
-    # torchvision opens the file anew for every label.
+    # torchvision opens the file again for every label.
     targets_file = dataset._FILES[dataset._split]["targets"][0]
     with dataset.h5py.File(dataset._base_folder / targets_file) as targets:
         return [int(target) for target in targets["y"][:, 0, 0, 0]]
@@ -70,7 +70,7 @@ def _pcam_labels(dataset: Any) -> list[int]:
 class _Recipe:
     """How one torchvision class is opened.
 
-    The labels come from private attributes where the class has no public ones: the public way decodes every
+    The labels are read from private attributes if the class has no public ones, because the public API decodes every
     image.
     """
 
@@ -164,18 +164,17 @@ class TorchvisionImages(LabelledImages):
 
 
 class TorchvisionSource(DataSource):
-    """A torchvision data set by name; nothing is downloaded unless asked for.
+    """A torchvision data set by name; downloads only if ``download`` is set.
 
-    EuroSAT and SUN397 have no official split in torchvision and are cut by ``seed``. DTD, Flowers102, PCAM
-    and RenderedSST2 serve their own validation split. torchvision serves EMNIST's images transposed, and so
-    does this.
+    EuroSAT and SUN397 have no official split in torchvision and are cut by ``seed``. DTD, Flowers102, PCAM and
+    RenderedSST2 use their own validation split. EMNIST's images are transposed, as torchvision serves them.
 
     Args:
         dataset: name of the torchvision class.
         root: folder that holds the data in torchvision's layout.
         download: let torchvision download missing data.
         emnist_split: which of EMNIST's six sets to use; "digits" is the one of the 20-task merging suite. Its
-            prompts speak of digits: give ``templates`` for the letters.
+            prompts are about digits: give ``templates`` for letters.
         test_fraction: share of each class held out as the test split, for EuroSAT and SUN397.
         seed: seed of that cut.
         templates: prompt templates, or the name of the data set whose templates to use (default: the data
@@ -224,7 +223,7 @@ class TorchvisionSource(DataSource):
     @cached_property
     def _class_names(self) -> list[str]:
         class_names = self._recipe.class_names(self._opened)
-        # EMNIST's letters are labelled 1 to 26; torchvision keeps a class "N/A" for 0.
+        # EMNIST's letters are labelled 1 to 26; torchvision has an unused class "N/A" for 0.
         return class_names[1:] if self._letters else class_names
 
     @property
