@@ -1,1 +1,1 @@
-"""What is measured on a task's images for rules and regularizers."""
+"""Statistics of a task's images for rules and regularizers."""

@@ -1,4 +1,4 @@
-"""Adam's second moments: a precision that training leaves behind, for which no data is looked at again."""
+"""Adam's second moments: a precision estimate that training provides without another pass over the data."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,14 +11,14 @@ from clmerge.weights.task_vector import accumulator_dtype
 
 
 def require_second_moments(optimizers: Iterable[Optimizer], parameters: Mapping[str, Tensor]) -> None:
-    """Check, before or after a step, that Adam trains every parameter itself.
+    """Check, before or after a step, that Adam trains every parameter directly.
 
     Args:
-        optimizers: Those that train the model.
+        optimizers: The optimizers that train the model.
         parameters: The live parameters of the model by name.
 
     Raises:
-        ValueError: If a parameter is trained by no optimizer, as in low-rank modes of tuning, or by another one.
+        ValueError: If a parameter is trained by no optimizer, as in low-rank modes of tuning, or by another than Adam.
     """
     groups = _groups(optimizers)
     for name, parameter in parameters.items():
@@ -41,18 +41,18 @@ def require_second_moments(optimizers: Iterable[Optimizer], parameters: Mapping[
 def adam_second_moments(optimizers: Iterable[Optimizer], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read the running mean of squared gradients from the optimizers that trained a model.
 
-    A stand-in for the diagonal Fisher information, as in continual merging by optimizer states (arXiv 2509.23592):
-    ``v / (1 - beta2^step)``, with the true labels. The gradients are means over batches, so it is smaller than the
-    Fisher by about the batch size, and it tells of the last ``1 / (1 - beta2)`` steps. Rules that compare tasks want
-    the same batch size and optimizer for all of them.
+    A substitute for the diagonal Fisher information, as in continual merging by optimizer states (arXiv 2509.23592):
+    ``v / (1 - beta2^step)``, with the true labels. The gradients are means over batches, so the result is smaller than
+    the Fisher by about the batch size, and it reflects the last ``1 / (1 - beta2)`` steps. Rules that compare tasks
+    need the same batch size and optimizer for all of them.
 
     Args:
         optimizers: Adam, AdamW, NAdam, RAdam and others that keep ``exp_avg_sq`` in the shape of the parameter.
         parameters: The live parameters of the model by name.
 
     Returns:
-        Second moments by name, at least float32, where the optimizer has them; zeros for a parameter that never had
-        a gradient.
+        Second moments by name, at least float32, on the optimizer's device; zeros for a parameter that never had a
+        gradient.
 
     Raises:
         ValueError: If a parameter is trained by no such optimizer.

@@ -1,4 +1,4 @@
-"""What precision and Gram rules need of a task's data: exact diagonal Fisher and Gram matrices of layer inputs."""
+"""Statistics for precision and Gram rules: exact diagonal Fisher and Gram matrices of layer inputs."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,23 +32,23 @@ def diagonal_fisher(
     """Compute the diagonal of the Fisher information, exactly: squares of gradients per example (arXiv 2111.09832).
 
     ``mean over x of sum over c of p(c|x) * (d log p(c|x) / d theta)^2`` with the module's own probabilities p. Squaring
-    the gradient of a batch, as some implementations do, gives something else. The module is run in eval mode and
-    left as it was. Takes one forward pass per example and, with model labels, one backward pass per class.
+    the gradient of a batch, as some implementations do, is another quantity. The module runs in eval mode and is
+    unchanged afterwards. Takes one forward pass per example and, with model labels, one backward pass per class.
 
     Args:
         module: A classifier, ``logits = module(inputs)`` with logits (batch, num_classes). Not compiled.
         batches: Inputs (batch, ...), or tuples of inputs and class labels (batch,), indices of the logits.
         parameters: Names in ``module.named_parameters()``. Default: those that are trainable.
-        labels: ``"model"`` sums over all classes; ``"sampled"`` draws one of them per example, which is right on
-            average and cheap with many classes; ``"true"`` takes the labels given, the empirical Fisher.
-        chunk_size: Examples at a time; the gradients of one take the memory of the parameters.
+        labels: ``"model"`` sums over all classes; ``"sampled"`` draws one class per example, which is unbiased and
+            cheap with many classes; ``"true"`` uses the given labels, the empirical Fisher.
+        chunk_size: Examples at a time; the gradients of each take as much memory as the parameters.
         seed: Seeds ``"sampled"``.
 
     Returns:
         Mean over examples by parameter name, float32 (float64 for float64 parameters), on their device.
 
     Raises:
-        ValueError: If there is no example, a parameter is unknown, labels are missing, or logits are not as said.
+        ValueError: If there is no example, a parameter is unknown, labels are missing, or logits have another shape.
 
     Example:
         >>> module = nn.Linear(1, 2, bias=False)
@@ -71,15 +71,15 @@ def mean_of_squares(
     chunk_size: int = 4,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Average the squares of something that is linear in the gradients of single examples.
+    """Average the squares of a linear function of the gradients of single examples.
 
     Args:
-        module: As for ``diagonal_fisher``, like what is not listed here.
+        module: As for ``diagonal_fisher``.
         batches: Inputs, or inputs and labels.
-        chosen: The parameters that gradients are taken of, by name.
-        of: What is squared: from gradients (examples, ...) by parameter to values (examples, ...) by any name. Default:
-            the gradients themselves.
-        labels: What the classes are taken from.
+        chosen: The parameters to differentiate by, by name.
+        of: The linear function: maps gradients (examples, ...) by parameter to values (examples, ...) by any name.
+            Default: the gradients themselves.
+        labels: Source of the labels, as for ``diagonal_fisher``.
         chunk_size: Examples at a time.
         seed: Seeds ``"sampled"``.
 
@@ -104,7 +104,7 @@ def mean_of_squares(
             raise ValueError(f"expected logits of shape (batch, num_classes) from the module, got {got}")
         return functional.log_softmax(logits[0], dim=0, dtype=accumulator_dtype(logits))
 
-    # Fused attention kernels have no rule for a batch of weights.
+    # Fused attention kernels cannot be batched over weights by vmap.
     with eval_mode(module), _plain_attention(), torch.inference_mode(False), torch.enable_grad():
         fisher: dict[str, Tensor] = {}
         for batch in batches:
@@ -136,15 +136,15 @@ def gram_matrices(
     """Sum ``X^T X`` over the inputs of every linear map of a module, those inside attention too (arXiv 2212.09849).
 
     Hooks do not fire for the projections of ``nn.MultiheadAttention``, so calls of ``functional.linear`` and ``@`` with
-    one of the parameters are watched instead: ``nn.Linear``, packed or separate input projections, output
-    projections, and matrices (in, out) that are used as ``x @ proj``, for which the Gram matrix is (in, in) all the
-    same. The module is run in eval mode, without gradients, and left as it was.
+    one of the parameters are intercepted instead: ``nn.Linear``, packed or separate input projections, output
+    projections, and matrices (in, out) that are used as ``x @ proj``, for which the Gram matrix is also (in, in). The
+    module runs in eval mode, without gradients, and is unchanged afterwards.
 
     Args:
-        module: What is called with the inputs. Not compiled.
+        module: The module that is called with the inputs. Not compiled.
         batches: Inputs (batch, ...), or tuples that begin with them; labels are not used.
-        parameters: Names in ``module.named_parameters()`` to look for. Default: those that are trainable. What is no
-            matrix of a linear map, a bias or an embedding, gets no Gram matrix.
+        parameters: Names in ``module.named_parameters()``. Default: those that are trainable. Parameters that are not
+            a matrix of a linear map, such as biases and embeddings, get no Gram matrix.
         normalize: Divide by the number of rows of X, the tokens, so that the amount of data does not matter.
 
     Returns:
@@ -176,7 +176,7 @@ def gram_matrices(
 
 
 class _LinearInputs(TorchFunctionMode):
-    """Sum the Gram matrices of what is multiplied by given parameters."""
+    """Sum the Gram matrices of the inputs that are multiplied by given parameters."""
 
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class _LinearInputs(TorchFunctionMode):
         self.rows[name] = self.rows.get(name, 0) + len(rows)
 
     def _attend(self, call: inspect.BoundArguments) -> Any:
-        """Call attention without its output projection, which is then applied to what is seen."""
+        """Call attention without its output projection, then apply that where it is intercepted."""
         given = call.arguments
         query, key, value, packed = (given[name] for name in ("query", "key", "value", "in_proj_weight"))
         if id(packed) in self._names and not (query is key and key is value):
@@ -236,7 +236,7 @@ PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 def _pullback(
     function: Callable[[dict[str, Tensor], Tensor], Tensor], copies: dict[str, Tensor], xs: Tensor
 ) -> tuple[Tensor, Callable[[Tensor], dict[str, Tensor]]]:
-    """Return what the function gives for every example, (batch, num_classes), and how to pull cotangents back."""
+    """Return the function's output for every example, (batch, num_classes), and its vector-Jacobian product."""
     outputs, pull = vjp(lambda tensors: vmap(function)(tensors, xs), copies)[:2]
     return outputs.detach(), lambda cotangent: pull(cotangent)[0]
 
@@ -244,7 +244,7 @@ def _pullback(
 def drawn(
     log_probabilities: Tensor, targets: Tensor | None, labels: str, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield one-hot labels, (batch, num_classes), and how much they count, (batch,)."""
+    """Yield one-hot labels, (batch, num_classes), and their weights, (batch,)."""
     probabilities = log_probabilities.exp()
     if labels == "model":
         for c in range(probabilities.shape[1]):
@@ -262,7 +262,7 @@ def drawn(
 
 
 def chosen_parameters(module: nn.Module, names: Sequence[str] | None, *, detach: bool = True) -> dict[str, Tensor]:
-    """Return the parameters of these names, by default those that are trainable."""
+    """Return the parameters with these names, by default the trainable ones."""
     known = dict(module.named_parameters())
     names = [name for name, parameter in known.items() if parameter.requires_grad] if names is None else names
     if unknown := [name for name in names if name not in known]:
@@ -271,15 +271,15 @@ def chosen_parameters(module: nn.Module, names: Sequence[str] | None, *, detach:
 
 
 def split(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return inputs and labels, if there are any, of a batch."""
+    """Return the inputs of a batch, and its labels or None."""
     inputs, targets = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1] if len(batch) > 1 else None)
     inputs = inputs.to(device)
-    # What was made in inference mode cannot be saved for a backward pass.
+    # Tensors created in inference mode cannot be saved for a backward pass.
     return inputs.clone() if inputs.is_inference() else inputs, targets
 
 
 def module_device(module: nn.Module) -> torch.device:
-    """Return where a module's parameters are."""
+    """Return the device of a module's parameters."""
     return next(module.parameters()).device
 
 

@@ -1,4 +1,4 @@
-"""Fisher information of mask nodes: one number for every attention head and every hidden feature of a transformer."""
+"""Fisher information of mask nodes: one number per attention head and per hidden feature of a transformer."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -21,9 +21,9 @@ class _Layer:
     """One layer of a transformer.
 
     Attributes:
-        name: Its name.
-        attention: Name of its attention.
-        num_heads: How many heads that has.
+        name: Name of the layer.
+        attention: Name of its attention module.
+        num_heads: Number of heads.
         projection: Name of the attention's output projection.
         widen: Name of the linear map to the hidden features.
         narrow: Name of the linear map from the hidden features.
@@ -46,30 +46,35 @@ def mask_node_fisher(
     chunk_size: int = 4,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Give every parameter the Fisher information of the mask nodes it belongs to (arXiv 2403.09891).
+    """Return, for every parameter, the Fisher information of the mask nodes it belongs to (arXiv 2403.09891).
 
-    A mask node is a factor, 1, on what the output projection of an attention reads of one head, or on one hidden
-    feature of a feed-forward network. Its Fisher information is the mean over examples of ``(d log p / d mask)^2``, and
-    parameters have it as in the authors' code: rows of the query and key projections that of their head; values and the
-    output projection the mean over the heads; rows to the hidden features that of their feature; rows from them the
-    mean over the features; norms and scales the mean of the half of the layer they belong to. What is in no layer, such
-    as embeddings, has the mean over the layers of both means together. No hook is needed: the derivative for a factor
-    on an input of ``y = W x`` is the sum over the outputs of ``W * dW``.
+    A mask node is a factor of value 1 on one head's input to the output projection of an attention, or on one hidden
+    feature of a feed-forward network. Its Fisher information is the mean over examples of ``(d log p / d mask)^2``.
+    Parameters are assigned information as in the authors' code:
 
-    The authors take true labels, and the square of the gradient of a batch in place of an example's.
+    - rows of the query and key projections: that of their head;
+    - values and the output projection: the mean over the heads;
+    - rows of the map to the hidden features: that of their feature;
+    - rows of the map from the hidden features: the mean over the features;
+    - norms and scales: the mean of the half of the layer they belong to;
+    - parameters in no layer, such as embeddings: the mean over the layers of both means together.
+
+    No hook is needed: the derivative for a factor on an input of ``y = W x`` is the sum over the outputs of ``W * dW``.
+
+    The authors use true labels, and square the gradient of a batch instead of that of an example.
 
     Args:
         module: A classifier as for ``diagonal_fisher``, with transformer layers as open_clip, timm and
             ``nn.TransformerEncoderLayer`` build them. Not compiled.
         batches: Inputs (batch, ...), or tuples of inputs and class labels (batch,), indices of the logits.
-        parameters: Names in ``module.named_parameters()``. Default: those that are trainable. Only layers in which
-            there are some count.
+        parameters: Names in ``module.named_parameters()``. Default: those that are trainable. Layers without any of
+            them are ignored.
         labels: As for ``diagonal_fisher``.
         chunk_size: Examples at a time.
         seed: Seeds ``"sampled"``.
 
     Returns:
-        Information of the parameters' shapes by name; views of few numbers each.
+        Information by name, in the shapes of the parameters; expanded views of few numbers each.
 
     Raises:
         ValueError: If there is no such layer, or as for ``diagonal_fisher``.
@@ -109,7 +114,7 @@ def mask_node_fisher(
 
 
 def _of_layer(name: str, num_rows: int, layer: _Layer, fisher: dict[str, Tensor]) -> Tensor | None:
-    """Return the information of the rows of a parameter, or one number for all; None for what is of neither half."""
+    """Return the information of a parameter's rows, or one number for all; None if it belongs to neither half."""
     heads, hidden = fisher[layer.attention], fisher[layer.narrow]
     if name.startswith(f"{layer.attention}."):
         inner = name.removeprefix(f"{layer.attention}.")

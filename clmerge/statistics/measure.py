@@ -1,4 +1,4 @@
-"""Measure, at the end of a task, what mergers require beside its vector; the task's data is still there then."""
+"""Measure the statistics that mergers require, at the end of a task while its data is available."""
 
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
@@ -20,7 +20,7 @@ from clmerge.weights.parametrization import folded
 
 
 class _KnownLogits(nn.Module):
-    """The classifier with the logits of classes that its head does not know (-inf) left out."""
+    """The classifier without the logits of classes that its head does not know (-inf)."""
 
     def __init__(self, module: Classifier, classes: Tensor) -> None:
         super().__init__()
@@ -44,21 +44,21 @@ def measure(
     num_images: int,
     seed: int,
 ) -> Statistics:
-    """Return the statistics of one task that are ``needed``.
+    """Return the ``needed`` statistics of one task.
 
     ``samples`` and ``steps`` are counts. ``fisher``, ``mask_fisher`` and ``output_gram`` (labels drawn from the model)
-    and ``gram`` come from ``num_images`` training images of the task, drawn by seed, with the dense weights in ordinary
-    layers whatever the mode of tuning; ``loss`` is the mean loss of the module as it is, the task's expert, on the same
-    images. Every process measures on the same images, so that all ranks merge alike.
+    and ``gram`` are measured on ``num_images`` training images of the task, drawn by seed, with the dense weights in
+    ordinary layers for any mode of tuning; ``loss`` is the mean loss of the unchanged module, the task's expert, on the
+    same images. Every process measures on the same images, so that all ranks get the same merge.
 
     Args:
         needed: Names of statistics.
-        module: The classifier as it was trained on the task.
-        data: Serves the task's training images under the evaluation transform.
+        module: The classifier trained on the task.
+        data: Provides the task's training images under the evaluation transform.
         task: Index of the task.
-        base: theta_0 by parameter name: what is measured on, and where results go.
+        base: theta_0 by parameter name: selects the parameters to measure, and the device of the results.
         num_steps: Optimizer steps of the task.
-        num_images: Images to measure on.
+        num_images: Number of images to measure on.
         seed: Seed of the choice of images.
     """
     whole: Any = data.eval_dataloader("train", [task]).dataset
@@ -91,9 +91,9 @@ def training_images(
 
     Args:
         module: The classifier.
-        data: Serves the task's training images under the evaluation transform.
+        data: Provides the task's training images under the evaluation transform.
         task: Index of the task.
-        num_images: Images to measure on.
+        num_images: Number of images to measure on.
         seed: Seed of the choice of images.
     """
     device = next(module.parameters()).device
@@ -131,6 +131,6 @@ def _of_weights(
 
 
 def _plain(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take the wrapper out of the names, and put the tensors where the base is."""
+    """Remove the wrapper's prefix from the names, and move the tensors to the base's device."""
     named = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return {name: tensor.to(base[name].device) for name, tensor in named.items()}

@@ -1,4 +1,4 @@
-"""The other Kronecker factor of the Fisher information: gradients at the outputs of every linear map."""
+"""The output Kronecker factor of the Fisher information, from gradients at the outputs of every linear map."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,26 +27,26 @@ def output_gram_matrices(
     """Average ``g g^T`` over the outputs of every linear map, ``g`` being the gradient of ``log p`` of one example.
 
     With ``A = gram_matrices(...)``, the sum over tokens of ``x x^T``, ``A`` and this ``B`` are the factors of K-FAC
-    (arXiv 1503.05671, for layers that are applied to many tokens as in arXiv 2311.00636, "expand"): ``B (x) A`` is
-    about the Fisher information of the matrix, summed over the examples. The module is run in eval mode, one forward
-    and backward pass per batch (one backward per class with model labels), and left as it was. Examples must not see
-    each other, as they do not in eval mode.
+    (arXiv 1503.05671, for layers that are applied to many tokens as in arXiv 2311.00636, "expand"): ``B (x) A``
+    approximates the Fisher information of the matrix, summed over the examples. The module runs in eval mode, with one
+    forward and backward pass per batch (one backward per class with model labels), and is unchanged afterwards.
+    Examples of a batch must not influence each other, which holds in eval mode.
 
     Args:
         module: A classifier, ``logits = module(inputs)`` with logits (batch, num_classes). Not compiled.
         batches: Inputs (batch, ...), or tuples of inputs and class labels (batch,), indices of the logits.
-        parameters: Names in ``module.named_parameters()`` to look for. Default: those that are trainable.
-        labels: ``"sampled"`` draws one class per example, ``"model"`` sums over all classes, ``"true"`` takes the
-            labels given; see ``diagonal_fisher``.
+        parameters: Names in ``module.named_parameters()``. Default: those that are trainable.
+        labels: ``"sampled"`` draws one class per example, ``"model"`` sums over all classes, ``"true"`` uses the
+            given labels; see ``diagonal_fisher``.
         seed: Seeds ``"sampled"``.
 
     Returns:
-        Matrices (out, out) by parameter name, float64, on the parameters' device; for ``x @ proj`` of shape (in, out)
-        likewise.
+        Matrices (out, out) by parameter name, float64, on the parameters' device; also for ``x @ proj`` of shape
+        (in, out).
 
     Raises:
-        ValueError: If a parameter is unknown, none is used as a matrix, labels are missing, logits are not as said, or
-            an attention with a packed projection is given other keys or values than queries.
+        ValueError: If a parameter is unknown, none is used as a matrix, labels are missing, logits have another shape,
+            or an attention with a packed projection is given other keys or values than queries.
 
     Example:
         >>> module = nn.Linear(1, 2, bias=False)
@@ -73,7 +73,7 @@ def output_gram_matrices(
                 continue
             log_probabilities = functional.log_softmax(logits, dim=1, dtype=accumulator_dtype(logits))
             for cotangent, weight in drawn(log_probabilities.detach(), targets, labels, generator):
-                # The square root, for the gradient will be squared.
+                # The square root, because the gradient will be squared.
                 pulled = cotangent * weight.sqrt().unsqueeze(1)
                 tensors = [output for _, output in outputs]
                 gradients = torch.autograd.grad(
@@ -91,7 +91,7 @@ def output_gram_matrices(
 
 
 class _LinearOutputs(TorchFunctionMode):
-    """Gather the outputs of linear maps with given parameters, and sum the Gram matrices of their gradients."""
+    """Collect the outputs of linear maps with given parameters, and sum the Gram matrices of their gradients."""
 
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class _LinearOutputs(TorchFunctionMode):
         return self._gather(weight, functional.linear(inputs, weight, bias))
 
     def _attend(self, call: inspect.BoundArguments) -> Any:
-        """Apply the projections where they are seen, and call attention with identities in their place."""
+        """Apply the projections where they are intercepted, and call attention with identities in their place."""
         given = call.arguments
         query, key, value, packed = (given[name] for name in ("query", "key", "value", "in_proj_weight"))
         separate: list[Tensor | None] = [given.get(f"{kind}_proj_weight") for kind in "qkv"]
@@ -176,7 +176,7 @@ class _LinearOutputs(TorchFunctionMode):
 
 @contextmanager
 def _trainable(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Let outputs have gradients also where the parameters are frozen."""
+    """Make outputs require gradients even if the parameters are frozen."""
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     try:
         for parameter in frozen:

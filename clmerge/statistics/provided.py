@@ -1,4 +1,4 @@
-"""What a Trainer knows of the task it has trained: statistics that need no data, and its training images."""
+"""Statistics that a Trainer provides without data, and the images it trained on."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from clmerge.statistics.adam import adam_second_moments, require_second_moments
 from clmerge.weights.parametrization import dense_weights
 from clmerge.weights.swap import full_copy
 
-if TYPE_CHECKING:  # clmerge report, which names mergers, does without Lightning
+if TYPE_CHECKING:  # clmerge report, which names mergers, must not import Lightning
     from lightning.pytorch import LightningModule, Trainer
 
 PROVIDED = frozenset({"adam", "weights"})
-"""Statistics that every run can give its mergers."""
+"""Statistics that every run can provide for its mergers."""
 
 
 def check_provided(needed: Set[str], trainer: Trainer, module: LightningModule, base: Mapping[str, Tensor]) -> None:
-    """Refuse a fit that could not give what ``provided`` is asked for at its end; arguments as there.
+    """Check before a fit that ``provided`` will be able to return the needed statistics; same arguments.
 
     Raises:
-        ValueError: If ``"adam"`` is needed and a parameter is trained by another optimizer, or not itself.
+        ValueError: If ``"adam"`` is needed and a parameter is trained by another optimizer, or not directly.
     """
     if "adam" in needed:
         require_second_moments(trainer.optimizers, dense_weights(module, base))
 
 
 def provided(needed: Set[str], trainer: Trainer, module: LightningModule, base: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return those of the ``PROVIDED`` statistics that are needed.
+    """Return the needed statistics among ``PROVIDED``.
 
     Args:
         needed: Names of statistics.
-        trainer: It trained the task; ``"adam"`` are the second moments of its optimizers.
-        module: The module as it was trained.
-        base: theta_0 by name, which are the ``"weights"``.
+        trainer: The Trainer of the task; ``"adam"`` are the second moments of its optimizers.
+        module: The trained module.
+        base: theta_0 by name, returned as ``"weights"``.
 
     Raises:
         ValueError: If ``"adam"`` is needed and a parameter was trained by another optimizer.
@@ -51,13 +51,13 @@ def provided(needed: Set[str], trainer: Trainer, module: LightningModule, base: 
 
 
 def training_images(module: LightningModule) -> Iterator[Tensor]:
-    """Yield the inputs of a Trainer's training batches, on the module's device; random states stay as they are.
+    """Yield the inputs of the Trainer's training batches, on the module's device; random states are restored.
 
     Args:
-        module: The module that its Trainer has trained.
+        module: The module, attached to the Trainer that trained it.
     """
     trainer = module.trainer
-    if trainer.train_dataloader is None:  # a fit that had nothing left to train has not asked for it
+    if trainer.train_dataloader is None:  # a fit without remaining steps has not loaded it
         trainer.fit_loop.setup_data()
     loader: Any = trainer.train_dataloader
     with torch.random.fork_rng(devices=[]):

@@ -25,10 +25,10 @@ _FILE_NAME = re.compile(r"task_(\d{3,})\.safetensors")
 
 
 def is_bank_header(metadata: Mapping[str, str]) -> bool:
-    """Return whether the strings of a file's header are those that ``TaskVectorBank`` writes.
+    """Return whether a file's header was written by ``TaskVectorBank``.
 
     Args:
-        metadata: The strings; other programs may use one or the other of the names for something else.
+        metadata: Strings of the header; other programs may use some of the same names for something else.
     """
     return {"task", "name", "base"} <= metadata.keys() and bool(_SHA256.fullmatch(metadata.get("sha256", "")))
 
@@ -36,11 +36,11 @@ def is_bank_header(metadata: Mapping[str, str]) -> bool:
 class TaskVectorBank:
     """Keep task vectors on disk, one ``task_000.safetensors`` per task, and read them back one at a time.
 
-    Every file says in its header which task it is, what the task is called, its own fingerprint, and that of the base
-    model it was taken from. Files are written atomically.
+    The header of every file holds the task's index and name, the fingerprint of the vector, and that of its base
+    model. Files are written atomically.
 
     Args:
-        folder: Where the files are; created by the first ``append``.
+        folder: Folder of the files; created by the first ``append``.
 
     Example:
         >>> import tempfile, torch
@@ -91,17 +91,17 @@ class TaskVectorBank:
         Args:
             task: Index of the task, from 0.
             tau: The task vector.
-            name: What the task is called.
+            name: Name of the task.
             base: Fingerprint of the base model, if known.
-            counts: What was counted while the task was trained (``steps``, ``samples``), for rules that weigh tasks
-                by it; None for what is not known.
+            counts: Counts of the task's training (``steps``, ``samples``), for rules that weigh tasks by them; None
+                for an unknown count.
             factors: Thin factors of matrices of ``tau``, as LoRA trains them; they are written in place of the matrix
-                where they are smaller and their product has the same bits.
-            overwrite: Replace a vector that is already there, as a resumed run does. Default: refuse.
+                if they are smaller and their product is bitwise equal.
+            overwrite: Replace a stored vector of the task, as a resumed run does. Default: raise an error.
 
         Raises:
-            ValueError: If the task is negative or stored already, or base, names or shapes differ from the
-                stored vectors'.
+            ValueError: If the task is negative or already stored, or base, names or shapes differ from those of the
+                stored vectors.
         """
         if task < 0:
             raise ValueError(f"expected a task index of 0 or more, got {task}")
@@ -127,15 +127,15 @@ class TaskVectorBank:
         save_tensors(self.path(task), tensors, header | known_counts | scales)
 
     def check_next(self, vectors: Sequence[str], *, base: str | None, again: bool) -> None:
-        """Refuse, before a task is trained, a bank that could not take the task's vector.
+        """Check, before a task is trained, that its vector can be appended.
 
         Args:
-            vectors: Fingerprints of the task vectors that were merged before, in order.
+            vectors: Fingerprints of the task vectors merged so far, in order.
             base: Fingerprint of the base model.
-            again: Whether the task's own vector may be there, after an interruption.
+            again: Whether the task's own vector may already be stored, after an interruption.
 
         Raises:
-            RuntimeError: If the bank holds more tasks than were merged, other ones, or those of another base.
+            RuntimeError: If the bank holds more tasks than were merged, other vectors, or vectors of another base.
         """
         advice = (
             "use a new folder, or go on with the tasks it holds: merge.load_checkpoint(...) of the last one, or "
@@ -172,7 +172,7 @@ class TaskVectorBank:
 
         Raises:
             IndexError: If the task is not stored.
-            ValueError: If the vector is not the one that was written.
+            ValueError: If the vector does not match its fingerprint.
         """
         self._check_stored(task)
         with TensorFile(self.path(task)) as file:
@@ -180,7 +180,7 @@ class TaskVectorBank:
             expected, has_products = file.metadata.get("sha256"), SCALES in file.metadata
         status = self.path(task).stat()
         known = (status.st_mtime_ns, status.st_size)
-        # Products need not have the same bits on another machine.
+        # Products may differ in the last bits on another machine.
         if expected is not None and not has_products and self._verified.get(task) != known:
             if fingerprint(tau) != expected:
                 raise ValueError(
@@ -210,12 +210,12 @@ class TaskVectorBank:
 class BankVector(LazyVector):
     """A reference to a stored task vector; its tensors are views of the file, which take no memory of their own.
 
-    Matrices that are stored as factors are multiplied out when they are asked for.
+    Matrices that are stored as factors are computed on access.
 
     Args:
-        bank: Where it is stored, or will be before it is read.
+        bank: The bank that holds the vector when it is read.
         task: Index of the task.
-        sha256: Its fingerprint, by which another vector in its place is noticed.
+        sha256: Fingerprint of the vector, by which a replaced vector is detected.
 
     Example:
         >>> import tempfile, torch
@@ -242,8 +242,8 @@ class BankVector(LazyVector):
 
         Raises:
             FileNotFoundError: If the vector is not in the bank.
-            ValueError: If another one is in its place.
-            KeyError: If it has no such parameter.
+            ValueError: If the stored vector has another fingerprint.
+            KeyError: If the vector has no such parameter.
         """
         with self._open() as file:
             if name not in file.names():

@@ -1,4 +1,4 @@
-"""Running statistics of batch normalisation that fit weights which no training has seen: those of a merged model."""
+"""Re-estimation of batch normalisation's running statistics for merged weights."""
 
 from collections.abc import Iterable
 
@@ -12,18 +12,18 @@ from clmerge.weights.parametrization import folded, running_statistics
 
 @torch.no_grad()
 def estimated_statistics(module: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Return the running statistics that a module has on some inputs: their mean over the batches.
+    """Return the running statistics of a module on some inputs, averaged over the batches.
 
-    As ``torch.optim.swa_utils.update_bn`` does it, statistics are reset and averaged with equal weights (``momentum``
-    None). Unlike there, layers other than batch normalisation stay in evaluation mode: dropout would be part of the
-    statistics. In a distributed run they are averaged over the processes, each of which brings its batches.
+    As in ``torch.optim.swa_utils.update_bn``, statistics are reset and averaged with equal weights (``momentum``
+    None). Unlike there, layers other than batch normalisation stay in evaluation mode, because dropout would change
+    the statistics. In a distributed run the statistics are averaged over the processes, each with its own batches.
 
     Args:
-        module: What is called with the inputs, with the weights the statistics are for; left as it was.
-        batches: Inputs (batch, ...), on the module's device; at least two rows each, unless there are positions, too.
+        module: The module with the weights to estimate for; called with the inputs, unchanged afterwards.
+        batches: Inputs (batch, ...), on the module's device; at least two rows each, unless inputs have positions.
 
     Returns:
-        Means and variances by dense name, on the CPU; none for a module without batch normalisation.
+        Means and variances by dense name, on the CPU; empty for a module without batch normalisation.
 
     Raises:
         ValueError: If there is no batch.
@@ -53,7 +53,7 @@ def estimated_statistics(module: nn.Module, batches: Iterable[Tensor]) -> dict[s
 
 
 def check_callable(model: nn.Module) -> None:
-    """Raise a TypeError unless a module can be called with inputs, which Lightning does not ask of one."""
+    """Raise a TypeError if a module has no ``forward``, which Lightning does not require."""
     if type(model).forward.__module__.split(".")[0] in ("lightning", "pytorch_lightning", "torch"):
         raise TypeError(
             f"expected {type(model).__name__} to have a forward(inputs), which buffers='re-estimated' calls with "

@@ -1,6 +1,6 @@
-"""The policies for running statistics; apart from what computes them, so that naming one imports nothing heavy."""
+"""The policies for running statistics, in a module of their own so that importing them is cheap."""
 
 from typing import Literal
 
 Buffers = Literal["latest", "base", "mean", "re-estimated"]
-"""Running statistics of a merged model: of the last task, of the base, their mean over the tasks, or new ones."""
+"""Running statistics of a merged model: of the last task, of the base, mean over the tasks, or re-estimated."""

@@ -1,4 +1,4 @@
-"""Checksums of the files that a run has committed: what is read later is what was written then."""
+"""Checksums of the files that a run has committed, to detect later changes."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ MANIFEST = "manifest.json"
 
 
 def checksum(path: str | os.PathLike[str]) -> str:
-    """Return a checksum of a file, BLAKE2b in 32 hexadecimal digits: SHA-256 takes twice as long.
+    """Return a checksum of a file: BLAKE2b in 32 hexadecimal digits, twice as fast as SHA-256.
 
     Args:
         path: The file.
@@ -22,15 +22,15 @@ def checksum(path: str | os.PathLike[str]) -> str:
 
 
 def verify_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Check that files are as a run has committed them.
+    """Check that files are unchanged since a run committed them.
 
     Args:
         folder: The run folder.
         files: Checksums by path, relative to the folder.
 
     Raises:
-        FileNotFoundError: If one is missing.
-        ValueError: If one was changed; the message names it.
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file was changed; the message names it.
     """
     for name, expected in files.items():
         file = folder / name
@@ -44,15 +44,15 @@ def verify_files(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def verify_part(folder: Path, part: str) -> None:
-    """Check a part of a folder that may be a run's, whatever version wrote it.
+    """Check a part of a folder that may be a run folder, of any version of clmerge.
 
     Args:
-        folder: A folder; without a manifest there is nothing to check.
-        part: What the names of the files begin with, ``bank/`` for instance; empty for all.
+        folder: The folder; without a manifest nothing is checked.
+        part: Prefix of the file names to check, for example ``bank/``; empty for all.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If one was changed, or the manifest is damaged.
+        ValueError: If a file was changed, or the manifest is damaged.
     """
     manifest = folder / MANIFEST
     if not manifest.is_file():

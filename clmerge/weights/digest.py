@@ -1,4 +1,4 @@
-"""Cheap digests of tensors: whether one has been changed in place, without a copy of it."""
+"""Cheap digests of tensors, to detect changes in place without keeping a copy."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def digest(tensor: Tensor) -> int:
-    """Return the sum of a tensor's bits, read as integers; of the part on this process if it is sharded.
+    """Return the sum of a tensor's bits, read as integers; for a sharded tensor, of this process's shard.
 
     Args:
         tensor: Any dtype, shape and device.
@@ -25,15 +25,15 @@ def digest(tensor: Tensor) -> int:
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the digest of every tensor by its name."""
+    """Return the digest of every tensor by name."""
     return {name: digest(tensor) for name, tensor in tensors.items()}
 
 
 def changed(tensors: Mapping[str, Tensor], before: Mapping[str, int]) -> list[str]:
-    """Return names of the tensors whose digest is not what it was.
+    """Return the names of the tensors whose digest has changed.
 
     Args:
         tensors: Tensors by name.
-        before: Their earlier digests; names that are missing here are not looked at.
+        before: Earlier digests; tensors without one are ignored.
     """
     return [name for name, value in before.items() if digest(tensors[name]) != value]

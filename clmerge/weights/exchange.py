@@ -1,4 +1,4 @@
-"""Several sets of weights in one module, one after the other, without copying any; what they share is computed once."""
+"""Run one module with several sets of weights in turn, without copies; shared parts are computed once."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
@@ -12,22 +12,22 @@ _MEMORY = 2**30
 
 
 class Exchange:
-    """Let other tensors stand in for a module's, by reference; the module's own come back when the block is left.
+    """Replace a module's tensors by reference; the module's own are restored at the end of the block.
 
-    Parts of the module that have a matrix but none of the exchanged tensors are the same for all sets of weights. Given
-    the same input they are computed for the first set only: the lower blocks of a partly tuned network, for instance.
-    Whether an input is the same is compared, not assumed, and a part that gets another one is left alone from then on.
-    Compiled modules are computed whole.
+    Parts of the module that have a matrix but none of the exchanged tensors are the same for all sets of weights. For
+    the same input they are computed for the first set only, for example the lower blocks of a partly tuned network.
+    Inputs are compared, and a part that receives a different one is no longer shared. Compiled modules are computed
+    as a whole.
 
     Args:
         module: The module.
-        names: Parameters and buffers that are exchanged, by the module's own names; tied ones together.
-        share: Whether parts that are the same are computed once. What they compute must depend on their arguments
-            alone, as in evaluation mode.
-        memory: Bytes of inputs and outputs that are kept for it.
+        names: Parameters and buffers that are exchanged, by the module's own names; all names of tied ones.
+        share: Whether equal parts are computed once. Their output must depend on their arguments alone, as in
+            evaluation mode.
+        memory: Maximum bytes of kept inputs and outputs.
 
     Raises:
-        KeyError: If the module has no tensor of a name.
+        KeyError: If the module has no tensor with one of the names.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
@@ -68,10 +68,10 @@ class Exchange:
             part.leave()
 
     def put(self, state: Mapping[str, Tensor]) -> None:
-        """Let the module compute with these tensors.
+        """Put these tensors into the module.
 
         Args:
-            state: Tensors by name, on the module's device; for names that are left out the module's own.
+            state: Tensors by name, on the module's device; the module's own are used for missing names.
         """
         for name, places in self._places.items():
             tensor = state.get(name, self._originals[name])
@@ -79,7 +79,7 @@ class Exchange:
                 store[key] = tensor
 
     def next_input(self) -> None:
-        """Forget what was computed: the next set of weights sees another batch."""
+        """Discard kept inputs and outputs before the next batch."""
         self.used = 0
         for part in self._parts:
             part.forget()
@@ -115,7 +115,7 @@ class _SharedPart:
         size = sum(x.nbytes for x in (*given, output) if isinstance(x, Tensor))
         if isinstance(output, Tensor) and self._owner.used + size <= self._owner.memory:
             self._owner.used += size
-            # Copies, because whoever calls this part may go on to change what it gave or got in place.
+            # Copies, because the caller may change the input or the output in place.
             self._arguments = tuple(x.clone() if isinstance(x, Tensor) else x for x in given)
             self._output = output.clone()
         return output
@@ -129,7 +129,7 @@ def _alike(module: nn.Module, exchanged: set[int]) -> list[nn.Module]:
         if any(id(tensor) in exchanged for tensor in tensors):
             found += _alike(child, exchanged)
         elif any(tensor.ndim > 1 for tensor in child.parameters()):
-            # A container that is only looped over is never called; then its own parts are.
+            # A container that is only iterated over is never called, but its children are.
             found += [child] if type(child).forward is not nn.Module.forward else _alike(child, exchanged)
     return found
 

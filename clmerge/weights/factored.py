@@ -1,4 +1,4 @@
-"""Matrices kept as two thin factors: what low-rank task vectors cost on disk."""
+"""Matrices stored as two thin factors, which makes low-rank task vectors small on disk."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from clmerge.files import parse_json
 from clmerge.weights.task_vector import State, accumulator_dtype
 
 SCALES = "low_rank"
-"""Under this name a file's header says which tensors are kept as factors, and the factor of each product (JSON)."""
+"""Header entry of a file that names the matrices stored as factors, with the scale of each product (JSON)."""
 
 _A, _B = "/A", "/B"
 
@@ -25,9 +25,9 @@ class Product:
     """The matrix ``scale * B A``.
 
     Args:
-        a: A of shape ``(rank, in)``, or ``(slices, rank, in)`` for a matrix of slices on top of each other.
+        a: A of shape ``(rank, in)``, or ``(slices, rank, in)`` for a matrix of slices stacked along the rows.
         b: B of shape ``(out, rank)``, or ``(slices, out / slices, rank)``.
-        scale: The factor.
+        scale: Scalar factor of the product.
 
     Example:
         >>> import torch
@@ -47,23 +47,23 @@ class Product:
 
     @property
     def numel(self) -> int:
-        """Entries of the factors."""
+        """Number of entries of both factors."""
         return self.a.numel() + self.b.numel()
 
     def dense(self) -> Tensor:
-        """Return the matrix, in float32 or, if a factor is, in float64."""
+        """Return the matrix, in float32 (float64 if either factor is)."""
         dtype = accumulator_dtype(self.a, self.b)
-        # Adding zero leaves one kind of zero, so that equal matrices have equal bytes.
+        # Adding zero turns -0.0 into 0.0, so that equal matrices have equal bytes.
         return product(self.a.to(dtype), self.b.to(dtype), self.scale).add_(0.0)
 
 
 def product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return ``scale * B A``, slices on top of each other, of shape ``(out, in)``; differentiable.
+    """Return ``scale * B A`` of shape ``(out, in)``, slices stacked along the rows; differentiable.
 
     Args:
         a: As in ``Product``.
         b: As in ``Product``.
-        scale: The factor.
+        scale: Scalar factor of the product.
     """
     return (b @ a).mul(scale).reshape(-1, a.shape[-1])
 
@@ -79,14 +79,14 @@ def product_shape(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int]:
 
 
 def factored(tau: State, factors: Mapping[str, Product]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Exchange matrices of a task vector for factors, where these are smaller and give the same bits.
+    """Replace matrices of a task vector by factors, if these are smaller and their product is bitwise equal.
 
     Args:
         tau: The task vector.
         factors: Factors of some of its matrices.
 
     Returns:
-        Tensors to write, and the header that goes with them; ``TensorFile`` reads both.
+        Tensors to write, and the matching header entries; ``TensorFile`` reads both.
     """
     tensors: dict[str, Tensor] = {}
     scales = {}
@@ -103,15 +103,15 @@ def factored(tau: State, factors: Mapping[str, Product]) -> tuple[dict[str, Tens
 def factor_names(
     metadata: Mapping[str, str], shapes: Callable[[str], tuple[int, ...] | None], source: str
 ) -> dict[str, tuple[str, str, float]]:
-    """Return what a file's header says of its factors: matrix name -> names of A and B, and the factor.
+    """Return the factors listed in a file's header: matrix name -> names of A and B, and the scale.
 
     Args:
         metadata: The header's strings.
-        shapes: Gives the shape of a stored tensor; None if there is none of that name.
+        shapes: Returns the shape of a stored tensor, or None if there is no tensor with that name.
         source: The file, for messages.
 
     Raises:
-        ValueError: If the header says something else, or the factors are not there or do not fit together.
+        ValueError: If the entry is malformed, or factors are missing or their shapes do not match.
     """
     if SCALES not in metadata:
         return {}
@@ -135,13 +135,13 @@ def factor_names(
 
 
 class TensorFile:
-    """A safetensors file whose matrices may be kept as factors; tensors are read when they are asked for.
+    """A safetensors file whose matrices may be stored as factors; tensors are read on access.
 
     Args:
         path: The file.
 
     Raises:
-        ValueError: If it is none, or its header says of factors what is not so.
+        ValueError: If it is not a safetensors file, or its header does not match its factors.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -157,7 +157,7 @@ class TensorFile:
         )
 
     def names(self) -> list[str]:
-        """Return the names of all tensors, matrices under their own."""
+        """Return the names of all tensors; a factored matrix has its own name, its factors are not listed."""
         inner = {name for a, b, _ in self._factors.values() for name in (a, b)}
         return sorted([*(name for name in self._file.keys() if name not in inner), *self._factors])  # noqa: SIM118
 
@@ -172,7 +172,7 @@ class TensorFile:
         return tuple(self._file.get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor; one that is no product is a view of the file."""
+        """Read a tensor; unless it is stored as factors, the result is a view of the file."""
         if name in self._factors:
             a, b, scale = self._factors[name]
             return Product(self.read(a), self.read(b), scale).dense()

@@ -1,4 +1,4 @@
-"""Another mode or device of a module, for a while."""
+"""Context managers that temporarily change the mode or device of a module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Run a block with ``module`` in evaluation mode; every part gets back the mode it had."""
+    """Run a block with ``module`` in evaluation mode; the mode of every submodule is restored."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -27,7 +27,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def on_device(module: LightningModule, device: torch.device) -> Iterator[None]:
-    """Run a block with ``module`` on ``device``, in place; it goes back to where it was."""
+    """Run a block with ``module`` moved to ``device`` in place; it is moved back afterwards."""
     before = module.device
     module.to(device)
     try:

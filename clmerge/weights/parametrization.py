@@ -1,4 +1,4 @@
-"""Weights of modules that train other tensors than these, read and written by the names of the dense weights."""
+"""Read and write, by dense names, the weights of modules that train other tensors in their place (LoRA, ...)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clmerge.weights.selection import COMPILE_PREFIX, choose
 from clmerge.weights.swap import check_present, full_copy, own_tensors
 from clmerge.weights.task_vector import State, TaskVector, apply_task_vector, task_vector
 
-# What adapters of other libraries call their factors (loralib, torchtune, diffusers, LyCORIS, PEFT).
+# Names of factors in adapters of other libraries (loralib, torchtune, diffusers, LyCORIS, PEFT).
 _FACTOR = re.compile(
     r"(?:^|\.)(?:lora_(?:embedding_)?[ABab]|lora_E|lora_(?:up|down)|lora\.(?:up|down)|lora_magnitude_vector"
     r"|hada_[wt]\d|lokr_[wt]\d|vera_[AB]|vera_lambda_[bd]|ia3_l|oft_[RrSs]|boft_[RSs])(?:[._]|$)"
@@ -25,25 +25,25 @@ _FACTOR = re.compile(
 
 
 def parametrized(module: nn.Module) -> dict[str, Parametrized]:
-    """Return the parametrized submodules to ask, from the outside in, by prefix (``"a.b."``, or ``""``)."""
+    """Return the parametrized submodules that hold dense weights, outermost first, by prefix (``"a.b."``, ``""``)."""
     return {f"{path}.".replace(COMPILE_PREFIX, "") if path else "": part for path, part in _to_ask(module).items()}
 
 
 def own_names(module: nn.Module) -> dict[str, str]:
-    """Return dense name -> own name of all parameters and buffers but the inner ones."""
+    """Return dense name -> own name of all parameters and buffers except inner parameters."""
     return _own_names(parametrized(module), own_tensors(module))
 
 
 def dense_weights(module: nn.Module, names: Iterable[str], *, origin: str = "the task vector") -> dict[str, Tensor]:
-    """Return the weights that a module computes with now, by dense names; differentiable.
+    """Return the current dense weights of a module by name; differentiable.
 
     Args:
-        module: Any module; ordinary parameters and buffers are returned themselves.
+        module: Any module; ordinary parameters and buffers are returned themselves, not copied.
         names: Dense names.
-        origin: Where the names come from, for the error message.
+        origin: Source of the names, for the error message.
 
     Raises:
-        RuntimeError: If the module lacks one of them.
+        RuntimeError: If the module lacks one of the names.
     """
     names = list(names)
     layout = _Layout(module, names, origin=origin)
@@ -56,13 +56,13 @@ def dense_weights(module: nn.Module, names: Iterable[str], *, origin: str = "the
 def merged_parameters(
     module: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] = (), *, frozen: bool = False
 ) -> dict[str, Tensor]:
-    """Select what is merged: ordinary trained parameters, and dense weights that inner parameters move.
+    """Select the merged weights: ordinary trained parameters, and dense weights that inner parameters change.
 
     Args:
         module: The module, tuned in any mode, compiled or not.
-        include: Glob patterns over dense names, as for ``select_parameters``; default all that is trained.
-        exclude: Glob patterns of what is left out.
-        frozen: Whether parameters that are frozen now count as trained, because they will be.
+        include: Glob patterns over dense names, as for ``select_parameters``; default all trained weights.
+        exclude: Glob patterns of weights to leave out.
+        frozen: Whether parameters that are frozen now count as trained, because they will be trained later.
 
     Returns:
         Dense weights by name, in the module's order; ordinary parameters themselves, others differentiable.
@@ -76,7 +76,7 @@ def merged_parameters(
 def merged_names(
     module: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] = (), *, frozen: bool = False
 ) -> list[str]:
-    """Return the names of ``merged_parameters``, without computing dense weights; the arguments are the same."""
+    """Return the names of ``merged_parameters`` without computing dense weights; same arguments."""
     parts = parametrized(module)
     moved = set[str]()
     parameters = _all_parameters(module)
@@ -103,11 +103,11 @@ def merged_names(
 def unmerged_parameters(
     module: nn.Module, merged: Container[str], include: Sequence[str] | None = None, exclude: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """Return the ordinary parameters that the patterns cover but that are not merged, frozen or not, by dense name.
+    """Return the ordinary parameters that match the patterns but are not merged, frozen or not, by dense name.
 
     Args:
         module: The module.
-        merged: Names of what is merged.
+        merged: Names of the merged weights.
         include: As for ``merged_parameters``.
         exclude: As for ``merged_parameters``.
     """
@@ -117,7 +117,7 @@ def unmerged_parameters(
 
 
 def tied_names(module: nn.Module) -> dict[str, list[str]]:
-    """Return, of every parameter that has several dense names, the first one -> the others."""
+    """Return, for every parameter with several dense names, the first name -> the others."""
     groups = _aliases(parametrized(module), _all_parameters(module)).values()
     return {group[0]: group[1:] for group in groups if len(group) > 1}
 
@@ -125,13 +125,13 @@ def tied_names(module: nn.Module) -> dict[str, list[str]]:
 def read_task_vector(
     module: nn.Module, base: State, *, device: torch.device | None = None, origin: str = "the base model"
 ) -> TaskVector:
-    """Return what training added to the base: ``theta - theta_0`` by dense names, whole tensors.
+    """Return the task vector ``theta - theta_0`` by dense names; sharded tensors are gathered.
 
     Args:
         module: The trained module.
         base: theta_0 by dense names.
-        device: Where the vector shall be; default where the module's tensors are.
-        origin: Where the base comes from, for the error message.
+        device: Device of the vector; default that of the module's tensors.
+        origin: Source of the base, for the error message.
 
     Raises:
         RuntimeError: If the module lacks a parameter of the base.
@@ -147,12 +147,12 @@ def read_task_vector(
 
 
 def read_factors(module: nn.Module, base: State, *, origin: str = "the base model") -> dict[str, Product]:
-    """Return thin factors of what training added to the base, for the dense weights of which they are known.
+    """Return thin factors of the task vector, for the dense weights whose factors are known.
 
     Args:
         module: The trained module.
         base: theta_0 by dense names.
-        origin: Where the base comes from, for the error message.
+        origin: Source of the base, for the error message.
     """
     found: dict[str, Product] = {}
     for prefix, part, local in _Layout(module, base, origin=origin).parts:
@@ -164,14 +164,14 @@ def read_factors(module: nn.Module, base: State, *, origin: str = "the base mode
 def state_of(
     module: nn.Module, base: State, tau: State, *, buffers: State | None = None, origin: str = "the base model"
 ) -> dict[str, Tensor]:
-    """Return values with which a module computes ``base + tau`` in its own mode, by the module's own names.
+    """Return tensors, by the module's own names, with which a module computes ``base + tau`` in its mode of tuning.
 
     Args:
-        module: The module that the values are for; it is not changed.
+        module: The module that the tensors are for; it is not changed.
         base: theta_0 by dense names.
-        tau: What is added, by dense names; names that are missing keep the base's weights.
-        buffers: Other tensors by dense names, taken as they are.
-        origin: Where the base comes from, for the error message.
+        tau: The vector to add, by dense names; weights that it lacks keep the base's values.
+        buffers: Other tensors by dense names, used unchanged.
+        origin: Source of the base, for the error message.
 
     Returns:
         Values to swap in, to assign, or for ``functional_call``; without ``torch.compile``'s ``_orig_mod.``.
@@ -200,7 +200,7 @@ def running_statistics(module: nn.Module, *, counts: bool = False) -> dict[str, 
 
     Args:
         module: The module.
-        counts: Whether the numbers of batches that they come from are there, too.
+        counts: Whether to include the numbers of batches (``num_batches_tracked``).
     """
     buffers = {name.replace(COMPILE_PREFIX, "") for name, _ in module.named_buffers()}
     tensors = own_tensors(module)
@@ -216,12 +216,12 @@ def running_statistics(module: nn.Module, *, counts: bool = False) -> dict[str, 
 
 
 def renew(module: nn.Module, *, seed: int, task: int) -> None:
-    """Start a task: every parametrized submodule keeps what it computes and draws fresh inner parameters.
+    """Start a task: every parametrized submodule keeps its function and draws new inner parameters.
 
     Args:
         module: The module; changed in place.
         seed: Seed of the run.
-        task: Index of the task. The numbers depend on seed, task and the submodule's name alone.
+        task: Index of the task. The numbers depend only on seed, task and the submodule's name.
     """
     for prefix, part in parametrized(module).items():
         digest = hashlib.sha256(f"renew/{seed}/{task}/{prefix}".encode()).digest()
@@ -230,15 +230,15 @@ def renew(module: nn.Module, *, seed: int, task: int) -> None:
 
 @contextmanager
 def folded(module: nn.Module) -> Iterator[nn.Module]:
-    """Run a block with ordinary modules in place of the parametrized ones, whose dense weights they have.
+    """Run a block with the parametrized submodules replaced by ordinary ones with the same dense weights.
 
-    Names are dense names inside of the block, as in the module before it was tuned this way.
+    Inside the block, parameter names are dense names, as in the module before it was parametrized.
 
     Args:
-        module: The module; its parametrized submodules come back in any case.
+        module: The module; its parametrized submodules are always restored.
 
     Yields:
-        The folded module: ``module`` itself with submodules exchanged, or a new one if it is parametrized as a whole.
+        The folded module: ``module`` itself with submodules replaced, or a new one if it is parametrized as a whole.
     """
     parts = dict(reversed(_to_ask(module).items()))  # from the inside out: a folded part may hold folded ones
     whole = parts.pop("", None)
@@ -253,7 +253,7 @@ def folded(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class _Layout:
-    """Where dense names are in a module: ordinary tensors, and names relative to every parametrized submodule."""
+    """Location of dense names in a module: ordinary tensors, and names relative to each parametrized submodule."""
 
     def __init__(self, module: nn.Module, names: Iterable[str], *, origin: str) -> None:
         names = list(names)
@@ -278,13 +278,13 @@ def _own_names(parts: dict[str, Parametrized], tensors: Mapping[str, Tensor]) ->
 
 
 def _all_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return parameters under all of their names."""
+    """Return all parameters, tied ones under each of their names."""
     named = module.named_parameters(remove_duplicate=False)
     return {name.replace(COMPILE_PREFIX, ""): parameter for name, parameter in named}
 
 
 def _aliases(parts: dict[str, Parametrized], parameters: Mapping[str, nn.Parameter]) -> dict[nn.Parameter, list[str]]:
-    """Return the dense names of every parameter that is not inner."""
+    """Return all dense names of every parameter that is not an inner one."""
     inner = {prefix + name for prefix, part in parts.items() for name in part.inner()}
     aliases: dict[nn.Parameter, list[str]] = {}
     for name, parameter in parameters.items():

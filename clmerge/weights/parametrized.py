@@ -1,4 +1,4 @@
-"""What a module is asked that trains other tensors than its dense weights."""
+"""The interface of modules that train other tensors in place of their dense weights."""
 
 from __future__ import annotations
 
@@ -15,50 +15,49 @@ from clmerge.weights.task_vector import State, TaskVector, task_vector
 
 
 class Parametrized(nn.Module, ABC):
-    """A module whose dense weights are not, by themselves, what is trained (LoRA, tangent models, ...).
+    """A module that trains inner parameters in place of its dense weights (LoRA, tangent models, ...).
 
-    The *dense names* are those the weights had before the module was tuned this way, relative to this module. They,
-    not the tensors that are trained, are what a task vector is made of: every merger sees dense tensors.
+    The *dense names* are the names of the weights before the module was parametrized, relative to this module. Task
+    vectors consist of dense weights, not of the trained tensors, so every merger gets dense tensors.
     """
 
     answers_for_children: ClassVar[bool] = True
-    """Whether parametrized modules inside of this one are its own matter: they are not asked themselves then."""
+    """Whether this module also reports the dense weights of parametrized modules inside it."""
 
     shardable: ClassVar[bool] = True
-    """Whether FSDP2 may shard it: it takes parameters for what ``getattr`` gives under their names."""
+    """Whether FSDP2 may shard the module; it requires that ``getattr`` returns the parameter of a name."""
 
     @abstractmethod
     def names(self) -> Sequence[str]:
-        """Return the dense names of the weights that the inner parameters move."""
+        """Return the dense names of the weights that the inner parameters change."""
 
     @abstractmethod
     def inner(self) -> Sequence[str]:
-        """Return names of this module's own parameters that are never merged by themselves: factors, scales."""
+        """Return the names of this module's inner parameters (factors, scales), which are not merged themselves."""
 
     @abstractmethod
     def dense(self) -> dict[str, Tensor]:
-        """Return the weights that the module computes with now, by the dense names of ``names``; differentiable."""
+        """Return the current dense weights of ``names``; differentiable."""
 
     @abstractmethod
     def state(self, base: State, tau: State) -> dict[str, Tensor]:
-        """Return values of own parameters with which the module computes ``base + tau`` in its mode.
+        """Return values of own parameters with which the module computes ``base + tau`` in its mode of tuning.
 
         Args:
             base: Dense weights by dense names; all of ``names`` or some.
-            tau: What is added to them; the same names.
+            tau: The vector to add to them; the same names.
 
         Returns:
-            Value by own name, in the base's dtype; differentiable by ``tau``. Parameters that are not named keep their
-            values.
+            Values by own name, in the base's dtype; differentiable by ``tau``. Other parameters keep their values.
         """
 
     @abstractmethod
     def renew(self, generator: torch.Generator) -> None:
-        """Start a task: keep what is computed, in place, with fresh inner parameters drawn from ``generator``."""
+        """Start a task: draw new inner parameters from ``generator``, in place, without changing the output."""
 
     @abstractmethod
     def folded(self) -> nn.Module:
-        """Return an ordinary module with the dense weights under their dense names; it may share the others."""
+        """Return an ordinary module with the dense weights under their dense names; other tensors may be shared."""
 
     def delta(self, base: State) -> TaskVector:
         """Return ``dense - base``, detached, in float32 (float64 if either side is).
@@ -71,9 +70,9 @@ class Parametrized(nn.Module, ABC):
         return task_vector({name: full_copy(dense[name]) for name in base}, base)
 
     def low_rank(self, base: State) -> dict[str, Product]:
-        """Return factors of those entries of ``delta`` whose rank is known to be low; none by default."""
+        """Return factors of the matrices of ``delta`` that are known to have low rank; none by default."""
         return {}
 
     def dense_name(self, own: str) -> str:
-        """Return the dense name of an own parameter or buffer that is not inner; the same by default."""
+        """Return the dense name of a parameter or buffer that is not inner; by default its own name."""
         return own

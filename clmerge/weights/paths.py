@@ -1,4 +1,4 @@
-"""The kind of file at a path, checked before it is opened: reading a pipe waits, reading a device may never end."""
+"""The kind of file at a path, checked before opening: reading a pipe blocks, reading a device may never end."""
 
 import os
 import stat
@@ -13,9 +13,9 @@ _KINDS = (
 
 
 def what_it_is(path: str | os.PathLike[str]) -> str:
-    """Return ``"file"``, ``"folder"``, ``"named pipe"``, ``"socket"`` or ``"device"``, of what a link leads to.
+    """Return ``"file"``, ``"folder"``, ``"named pipe"``, ``"socket"`` or ``"device"``; links are followed.
 
-    ``"nothing"`` is what there is where nothing can be: a link into nowhere or to itself, a name with a null byte.
+    Returns ``"nothing"`` if the path does not exist or cannot: a broken or circular link, a name with a null byte.
 
     Example:
         >>> what_it_is("/dev/null"), what_it_is("/")

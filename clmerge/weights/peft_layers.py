@@ -1,4 +1,4 @@
-"""LoRA layers of Hugging Face's PEFT, seen as the dense weights that they compute with; PEFT is not imported."""
+"""Access to LoRA layers of Hugging Face's PEFT through their dense weights; PEFT is not imported."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _BASE = "base_layer."
 
 
 def seen_as_dense(module: nn.Module, path: str) -> Parametrized | None:
-    """Return a view of a module if it is a layer of PEFT, else None.
+    """Return a ``Parametrized`` view of a module if it is a PEFT layer, else None.
 
     Args:
         module: Any module.
         path: Its name, for the error message.
 
     Raises:
-        RuntimeError: If it is a layer of PEFT that does more, or something else, than to add a product to a weight.
+        RuntimeError: If it is a PEFT layer that does not just add a product to a weight.
     """
     if "base_layer" not in module._modules or not hasattr(module, "adapter_layer_names"):
         return None
@@ -40,20 +40,20 @@ def seen_as_dense(module: nn.Module, path: str) -> Parametrized | None:
 
 
 class LoRALayerOfPEFT(Parametrized):
-    """A LoRA layer that PEFT made of a linear layer, a convolution or an embedding.
+    """A PEFT LoRA layer around a linear layer, a convolution or an embedding.
 
-    A merged model has its dense weight in the base layer and B = 0. What is trained stays in the factors otherwise:
-    ``renew`` leaves them alone, so that PEFT's own files keep belonging to the base they were trained on.
+    A merged model has its dense weight in the base layer and B = 0. Otherwise the trained change stays in the factors:
+    ``renew`` does not change them, so that PEFT's own files still match the base they were trained on.
 
     Args:
-        layer: The layer; it stays where it is.
+        layer: The layer; it stays in its model.
     """
 
     shardable: ClassVar[bool] = False
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.__dict__["layer"] = layer  # not as a submodule: it is a part of another model
+        self.__dict__["layer"] = layer  # not as a submodule: it belongs to another model
 
     @property
     def _base(self) -> nn.Module:
@@ -104,14 +104,14 @@ class LoRALayerOfPEFT(Parametrized):
 
 
 def _active(layer: Any) -> list[str]:
-    """Return the adapters that the layer adds to its weight now."""
+    """Return the names of the active adapters of a layer."""
     if layer.disable_adapters:
         return []
     return [name for name in layer.active_adapters if name in layer.lora_A or name in layer.lora_embedding_A]
 
 
 def _unlike_lora(layer: Any) -> str | None:
-    """Say what keeps a layer of PEFT from being a weight plus a product; None if it is one."""
+    """Return why a PEFT layer is not a weight plus a product; None if it is one."""
     if not hasattr(layer, "lora_A"):
         return "which is not LoRA"
     weight = getattr(layer.base_layer, "weight", None)

@@ -1,4 +1,4 @@
-"""Which parameters of a module are merged: trainable floating-point ones, chosen by glob patterns."""
+"""Selection of the parameters to merge: trainable floating-point ones, by glob patterns."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-COMPILE_PREFIX = "_orig_mod."  # what torch.compile puts into parameter names
+COMPILE_PREFIX = "_orig_mod."  # added to parameter names by torch.compile
 
 
 def select_parameters(
@@ -19,7 +19,7 @@ def select_parameters(
     name, if any of its names matches.
 
     Args:
-        module: The module whose parameters are looked at, compiled or not.
+        module: The module with the parameters, compiled or not.
         include: Patterns of which at least one must match. Default: every trainable parameter.
         exclude: Patterns of which none may match.
 
@@ -55,13 +55,13 @@ def choose(
     *,
     owner: str,
 ) -> list[str]:
-    """Choose names by glob patterns, as ``select_parameters`` says.
+    """Select names by glob patterns, as in ``select_parameters``.
 
     Args:
-        groups: Name -> all names of the same tensor, and whether it may be chosen at all.
+        groups: Name -> all names of the same tensor, and whether the tensor can be selected.
         include: Patterns of which at least one must match; None for all.
         exclude: Patterns of which none may match.
-        owner: Whose names these are, for the error messages.
+        owner: Owner of the names, for the error messages.
 
     Raises:
         ValueError: As ``select_parameters`` does.
@@ -109,7 +109,7 @@ def _hint(pattern: str, names: list[str]) -> str:
     prefix = pattern.rstrip(".*")
     if any(fnmatchcase(name, f"{prefix}.*") for name in names):
         return f"patterns cover the whole name: did you mean {prefix + '.*'!r}?"
-    # A typo sits in one part of the name, so whole names and their leading parts are both candidates.
+    # A typo may be in any part of a name, so whole names and their leading parts are both candidates.
     parts = {".".join(name.split(".")[:depth]) + ".*" for name in names for depth in range(1, name.count(".") + 1)}
     close = get_close_matches(pattern, [*names, *sorted(parts)], n=3, cutoff=0.5)
     nearest = ", ".join(repr(name) for name in close or names[:3])

@@ -1,4 +1,4 @@
-"""Put other weights into a model and take them out again; whole tensors and DTensors alike."""
+"""Swap other weights into a model and restore its own; for plain tensors and DTensors."""
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,12 +12,12 @@ from clmerge.weights.selection import COMPILE_PREFIX
 
 
 def named_tensors(module: nn.Module, names: Iterable[str], *, origin: str) -> dict[str, Tensor]:
-    """Look parameters and buffers up by name, with ``torch.compile``'s ``_orig_mod.`` left out of the names.
+    """Return parameters and buffers by name, with ``torch.compile``'s ``_orig_mod.`` removed from the names.
 
     Args:
-        module: Where to look.
-        names: What to find.
-        origin: Where the names come from, for the error message.
+        module: The module.
+        names: Names of the tensors.
+        origin: Source of the names, for the error message.
 
     Raises:
         RuntimeError: If a name is missing from the module.
@@ -29,8 +29,8 @@ def named_tensors(module: nn.Module, names: Iterable[str], *, origin: str) -> di
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and buffers by name, with ``torch.compile``'s ``_orig_mod.`` left out of the names."""
-    # After a forward without gradients the root of an FSDP2 model stays gathered and hands out plain tensors.
+    """Return all parameters and buffers by name, with ``torch.compile``'s ``_orig_mod.`` removed from the names."""
+    # After a forward without gradients the root of an FSDP2 model stays gathered and returns plain tensors.
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
@@ -43,9 +43,9 @@ def check_present(module: nn.Module, found: Container[str], names: Sequence[str]
 
     Args:
         module: The module, for the error message.
-        found: Names that it has.
+        found: Names that the module has.
         names: Names that it should have.
-        origin: Where they come from.
+        origin: Source of ``names``, for the error message.
     """
     if missing := [name for name in names if name not in found]:
         raise RuntimeError(
@@ -60,7 +60,7 @@ def full_copy(tensor: Tensor, device: torch.device | None = None) -> Tensor:
 
     Args:
         tensor: A tensor; a DTensor is gathered, which is a collective: every rank must call.
-        device: Where the copy shall be; default where the tensor is.
+        device: Device of the copy; default that of the tensor.
     """
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.detach().to(device or whole.device, copy=True)
@@ -72,10 +72,10 @@ def assign(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
     Args:
         targets: Tensors of a model by name; they keep their dtype, device and layout.
-        values: What to copy into those of the same names; whole tensors.
+        values: Tensors to copy, by name; not sharded.
 
     Raises:
-        RuntimeError: If a shape differs; nothing has been copied then.
+        RuntimeError: If a shape differs; nothing is copied then.
     """
     for name, value in values.items():
         if targets[name].shape != value.shape:
@@ -93,7 +93,7 @@ def assign(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 
 class _Swap:
-    """What a swap has taken out of a module."""
+    """The tensors that a swap has taken out of a module."""
 
     def __init__(self, module: nn.Module, originals: dict[str, Tensor]) -> None:
         self.module = module
@@ -105,15 +105,15 @@ _open: list[_Swap] = []
 
 @contextmanager
 def swapped(module: nn.Module, values: Mapping[str, Tensor], *, origin: str = "the merged model") -> Iterator[None]:
-    """Run a block with ``values`` in place of the module's tensors of the same names; always restores.
+    """Run a block with ``values`` in place of the module's tensors of the same names; always restores the originals.
 
-    Swaps of one module may end in any order (Lightning calls the hooks of callbacks that way): what one that ends early
-    has taken out comes back when the last later one of the same tensor ends.
+    Swaps of one module may end in any order (Lightning's callback hooks require that): the original of a swap that ends
+    before a later swap of the same tensor is restored when the last later one ends.
 
     Args:
         module: The model.
         values: Parameters and buffers by name, without ``torch.compile``'s ``_orig_mod.``.
-        origin: Where the values come from, for the error message.
+        origin: Source of the values, for the error message.
 
     Raises:
         RuntimeError: If a name is missing from the module, or a shape differs; the module is unchanged then.

@@ -1,4 +1,4 @@
-"""Task vectors: what fine-tuning added to the base model, as one tensor per parameter name."""
+"""Task vectors: the weight change of fine-tuning relative to the base model, one tensor per parameter name."""
 
 import hashlib
 import json
@@ -17,10 +17,10 @@ _NAMES_SHOWN = 3
 
 
 class CheckedVector(dict[str, Tensor]):
-    """A task vector that was found to be finite: several mergers need not look through it, nor hash it, again.
+    """A task vector known to be finite, so that several mergers need not check or hash it again.
 
     Attributes:
-        examined: What an accumulator found when it looked; see ``clmerge.merging.identity``.
+        examined: Cached result of ``clmerge.merging.identity.examine``.
     """
 
     examined: Any = None
@@ -32,7 +32,7 @@ class CheckedVector(dict[str, Tensor]):
 
 
 class LazyVector(Mapping[str, Tensor], ABC):
-    """A task vector whose tensors are read whenever they are asked for; it may be kept in place of a copy."""
+    """A task vector whose tensors are read on access; rules may keep it instead of a copy."""
 
     @abstractmethod
     def names(self) -> Iterable[str]:
@@ -56,10 +56,10 @@ def task_vector(
     Args:
         theta: Fine-tuned weights by name, any floating dtype, any shape.
         base: Weights of the base model by the same names and shapes.
-        sources: What the two states are called in error messages, e.g. their file names.
+        sources: Names of the two states in error messages, for example file names.
 
     Returns:
-        One fresh tensor per name on ``theta``'s device; nothing is shared with the inputs.
+        One new tensor per name on ``theta``'s device; no memory is shared with the inputs.
 
     Raises:
         ValueError: If names or shapes differ, or a tensor is not floating-point.
@@ -90,11 +90,11 @@ def apply_task_vector(
 
     Args:
         base: Weights of the base model by name.
-        tau: What is added, by name; names of ``base`` that are missing here keep their weights.
-        sources: What the two are called in error messages.
+        tau: The vector to add, by name; weights of ``base`` that it lacks are unchanged.
+        sources: Names of the two in error messages.
 
     Returns:
-        One fresh tensor for every name of ``base``, in its dtype and on its device; differentiable by ``tau``.
+        One new tensor for every name of ``base``, in its dtype and on its device; differentiable by ``tau``.
 
     Raises:
         ValueError: If ``tau`` has a name or a shape that ``base`` does not have.
@@ -123,7 +123,7 @@ def apply_task_vector(
 
 
 def fingerprint(state: State) -> str:
-    """Hash names, dtypes, shapes and bytes of a state: the answer to "which base model is this".
+    """Hash names, dtypes, shapes and bytes of a state, to identify a base model for example.
 
     Args:
         state: Tensors by name, any dtype and device; their order does not matter.
@@ -160,7 +160,7 @@ def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def check_same_names(left: State, right: State, sources: tuple[str, str]) -> None:
-    """Raise a ValueError that shows the first names only one of the two states has."""
+    """Raise a ValueError if the names differ; the message shows the first names that only one state has."""
     only_left = [name for name in left if name not in right]
     only_right = [name for name in right if name not in left]
     if only_left or only_right:

@@ -1,4 +1,4 @@
-"""Tensors in files that are complete or not there: safetensors, and what ``torch.save`` writes."""
+"""Atomic writing and reading of tensor files: safetensors, and the format of ``torch.save``."""
 
 import json
 import os
@@ -31,7 +31,7 @@ _NAMES = {
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: State, metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file, atomically; equal tensors give equal files.
+    """Write tensors to a safetensors file, atomically; equal tensors produce equal files.
 
     Args:
         path: The file to write.
@@ -88,7 +88,7 @@ def load_tensors(path: str | os.PathLike[str]) -> TaskVector:
 
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Read the header's strings of a safetensors file, without its tensors.
+    """Read the metadata strings in the header of a safetensors file, without its tensors.
 
     Args:
         path: The file to read.
@@ -111,7 +111,7 @@ def save_torch(path: str | os.PathLike[str], obj: Any) -> None:
 
     Args:
         path: The file to write.
-        obj: What is saved.
+        obj: The object to save.
 
     Raises:
         OSError: If the file cannot be written, because the disk is full for instance; it names ``path``.
@@ -127,7 +127,7 @@ def save_torch(path: str | os.PathLike[str], obj: Any) -> None:
 
 
 class _Remembering:
-    """A file that keeps the error of a write that failed."""
+    """A file that remembers the error of a failed write."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
