@@ -1,4 +1,4 @@
-"""Checkpoints on disk: read tensor by tensor, written tensor by tensor, whatever their size."""
+"""Read, merge and write checkpoints of any size, tensor by tensor."""
 
 from clmerge.checkpoints.formats import open_checkpoint, open_models
 from clmerge.checkpoints.reader import Checkpoint, Entry

@@ -22,11 +22,11 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.weight)?")
-# Entries of a product that are computed together: the same ones whatever piece is asked for, so the bits are, too.
+# Entries of a product that are computed together; the blocks, and so the bits, do not depend on the requested piece.
 _BLOCK = 1 << 16
 _ADVICE = "merge it into its base with PEFT (merge_and_unload) and name the merged model"
 
-# Settings with which an adapter is more, or something else, than a product that is added to a weight.
+# Settings with which an adapter is not just a product that is added to a weight.
 _REFUSED = (
     "use_dora",
     "lora_bias",
@@ -40,13 +40,13 @@ _REFUSED = (
     "kasa_config",
     "monteclora_config",
 )
-# Initialisations that also change the base's weights, so that the factors are no difference to those on disk.
+# Initialisations that also change the base's weights, so that the factors are not a difference from the base on disk.
 _MOVED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class _Product:
-    """``scale * left @ right`` in a weight's shape; names of the factors, turned where PEFT keeps the transpose."""
+    """``scale * left @ right`` in a weight's shape: names of the factors, and whether PEFT stores the transpose."""
 
     left: str
     right: str
@@ -56,18 +56,19 @@ class _Product:
 
 
 class AdapterCheckpoint(Checkpoint):
-    """A LoRA adapter that PEFT saved, as the task vector it is: ``scale * B @ A`` for every module it targets.
+    """A LoRA adapter saved by PEFT, as a task vector: ``scale * B @ A`` for every target module.
 
     The scale is ``alpha / r`` (``alpha / sqrt(r)`` for rank-stabilised LoRA), with the rank and alpha of the module's
-    pattern if it has one. Embeddings, convolutions, transposed layers (``fan_in_fan_out``) and attention modules are
-    laid out as their weights are. Other tensors in the file (``modules_to_save``, trained biases) are weights.
+    pattern if there is one. Products have the layout of their weights, also for embeddings, convolutions, transposed
+    layers (``fan_in_fan_out``) and attention modules. Other tensors in the file (``modules_to_save``, trained biases)
+    are weights.
 
     Args:
         weights: The open adapter file, by PEFT's names.
         folder: The folder with ``adapter_config.json``.
 
     Raises:
-        ValueError: If the adapter is no plain LoRA, or file and configuration do not belong together.
+        ValueError: If the adapter is not plain LoRA, or file and configuration do not match.
     """
 
     def __init__(self, weights: Checkpoint, folder: Path) -> None:
@@ -75,7 +76,7 @@ class AdapterCheckpoint(Checkpoint):
         self._rank_of = _Setting(config, "rank_pattern", "r", folder / CONFIG)
         self._alpha_of = _Setting(config, "alpha_pattern", "lora_alpha", folder / CONFIG)
         found = {name: match for name in weights.entries if (match := _FACTOR.fullmatch(name))}
-        # Only beside factors: a module may be called lora_head, and be saved whole.
+        # Only beside factors: a module may be named lora_head and be saved whole.
         around = tuple({f"{match['module']}.lora_" for match in found.values()})
         if others := [name for name in weights.entries if name not in found and name.startswith(around)]:
             raise ValueError(f"expected the factors A and B alone in {weights.source}, got {others[0]!r}; {_ADVICE}")
@@ -109,7 +110,7 @@ class AdapterCheckpoint(Checkpoint):
     def _add(self, match: re.Match[str], a: str, b: str, config: Mapping[str, Any]) -> None:
         weights, module = self._factors, match["module"]
         rows, columns = (weights.entries[name].shape for name in (b, a))
-        # PEFT keeps what it wraps under base_layer, which only shows where a module in a module has factors, too.
+        # PEFT keeps a wrapped module under base_layer, which is in a name only if a nested module also has factors.
         owner, _, inner = module.partition(".base_layer.")
         wanted, alpha = self._rank_of.of(_plain(owner)), self._alpha_of.of(_plain(owner))
         is_product = len(rows) > 1 and len(columns) > 1 and rows[1] == columns[0] == wanted and prod(rows[2:]) == 1
@@ -125,8 +126,8 @@ class AdapterCheckpoint(Checkpoint):
         is_attention = f"{module}.base_layer.out_proj.lora_B.weight" in weights.entries
         scale = alpha / (math.sqrt(wanted) if config.get("use_rslora") else wanted)
         if inner == "out_proj":
-            # PEFT (0.21) adds this one twice, in MultiheadAttention.merge and in the merge of out_proj that it calls,
-            # also in every forward pass: what was trained and evaluated has it twice.
+            # PEFT (0.21) adds this product twice, in MultiheadAttention.merge and in the merge of out_proj that it
+            # calls, also in every forward pass: the model was trained and evaluated with it twice.
             scale *= 2
         dtype = torch.float64 if weights.entries[b].dtype == torch.float64 else torch.float32
         self._products[f"{name}.{'in_proj_weight' if is_attention else 'weight'}"] = _Product(
@@ -138,7 +139,7 @@ class AdapterCheckpoint(Checkpoint):
         )
 
     def products(self) -> dict[str, Product]:
-        """Return the factors of every matrix that the adapter adds a product to, as they are stored."""
+        """Return the stored factors of every matrix that the adapter adds a product to."""
         stored = ((name, self._products.get(self.stored(name))) for name in self.entries)
         return {
             name: Product(self._factors.tensor(found.right), self._factors.tensor(found.left), found.scale)
@@ -170,7 +171,7 @@ class AdapterCheckpoint(Checkpoint):
         return rows.reshape(-1)[start - first * width : stop - first * width]
 
     def _rows(self, name: str, first: int, last: int) -> Tensor:
-        """Compute some rows of a product; blocks begin at the same rows whichever are asked for."""
+        """Compute some rows of a product; blocks begin at the same rows for every request."""
         product = self._products[name]
         left, right = (self._factors.tensor(factor).flatten(1) for factor in (product.left, product.right))
         if product.turned:
@@ -185,7 +186,7 @@ class AdapterCheckpoint(Checkpoint):
 
 
 def has_factors(names: Iterable[str]) -> bool:
-    """Return whether tensors of these names are factors as PEFT calls them.
+    """Return whether the names include PEFT's names of factors.
 
     Example:
         >>> has_factors(["net.lora_head.weight"]), has_factors(["net.0.lora_A.weight"])
@@ -222,7 +223,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 class _Setting:
-    """The rank or the alpha of every module: that of the first pattern that matches the end of its name, as in PEFT."""
+    """The rank or alpha of modules: from the first pattern that matches the end of a module's name, as in PEFT."""
 
     def __init__(self, config: Mapping[str, Any], patterns: str, default: str, path: Path) -> None:
         self._default = _number(config[default], default, path)

@@ -1,4 +1,4 @@
-"""The running statistics of a merged model: the base's, the models', or what training images give."""
+"""The running statistics of a merged model: from the base, from the models, or estimated on training images."""
 
 from collections.abc import Callable, Sequence
 
@@ -22,26 +22,26 @@ _TREATMENTS = {
 
 
 class MergedBuffers:
-    """What the running statistics of a merge are, by one policy.
+    """Compute the running statistics of a merge by one policy.
 
-    The number of batches that statistics come from is an integer and never averaged: beside those of the models it is
-    the last model's.
+    The number of batches behind the statistics is an integer and is never averaged: if statistics are taken from the
+    models, it is the last model's.
 
     Args:
         base: The base model.
         models: The models; those of a run's bank have statistics in the run's folder.
-        policy: Whose statistics; default the base's, with a note if the models have others.
-        is_wanted: Whether a tensor is merged or left as the base has it.
+        policy: Source of the statistics; default the base, with a note if the models' statistics differ.
+        is_wanted: Returns, by name, whether a tensor is to be merged; otherwise it stays the base's.
 
     Attributes:
-        policy: Whose statistics.
-        treatments: What happens to the statistics that are not the base's, by name.
-        estimated: Names of those that images give.
-        files: What is read beside base and models.
-        notes: What to say about it, in lines.
+        policy: Source of the statistics.
+        treatments: Treatment of the statistics that are not the base's, by name.
+        estimated: Names of statistics to estimate on images.
+        files: Files that are read beside base and models.
+        notes: Notes for the user, one per line.
 
     Raises:
-        ValueError: If there are no statistics that the policy could be about.
+        ValueError: If there are no statistics that the policy applies to.
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class MergedBuffers:
         return name in self.treatments and not self.treatments[name][3] and name not in self.estimated
 
     def tensor(self, name: str) -> Tensor:
-        """Return a statistic that is taken from the models; means in float32 at least.
+        """Return a statistic that is taken from the models; means are in float32 at least.
 
         Raises:
-            ValueError: If a model's holds NaN or Inf.
+            ValueError: If the statistic of a model holds NaN or Inf.
         """
         if not self._is_float(name):
             return self._sources[-1].tensor(name)
@@ -104,7 +104,7 @@ class MergedBuffers:
             if not is_finite(value):
                 raise ValueError(f"expected finite running statistics, got NaN or Inf in {name!r} of {source.source}")
             value = value.to(accumulator_dtype(value))
-            mean = value if mean is None else mean + (value - mean) / count  # as fit averages them, bit for bit
+            mean = value if mean is None else mean + (value - mean) / count  # same bits as the average in fit
         assert mean is not None
         return mean
 
@@ -127,7 +127,7 @@ class MergedBuffers:
         return kind, reason, "", False
 
     def _other_than_base(self, names: Sequence[str], models: Sequence[Checkpoint]) -> str | None:
-        """Return the first model whose statistics are not the base's."""
+        """Return the first model whose statistics differ from the base's, None if there is none."""
         floats = [name for name in names if self._is_float(name)]
         for holder in (_holder(model, self._base) for model in models) if floats else ():
             for name in floats:
@@ -139,7 +139,7 @@ class MergedBuffers:
 
 
 def _holder(model: Checkpoint, base: Checkpoint) -> Checkpoint:
-    """Return where the statistics of a model are: in itself, or beside the bank of the run that its vector is of."""
+    """Return the checkpoint with a model's statistics: the model, or a file beside the bank that holds its vector."""
     file = model.files[0]
     run = file.parent.parent
     kept = run / "unmerged" / file.name
@@ -147,7 +147,7 @@ def _holder(model: Checkpoint, base: Checkpoint) -> Checkpoint:
         return model
     verify_part(run, f"unmerged/{file.name}")
     opened = open_checkpoint(kept)
-    opened.rename(lambda name: name if is_statistic(name) else None)  # the rest is a head
+    opened.rename(lambda name: name if is_statistic(name) else None)  # the other tensors are a head
     align_names(opened, base, base.source)
     return opened
 

@@ -1,20 +1,20 @@
-"""Which weights are read of a file that holds several sets: averaged ones first, unless told otherwise."""
+"""Choose one set of weights from a file with several: by default averaged weights first."""
 
 from collections.abc import Collection
 
 from clmerge.checkpoints.reader import Checkpoint
 
-# Where training scripts keep weights inside of what they save, in the order in which one set is preferred to another:
-# averages over the steps of training, which exist to be used, before the weights of the last step (as timm does).
+# Keys under which training scripts save weights, in order of preference: averages over training steps come before the
+# weights of the last step (as in timm).
 KNOWN = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module", "weights")
 
 
 def choose_set(sets: Collection[str], weights: str | None) -> str | None:
-    """Return the set to read of a file; None if none of them is known to be one of weights.
+    """Return the name of the set to read from a file; None if none has a known name.
 
     Args:
         sets: Names under which the file holds mappings with tensors.
-        weights: The set that is asked for.
+        weights: The requested set.
 
     Example:
         >>> choose_set(["state_dict", "state_dict_ema"], None), choose_set(["state_dict", "ema"], "ema")
@@ -26,11 +26,11 @@ def choose_set(sets: Collection[str], weights: str | None) -> str | None:
 
 
 def keep_chosen(checkpoint: Checkpoint, weights: str) -> None:
-    """Leave out what does not belong to the weights that are asked for, where all sets are in one state dict.
+    """Keep only the tensors of the requested set, if one state dict holds several sets.
 
     Args:
         checkpoint: An open checkpoint; changed in place.
-        weights: The set: what a file has it under, or the first part of its tensors' names.
+        weights: The set: its key in the file, or the first part of its tensors' names.
 
     Raises:
         ValueError: If the file holds several sets and none has this name.

@@ -15,12 +15,12 @@ _MODEL = "model."
 
 
 class Estimation:
-    """Estimate running statistics of merged weights, as ``fit`` does it.
+    """Estimate running statistics of merged weights, as in ``fit``.
 
     Args:
-        backbone: Computes with the weights, those of its part ``model``; its own are overwritten.
-        images: Gives the training images in batches, on the backbone's device.
-        what: Which images they are, in words.
+        backbone: The backbone to run; the weights of its part ``model`` are overwritten.
+        images: Returns the training images in batches, on the backbone's device.
+        what: Description of the images.
     """
 
     def __init__(self, backbone: nn.Module, images: Callable[[], Iterable[Tensor]], what: str) -> None:
@@ -33,11 +33,11 @@ class Estimation:
         """Find the backbone's tensors among those of a checkpoint.
 
         Args:
-            base: What will be merged has its names and shapes.
-            wanted: The statistics that are to be estimated.
+            base: A checkpoint with the names and shapes of the merged tensors.
+            wanted: The statistics to estimate.
 
         Raises:
-            ValueError: If the checkpoint lacks a weight, or the backbone one of the statistics.
+            ValueError: If the checkpoint lacks a weight, or the backbone lacks one of the statistics.
         """
         owner = f"the model of {self.what}"
         with folded(self._backbone) as backbone:
@@ -70,10 +70,10 @@ class Estimation:
         """Return the running statistics of merged weights, by the names of the checkpoint.
 
         Args:
-            merged: The merged tensors by name, all of those that the checkpoint has.
+            merged: The merged tensors by name, with all names of the checkpoint.
 
         Raises:
-            RuntimeError: If they are not finite.
+            RuntimeError: If the statistics are not finite.
         """
         with folded(self._backbone) as backbone:
             state = {name: merged[stored] for name, stored in self._names.items()}

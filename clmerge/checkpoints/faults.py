@@ -1,4 +1,4 @@
-"""Which file is to blame when a merge fails: looked for only then."""
+"""Find the file and tensor that caused a failed merge."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -8,10 +8,10 @@ from clmerge.merging.checks import is_finite
 
 
 def explained(error: Exception, base: Checkpoint, models: Sequence[Checkpoint], names: Iterable[str]) -> str:
-    """Return what to say of an error while merging, with the one file and tensor that it came from.
+    """Return the message for an error while merging, with the file and tensor that caused it.
 
     Args:
-        error: What merging raised.
+        error: The error that merging raised.
         base: The base model.
         models: The models, in the order of their tasks.
         names: The tensors that are merged.

@@ -1,4 +1,4 @@
-"""From a path to an open checkpoint: which format it is, and which tensors are meant."""
+"""Open checkpoints by path: detect the format and choose the set of weights."""
 
 import difflib
 import os
@@ -32,11 +32,11 @@ def open_models(paths: Iterable[str | os.PathLike[str]], weights: str | None = N
 
     Args:
         paths: Files and folders.
-        weights: As ``open_checkpoint`` takes it.
+        weights: Which set is read, as for ``open_checkpoint``.
 
     Raises:
         FileNotFoundError: If a path does not exist.
-        ValueError: If a path is in no format that can be read.
+        ValueError: If the format of a path cannot be read.
     """
     found: list[Checkpoint] = []
     for path in map(Path, paths):
@@ -64,7 +64,7 @@ def _task_of(file: Path) -> int:
 
 
 def _bank(folder: Path, files: Sequence[Path]) -> list[Checkpoint]:
-    """Open all files of a task-vector bank, which are in the order of their tasks."""
+    """Open all files of a task-vector bank, in the order of their tasks."""
     if [*map(_task_of, files)] != [*range(len(files))]:
         raise ValueError(
             f"expected the task vectors of all tasks in {folder}, got {', '.join(file.name for file in files[:6])}"
@@ -83,19 +83,19 @@ def _bank(folder: Path, files: Sequence[Path]) -> list[Checkpoint]:
 def open_checkpoint(path: str | os.PathLike[str], weights: str | None = None) -> Checkpoint:
     """Open one checkpoint: a file, or a folder in Hugging Face's layout.
 
-    Wrappers (``_orig_mod.`` anywhere, ``module.`` before every name) are taken out of the names. Nothing of a pickle
+    Wrappers (``_orig_mod.`` anywhere, ``module.`` before every name) are removed from the names. No code in a pickle
     is executed: only its containers, primitives and tensors are read.
 
     Args:
-        path: A ``.safetensors`` file, what ``torch.save`` wrote (``.pt``, ``.pth``, ``.bin``, Lightning's ``.ckpt``),
+        path: A ``.safetensors`` file, a file of ``torch.save`` (``.pt``, ``.pth``, ``.bin``, Lightning's ``.ckpt``),
             an index of sharded files, or a folder with one of these; a LoRA adapter of PEFT, file or folder.
-        weights: Which set is read of a file that holds several: what it has it under, or the first part of its
-            tensors' names. Default: averaged weights (``state_dict_ema``, ``model_ema``) if it has some, else
-            ``state_dict``, ``model_state_dict``, ``model``, ``module``, ``weights``, or what is not nested.
+        weights: Which set is read from a file with several: its key in the file, or the first part of its tensors'
+            names. Default: averaged weights (``state_dict_ema``, ``model_ema``) if there are any, else
+            ``state_dict``, ``model_state_dict``, ``model``, ``module``, ``weights``, or the tensors at the top level.
 
     Raises:
         FileNotFoundError: If there is nothing at ``path``.
-        ValueError: If it is in no format that can be read, or holds several sets of weights of other names.
+        ValueError: If the format cannot be read, or the file holds several sets of weights with unknown names.
     """
     path = Path(path)
     if (kind := what_it_is(path)) not in ("nothing", "file", "folder"):
@@ -202,7 +202,7 @@ def _from_torch(source: Path, paths: Sequence[Path], weights: str | None) -> Che
 
 
 def _chosen(file: TorchFile, weights: str | None) -> tuple[str | None, Mapping[Any, Any]]:
-    """Return the state dict that is meant, and what the file has it under."""
+    """Return the key in the file of the chosen state dict, and the state dict."""
     loaded, sets = file.content, _sets(file)
     if (key := choose_set(sets, weights)) is not None:
         return key, loaded[key]

@@ -1,4 +1,4 @@
-"""Rules for groups of tensors: by patterns of their names, the first that matches counts."""
+"""Assign tensors to groups with their own rules, by the first pattern that matches a name."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -13,8 +13,8 @@ class Group:
     """Tensors that are merged by one rule, as if there were no others.
 
     Attributes:
-        match: Glob patterns of which one must match a tensor's name; ``*`` also matches dots.
-        merger: The rule; null leaves the tensors as the base has them.
+        match: Glob patterns, one of which must match a tensor's name; ``*`` also matches dots.
+        merger: The rule; null keeps the base's tensors.
     """
 
     match: list[str] = field(default_factory=list)
@@ -26,9 +26,9 @@ class Part:
     """The tensors of one group, or of none.
 
     Attributes:
-        merger: The rule, or None for the base's.
+        merger: The rule; None keeps the base's tensors.
         names: The tensors.
-        match: The patterns of the group; none for the tensors that no group has.
+        match: The patterns of the group; empty for tensors in no group.
     """
 
     merger: Merger | None
@@ -43,12 +43,12 @@ class Part:
 
 
 def assign(names: Iterable[str], groups: Sequence[Group], merger: Merger | None) -> list[Part]:
-    """Return the groups with their tensors, and last the tensors of no group.
+    """Return the groups with their tensors, and last the tensors in no group.
 
     Args:
         names: The tensors.
-        groups: Patterns and rules; of two that match a name the first counts.
-        merger: The rule for tensors of no group.
+        groups: Patterns and rules; of several that match a name, the first is used.
+        merger: The rule for tensors in no group.
 
     Example:
         >>> from clmerge.merging import MagMax

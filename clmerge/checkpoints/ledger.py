@@ -1,4 +1,4 @@
-"""The ledger: what a merged file was made of and how, kept in its own header, so that anyone can make it again."""
+"""The ledger of a merged file: its inputs and settings, stored in the file's header, so that it can be reproduced."""
 
 import json
 import os
@@ -24,12 +24,12 @@ KEY = "clmerge"
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 MOST_THREADS = 1024
-UNKNOWN = "0" * 64  # as long as the SHA-256 that takes its place
+UNKNOWN = "0" * 64  # placeholder with the length of a SHA-256
 
 
 @dataclass
 class InputFile:
-    """A file that was read: where it was, the SHA-256 of its bytes (None with ``--no-hash``), which weights of it."""
+    """An input file: its path, the SHA-256 of its bytes (None with ``--no-hash``), and the set of weights read."""
 
     path: str
     bytes: int
@@ -42,26 +42,26 @@ class Ledger:
     """How a merged file was made.
 
     Attributes:
-        merger: Class and settings, seeds included; None if tensors of no group stay the base's.
-        base: Path of the base model, as an absolute path; a link is named, not what it points to, which may have a
-            name that says nothing (as in Hugging Face's cache).
+        merger: Class and settings, seeds included; None if tensors in no group stay the base's.
+        base: Absolute path of the base model; of a link, its own path, because the target's name may be meaningless
+            (as in Hugging Face's cache).
         models: Paths of the models, in the order of their tasks.
         files: Every file that was read.
-        include: Patterns of what is merged.
-        exclude: Patterns of what is not.
+        include: Patterns of tensors to merge.
+        exclude: Patterns of tensors not to merge.
         strict: Whether mismatches were refused.
         without: Tasks that were left out, by name or index.
-        threads: Threads of PyTorch; sums over whole tensors may depend on them.
-        versions: Versions of what computed.
+        threads: Number of PyTorch's threads; sums over whole tensors may depend on it.
+        versions: Versions of the packages that computed the merge.
         result_sha256: SHA-256 of all bytes after the header (None with ``--no-hash``, and for shards).
         groups: Patterns, class and settings of every group.
         origin: Whether task vectors were merged (``"base"``) or weights (``"zero"``).
-        dtype: Of the result's floating-point tensors; None is the base's.
+        dtype: Dtype of the result's floating-point tensors; None is the base's.
         shards: SHA-256 of every shard by file name (None with ``--no-hash``).
-        weights: Which set was asked for of files that hold several.
-        buffers: Whose running statistics the result has.
-        estimated: Names of those that images gave, which cannot be computed again from the files.
-        images: Which images that were, in words.
+        weights: The requested set of weights in files with several.
+        buffers: Source of the result's running statistics.
+        estimated: Names of statistics estimated on images, which cannot be computed again from the files.
+        images: Description of these images.
     """
 
     merger: dict[str, Any] | None
@@ -86,12 +86,12 @@ class Ledger:
     schema: int = SCHEMA
 
     def metadata(self) -> dict[str, str]:
-        """Return the header's strings."""
+        """Return the ledger as strings for the header."""
         return {"format": "pt", KEY: json.dumps(asdict(self), sort_keys=True)}
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes a merge."""
+    """Return the versions of the packages that compute a merge."""
     return {
         "clmerge": clmerge.__version__,
         "python": platform.python_version(),
@@ -101,7 +101,7 @@ def versions() -> dict[str, str]:
 
 
 def input_files(checkpoints: Sequence[Checkpoint]) -> list[InputFile]:
-    """List the files of checkpoints, each once, with a SHA-256 that is still unknown."""
+    """List the files of checkpoints without repeats, with the placeholder for their SHA-256."""
     files = {file.absolute(): one.weights for one in checkpoints for file in one.files}
     return [InputFile(str(file), file.stat().st_size, UNKNOWN, weights) for file, weights in files.items()]
 
@@ -110,11 +110,11 @@ def read_ledger(path: str | os.PathLike[str]) -> Ledger:
     """Read the ledger of a merged file or folder.
 
     Args:
-        path: What ``clmerge merge`` wrote: a file, a folder, or the index of a folder.
+        path: A result of ``clmerge merge``: a file, a folder, or the index of a folder.
 
     Raises:
         FileNotFoundError: If there is no file.
-        ValueError: If it has no ledger, or one of another version.
+        ValueError: If the file has no ledger, or one of another version.
     """
     file = ledger_file(path)
     if not file.is_file():
@@ -153,7 +153,7 @@ def _are_shards(value: Any) -> bool:
     return all(name and Path(name).name == name and "\0" not in name for name in value)
 
 
-# What a ledger may say: it is read from files that somebody else wrote.
+# Checks of a ledger's values, because ledgers are read from untrusted files.
 _FITS: dict[str, Callable[[Any], bool]] = {
     "merger": lambda value: isinstance(value, dict | None),
     "base": lambda value: isinstance(value, str),
@@ -179,7 +179,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
 
 
 def ledger_file(path: str | os.PathLike[str]) -> Path:
-    """Return the file that holds the ledger: ``path``, or in a folder the index, or the one file that is there."""
+    """Return the file that holds the ledger: ``path``, or in a folder its index or its only file."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -195,7 +195,7 @@ def _ledger_in(file: Path) -> Any:
 
 
 def configured_from(plain: dict[str, Any]) -> Merger:
-    """Build a merger from what ``settings()`` said of it.
+    """Build a merger from the plain values that ``as_plain`` returned.
 
     Args:
         plain: ``{"class_path": name, "init_args": settings}``; a name must be that of a class of ``clmerge.merging``
@@ -222,7 +222,7 @@ def as_plain(value: Merger | Group) -> dict[str, Any]:
 
 
 def built(value: Any) -> Any:
-    """Build every merger, sparsifier and finisher in plain values from what ``as_plain`` said of it."""
+    """Replace the description of every merger, sparsifier and finisher in plain values by the built object."""
     if isinstance(value, list):
         return [built(item) for item in value]
     if isinstance(value, dict) and value.keys() == {"match", "merger"}:

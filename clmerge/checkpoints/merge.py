@@ -1,4 +1,4 @@
-"""Merge checkpoints, out of core."""
+"""Merge checkpoints on disk without loading whole models into memory."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -43,24 +43,24 @@ _PASSES = {
 
 
 class CheckpointMerge:
-    """A merge that is planned: inputs are open, the policy is decided, nothing has been computed.
+    """A planned merge: inputs are open and the policy is decided, but nothing is computed yet.
 
     Args:
         base: The base model, a file or folder.
         models: Fine-tuned models, run folders, task-vector banks.
-        merger: The rule for tensors of no group. Default: they stay as the base has them.
-        groups: Rules for some of the tensors; each merges its own as if there were no others.
-        origin: ``"base"`` merges what was added to the base, ``"zero"`` the weights themselves.
-        dtype: Of the floating-point tensors that are written, such as ``"bfloat16"``. Default: the base's.
-        include: Glob patterns of what is merged. Default: everything.
-        exclude: Glob patterns of what is copied from the base.
+        merger: The rule for tensors in no group. Default: they stay the base's.
+        groups: Rules for some of the tensors; each merges its own tensors as if there were no others.
+        origin: ``"base"`` merges differences from the base, ``"zero"`` the weights themselves.
+        dtype: Dtype of the written floating-point tensors, such as ``"bfloat16"``. Default: the base's.
+        include: Glob patterns of tensors to merge. Default: all.
+        exclude: Glob patterns of tensors to copy from the base.
         strict: Refuse tensors that do not match.
-        without: Tasks that are left out, by name or index. The others keep their indices, by which random masks and
-            settings per task go: the result is the one of a run that never had these tasks.
-        weights: Which set is read of files that hold several, as ``open_checkpoint`` takes it.
-        buffers: Whose running statistics the result has: those of the ``"latest"`` model, of the ``"base"``, their
-            ``"mean"`` over the models, or ``"re-estimated"`` ones. Default: the base's, with a note if models have
-            others.
+        without: Tasks that are left out, by name or index. The others keep their indices, which determine random masks
+            and settings per task: the result is that of a run that never had these tasks.
+        weights: Which set is read from files with several, as for ``open_checkpoint``.
+        buffers: Source of the result's running statistics: the ``"latest"`` model, the ``"base"``, their ``"mean"``
+            over the models, or ``"re-estimated"`` on images. Default: the base's, with a note if those of the models
+            differ.
         estimation: Estimates statistics, for ``"re-estimated"``.
 
     Raises:
@@ -162,7 +162,7 @@ class CheckpointMerge:
 
     @property
     def work(self) -> int:
-        """Bytes that merging reads of the models, over all passes."""
+        """Bytes that merging reads from the models, over all passes."""
         total = 0
         for merger, names in self._work():
             read = (model.entries.get(name) for model in self.models for name in names)
@@ -199,17 +199,17 @@ class CheckpointMerge:
         shard_bytes: int | None = None,
         on_bytes: OnBytes = lambda count: None,
     ) -> None:
-        """Merge and write; ``out`` appears when everything is done, or not at all.
+        """Merge and write ``out``; it is written completely or not at all.
 
         Args:
             out: The safetensors file to write, or the folder.
-            hashes: Whether the ledger says the SHA-256 of every input and of the result.
-            shard_bytes: Write a folder in Hugging Face's layout, in files of at most so many bytes of tensors.
-            on_bytes: Told of every piece that was read, in bytes.
+            hashes: Whether the ledger holds the SHA-256 of every input and of the result.
+            shard_bytes: Largest number of tensor bytes per file; if given, write a folder in Hugging Face's layout.
+            on_bytes: Called with the bytes of every piece that was read.
 
         Raises:
             ValueError: If ``out`` is one of the inputs, the disk is too small, a model is refused, or statistics are to
-                be re-estimated by nothing.
+                be re-estimated without an ``estimation``.
             RuntimeError: If the merged vector overflows.
         """
         out = Path(out)
@@ -230,7 +230,7 @@ class CheckpointMerge:
                 output.put(pack.names, flat)
                 if self.estimation is not None:
                     held |= pack.parts(flat.clone())
-                del flat  # else it would be held while the next is merged
+                del flat  # otherwise it stays in memory while the next is merged
             if self.estimation is not None:
                 found = self.estimation.run(held)
                 for name in self.buffers.estimated:
@@ -241,12 +241,12 @@ class CheckpointMerge:
             output.finish(self.ledger, hashes=hashes)
 
     def stream(self, on_bytes: OnBytes = lambda count: None) -> Iterator[tuple[Pack, Tensor]]:
-        """Merge, and yield the merged model's tensors, some at a time; later ones take the place of earlier ones.
+        """Merge, and yield the merged model's tensors, some at a time; a later tensor replaces an earlier one.
 
-        Running statistics that are to be estimated are the base's here.
+        Running statistics to be estimated are yielded with the base's values.
 
         Args:
-            on_bytes: Told of every piece that was read, in bytes.
+            on_bytes: Called with the bytes of every piece that was read.
         """
         merged = {*self.policy.merged, *self.policy.tied}
         further: dict[str, list[str]] = {}
@@ -275,7 +275,7 @@ class CheckpointMerge:
                     for name in further.keys() & pack.shapes.keys():
                         for other in further[name]:
                             yield Pack({other: pack.shapes[name]}), pack.parts(theta)[name].reshape(-1)
-                    del tau, theta  # else they would be held while the next is merged
+                    del tau, theta  # otherwise they stay in memory while the next is merged
         except (ValueError, RuntimeError) as error:
             kind = ValueError if isinstance(error, ValueError) else RuntimeError
             raise kind(explained(error, self.base, self.models, self.policy.merged)) from error
@@ -284,7 +284,7 @@ class CheckpointMerge:
         return ((part.merger, part.names) for part in self.parts if part.merger is not None)
 
     def _applied(self, pack: Pack, tau: Tensor) -> Tensor:
-        """Return what is written: one rounding to the output's dtype, at the end."""
+        """Return the tensor to write, rounded to the output's dtype once, at the end."""
         if self.origin == "base":
             start = self.base.joined(pack.names)
             dtype = accumulator_dtype(start, tau)
@@ -292,14 +292,14 @@ class CheckpointMerge:
         return tau.to(self.entries[pack.names[0]].dtype)
 
     def _check_base(self) -> None:
-        """Refuse task vectors that were taken from another base model."""
+        """Refuse task vectors of another base model."""
         known: dict[tuple[str, ...], set[str]] = {}
         for model in self.models:
             if model.base is None or model.left_out or not model.entries.keys() <= self.base.keys():
-                continue  # the fingerprint is that of tensors that the base does not have
+                continue  # the fingerprint covers tensors that the base lacks
             stored = {model.stored(name): name for name in model.entries}
             prints = known.setdefault((*stored, *stored.values()), set())
-            # Training may have cast the weights it started from.
+            # Training may have cast the weights that it started from.
             for dtype in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
                 if model.base in prints:
                     break
@@ -312,14 +312,14 @@ class CheckpointMerge:
 
 
 def remaining_tasks(names: Sequence[str], without: Sequence[str]) -> list[int]:
-    """Return the indices of the tasks that are left.
+    """Return the indices of the remaining tasks.
 
     Args:
-        names: Names of all tasks, empty where a file does not say one.
+        names: Names of all tasks, empty if a file names none.
         without: Tasks to leave out, by name or index.
 
     Raises:
-        ValueError: If there is no such task, several have the name, or none is left.
+        ValueError: If there is no such task, several have the name, or no task remains.
 
     Example:
         >>> remaining_tasks(["cats", "dogs", "birds"], ["dogs", "0"])
@@ -363,7 +363,7 @@ def _left_out(checkpoint: Checkpoint) -> list[str]:
 
 @contextmanager
 def _hashed_meanwhile(paths: Sequence[str]) -> Iterator[dict[str, Future[str]]]:
-    """Compute the SHA-256 of files beside what the block does."""
+    """Compute the SHA-256 of files in parallel with the block."""
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sha256")
     try:
         yield {path: pool.submit(sha256_of, path) for path in paths}

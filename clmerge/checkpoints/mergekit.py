@@ -1,6 +1,6 @@
-"""mergekit's recipes, read as options of ``clmerge merge`` for the rules that both have.
+"""Translate mergekit's recipes to options of ``clmerge merge``, for the rules that both have.
 
-The rules and their settings are those of mergekit 0.1.5. What cannot be done the same way is refused by name.
+The rules and their settings are those of mergekit 0.1.5. Settings that clmerge cannot reproduce are refused by name.
 """
 
 import re
@@ -22,19 +22,19 @@ Setting = Any  # a number, flag or word, a gradient (a list of these), or a list
 
 @dataclass
 class _Input:
-    """A model of a recipe, and its settings: those of the model, of the slice, of the whole."""
+    """A model of a recipe and its settings: from the model, the slice and the whole recipe."""
 
     path: str
     settings: list[Mapping[str, Setting]] = field(default_factory=list)
 
 
 def is_mergekit(recipe: object) -> bool:
-    """Return whether a recipe is one of mergekit."""
+    """Return whether a recipe is mergekit's."""
     return isinstance(recipe, Mapping) and "merge_method" in recipe
 
 
 def from_mergekit(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of ``clmerge merge`` that do what a recipe of mergekit says.
+    """Return the options of ``clmerge merge`` that are equivalent to a recipe of mergekit.
 
     Args:
         recipe: The content of its YAML file.
@@ -43,8 +43,8 @@ def from_mergekit(recipe: Mapping[str, Any]) -> dict[str, Any]:
         Plain values by option name: ``base``, ``models``, ``merger``, ``groups``, ``origin``, ``dtype``.
 
     Raises:
-        FileNotFoundError: If the base is not there.
-        ValueError: If the recipe asks for what there is no rule or option for.
+        FileNotFoundError: If the base does not exist.
+        ValueError: If the recipe needs a rule or option that clmerge lacks.
     """
     _only(recipe, _RECIPE, "the recipe")
     name = recipe["merge_method"]
@@ -62,7 +62,7 @@ def from_mergekit(recipe: Mapping[str, Any]) -> dict[str, Any]:
         inputs.append(_Input(base, [{}, *shared]))
     models = [one for one in inputs if method.merges_base or one.path != base]
     method.check(base, [one.path for one in models])
-    if name == "slerp":  # from the base on
+    if name == "slerp":  # the base is the first of the two models
         models.sort(key=lambda one: one.path != base)
     for one in models:
         _only(one.settings[0], method.by_model, f"the parameters of {one.path}, for {name}")
@@ -128,7 +128,7 @@ def _path(model: Any) -> str:
 
 
 def _adapter_of(path: str, base: str | None) -> str:
-    """Return the adapter of ``BASE+ADAPTER``, which is a task vector of the base."""
+    """Return the adapter's path in ``BASE+ADAPTER``; the adapter is a task vector of the base."""
     model, plus, adapter = path.partition("+")
     if not plus or Path(path).exists():
         return path
@@ -146,7 +146,7 @@ def _only(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
 
 
 def _check_range(sources: Sequence[Mapping[str, Any]], tensors: Iterable[str]) -> None:
-    """Refuse slices that are not the whole model."""
+    """Refuse slices that do not cover the whole model."""
     layers = 1 + max((int(match[1]) for name in tensors if (match := re.search(BLOCK, name))), default=-1)
     for source in sources:
         if list(source.get("layer_range") or [0, layers]) != [0, layers]:
@@ -154,7 +154,7 @@ def _check_range(sources: Sequence[Mapping[str, Any]], tensors: Iterable[str]) -
 
 
 def _depths(names: Iterable[str]) -> dict[str, float]:
-    """Return where between the first block (0) and the last (1) of its tower a tensor is, for tensors in blocks."""
+    """Return, for tensors in blocks, the relative depth in their tower: 0 in the first block, 1 in the last."""
     found = {name: (name[: match.start()], int(match[1])) for name in names if (match := re.search(BLOCK, name))}
     last: dict[str, int] = {}
     for tower, index in found.values():
@@ -172,7 +172,7 @@ def _resolved(setting: str, scopes: Iterable[Mapping[str, Setting]], default: An
 
 
 def _evaluated(setting: Setting, tensor: str, depth: float) -> Any:
-    """Return a setting of one tensor: the first filter that its name contains counts, and gradients go by depth."""
+    """Return a setting's value for one tensor: of the first filter in its name; for a gradient, at its depth."""
     if isinstance(setting, Mapping):
         setting = [setting]
     if not isinstance(setting, list):
@@ -193,7 +193,7 @@ def _evaluated(setting: Setting, tensor: str, depth: float) -> Any:
 
 
 def _scalar(value: Any) -> Any:
-    """Return a number that YAML 1.1 takes for a word, such as 1e-5, as a number."""
+    """Convert numbers that YAML 1.1 parses as text, such as 1e-5."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

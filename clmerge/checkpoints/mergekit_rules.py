@@ -1,4 +1,4 @@
-"""mergekit's merge methods in terms of the rules of ``clmerge.merging``, with the options that make them agree."""
+"""mergekit's merge methods as rules of ``clmerge.merging``, with the options that make the results agree."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 Plain = dict[str, Any]
 """A class and its settings, as in a recipe."""
 
-_DIGITS = 12  # 1 - 0.9 shall be 0.1
+_DIGITS = 12  # decimal digits kept, so that 1 - 0.9 is 0.1
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,12 @@ class Method:
     """One of mergekit's methods.
 
     Attributes:
-        build: Makes the rule from the settings of the whole and those of every model.
+        build: Builds the rule from the settings of the whole merge and those of every model.
         shared: Settings of the whole merge and their defaults.
-        defaults: Settings of every model and their defaults; None must be given.
-        merges_base: Whether weights are merged, those of a base among them, rather than task vectors.
-        num_models: How many models there may be beside the base of task vectors.
-        needs_base: Whether there must be a base.
+        defaults: Settings of every model and their defaults; None marks a required setting.
+        merges_base: Whether weights, including the base's, are merged instead of task vectors.
+        num_models: Allowed numbers of models beside the base of task vectors.
+        needs_base: Whether a base is required.
     """
 
     build: Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], Plain]
@@ -32,7 +32,7 @@ class Method:
 
     @property
     def by_model(self) -> set[str]:
-        """The settings that a model may have."""
+        """The allowed settings of a model."""
         return set(self.defaults)
 
     def check(self, base: str | None, models: Sequence[str]) -> None:
@@ -143,4 +143,4 @@ METHODS: dict[str, Method] = {
     "della": Method(_sparse(_elect, _by_magnitude), _MEAN | {"rescale": True}, _DELLA),
     "model_stock": Method(lambda whole, each: _made("ModelStock"), num_models=range(2, 1 << 30)),
 }
-"""What is read, by merge_method."""
+"""The supported methods, by merge_method."""

@@ -1,4 +1,4 @@
-"""Names of one architecture in several spellings: wrappers are taken out, prefixes are taken off or put before."""
+"""Align tensor names of one architecture: remove wrappers, and remove or add prefixes."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 
@@ -7,14 +7,14 @@ from torch import Tensor
 from clmerge.checkpoints.reader import Checkpoint
 from clmerge.checkpoints.tied import same_bits
 
-# Modules around a module, anywhere in a name: torch.compile, FSDP, fairscale, activation checkpoints, Fabric.
+# Wrapper modules anywhere in a name: torch.compile, FSDP, fairscale, activation checkpoints, Fabric.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module")
-# DataParallel, DDP, AveragedModel, Opacus; but also what a part of a network may be called.
+# Wrappers of DataParallel, DDP, AveragedModel, Opacus; a part of a network may also have one of these names.
 _PERHAPS_WRAPPERS = ("module", "_module")
 
 
 def clean_names(checkpoint: Checkpoint) -> None:
-    """Take wrappers out of a checkpoint's names: ``_orig_mod.`` anywhere, ``module.`` if all names begin with it.
+    """Remove wrappers from a checkpoint's names: ``_orig_mod.`` anywhere, ``module.`` if all names begin with it.
 
     Args:
         checkpoint: Changed in place.
@@ -33,18 +33,18 @@ def clean_names(checkpoint: Checkpoint) -> None:
 
 
 def align_names(checkpoint: Checkpoint, wanted: Mapping[str, Tensor], owner: str) -> None:
-    """Give a checkpoint's tensors the names that ``wanted`` has for them.
+    """Rename a checkpoint's tensors to the names in ``wanted``.
 
-    ``module.`` in the middle of names makes no difference. One side may have a prefix, as with Lightning's ``model.``:
-    the one with which most names agree. Tensors of the checkpoint whose names do not begin with it are left out.
+    ``module.`` in the middle of names is ignored. One side may have a prefix, such as Lightning's ``model.``; the
+    prefix with which most names agree is used. Tensors of the checkpoint whose names lack it are left out.
 
     Args:
         checkpoint: The checkpoint; changed in place.
-        wanted: What has the wanted names.
-        owner: What ``wanted`` is called in messages.
+        wanted: A mapping with the wanted names.
+        owner: Name of ``wanted`` in messages.
 
     Raises:
-        ValueError: If two prefixes do equally well, and the tensors below them differ.
+        ValueError: If two prefixes match equally many names, and the tensors below them differ.
     """
     if checkpoint.entries.keys() <= wanted.keys():
         return
@@ -68,13 +68,13 @@ def align_names(checkpoint: Checkpoint, wanted: Mapping[str, Tensor], owner: str
 
 
 def _prefix(ours: Mapping[str, str], theirs: Collection[str], tensors: Mapping[str, Tensor], owner: str) -> str:
-    """Return what is before most names of ours that end like one of theirs; nothing if that is not most of them."""
+    """Return the prefix without which most of our names are theirs; empty if at most half of the names then agree."""
     ends: dict[str, set[str]] = {"": set()}
     for name in ours:
         for prefix in _prefixes(name):
             if name[len(prefix) :] in theirs:
                 ends.setdefault(prefix, set()).add(name[len(prefix) :])
-    # Names that agree as they are keep agreeing: a tower under another name is no prefix of the whole.
+    # A prefix must keep all names that agree without one: the name of a part, such as a tower, is not a prefix.
     whole = {prefix: found for prefix, found in ends.items() if found >= ends[""]}
     best = max(whole, key=lambda prefix: (len(whole[prefix]), -len(prefix)))
     if not best or 2 * len(whole[best]) <= min(len(ours), len(theirs)):
@@ -96,7 +96,7 @@ def _are_equal(
 
 
 def _prefixes(name: str) -> Iterator[str]:
-    """Yield what may be taken off a name: nothing, and every number of its parts but all."""
+    """Yield the possible prefixes of a name: none, and any number of its leading parts except all."""
     end = 0
     while True:
         yield name[:end]

@@ -1,4 +1,4 @@
-"""Where a merge is written: one safetensors file, or a folder of shards with an index; complete or not there."""
+"""Write a merge, completely or not at all, as one safetensors file or a folder of shards with an index."""
 
 import math
 import os
@@ -25,13 +25,13 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 class Output(Protocol):
-    """What a merge is written to."""
+    """The destination of a merge."""
 
     def put(self, names: Sequence[str], flat: Tensor) -> None:
-        """Write tensors of one dtype, whose entries follow one another, again if need be."""
+        """Write tensors of one dtype from their concatenated entries; tensors may be written again."""
 
     def finish(self, ledger: Ledger, *, hashes: bool) -> None:
-        """Complete the ledger with what was written, and write it."""
+        """Add the hashes of the written data to the ledger, and write it."""
 
 
 class _OneFile:
@@ -80,14 +80,14 @@ class _Shards:
 def new_output(
     path: Path, entries: Mapping[str, Entry], ledger: Ledger, *, shard_bytes: int | None = None
 ) -> Iterator[Output]:
-    """Write a merged model; it appears when the block ends well, or not at all.
+    """Write a merged model; it exists only if the block ends without an error.
 
     Args:
         path: The file, or with ``shard_bytes`` the folder.
         entries: Shape and dtype of every tensor.
-        ledger: What is known so far; what is still to come must be as long as what is there.
-        shard_bytes: Write a folder in Hugging Face's layout, in files of at most so many bytes of tensors; a larger
-            tensor has a file of its own. Files of an earlier merge there are replaced, others stay.
+        ledger: The ledger so far; values added later must have the length of their placeholders.
+        shard_bytes: Largest number of tensor bytes per file; if given, write a folder in Hugging Face's layout. A
+            larger tensor has a file of its own. Files of an earlier merge there are replaced, others stay.
     """
     if shard_bytes is None:
         with new_safetensors(path, entries, ledger.metadata()) as writer:
@@ -109,11 +109,11 @@ def new_output(
 
 
 def split(entries: Mapping[str, Entry], shard_bytes: int) -> dict[str, str]:
-    """Return the file of every tensor: files are filled in order.
+    """Return the file name of every tensor; files are filled in order.
 
     Args:
         entries: Shape and dtype of every tensor.
-        shard_bytes: Bytes of a file; a single tensor may have more.
+        shard_bytes: Largest number of bytes per file, except for a single larger tensor.
 
     Example:
         >>> import torch
@@ -134,7 +134,7 @@ def parse_size(text: str) -> int:
     """Return the bytes of a size such as ``5GB`` (10^9) or ``2 GiB`` (2^30).
 
     Raises:
-        ValueError: If it is no size.
+        ValueError: If ``text`` is not a size.
 
     Example:
         >>> parse_size("1.5GB"), parse_size("2MiB")
@@ -149,7 +149,7 @@ def parse_size(text: str) -> int:
 
 
 def existing(path: str | os.PathLike[str], *, sharded: bool) -> Path | None:
-    """Return what a merge would replace: the file, or the first file with weights in the folder."""
+    """Return the existing file that a merge would replace: the file, or the first file with weights in the folder."""
     path = Path(path)
     if not sharded:
         return path if path.exists() or path.is_symlink() else None

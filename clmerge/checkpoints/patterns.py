@@ -1,8 +1,8 @@
-"""Regular expressions that somebody else wrote, matched in a time that is bounded whatever they say.
+"""Match untrusted regular expressions in bounded time.
 
-Python's matcher tries one way after another, for some patterns more ways than there are seconds. Here the set of all
-places where a part of the pattern may end is computed at once, so that the work grows with the size of the pattern and
-with a small power of the length of the text.
+Python's matcher backtracks, which takes exponential time for some patterns. Here the set of all positions where a part
+of the pattern may end is computed at once, so that the time grows with the size of the pattern and with a small power
+of the length of the text.
 """
 
 import re
@@ -24,7 +24,7 @@ class BoundedPattern:
         pattern: The expression, in Python's syntax.
 
     Raises:
-        ValueError: If it is none, or asks for what is left out here.
+        ValueError: If it is not a regular expression, or uses unsupported syntax.
 
     Example:
         >>> BoundedPattern("(a+)+").matches("a" * 1000 + "b")
@@ -46,7 +46,7 @@ class BoundedPattern:
 
 
 def _check(tree: Iterable[Any], depth: int, repeats: int) -> None:
-    """Refuse what ``_ends`` does not know, and what it would take long for."""
+    """Refuse syntax that ``_ends`` does not support, and deep nesting, for which it would be slow."""
     if depth > 50 or repeats > 3:
         raise ValueError("a regular expression that is nested too deeply")
     for kind, argument in tree:
@@ -67,7 +67,7 @@ def _check(tree: Iterable[Any], depth: int, repeats: int) -> None:
 
 
 def _ends(tree: Iterable[Any], text: str, places: set[int]) -> set[int]:
-    """Return where a match of the whole tree may end that begins at one of the places."""
+    """Return all positions where a match of the whole tree may end if it begins at one of ``places``."""
     for kind, argument in tree:
         if not places:
             return places
@@ -87,7 +87,7 @@ def _ends(tree: Iterable[Any], text: str, places: set[int]) -> set[int]:
 
 def _repeated(argument: Any, text: str, places: set[int]) -> set[int]:
     least, most, body = argument
-    # More rounds than characters only go round in places that are found already.
+    # More rounds than characters reach no new places.
     rounds = len(text) + 1
     for _ in range(min(least, rounds)):
         before, places = places, _ends(body, text, places)

@@ -1,7 +1,7 @@
-"""Read a pickle without running any of it: containers and tensors as they are, everything else as an inert stand-in.
+"""Read a pickle without executing it: containers are built, tensors described, other objects replaced by stand-ins.
 
-``pickletools`` takes the stream apart; nothing is imported, and nothing is called but what is in this file. Tensors
-are described, not built, so that ``clmerge.checkpoints.torch_file`` can check them against what the file holds.
+``pickletools`` parses the stream; nothing is imported, and only functions of this file are called. Tensors are
+described, not built, so that ``clmerge.checkpoints.torch_file`` can check them against the content of the file.
 """
 
 import pickletools
@@ -31,7 +31,7 @@ _STORAGES = {
     "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
 }
-# Plain values and parts of tensors, which are no news to whoever reads a checkpoint.
+# Classes of plain values and parts of tensors, which are not listed among the ignored ones.
 _QUIET = {
     *_DTYPES,
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset", "bytearray")),
@@ -42,10 +42,10 @@ _FAULTS = (ValueError, IndexError, KeyError, TypeError, AttributeError, Overflow
 
 
 class StandIn(dict[Any, Any]):
-    """What there is of an object of a class that is not known: its class, and its items if it is a kind of dictionary.
+    """Placeholder for an object of an unknown class: the class, and the items if it is a kind of dictionary.
 
     Args:
-        path: The class.
+        path: Dotted path of the class.
     """
 
     def __init__(self, path: str) -> None:
@@ -57,14 +57,14 @@ class StandIn(dict[Any, Any]):
 
 @dataclass(frozen=True)
 class Global:
-    """A class or function by its name."""
+    """The name of a class or function."""
 
     path: str
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Numbers in a file: ``numel`` entries from ``start`` on of the record ``key``, which has ``total`` of them."""
+    """Numbers in a file: ``numel`` of the ``total`` entries of the record ``key``, from ``start`` on."""
 
     dtype: torch.dtype
     key: str
@@ -86,20 +86,20 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class UnreadTensor:
-    """A tensor that is kept in another way, such as a sparse or a quantised one."""
+    """A tensor in an unsupported layout, such as a sparse or quantised one."""
 
     how: str
 
 
 @dataclass
 class Pickle:
-    """What one pickle holds.
+    """The content of one pickle.
 
     Attributes:
         value: Its object.
-        end: Where it ends in the data.
+        end: Offset of its end in the data.
         ignored: Classes whose objects were left out.
-        items: Bytes of an entry by storage.
+        items: Bytes per entry by storage.
     """
 
     value: Any
@@ -112,11 +112,11 @@ def unpickled(data: bytes | memoryview, start: int = 0) -> Pickle:
     """Read one pickle.
 
     Args:
-        data: What holds it.
-        start: Where it begins.
+        data: The data with the pickle.
+        start: Offset of its beginning.
 
     Raises:
-        ValueError: If it is damaged.
+        ValueError: If the pickle is damaged.
     """
     machine = _Machine()
     try:
@@ -126,7 +126,7 @@ def unpickled(data: bytes | memoryview, start: int = 0) -> Pickle:
 
 
 class _Machine:
-    """The stack machine that a pickle is a program for."""
+    """The stack machine that interprets a pickle."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -177,7 +177,7 @@ class _Machine:
         if len(items) % 2:
             raise ValueError("a key without a value")
         if isinstance(target, dict):
-            # Other keys name no tensor, and the hash of a nest of tuples may take for ever.
+            # Other keys do not name tensors, and hashing nested tuples may take unbounded time.
             pairs = zip(items[::2], items[1::2], strict=True)
             target.update((key, value) for key, value in pairs if isinstance(key, str | int | float | bytes))
 
@@ -230,7 +230,7 @@ class _Machine:
 
 
 def _called(function: Any, arguments: Any) -> Any:
-    """Return the object that a call would give: a container or description, or a stand-in."""
+    """Return a container, a description or a stand-in for the result of a call."""
     if not isinstance(function, Global):
         return StandIn(getattr(function, "path", type(function).__name__))
     if function.path in _CALLS and isinstance(arguments, tuple):
@@ -241,7 +241,7 @@ def _called(function: Any, arguments: Any) -> Any:
 
 
 def _dictionary(*arguments: Any) -> dict[Any, Any]:
-    """Return an ordered or default dictionary; old pickles give the items as pairs."""
+    """Return an ordered or default dictionary; old pickles pass the items as pairs."""
     found: dict[Any, Any] = {}
     for pair in arguments[0] if arguments and isinstance(arguments[0], list) else ():
         key, value = pair
@@ -251,7 +251,7 @@ def _dictionary(*arguments: Any) -> dict[Any, Any]:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> StoredTensor | UnreadTensor:
-    """Describe a tensor; ``rest`` is whether it needs a gradient, hooks, and flags that change what its bits mean."""
+    """Describe a tensor; ``rest`` is requires_grad, hooks, and flags that change the meaning of its bits."""
     if not isinstance(storage, Storage):
         raise ValueError("a tensor without a storage")
     sizes = []
@@ -269,7 +269,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> S
 def _typed_tensor(
     storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, flags: Any = None
 ) -> StoredTensor | UnreadTensor:
-    """Describe a tensor of a dtype that has no storage class of its own."""
+    """Describe a tensor of a dtype without a storage class of its own."""
     found = _tensor(storage, offset, shape, stride, grad, hooks, flags)
     if not (isinstance(dtype, Global) and dtype.path in _DTYPES):
         raise ValueError("a tensor of an unknown dtype")
@@ -277,7 +277,7 @@ def _typed_tensor(
 
 
 def _stored(kind: Any, *data: Any) -> Any:
-    """Return what a persistent id stands for: a storage, or in old files the class of a module."""
+    """Return the object of a persistent id: a storage, or in old files the class of a module."""
     if kind in ("module", b"module"):
         return data[0]
     storage_class, key, _, numel, *view = data
@@ -304,7 +304,7 @@ _CALLS: Mapping[str, Callable[..., Any]] = {
     "torch._tensor._rebuild_from_type_v2": lambda function, kind, arguments, state: _called(function, arguments),
     "torch.nn.parameter.Parameter": lambda data=None, *rest: data,
 }
-"""Everything that a pickle can have called."""
+"""All functions that a pickle can call."""
 
 _PUSHED = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),

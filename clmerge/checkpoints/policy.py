@@ -1,4 +1,4 @@
-"""The policy: which tensors of the base are merged, which are copied, and what in the models is ignored."""
+"""The policy of a merge: which tensors of the base are merged or copied, and which of the models are ignored."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -9,25 +9,25 @@ from fnmatch import fnmatchcase, translate
 from clmerge.checkpoints.reader import Checkpoint, Entry
 from clmerge.checkpoints.tied import resolve_ties, twins
 
-# Statistics of batch normalisation, which are no parameters.
+# Statistics of batch normalisation, which are not parameters.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _SHOWN = 3
 _MERGED = ("merged", "in the base and in every model", False)
 
 Treatment = tuple[str, str, str, bool]
-"""What happens to one tensor: action, reason, detail, and whether it is a problem."""
+"""The treatment of one tensor: action, reason, detail, and whether it is a problem."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: tensors that are treated alike.
+    """One line of the table: tensors with the same treatment.
 
     Attributes:
         action: ``"merged"``, ``"tied"`` (merged under another name), ``"copied"`` (from the base), ``"ignored"``, or
-            what is done to running statistics.
-        reason: Why.
+            the treatment of running statistics.
+        reason: Reason of the action.
         names: The tensors.
-        detail: What the first of them looks like, where that helps.
+        detail: Further description of the first tensor, such as its shape; may be empty.
         is_problem: Whether ``--strict`` refuses it.
     """
 
@@ -40,11 +40,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Policy:
-    """What happens to every tensor.
+    """The treatment of every tensor.
 
     Attributes:
         merged: The tensors that are merged, in the base's order.
-        tied: Further names of merged tensors: the name in ``merged`` by name.
+        tied: Further names of merged tensors, each with the tensor's name in ``merged``.
         rows: The table.
     """
 
@@ -69,22 +69,22 @@ def decide(
     patterns: Sequence[str] = (),
     statistics: Mapping[str, Treatment] | None = None,
 ) -> Policy:
-    """Decide what happens to every tensor, from names, shapes and dtypes, and from whether tensors are tied.
+    """Decide the treatment of every tensor from names, shapes, dtypes and ties.
 
-    A tensor is merged if the base and every model have it, floating-point and in one shape. Everything else is copied
-    from the base: integers, bools, running statistics, what no pattern includes, what a model lacks or has in
-    another shape (a head for other classes). Tensors that only a model has are ignored. Names that mean one tensor in
-    the base and in all models are merged once.
+    A floating-point tensor is merged if the base and every model have it in one shape. All others are copied from the
+    base: integers, bools, running statistics, tensors that no pattern includes, and tensors that a model lacks or has
+    in another shape (a head for other classes). Tensors that only a model has are ignored. Names of one tensor in the
+    base and in all models are merged once.
 
     Args:
         base: The base model.
         models: Models and task vectors; names of tied tensors are added to them.
-        include: Glob patterns of which one must match, if there are any.
-        exclude: Glob patterns of which none may match.
+        include: Glob patterns, one of which must match a merged tensor's name, if there are any.
+        exclude: Glob patterns that no merged tensor's name may match.
         strict: Whether missing, extra and mismatched tensors are errors.
-        left: Tensors that no rule is given for.
-        patterns: Further patterns that must match something.
-        statistics: What happens to running statistics that are not the base's.
+        left: Tensors without a rule.
+        patterns: Further patterns that must match at least one tensor.
+        statistics: Treatment of running statistics that are not the base's.
 
     Raises:
         ValueError: If a pattern matches nothing, nothing is left to merge, or ``strict`` is violated.
@@ -182,19 +182,19 @@ def _treatment(
 
 
 def is_left_out(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Return whether the patterns leave a tensor as the base has it."""
+    """Return whether the patterns exclude a tensor from the merge."""
     included = not include or any(fnmatchcase(name, pattern) for pattern in include)
     return not included or any(fnmatchcase(name, pattern) for pattern in exclude)
 
 
 def _extra_rows(model: Checkpoint, base: Checkpoint) -> list[Row]:
-    """Return the rows of what only a model has; a further name of a tensor that is in the base is no problem."""
+    """Return the rows of tensors that only a model has; a further name of a tensor in the base is no problem."""
     extras = [name for name in model.entries if name not in base.entries]
     same = twins(model) if extras and not model.rest_is_zero else {}
     groups = {same.get(name, name) for name in model.entries if name in base.entries}
     known = [name for name in extras if same.get(name, name) in groups]
     unknown = [*(name for name in extras if same.get(name, name) not in groups), *model.left_out]
-    # The fingerprint in a task vector is that of all its tensors.
+    # The fingerprint in a task vector covers all of its tensors.
     unchecked = ", so whether it began with this base cannot be checked" if model.base else ""
     rows = [Row("ignored", f"one tensor with another that the base has, of {model.source}", known)]
     rows.append(Row("ignored", f"not in the base, of {model.source}{unchecked}", unknown, is_problem=True))
@@ -202,13 +202,13 @@ def _extra_rows(model: Checkpoint, base: Checkpoint) -> list[Row]:
 
 
 def _check_fit(base: Checkpoint, models: Sequence[Checkpoint], wanted: Sequence[str], merged: Sequence[str]) -> None:
-    """Refuse models of another architecture, of which at most a few tensors happen to fit the base's.
+    """Refuse models of another architecture, in which only a few tensors match the base by chance.
 
     Args:
         base: The base model.
         models: The models.
-        wanted: What may be merged of the base.
-        merged: What is.
+        wanted: Tensors of the base that may be merged.
+        merged: Tensors that are merged.
     """
     room = {name: base.entries[name].numel for name in wanted}
     fitting = []

@@ -1,4 +1,4 @@
-"""Position embeddings of a base at another image size than its models: resampled as their libraries do, or refused."""
+"""Resample a base's position embeddings to the image size of its models as timm and open_clip do, or refuse them."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -18,18 +18,18 @@ _POSITIONS = re.compile("|".join(map(translate, (*_IMAGE, *_OTHER))))
 
 
 def fit_positions(base: Checkpoint, models: Sequence[Checkpoint], is_merged: Callable[[str], bool]) -> list[str]:
-    """Bring the positions of the base to the image size of the models, as fine-tuning there began.
+    """Resample the base's position embeddings to the image size of the models, at which fine-tuning began.
 
     Args:
         base: The base model; changed in place.
         models: Models with the base's names.
-        is_merged: Whether a tensor is to be merged, by its name.
+        is_merged: Returns, by name, whether a tensor is to be merged.
 
     Returns:
-        What was resampled, in words.
+        Descriptions of the resampled tensors.
 
     Raises:
-        ValueError: If positions of other shapes cannot be resampled: the base's would not be the model's.
+        ValueError: If position embeddings of different shapes cannot be resampled.
     """
     notes = []
     for name, entry in list(base.entries.items()):
@@ -52,9 +52,9 @@ def fit_positions(base: Checkpoint, models: Sequence[Checkpoint], is_merged: Cal
 
 
 def _resampled(positions: Tensor, wanted: Sequence[int]) -> Tensor | None:
-    """Return positions of shape ``(N, D)`` or ``(1, N, D)`` on another square grid; None if the shapes are no grids.
+    """Resample positions ``(N, D)`` or ``(1, N, D)`` to another square grid; return None if a shape is not a grid.
 
-    The bits are those of timm's ``resample_abs_pos_embed`` and of open_clip's ``resize_pos_embed``.
+    The bits equal those of timm's ``resample_abs_pos_embed`` and of open_clip's ``resize_pos_embed``.
     """
     if positions.ndim not in (2, 3) or positions.ndim != len(wanted) or positions.shape[-1] != wanted[-1]:
         return None
@@ -68,7 +68,7 @@ def _resampled(positions: Tensor, wanted: Sequence[int]) -> Tensor | None:
     rows = positions.reshape(num_old, -1)
     old, new = isqrt(num_old - first[0]), isqrt(num_new - first[0])
     grid = rows[first[0] :].reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    is_timm = positions.ndim == 3  # which computes in float32, and rounds to what it was given
+    is_timm = positions.ndim == 3  # timm computes in float32 and rounds to the input's dtype
     if is_timm or positions.dtype.itemsize < 4:
         grid = grid.float()
     grid = interpolate(grid, size=(new, new), mode="bicubic", antialias=True, align_corners=False)

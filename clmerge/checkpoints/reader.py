@@ -1,4 +1,4 @@
-"""A checkpoint that is open: names, shapes and dtypes at once, tensors one at a time from a memory map."""
+"""Open checkpoints: names, shapes and dtypes are known at once, tensors are read one at a time from a memory map."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-# Names of dtypes in the headers of safetensors files.
+# Dtypes by their names in the headers of safetensors files.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -30,7 +30,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a tensor before it is read."""
+    """Shape and dtype of a tensor, known before it is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -47,26 +47,26 @@ class Entry:
 
 
 class Checkpoint(ABC, Mapping[str, Tensor]):
-    """A checkpoint as a mapping of names to tensors that are read when they are asked for.
+    """A checkpoint as a mapping of names to tensors, which are read on access.
 
-    Tensors are views of a memory map where the format allows: they must not be written to.
+    Tensors are views of a memory map if the format allows it: they must not be written to.
 
     Attributes:
-        source: What it is called in messages: the path.
-        kind: The format, in words.
-        files: The files it consists of.
+        source: The path, as its name in messages.
+        kind: Description of the format.
+        files: The files of the checkpoint.
         entries: Shape and dtype by name, in the order of the file.
         is_task_vector: Whether the tensors are differences to a base model, not weights.
-        rest_is_zero: Whether a task vector is zero where it has no tensor, as an adapter is.
-        task: Name of the task, if the file says so.
-        base: Fingerprint of the base model of a task vector, if the file says so.
-        counts: What the header of a task vector says was counted: ``samples`` and ``steps``.
-        weights: Name of the set of weights that is read, where the file names it.
+        rest_is_zero: Whether a task vector is zero for tensors that it lacks, as for an adapter.
+        task: Name of the task, if the file holds it.
+        base: Fingerprint of the base model of a task vector, if the file holds it.
+        counts: Counts in the header of a task vector: ``samples`` and ``steps``.
+        weights: Name of the set of weights that is read, if the file names it.
         sets: Names of all sets of weights in the file.
         ignored: Classes whose objects in the file were left out, and not executed.
-        aliases: Names that the file says are those of one of its tensors, which it keeps under another.
-        renamed: How the names differ from those in the file, in words.
-        left_out: Tensors that have no name any more, by their names in the file.
+        aliases: Further names of tensors listed in the file, each with the name under which the tensor is stored.
+        renamed: Descriptions of how the names differ from those in the file.
+        left_out: Tensors removed by renaming, by their names in the file.
     """
 
     def __init__(self, source: Path, kind: str, files: Sequence[Path], entries: dict[str, Entry]) -> None:
@@ -102,7 +102,7 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
 
         Args:
             name: Its name.
-            piece: The entries that are wanted of the flat tensor. Default: all, in its shape.
+            piece: The wanted entries of the flat tensor. Default: all, in the tensor's shape.
         """
         if name in self._replaced:
             return self._replaced[name] if piece is None else self._replaced[name].reshape(-1)[piece]
@@ -110,11 +110,11 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         return self._read(stored) if piece is None else self._read_piece(stored, piece)
 
     def joined(self, names: Sequence[str], piece: slice | None = None) -> Tensor:
-        """Return tensors of one dtype, flat and one after another; the result must not be written to.
+        """Return tensors of one dtype, flat and concatenated; the result must not be written to.
 
         Args:
             names: Their names.
-            piece: The entries that are wanted of all. Default: every entry.
+            piece: The wanted entries of the concatenation. Default: all.
         """
         if len(names) == 1:
             return self.tensor(names[0], piece).reshape(-1)
@@ -125,7 +125,7 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
 
         Args:
             name: Its name.
-            size: How many bytes at either end.
+            size: Number of bytes at either end.
         """
         data = raw_bytes(self.tensor(name))
         return bytes(data[:size]) + bytes(data[-size:])
@@ -135,34 +135,34 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         return self._in_file.get(name, name)
 
     def memory(self, name: str) -> object | None:
-        """Return what names of one tensor have in common in the file; None if the format does not say."""
+        """Return a key that is equal for names of one tensor in the file; None if the format has none."""
         return None
 
     def add_name(self, name: str, present: str) -> None:
-        """Give a tensor under a further name.
+        """Add a further name for a tensor.
 
         Args:
             name: The new name.
-            present: One that there is.
+            present: An existing name of the tensor.
         """
         self.entries[name] = self.entries[present]
         self._in_file[name] = self.stored(present)
 
     def replace(self, name: str, tensor: Tensor) -> None:
-        """Give another tensor under a name than the file has.
+        """Replace the tensor of a name, without changing the file.
 
         Args:
-            name: Its name.
-            tensor: On the CPU.
+            name: The name.
+            tensor: The new tensor, on the CPU.
         """
         self.entries[name] = Entry(tuple(tensor.shape), tensor.dtype)
         self._replaced[name] = tensor
 
     def rename(self, new_name: Callable[[str], str | None]) -> None:
-        """Give every tensor another name; those whose new name is None are left out.
+        """Rename every tensor; those whose new name is None are left out.
 
         Args:
-            new_name: The new name by the old; no two are the same.
+            new_name: Returns the new name of an old one; new names must be unique.
         """
         names = {name: new_name(name) for name in self.entries}
         self.left_out += [self.stored(name) for name, new in names.items() if new is None]
@@ -185,7 +185,7 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
 
     @override
     def __contains__(self, name: object) -> bool:
-        return name in self.entries  # without reading it
+        return name in self.entries  # without reading the tensor
 
     @override
     def __iter__(self) -> Iterator[str]:
@@ -197,17 +197,17 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
 
 
 class TorchCheckpoint(Checkpoint):
-    """The state dict of a file that ``torch.save`` wrote.
+    """The state dict of files that ``torch.save`` wrote.
 
     Args:
-        source: The file or folder that was named.
+        source: The file or folder given by the user.
         files: The files.
         states: The state dict of every file.
-        kind: The format, in words.
+        kind: Description of the format.
         ignored: Classes whose objects in the files were left out.
 
     Attributes:
-        verifiers: What is called before a tensor is read, by its name in the file; raises if the data is damaged.
+        verifiers: Functions by name in the file, called before a tensor is read; they raise if the data is damaged.
     """
 
     def __init__(
@@ -244,7 +244,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 def describe(checkpoint: Checkpoint) -> str:
-    """Return in one line what is read of a checkpoint: path, format, weights, number and names of tensors."""
+    """Describe a checkpoint in one line: path, format, weights, number and names of tensors."""
     task = f", {checkpoint.task}" if checkpoint.task else ""
     names = "".join(f", names {how}" for how in checkpoint.renamed)
     size = f"{len(checkpoint)} tensors, {checkpoint.nbytes / 1e6:,.1f} MB"
@@ -255,7 +255,7 @@ def float_dtype(name: str) -> torch.dtype:
     """Return a floating-point dtype by its name in PyTorch.
 
     Raises:
-        ValueError: If there is none, or safetensors does not have it.
+        ValueError: If there is no such dtype, or safetensors does not support it.
 
     Example:
         >>> float_dtype("bfloat16")

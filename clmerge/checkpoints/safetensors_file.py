@@ -19,7 +19,7 @@ from clmerge.weights.factored import Product, factor_names, product_shape
 
 
 class _Place(NamedTuple):
-    """Where a tensor is in a memory map."""
+    """Location of a tensor in a memory map."""
 
     memory: mmap.mmap
     begin: int
@@ -27,12 +27,12 @@ class _Place(NamedTuple):
     entry: Entry
 
     def flat(self, piece: slice = slice(None), end: int | None = None) -> Tensor:
-        """Return some entries, as a view: of the tensor, or of those that follow it up to ``end``."""
+        """Return a view of some entries of the tensor, or of the tensor and those after it up to ``end``."""
         dtype = self.entry.dtype
         start, stop, _ = piece.indices(((end or self.end) - self.begin) // dtype.itemsize)
         if start >= stop:
             return torch.empty(0, dtype=dtype)
-        # Also where the entries are not aligned in the file: the view begins at any byte.
+        # The view may begin at any byte, because entries need not be aligned in the file.
         begin = self.begin + start * dtype.itemsize
         return torch.frombuffer(self.memory, dtype=dtype, count=stop - start, offset=begin)
 
@@ -41,12 +41,12 @@ class SafetensorsCheckpoint(Checkpoint):
     """One or several safetensors files.
 
     Args:
-        source: The file or folder that was named.
-        files: The safetensors files; no two hold a tensor of one name.
-        kind: The format, in words.
+        source: The file or folder given by the user.
+        files: The safetensors files; a name may be in one of them only.
+        kind: Description of the format.
 
     Raises:
-        ValueError: If a file is damaged, or two files hold one name.
+        ValueError: If a file is damaged, or two files hold the same name.
     """
 
     def __init__(self, source: Path, files: Sequence[Path], kind: str = "safetensors") -> None:
@@ -63,7 +63,7 @@ class SafetensorsCheckpoint(Checkpoint):
             header, data_start = _read_header(file)
             self.metadata |= header.get("__metadata__") or {}
             with file.open("rb") as opened:
-                # Private, so that nothing can reach the file; tensors that look at it keep it.
+                # A private map, so that writes cannot reach the file; tensors that are views of it keep it alive.
                 memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
             for name in holder.offset_keys():
                 if name in entries:
@@ -94,12 +94,12 @@ class SafetensorsCheckpoint(Checkpoint):
                 for name in ("samples", "steps")
                 if (count := self.metadata.get(name, "")).isdecimal() and count.isascii()
             }
-        # save_model of the safetensors package writes the names it leaves out into the header.
+        # save_model of the safetensors package writes the names of omitted duplicates into the header.
         self.aliases = {name: kept for name, kept in self.metadata.items() if kept in entries and name not in entries}
 
     @override
     def _read(self, name: str) -> Tensor:
-        if name in self._factors:  # of a task vector that is kept as factors
+        if name in self._factors:  # of a task vector that is stored as factors
             a, b, scale = self._factors[name]
             return Product(self._read(a), self._read(b), scale).dense()
         place = self._places[name]
@@ -116,7 +116,7 @@ class SafetensorsCheckpoint(Checkpoint):
         places = [place for place in map(self._place, names) if place is not None]
         if len(places) < len(names):
             return super().joined(names, piece)
-        # Tensors that follow each other in a file are read as one.
+        # Tensors that are adjacent in a file are read as one.
         follows = (a.memory is b.memory and a.end == b.begin for a, b in pairwise(places))
         starts = [0, *(index for index, is_next in enumerate(follows, 1) if not is_next), len(places)]
         runs = [(places[start], places[stop - 1].end) for start, stop in pairwise(starts)]
@@ -133,14 +133,14 @@ class SafetensorsCheckpoint(Checkpoint):
         return memory[begin : min(begin + size, end)] + memory[max(end - size, begin) : end]
 
     def _place(self, name: str) -> _Place | None:
-        """Return where a tensor is; None if it is kept as factors, or another is given in its place."""
+        """Return the location of a tensor; None if it is stored as factors or was replaced."""
         return None if name in self._replaced else self._places.get(self.stored(name))
 
 
 def _read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """Return the header and where the data begins.
+    """Return the header and the offset of the data.
 
-    A header that says two things of one tensor is refused; safetensors believes the last.
+    A header with two entries for one tensor is refused; the safetensors package uses the last one.
     """
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")

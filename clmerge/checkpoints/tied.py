@@ -1,4 +1,4 @@
-"""Tied weights: names of one tensor, which are merged once."""
+"""Find tied weights: several names of one tensor, which is merged once."""
 
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -8,21 +8,21 @@ from torch import Tensor
 
 from clmerge.checkpoints.reader import Checkpoint
 
-_PROBE = 64  # bytes at either end that are compared before all are
+_PROBE = 64  # bytes at either end that are compared before the whole tensors
 
 
 def resolve_ties(base: Checkpoint, models: Sequence[Checkpoint]) -> dict[str, str]:
-    """Find the names of the base that mean one tensor in every model, too.
+    """Find the names that are one tensor in the base and in every model.
 
-    A model that stores such a tensor under one of its names only, as Hugging Face's format does, is told to give it
-    under the others.
+    If a model stores such a tensor under only one of its names, as in Hugging Face's format, the other names are added
+    to the model.
 
     Args:
         base: The base model.
         models: The models; names are added to them.
 
     Returns:
-        The name to merge by every name that goes with it.
+        For every further name of a tensor, the name under which the tensor is merged.
     """
     found = twins(base)
     for model in models:
@@ -43,10 +43,11 @@ def resolve_ties(base: Checkpoint, models: Sequence[Checkpoint]) -> dict[str, st
 
 
 def twins(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return every name that holds the same tensor as an earlier one, with that one.
+    """Return every name that holds the same tensor as an earlier name, mapped to that name.
 
-    The same tensor is one memory in a file that ``torch.save`` wrote. Formats that keep every tensor by itself show it
-    by equal bits; vectors and constants, which are equal in untied layers as well, do not count.
+    In a file that ``torch.save`` wrote, two names hold the same tensor if they share memory. In formats that store
+    every tensor separately, they do if all bits are equal, except for vectors and constants, which can also be equal
+    in untied layers.
 
     Args:
         checkpoint: An open checkpoint.

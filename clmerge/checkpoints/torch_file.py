@@ -1,4 +1,4 @@
-"""A file that ``torch.save`` wrote, of any version from 0.4 on: its objects, and tensors as views of a memory map."""
+"""Read files that ``torch.save`` wrote, from version 0.4 on: objects, and tensors as views of a memory map."""
 
 import os
 import struct
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from clmerge.checkpoints.pickled import Pickle, StoredTensor, unpickled
 
-_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # with which files of before PyTorch 1.6 begin
-_LOCAL = struct.Struct("<4s22xHH")  # of a record's own header: signature, lengths of name and extra field
-_DENSE = 1 << 26  # bytes of a tensor that may be larger than its file, as one that was expanded is
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # at the beginning of files from before PyTorch 1.6
+_LOCAL = struct.Struct("<4s22xHH")  # a record's local header: signature, lengths of name and extra field
+_DENSE = 1 << 26  # bytes up to which a tensor may be larger than its file, as an expanded tensor is
 
 
 class TorchFile:
-    """What ``torch.save`` wrote, without running any of it.
+    """The content of a file that ``torch.save`` wrote, read without executing any of it.
 
     Args:
         path: The file.
@@ -30,12 +30,12 @@ class TorchFile:
         ignored: Classes whose objects were left out.
 
     Raises:
-        ValueError: If it is none, or is damaged.
+        ValueError: If the file was not written by ``torch.save``, or is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._sums: dict[str, int] = {}  # of records that are not verified yet
+        self._sums: dict[str, int] = {}  # checksums of records that are not verified yet
         try:
             with path.open("rb") as file:
                 is_zip = file.read(4) == b"PK\x03\x04"
@@ -54,7 +54,7 @@ class TorchFile:
         """Return a tensor: a view of the file, not to be written to.
 
         Raises:
-            ValueError: If the file does not hold what it says.
+            ValueError: If the file does not hold the data that the tensor's description refers to.
         """
         storage, item = found.storage, found.storage.dtype.itemsize
         if storage.key not in self._records:
@@ -87,15 +87,15 @@ class TorchFile:
         return torch.empty(0, dtype=found.dtype).set_(part, found.offset, found.shape, found.stride)
 
     def verify(self, found: StoredTensor) -> None:
-        """Compare the data of a tensor with the archive's checksum of it; each record is read for that once.
+        """Compare the data of a tensor with the archive's checksum; each record is verified once.
 
-        The older format has no checksums, and ``torch.save`` leaves them 0 after ``set_crc32_options(False)``.
+        The older format has no checksums, and ``torch.save`` writes 0 for them after ``set_crc32_options(False)``.
 
         Args:
             found: A tensor that ``tensor`` has returned.
 
         Raises:
-            ValueError: If the data is not what was saved.
+            ValueError: If the data does not match the checksum.
         """
         key = found.storage.key
         if expected := self._sums.get(key):
@@ -132,10 +132,10 @@ class TorchFile:
             return unpickled(self._bytes(file, others["data.pkl"]))
 
     def _place(self, file: Any, info: zipfile.ZipInfo) -> tuple[int, int]:
-        """Return where the data of a record is, and how long it is."""
+        """Return offset and length of a record's data."""
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise ValueError(f"the record {info.filename!r} compressed or encrypted")
-        file.seek(max(0, info.header_offset))  # zipfile moves it by what seems to stand before the archive
+        file.seek(max(0, info.header_offset))  # zipfile shifts it by the length of data before the archive
         signature, name, extra = _LOCAL.unpack(file.read(_LOCAL.size))
         if signature != b"PK\x03\x04" or info.header_offset < 0:
             raise ValueError(f"no record {info.filename!r} where the archive says that it is")

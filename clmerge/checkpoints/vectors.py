@@ -1,4 +1,4 @@
-"""Task vectors taken from open checkpoints, a few parameters at a time."""
+"""Compute task vectors of open checkpoints, a few parameters at a time."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from typing import Literal
@@ -12,13 +12,13 @@ from clmerge.merging.vectors import Pack, Shape
 from clmerge.weights.task_vector import accumulator_dtype
 
 COUNTS = ("samples", "steps")
-"""What the header of a task vector may say of its task."""
+"""Counts that the header of a task vector may hold."""
 
 _RUN = 16  # float32 entries of a cache line
 
 
 Origin = Literal["base", "zero"]
-"""What is merged: differences to the base, or the weights themselves."""
+"""Whether differences to the base or the weights themselves are merged."""
 
 
 class CheckpointVectors:
@@ -26,12 +26,12 @@ class CheckpointVectors:
 
     Args:
         base: The base model.
-        models: Fine-tuned models, or task vectors, which are taken as they are.
+        models: Fine-tuned models, or task vectors, which are used unchanged.
         names: The parameters that are merged.
         needed: Names of the statistics that the rule requires.
-        origin: ``"zero"`` gives ``theta_t`` instead.
+        origin: ``"zero"`` for ``theta_t`` instead.
         tasks: Task index of every model. Default: their positions.
-        on_bytes: Told how many bytes of a model were read, after every parameter.
+        on_bytes: Called after every parameter with the number of bytes read from a model.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class CheckpointVectors:
         self.origin: Origin = origin
         self._needed = needed
         self._on_bytes = on_bytes
-        # One buffer for all: fresh memory would cost as much as the subtraction.
+        # One buffer is reused: new memory would take as much time as the subtraction.
         self._buffers: dict[torch.dtype, Tensor] = {}
 
     def dtype(self, position: int, name: str) -> torch.dtype:
-        """Return the dtype that ``read`` gives."""
+        """Return the dtype of the result of ``read``."""
         model = self.models[position]
         sides = [model.entries[name].dtype] if name in model.entries else []
         if self._sign(model, name):
@@ -64,12 +64,12 @@ class CheckpointVectors:
         return torch.float64 if torch.float64 in sides else torch.float32
 
     def kind(self, name: str) -> Hashable:
-        """Return what parameters have in common that can be read together."""
+        """Return a key that is equal for parameters that can be read together."""
         sides = [(model.entries.get(name), self._sign(model, name)) for model in self.models]
         return self.base.entries[name].dtype, *((entry and entry.dtype, sign) for entry, sign in sides)
 
     def read(self, position: int, pack: Pack, piece: slice | None = None) -> Tensor:
-        """Return parameters of one kind of one task vector, flat, or a piece of that; the next call overwrites it."""
+        """Return parameters of one kind of one task vector, flat, or a piece of them; the next call overwrites it."""
         model, first = self.models[position], pack.names[0]
         theta = _flat(model, pack, piece)
         if first in model.entries:
@@ -93,7 +93,7 @@ class CheckpointVectors:
         return theta + sign * _sampled(_flat(self.base, pack), step).to(dtype) if sign else theta
 
     def statistics(self, position: int, names: Sequence[str]) -> Statistics:
-        """Return the statistics that the rule requires: the base's weights, and counts of the task."""
+        """Return the statistics that the rule requires: the base's weights, and the task's counts."""
         known: dict[str, Mapping[str, Tensor] | float] = {
             name: count for name, count in self.models[position].counts.items() if name in self._needed
         }
@@ -114,14 +114,14 @@ class CheckpointVectors:
 
 
 def check_statistics(merger: Merger, models: Sequence[Checkpoint]) -> None:
-    """Refuse a rule that requires what is not known beside these models.
+    """Refuse a rule that requires statistics that are unknown for these models.
 
     Args:
         merger: The rule.
         models: The models.
 
     Raises:
-        ValueError: If it requires more than the base's weights, or counts that a model does not come with.
+        ValueError: If the rule requires statistics other than the base's weights and counts, or a model lacks a count.
     """
     score = ["score"] if merger.requires_score else []
     if measured := [*score, *sorted(merger.requires - {"weights", *COUNTS})]:
@@ -139,14 +139,14 @@ def check_statistics(merger: Merger, models: Sequence[Checkpoint]) -> None:
 
 
 def _flat(checkpoint: Checkpoint, pack: Pack, piece: slice | None = None) -> Tensor:
-    """Return parameters of one kind as a checkpoint has them, one after another."""
-    if pack.names[0] not in checkpoint.entries:  # where an adapter does not reach
+    """Return parameters of one kind as stored in a checkpoint, concatenated."""
+    if pack.names[0] not in checkpoint.entries:  # parameters that an adapter does not target
         return torch.zeros(1).expand(pack.numel if piece is None else piece.stop - piece.start)
     return checkpoint.joined(pack.names, piece)
 
 
 def _sampled(flat: Tensor, step: int) -> Tensor:
-    """Return one of ``step`` entries, in runs of 16: what costs is the number of cache lines that are touched."""
+    """Return one of ``step`` entries, in runs of 16, because the time depends on the number of cache lines read."""
     period = _RUN * step
     whole = flat.numel() // period * period
     runs = flat[:whole].view(-1, period)[:, :_RUN].reshape(-1)

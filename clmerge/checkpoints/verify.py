@@ -1,4 +1,4 @@
-"""Merge again what a ledger says, and compare with the file that holds the ledger."""
+"""Repeat the merge in a ledger, and compare the result with the file that holds the ledger."""
 
 import os
 from pathlib import Path
@@ -14,19 +14,19 @@ from clmerge.checkpoints.writer import data_start, sha256_of
 
 
 def verify(path: str | os.PathLike[str], *, on_bytes: OnBytes = lambda count: None) -> tuple[list[str], Ledger]:
-    """Replay the ledger of a merged file or folder and compare bit for bit.
+    """Repeat the merge in the ledger of a merged file or folder and compare bit for bit.
 
     Running statistics that were estimated on images (``estimated`` in the ledger) are not computed again.
 
     Args:
-        path: What ``clmerge merge`` wrote.
-        on_bytes: Told of every piece that was read, in bytes.
+        path: A result of ``clmerge merge``.
+        on_bytes: Called with the bytes of every piece that was read.
 
     Returns:
-        What differs, nothing if the file is what it says, and the ledger.
+        The differences, empty if the file matches its ledger, and the ledger.
 
     Raises:
-        FileNotFoundError: If the file or an input is gone.
+        FileNotFoundError: If the file or an input is missing.
         ValueError: If the file has no ledger or an input cannot be read.
     """
     ledger = read_ledger(path)
@@ -53,7 +53,7 @@ def verify(path: str | os.PathLike[str], *, on_bytes: OnBytes = lambda count: No
         if ledger.estimated != job.buffers.estimated:
             found.append(f"the ledger of {path} names other estimated tensors than its merge has")
         different = _differences(path, job, on_bytes)
-    except (TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:  # of odd settings
+    except (TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:  # from malformed settings
         raise ValueError(
             f"expected a ledger that can be replayed in {path}, got {type(error).__name__}: {error}"
         ) from error

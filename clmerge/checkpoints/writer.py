@@ -1,4 +1,4 @@
-"""Write a safetensors file one tensor at a time: the header first, then the data where it belongs."""
+"""Write a safetensors file one tensor at a time: the header first, then each tensor's data at its offset."""
 
 import hashlib
 import json
@@ -13,16 +13,16 @@ from clmerge.checkpoints.reader import DTYPES, Entry, raw_bytes
 from clmerge.files import atomic_path
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_ALIGNMENT = 8  # of the data, as in files that the safetensors package writes
+_ALIGNMENT = 8  # bytes to which the data is aligned, as in files of the safetensors package
 
 
 class SafetensorsWriter:
-    """A safetensors file in the making; ``put`` writes tensors to their places, again if need be.
+    """A safetensors file being written; ``put`` writes tensors at their offsets, and may write them again.
 
     Args:
-        path: The file, which does not exist yet.
-        entries: Shape and dtype of every tensor. Wide dtypes come first, else the order is kept.
-        metadata: Strings of the header. They may be replaced until the file is closed by others of the same length.
+        path: The file, which must not exist yet.
+        entries: Shape and dtype of every tensor. Wider dtypes are stored first; otherwise the order is kept.
+        metadata: Strings of the header. ``close`` may replace them by others of the same length.
     """
 
     def __init__(self, path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
@@ -45,17 +45,17 @@ class SafetensorsWriter:
         self._missing = set(entries)
         self._file = path.open("w+b")
         self._file.write(header)
-        self._position = 0  # in the data
+        self._position = 0  # offset in the data
 
     def put(self, names: Sequence[str], flat: Tensor) -> None:
         """Write tensors.
 
         Args:
             names: Some of the entries.
-            flat: Their entries one after another, of the same dtype and as many.
+            flat: Their data, concatenated, of the same dtype and size.
 
         Raises:
-            ValueError: If dtype or number differ from those of the entries.
+            ValueError: If dtype or size differ from those of the entries.
         """
         entries = [self._entries[name] for name in names]
         numel = sum(entry.numel for entry in entries)
@@ -66,7 +66,7 @@ class SafetensorsWriter:
         data, done = raw_bytes(flat), 0
         for name, entry in zip(names, entries, strict=True):
             start, stop = self._offsets[name], done + entry.nbytes
-            if start != self._position:  # a seek gives up the buffer, which many small tensors fill together
+            if start != self._position:  # seek only if needed: it flushes the buffer of small tensors
                 self._file.seek(self._data_start + start)
             self._file.write(data[done:stop])
             self._position = start + entry.nbytes
@@ -82,7 +82,7 @@ class SafetensorsWriter:
         """Write the final header and close the file.
 
         Args:
-            metadata: Strings of the header, in all as long as those given at the start.
+            metadata: Strings of the header, with the same total length as those given at the start.
 
         Raises:
             RuntimeError: If a tensor is missing, or the header has another length.
@@ -97,11 +97,11 @@ class SafetensorsWriter:
         self._file.close()
 
     def abandon(self) -> None:
-        """Close the file as it is."""
+        """Close the file unfinished."""
         self._file.close()
 
     def _described(self) -> bytes:
-        """Return what the header says of the tensors."""
+        """Return the part of the header that describes the tensors."""
         described = {
             name: {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": (start, start + entry.nbytes)}
             for (name, entry), start in zip(self._entries.items(), self._offsets.values(), strict=True)
@@ -109,7 +109,7 @@ class SafetensorsWriter:
         return _as_json(described)
 
     def _header(self, metadata: Mapping[str, str]) -> bytes:
-        # Two objects are joined to one: the first may change until the file is closed, the second is large.
+        # Join two JSON objects: the metadata may change until the file is closed; the large description is reused.
         text = _as_json({"__metadata__": dict(sorted(metadata.items()))})
         text = text[:-1] + b"," + self._tensors[1:] if self._entries else text
         text = text.ljust(-(-len(text) // _ALIGNMENT) * _ALIGNMENT)
@@ -120,7 +120,7 @@ class SafetensorsWriter:
 def new_safetensors(
     path: str | os.PathLike[str], entries: Mapping[str, Entry], metadata: Mapping[str, str]
 ) -> Iterator[SafetensorsWriter]:
-    """Write ``path`` tensor by tensor; it appears when the block ends well and the writer was closed, or not at all.
+    """Write ``path`` tensor by tensor; it exists only if the block ends without an error and the writer was closed.
 
     Args:
         path: The finished file.
@@ -144,7 +144,7 @@ def sha256_of(path: str | os.PathLike[str], *, skip: int = 0) -> str:
 
     Args:
         path: The file.
-        skip: How many bytes at its beginning are left out.
+        skip: Number of bytes to leave out at the beginning.
     """
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 20))
@@ -156,6 +156,6 @@ def sha256_of(path: str | os.PathLike[str], *, skip: int = 0) -> str:
 
 
 def data_start(path: str | os.PathLike[str]) -> int:
-    """Return where the data of a safetensors file begins."""
+    """Return the offset of the data in a safetensors file."""
     with Path(path).open("rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
