@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
-from clmerge.callbacks.evaluation_swap import EvaluationSwap
 from clmerge.callbacks.frozen import FrozenParameters, announces_unfreezing
+from clmerge.callbacks.merged_evaluation import MergedEvaluation
 from clmerge.callbacks.ranks import check_same_on_all_ranks, refuse_sharding
 from clmerge.callbacks.saved_checkpoints import keep_merge, read_state
-from clmerge.deploy.recorded_merge import RecordedMerge
-from clmerge.deploy.running_merge import RunningMerge, check_choice
+from clmerge.deploy.running_merge import check_choice
 from clmerge.lightning_compat import refuse_unsupported_strategy
 from clmerge.merging import Merger, Statistics
 from clmerge.results.results import EXPERT
@@ -27,12 +25,12 @@ from clmerge.weights import CheckedVector, TaskVectorBank
 from clmerge.weights.buffers import Buffers
 from clmerge.weights.modes import on_device
 from clmerge.weights.parametrization import read_factors, renew, unmerged_parameters
-from clmerge.weights.swap import assign, named_tensors
+from clmerge.weights.swap import assign, is_swapped, named_tensors
 
 StartPolicy = Literal["base", "previous", "merged"]
 
 
-class MergeCallback(RecordedMerge, EvaluationSwap):
+class MergeCallback(MergedEvaluation):
     """Merge after every ``fit``: one task vector per fit, any LightningModule, any number of Trainers.
 
     Every finished ``fit`` is a task. What it leaves in the model is merged, after the last hook of every other callback
@@ -89,8 +87,8 @@ class MergeCallback(RecordedMerge, EvaluationSwap):
     Raises:
         ValueError: For an unknown ``deploy`` or policy, mergers of equal names, or a merger that needs a missing
             ``score``.
-        RuntimeError: During a run, for a changed model, a changed base, NaN in the weights, or a strategy that hides
-            the trained weights from this process.
+        RuntimeError: During a run, for a changed model, a changed base, NaN in the weights, a fit within ``merged``, or
+            a strategy that hides the trained weights from this process.
 
     Example:
         >>> from clmerge.merging import MagMax
@@ -152,7 +150,6 @@ class MergeCallback(RecordedMerge, EvaluationSwap):
         self._trained = False
         self._pending = False
         self._goes_on: bool | None = None
-        self._restored: dict[str, Any] = {}
         self._frozen = FrozenParameters({})
 
     @property
@@ -205,36 +202,6 @@ class MergeCallback(RecordedMerge, EvaluationSwap):
             assign(named_tensors(model, start, origin=self._base_origin), start)
         renew(model, seed=self.seed, task=self.num_tasks)
 
-    # Evaluation --------------------------------------------------------------------------------------------------
-
-    @override
-    def _evaluation_state(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
-        shown = self._inside or self.deploy
-        if shown == EXPERT:
-            return None
-        merge = self._evaluated()
-        if not merge.num_tasks:
-            if trainer.ckpt_path is not None:
-                warnings.warn(
-                    f"expected merged tasks in this callback or in {trainer.ckpt_path}, got none (a checkpoint that "
-                    "was saved with save_weights_only has none): its un-merged weights are evaluated",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-            return None
-        state = merge.state_with(merge.merged_vector(shown), pl_module, merger=shown)
-        if trainer.ckpt_path is not None and not self._swaps:
-            rest = sum(name not in state for name in pl_module.state_dict())
-            rank_zero_info(
-                f"MergeCallback: evaluating the merged model ({shown}) of {merge.num_tasks} tasks; {rest} tensors that "
-                f"are not merged come from {trainer.ckpt_path}"
-            )
-        return state
-
-    def _evaluated(self) -> RunningMerge:
-        """Return what is evaluated: this callback, or while it has merged nothing, what the checkpoint holds."""
-        return self.as_of(self._restored) if self._restored and not self.num_tasks else self
-
     # Training ----------------------------------------------------------------------------------------------------
 
     @override
@@ -242,6 +209,11 @@ class MergeCallback(RecordedMerge, EvaluationSwap):
         super().setup(trainer, pl_module, stage)
         refuse_unsupported_strategy(trainer)
         refuse_sharding(trainer, pl_module)
+        if stage == "fit" and is_swapped(pl_module):
+            raise RuntimeError(
+                f"expected a fit from the training weights, got {type(pl_module).__name__} with merged weights in it: "
+                "what it trains would be lost at the end of merge.merged(model); leave the block first"
+            )
         self._stage = stage
         self._restored = {}
         if stage == "fit":  # before Lightning restores a checkpoint: what a checkpoint holds wins over the start policy

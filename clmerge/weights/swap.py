@@ -103,6 +103,11 @@ class _Swap:
 _open: list[_Swap] = []
 
 
+def is_swapped(module: nn.Module) -> bool:
+    """Say whether other weights are in the model now, or in what ``torch.compile`` made of it."""
+    return any(swap.module is module or getattr(swap.module, "_orig_mod", None) is module for swap in _open)
+
+
 @contextmanager
 def swapped(module: nn.Module, values: Mapping[str, Tensor], *, origin: str = "the merged model") -> Iterator[None]:
     """Run a block with ``values`` in place of the module's tensors of the same names; always restores the originals.

@@ -132,6 +132,29 @@ def test_merged_context_manager_restores_also_after_an_exception(model):
     assert same(weights(model), before)
 
 
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile], ids=["model", "compiled model"])
+def test_a_fit_within_a_block_of_merged_weights_is_refused(model, wrap):
+    merge = MergeCallback(MagMax(scale=0.5))
+    stream(model, merge, 2)
+    before = weights(model)
+    with (
+        merge.merged(wrap(model)),
+        pytest.raises(RuntimeError, match=r"got ForeignModule with merged weights in it.*leave the block first"),
+    ):
+        make_trainer(merge).fit(model, toy_loader(2))
+    assert same(weights(model), before)
+    make_trainer(merge).fit(model, toy_loader(2))
+    assert merge.num_tasks == 3
+
+
+def test_another_model_may_be_trained_within_a_block_of_merged_weights(model):
+    merge, student = MergeCallback(MagMax(scale=0.5)), copy.deepcopy(model)
+    stream(model, merge, 1)
+    with merge.merged(model):
+        make_trainer(merge).fit(student, toy_loader(1))
+    assert merge.num_tasks == 2
+
+
 def test_before_the_first_task_test_runs_on_the_model_as_it_is(model):
     merge = MergeCallback(MagMax())
     make_trainer(merge).test(model, toy_loader(0))

@@ -1,0 +1,52 @@
+"""Which merged model is evaluated, and what is said where it is not the one that a reader would expect."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from clmerge.callbacks.evaluation_swap import EvaluationSwap
+from clmerge.deploy.recorded_merge import RecordedMerge
+from clmerge.deploy.running_merge import RunningMerge
+from clmerge.results.results import EXPERT
+
+
+class MergedEvaluation(RecordedMerge, EvaluationSwap):
+    """Swap in the deployed merged model, or that of the ``merged`` block around a run; arguments as ``RunningMerge``.
+
+    While nothing is merged here, what a checkpoint holds is evaluated, and without one the module as it is.
+    """
+
+    _restored: Mapping[str, Any] = {}  # what the checkpoint of this run holds
+
+    @override
+    def _evaluation_state(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
+        shown = self._inside or self.deploy
+        if shown == EXPERT:
+            return None
+        merge = self._evaluated()
+        if not merge.num_tasks:
+            if trainer.ckpt_path is not None:
+                warnings.warn(
+                    f"expected merged tasks in this callback or in {trainer.ckpt_path}, got none (a checkpoint that "
+                    "was saved with save_weights_only has none): its un-merged weights are evaluated",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return None
+        state = merge.state_with(merge.merged_vector(shown), pl_module, merger=shown)
+        if trainer.ckpt_path is not None and not self._swaps:
+            rest = sum(name not in state for name in pl_module.state_dict())
+            rank_zero_info(
+                f"MergeCallback: evaluating the merged model ({shown}) of {merge.num_tasks} tasks; {rest} tensors that "
+                f"are not merged come from {trainer.ckpt_path}"
+            )
+        return state
+
+    def _evaluated(self) -> RunningMerge:
+        """Return what is evaluated: this callback, or while it has merged nothing, what the checkpoint holds."""
+        return self.as_of(self._restored) if self._restored and not self.num_tasks else self
