@@ -120,8 +120,8 @@ def prompt_templates(dataset: str) -> tuple[str, ...]:
         near = difflib.get_close_matches(_key(dataset), list(_NAMES), n=3)
         hint = f"the nearest are {[_NAMES[key] for key in near]}" if near else f"known are {known_datasets()}"
         raise ValueError(
-            f"expected a data set with prompt templates, got {dataset!r}; {hint}. Give templates as a list, "
-            f"or 'generic' for {GENERIC[0]!r}"
+            f"expected a data set with prompt templates, got {dataset!r}; {hint}. Set the source's "
+            f"templates (--stream.source.templates) to 'generic' for {GENERIC[0]!r}, or to a list of your own"
         )
     if name in _LIKE_IMAGENET:
         from open_clip import OPENAI_IMAGENET_TEMPLATES
