@@ -22,22 +22,21 @@ from clmerge.weights.modes import eval_mode
 Transform = Callable[[Image], Tensor]
 NANO = Path(__file__).parent / "nano_clip"
 _SOURCES = ("local-dir:", "hf-hub:")
-_NUMPY = (".npz", ".npy")  # of JAX models, which open_clip converts itself
+_NUMPY = (".npz", ".npy")  # checkpoints of JAX models, which open_clip converts itself
 
 
 class Backbone(nn.Module, ABC):
-    """An image encoder with the transforms that belong to it.
+    """An image encoder with its transforms.
 
     Attributes:
         model: The wrapped model under its own parameter names; saved weights load strictly into it.
         feature_dim: Number of features ``D`` per image.
         train_transform: PIL image to tensor, for training.
         eval_transform: PIL image to tensor, for validation and test.
-        default_trainable: Glob patterns over ``model``'s parameter names that are trained unless told
-            otherwise.
-        starts_random: How to start from pretrained weights instead, where the model does not; empty where it does.
+        default_trainable: Glob patterns of ``model``'s parameters that are trained by default.
+        starts_random: For a model with random weights, how to start from pretrained ones; empty otherwise.
         encoder: Path in ``model`` of the module that ``forward`` calls; empty for ``model`` itself.
-        read: What was read of a checkpoint file, in words; empty without one.
+        read: Description of the weights read from a checkpoint file; empty without one.
     """
 
     default_trainable: ClassVar[tuple[str, ...]] = ("*",)
@@ -70,22 +69,22 @@ class Backbone(nn.Module, ABC):
 
 
 class OpenClip(Backbone):
-    """A CLIP model of open_clip; only its image tower is trained unless told otherwise.
+    """A CLIP model of open_clip; by default only its image tower is trained.
 
     Args:
         name: An open_clip model name (``ViT-B-16-quickgelu``), ``local-dir:FOLDER`` or ``hf-hub:ORG/MODEL``,
             or ``nano``: the small CLIP that is part of clmerge and needs no download.
         pretrained: A pretrained tag of open_clip (``openai``, downloaded by open_clip) or a checkpoint file.
             Default none, which for a plain model name means random weights. ``nano``, local folders and hub
-            models bring their own; a checkpoint file replaces them.
-        cache_dir: Where open_clip keeps downloads; default its own choice.
-        weights: Which set is read of a checkpoint file that holds several, as ``clmerge.checkpoints.open_checkpoint``
-            takes it; default the averaged one if there is one.
+            models include weights; a checkpoint file replaces them.
+        cache_dir: Folder for open_clip's downloads; default its own choice.
+        weights: Which set to read from a checkpoint file that holds several, as for
+            ``clmerge.checkpoints.open_checkpoint``; default the averaged one if there is one.
 
     Raises:
-        ValueError: For an unknown name or tag (the nearest ones are given), for a checkpoint of another
-            model, for a local folder without weights, or for weights trained with QuickGELU (OpenAI's, for
-            instance) under a model name that has another activation.
+        ValueError: For an unknown name or tag (the message lists the nearest ones), for a checkpoint of another
+            model, for a local folder without weights, or for weights trained with QuickGELU (such as OpenAI's)
+            under a model name with another activation.
         FileNotFoundError: For a local folder that does not exist or has no ``open_clip_config.json``.
 
     Example:
@@ -182,16 +181,16 @@ class Timm(Backbone):
     Args:
         name: A timm model name (``vit_base_patch16_224.augreg_in21k``), ``local-dir:FOLDER`` or
             ``hf-hub:ORG/MODEL``.
-        pretrained: Whether to load (and, if need be, download) the weights that timm has for ``name``.
-        checkpoint: A checkpoint file to load instead; a classifier in it is left out, positions are resampled to
-            ``image_size`` as timm does it.
-        image_size: Side of the square input in pixels; default the model's own. A model that takes images of any size,
-            such as a ResNet, is the same for each.
-        weights: Which set is read of a ``checkpoint`` that holds several, as ``clmerge.checkpoints.open_checkpoint``
-            takes it; default the averaged one if there is one.
+        pretrained: Whether to load (and, if needed, download) timm's weights for ``name``.
+        checkpoint: A checkpoint file to load instead; its classifier is ignored, positions are resampled to
+            ``image_size`` as in timm.
+        image_size: Side of the square input in pixels; default the model's own. No effect on the weights of a model
+            that takes images of any size, such as a ResNet.
+        weights: Which set to read from a ``checkpoint`` that holds several, as for
+            ``clmerge.checkpoints.open_checkpoint``; default the averaged one if there is one.
 
     Raises:
-        ValueError: For an unknown name or tag (the nearest names are given), for ``pretrained`` together with
+        ValueError: For an unknown name or tag (the message lists the nearest names), for ``pretrained`` together with
             ``checkpoint``, or for a checkpoint that is missing or of another model.
     """
 
@@ -234,11 +233,11 @@ class Timm(Backbone):
             {} if image_size is None else {"input_size": (3, image_size, image_size)}, model=self.model
         )
         self.eval_transform = create_transform(**config, is_training=False)
-        # As mild as CLIP's own: no flips, no colours. Heavier augmentation is the project's choice.
+        # As mild as CLIP's own: no flips, no colour changes. Users choose stronger augmentation themselves.
         self.train_transform = create_transform(
             **config, is_training=True, scale=(0.9, 1.0), hflip=0.0, color_jitter=None, auto_augment=None
         )
-        # Some models project once more between their trunk and their classifier.
+        # Some models have another projection between trunk and classifier.
         self.feature_dim = int(getattr(self.model, "head_hidden_size", self.model.num_features))  # type: ignore[arg-type]
 
     def _load(self, checkpoint: str, name: str, weights: str | None, size: Mapping[str, Any]) -> None:
@@ -267,7 +266,7 @@ class Timm(Backbone):
 
 @contextmanager
 def _naming(name: str, origin: str) -> Iterator[None]:
-    """Say which model and which origin an error of the libraries is about."""
+    """Add the model's name and origin to errors of the libraries."""
     try:
         yield
     except (RuntimeError, UnpicklingError, SafetensorError) as error:
@@ -276,7 +275,7 @@ def _naming(name: str, origin: str) -> Iterator[None]:
 
 
 def _weights_of(file: str, model: nn.Module, weights: str | None) -> tuple[dict[str, Tensor], str]:
-    """Return the weights that a checkpoint file has for a model, by the model's names, and what was read in words."""
+    """Return a checkpoint file's weights for a model, by the model's names, and a description of them."""
     opened = open_checkpoint(file, weights)
     if opened.is_task_vector:
         raise ValueError(f"expected weights, got the task vector {file}; add it to its base with clmerge merge")
@@ -299,7 +298,7 @@ def _check_name(name: str, known: list[str], library: str) -> None:
 
 
 def _refuse_remote_code(source: str) -> None:
-    """Refuse a model whose configuration asks for code of its tokenizer from elsewhere; open_clip would run it."""
+    """Refuse a model whose configuration loads tokenizer code from elsewhere, which open_clip would run."""
     import open_clip
 
     config = open_clip.get_model_config(source) or {}
@@ -311,7 +310,7 @@ def _refuse_remote_code(source: str) -> None:
 
 
 def _check_tag(name: str, tag: str) -> None:
-    """Refuse a pretrained tag of open_clip that is unknown, or whose activation is not the model's."""
+    """Refuse a pretrained tag of open_clip that is unknown or was trained with another activation."""
     import open_clip
 
     if name == "nano" or name.startswith(_SOURCES):
@@ -320,7 +319,7 @@ def _check_tag(name: str, tag: str) -> None:
     if not found:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise ValueError(f"expected a pretrained tag of {name} or a checkpoint file, got {tag!r}; tags: {tags}")
-    # open_clip only warns, and such a model loses accuracy before anything was trained.
+    # open_clip only warns, and such a model is less accurate from the start.
     if found.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu"):
         raise ValueError(
             f"expected a model with QuickGELU for pretrained={tag!r}, got {name!r}, which would run these "

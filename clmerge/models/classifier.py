@@ -1,4 +1,4 @@
-"""A classifier over the classes of a stream: backbone, head and mode of tuning, and which classes count."""
+"""A classifier over the classes of a stream: backbone, head, mode of tuning, and the classes in the loss."""
 
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -18,20 +18,21 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Classifier(nn.Module):
-    """A backbone and a head, tuned one task after another; how it is trained is not its business.
+    """A backbone and a head, tuned one task after another; independent of the training loop.
 
     Args:
         backbone: The image encoder.
-        head: From features to logits; default a frozen zero-shot text head.
-        tuning: How the backbone is fine-tuned; default ``Full``, all weights that it offers (for CLIP the image tower).
+        head: Maps features to logits; default a frozen zero-shot text head.
+        tuning: How the backbone is fine-tuned; default ``Full``, all of its trainable weights (for CLIP the image
+            tower).
         loss_classes: Which classes compete in the loss: those of the ``current`` task (MagMax's choice), all
             ``seen`` so far, or ``all`` of the stream (only for a head that knows them).
         label_smoothing: Label smoothing of the cross-entropy, in [0, 1).
 
     Attributes:
-        old_classes: Classes seen before the task that is trained.
+        old_classes: Classes seen before the current task.
         tuning: How the backbone is fine-tuned.
-        trained_names: Dense names of what is trained and may be merged; the head's parameters are not among them.
+        trained_names: Dense names of the trained weights that may be merged; without the head's parameters.
 
     Raises:
         ValueError: For ``loss_classes='all'`` with a head that must learn its classes, for a tuning that
@@ -76,16 +77,16 @@ class Classifier(nn.Module):
         self.head.build(self.backbone, num_classes, prompts)
 
     def begin_task(self, classes: Sequence[int], batches: Iterable[Batch] | None = None) -> None:
-        """Get ready to train a task.
+        """Prepare for training a task.
 
         Args:
             classes: Global class ids of the task.
             batches: Training images under the evaluation transform with their labels; read only by heads
-                that start from class means. Under DDP every process may bring its share of them.
+                that start from class means. Under DDP every process may pass a part of them.
 
         Raises:
-            ValueError: If a head that starts from class means gets no ``batches``, or none with images of
-                one of the classes.
+            ValueError: If a head that starts from class means gets no ``batches``, or no images of one of the
+                classes.
         """
         self._task_classes = sorted(set(classes))
         self.old_classes = self._seen_classes
@@ -97,9 +98,9 @@ class Classifier(nn.Module):
         self.head.train_blocks(self._task_classes if self.loss_classes == "current" else None)
 
     def resume_tasks(self, tasks: Sequence[Sequence[int]]) -> None:
-        """Take note of the tasks that were trained, and of no others.
+        """Set the tasks that were trained so far, replacing any earlier ones.
 
-        Their parts of the head come with ``load_state_dict``.
+        Their parts of the head are restored by ``load_state_dict``.
 
         Args:
             tasks: Global class ids of every task, the latest last.
@@ -131,7 +132,7 @@ class Classifier(nn.Module):
         return logits
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy over the classes that ``loss_classes`` names.
+        """Return the mean cross-entropy over the classes selected by ``loss_classes``.
 
         Args:
             logits: Logits over all classes of the stream, ``(B, C)``.
@@ -145,7 +146,7 @@ class Classifier(nn.Module):
         return functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
     def right(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return 1.0 for every image whose class wins among those of the task, else 0.0: ``(B,)``.
+        """Return 1.0 for every image classified correctly among the task's classes, else 0.0: ``(B,)``.
 
         Args:
             logits: Logits over all classes of the stream, ``(B, C)``.
@@ -155,10 +156,10 @@ class Classifier(nn.Module):
         return (columns[logits[:, columns].argmax(dim=1)] == labels).float()
 
     def _columns(self, classes: Sequence[int], device: torch.device) -> Tensor:
-        """Return classes as an index on a device; copying them there in every step would make a GPU wait."""
+        """Return classes as a cached index on a device; copying them in every step would make a GPU wait."""
         key = tuple(classes)
         if key not in self._on_device or self._on_device[key].device != device:
-            # Those of the task and those seen are all there are at a time.
+            # At most two sets are in use at a time: the task's classes and the classes seen.
             self._on_device = dict(list(self._on_device.items())[-1:])
             self._on_device[key] = torch.tensor(key, device=device)
         return self._on_device[key]

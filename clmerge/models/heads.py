@@ -13,7 +13,7 @@ from clmerge.weights.modes import eval_mode
 
 
 class Head(nn.Module, ABC):
-    """From features ``(B, D)`` to logits ``(B, C)`` over the ``C`` classes of the whole stream.
+    """Maps features ``(B, D)`` to logits ``(B, C)`` over the ``C`` classes of the whole stream.
 
     Logits of classes that the head does not know yet are ``-inf``.
 
@@ -36,11 +36,11 @@ class Head(nn.Module, ABC):
         """
 
     def add_classes(self, classes: Sequence[int], prototypes: Tensor | None = None) -> None:
-        """Grow by the new ones among ``classes``.
+        """Add the new classes among ``classes``.
 
         Args:
             classes: Global class ids of the task.
-            prototypes: Mean features of these classes, of shape ``(len(classes), D)``, where wanted.
+            prototypes: Mean features of these classes, of shape ``(len(classes), D)``, if ``wants_prototypes``.
         """
 
     def train_blocks(self, classes: Sequence[int] | None) -> None:
@@ -70,7 +70,7 @@ class ZeroShotHead(Head):
 
     @torch.no_grad()
     def build(self, backbone: Backbone, num_classes: int, prompts: Sequence[Sequence[str]]) -> None:
-        """Embed the prompts of every class with the backbone's text tower as it is now.
+        """Embed the prompts of every class with the backbone's current text tower.
 
         Raises:
             ValueError: If there is not at least one prompt for each of the ``num_classes`` classes.
@@ -98,7 +98,7 @@ class ZeroShotHead(Head):
 
 
 class _GrowingHead(Head):
-    """One block of weights per task, scattered into the stream's classes."""
+    """A head with one block of weights per task, whose rows are scattered to the stream's classes."""
 
     known: Tensor
 
@@ -110,7 +110,7 @@ class _GrowingHead(Head):
         self._feature_dim = 0
 
     def build(self, backbone: Backbone, num_classes: int, prompts: Sequence[Sequence[str]]) -> None:
-        """Take the number of classes and of features; prompts are not used."""
+        """Set the numbers of classes and features; prompts are not used."""
         self._num_classes = num_classes
         self._feature_dim = backbone.feature_dim
 
@@ -151,19 +151,19 @@ class _GrowingHead(Head):
         return full.index_copy(1, self.known, logits)
 
     def _rows(self, features: Tensor, width: int) -> Tensor:
-        """All blocks on top of each other, ``(known classes, width)``; none before the first task."""
+        """Return all blocks stacked along the rows, ``(known classes, width)``; no rows before the first task."""
         return torch.cat([features.new_empty(0, width, dtype=torch.float32), *self.blocks])
 
 
 class LinearHead(_GrowingHead):
     """A linear classifier that grows by one block of rows (weights and bias) per task.
 
-    While the loss runs over the current classes only, blocks of tasks without any of them get no gradient,
-    and none of the optimizer's weight decay either. Classes that an earlier task had keep their rows.
+    If the loss covers the current classes only, blocks without any of them get neither gradients nor weight decay.
+    Classes of an earlier task keep their rows.
     """
 
     def add_classes(self, classes: Sequence[int], prototypes: Tensor | None = None) -> None:
-        """Grow by the new ones among ``classes``, with PyTorch's initialisation of a linear layer.
+        """Add the new classes among ``classes``, with PyTorch's initialisation of a linear layer.
 
         Args:
             classes: Global class ids of the task.
@@ -183,14 +183,14 @@ class LinearHead(_GrowingHead):
 
 
 class CosineHead(_GrowingHead):
-    """Cosine similarity to one prototype per class, started at the class means of the training features.
+    """Cosine similarity to one prototype per class, initialised with the class means of the training features.
 
-    The means are of normalised features, taken with the weights that the task starts from. Classes that an
-    earlier task had keep their prototypes.
+    The means are of normalised features, computed with the weights at the start of the task. Classes of an
+    earlier task keep their prototypes.
 
     Args:
         logit_scale: Factor from cosine similarity to logits.
-        trainable: Whether prototypes are trained further, or stay class means.
+        trainable: Whether prototypes are trained; otherwise they stay class means.
     """
 
     wants_prototypes: ClassVar[bool] = True
@@ -201,7 +201,7 @@ class CosineHead(_GrowingHead):
         self.trainable = trainable
 
     def add_classes(self, classes: Sequence[int], prototypes: Tensor | None = None) -> None:
-        """Grow by the new ones among ``classes``, whose mean features are the rows of ``prototypes``.
+        """Add the new classes among ``classes``, with the rows of ``prototypes``.
 
         Args:
             classes: Global class ids of the task.
@@ -218,7 +218,7 @@ class CosineHead(_GrowingHead):
         self._grow(classes, functional.normalize(prototypes, dim=-1))
 
     def train_blocks(self, classes: Sequence[int] | None) -> None:
-        """Like every growing head's, but none is trained if prototypes are not trained at all."""
+        """As for every growing head, but nothing is trained if ``trainable`` is False."""
         super().train_blocks(classes)
         if not self.trainable:
             self.requires_grad_(False)

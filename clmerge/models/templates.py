@@ -11,7 +11,7 @@ import difflib
 import re
 
 GENERIC = ("a photo of a {}.",)
-"""The plain prompt, used where it is asked for by the name "generic"."""
+"""The plain prompt, used for the name "generic"."""
 
 _NUMBER = ('a photo of the number: "{}".',)
 _SMALL_OBJECTS = tuple(
@@ -81,7 +81,7 @@ _TEMPLATES: dict[str, tuple[str, ...]] = {
     "SVHN": _NUMBER,
 }
 
-# Data sets whose prompts are open_clip's 80 for ImageNet, read when they are asked for.
+# Data sets that use open_clip's 80 ImageNet prompts, which are read on demand.
 _LIKE_IMAGENET = ("ImageNet", "CUB200", "ImageNetR", "DomainNet")
 _ALIASES = {"stanfordcars": "Cars"}
 
@@ -94,14 +94,14 @@ _NAMES = {_key(name): name for name in (*_TEMPLATES, *_LIKE_IMAGENET)} | _ALIASE
 
 
 def known_datasets() -> list[str]:
-    """Return the names of the data sets that have templates here."""
+    """Return the names of the data sets with templates."""
     return sorted((*_TEMPLATES, *_LIKE_IMAGENET), key=str.lower)
 
 
 def prompt_templates(dataset: str) -> tuple[str, ...]:
-    """Return the prompt templates of a data set, ``{}`` stands for the class name.
+    """Return the prompt templates of a data set; ``{}`` stands for the class name.
 
-    Upper and lower case and punctuation of the name do not matter: ``imagenet-r`` is ``ImageNetR``.
+    Case and punctuation of the name are ignored: ``imagenet-r`` is ``ImageNetR``.
 
     Args:
         dataset: name of the data set, or "generic" for the plain ``a photo of a {}.``

@@ -1,4 +1,4 @@
-"""Modes of tuning: what is trained in place of, or beside, the weights themselves."""
+"""Modes of tuning: which weights are trained, and which parameters are trained in their place."""
 
 from clmerge.models.tuning.adapters import Adapters, add_adapters
 from clmerge.models.tuning.ia3 import IA3, add_ia3

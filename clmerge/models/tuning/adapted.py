@@ -1,4 +1,4 @@
-"""Layers that were given trained parameters of their own while they stay what and where they are."""
+"""Layers that get additional trained parameters in place, without being replaced in their model."""
 
 from typing import ClassVar, TypeVar, cast
 
@@ -12,15 +12,15 @@ Kind = TypeVar("Kind", bound="Adapted")
 
 
 class Adapted(Parametrized):
-    """A layer whose weights are computed from frozen ones, which keep their names, and from inner parameters.
+    """A layer whose weights are computed from frozen weights, which keep their names, and inner parameters.
 
-    Not constructed: ``adapt`` changes the class of a layer in place, which keeps its parameters, hooks and mode.
-    ``layer.weight`` is what the layer computes with, so code that reads the weight instead of calling the layer
-    (``nn.MultiheadAttention`` with its output projection, timm's EVA) trains the inner parameters, too.
+    Not constructed: ``adapt`` changes the class of a layer in place; the layer keeps its parameters, hooks and mode.
+    ``layer.weight`` is the computed weight, so code that reads the weight instead of calling the layer
+    (``nn.MultiheadAttention`` with its output projection, timm's EVA) also trains the inner parameters.
 
     Attributes:
-        plain_class: The class that the layer had.
-        settings: Names of the other attributes that the layer did not have.
+        plain_class: The original class of the layer.
+        settings: Names of the attributes that adapting adds to the layer.
     """
 
     answers_for_children = False
@@ -41,7 +41,7 @@ class Adapted(Parametrized):
         return plain
 
     def own(self, name: str) -> nn.Parameter:
-        """Return a parameter as it is stored."""
+        """Return a stored parameter, not the weight computed from it."""
         parameter = self._parameters[name]
         assert parameter is not None
         return parameter
@@ -57,7 +57,7 @@ def adapt(layer: nn.Module, kind: type[Kind]) -> Kind:
 
 
 class OpenAttention(nn.MultiheadAttention):
-    """Multi-head attention that asks once for each of its weights, which may be computed where they are asked for."""
+    """Multi-head attention that reads each of its weights once, because reading may compute them."""
 
     @override
     def forward(
@@ -104,7 +104,7 @@ class OpenAttention(nn.MultiheadAttention):
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:
-    """Return a module of its own that has the same parameters, buffers, children and hooks."""
+    """Return a new module that shares parameters, buffers, children and hooks with the original."""
     copied = module.__class__.__new__(module.__class__)
     copied.__dict__.update(module.__dict__)
     for name in ("_parameters", "_buffers", "_modules"):

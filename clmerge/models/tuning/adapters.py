@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small network behind the MLP of every block, which stays part of the model."""
+"""Bottleneck adapters: a small network after the MLP of every block, which stays part of the model."""
 
 import re
 from collections.abc import Collection
@@ -15,10 +15,10 @@ _LAST = re.compile(r"mlp\.(fc2|c_proj|w3)$")
 
 
 class AdapterLinear(nn.Linear):
-    """A linear layer with a bottleneck behind it: ``y + up(gelu(down(y)))`` for its output ``y``.
+    """A linear layer followed by a bottleneck: ``y + up(gelu(down(y)))`` for its output ``y``.
 
-    The parameters ``adapter_down``, ``adapter_up`` and their biases are ordinary ones: they are trained, merged and
-    saved as they are.
+    ``adapter_down``, ``adapter_up`` and their biases are ordinary parameters: they are trained, merged and saved
+    under their own names.
     """
 
     adapter_down: nn.Parameter
@@ -27,7 +27,7 @@ class AdapterLinear(nn.Linear):
     adapter_up_bias: nn.Parameter
 
     def add_bottleneck(self, width: int) -> None:
-        """Give the layer a bottleneck that adds nothing at first."""
+        """Add a bottleneck whose output is zero at first."""
         down = nn.Linear(self.out_features, width)  # PyTorch's initialisation
         for name, tensor in (
             ("down", down.weight),
@@ -45,10 +45,10 @@ class AdapterLinear(nn.Linear):
 
 
 class Adapters(Tuning):
-    """Train a bottleneck behind the MLP of every block, everything else frozen (arXiv:1902.00751, arXiv:2005.00247).
+    """Train a bottleneck after the MLP of every block, everything else frozen (arXiv:1902.00751, arXiv:2005.00247).
 
-    A bottleneck is no change of a weight, so its own parameters are merged, and the final model has them: it loads
-    into the backbone after ``add_adapters``.
+    A bottleneck cannot be folded into existing weights, so its own parameters are merged and are part of the final
+    model, which loads into the backbone after ``add_adapters``.
 
     Args:
         width: Hidden features of the bottleneck.
@@ -68,15 +68,15 @@ class Adapters(Tuning):
 
 
 def add_adapters(module: nn.Module, *, width: int = 16, among: Collection[str] | None = None) -> list[str]:
-    """Put a trainable bottleneck behind the MLP of every block, in place; the rest is left alone.
+    """Add a trainable bottleneck after the MLP of every block, in place; other layers are unchanged.
 
     Args:
         module: Any module, before it is compiled or wrapped.
         width: Hidden features of the bottleneck.
-        among: Names of the only weights to consider; a bottleneck goes behind ``mlp.fc2``, ``mlp.c_proj``, ``mlp.w3``.
+        among: Names of the only weights to consider; bottlenecks follow ``mlp.fc2``, ``mlp.c_proj`` and ``mlp.w3``.
 
     Returns:
-        Names of the layers that have one now.
+        Names of the layers with a bottleneck.
 
     Raises:
         ValueError: For a width below 1, or if there is no such layer.

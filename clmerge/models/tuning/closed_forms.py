@@ -1,11 +1,11 @@
-"""Forward-mode derivatives of the layers of a transformer, written out: what a tangent model spends its time in.
+"""Forward-mode derivatives of transformer layers in closed form, the most expensive part of a tangent model.
 
-Every function here computes on dual tensors (``torch.autograd.forward_ad``) what PyTorch's function of the same name
-does. The weights' tangents are what is trained and everything else is constant, so the formulas are arranged for
-reverse mode over them: two matrix products more than the plain forward pass, two in the backward pass, and one kept
-input per layer. PyTorch's own rules multiply batches one by one where the input is not contiguous and the weight is
-frozen, keep several intermediate results of a normalisation, and have none for fused attention at all. This is the
-closed form of Tangent Transformers (arXiv 2307.08122), per function instead of per architecture.
+Every function here computes PyTorch's function of the same name on dual tensors (``torch.autograd.forward_ad``).
+Only the weights' tangents are trained, so the formulas are arranged for reverse mode over them: two matrix products
+more than the plain forward pass, two in the backward pass, and one saved input per layer. PyTorch's own rules multiply
+the images of a batch one by one if the input is not contiguous and the weight is frozen, save several intermediate
+results of a normalisation, and do not exist for fused attention. This is the closed form of Tangent Transformers
+(arXiv 2307.08122), per function instead of per architecture.
 """
 
 import warnings
@@ -25,7 +25,7 @@ Part = Tensor | None
 
 
 def load_forward_mode() -> None:
-    """Let PyTorch load its forward mode, which at first use warns that its own code is deprecated."""
+    """Load PyTorch's forward mode, which at first use warns about deprecated code of its own."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
         jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
@@ -40,7 +40,7 @@ def split(tensor: Part) -> tuple[Any, Part]:
 
 
 def total(*tangents: Part) -> Part:
-    """Return the sum of the tangents that are there, or None."""
+    """Return the sum of the tangents that are not None, or None."""
     given = [tangent for tangent in tangents if tangent is not None]
     return sum(given[1:], start=given[0]) if given else None
 
@@ -50,7 +50,7 @@ def join(value: Tensor, *tangents: Part) -> Tensor:
     tangent = total(*tangents)
     if tangent is None:
         return value
-    # Under autocast a bias alone is wider than the product that it is added to.
+    # Under autocast a bias has a wider dtype than the product that it is added to.
     tangent = tangent.to(value.dtype).expand_as(value)
     dual: Tensor = forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
     return dual
@@ -75,7 +75,7 @@ def linear(input: Tensor, weight: Tensor, bias: Part = None) -> Tensor:
 
 
 def conv2d(input: Tensor, weight: Tensor, bias: Part = None, *args: Any, **kwargs: Any) -> Tensor:
-    """A convolution, which is linear in input and weight as ``linear`` is."""
+    """A convolution; as for ``linear``, it is linear in input and weight."""
     (x, dx), (w, dw), (b, db) = split(input), split(weight), split(bias)
     value = F.conv2d(x, w, b, *args, **kwargs)
     of_weight = None if dw is None else F.conv2d(x, dw, db, *args, **kwargs)
@@ -110,7 +110,7 @@ def layer_norm(
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    """``x Phi(x)``: the tangent is ``dx`` times the derivative, the one tensor that is kept."""
+    """``x Phi(x)``: the tangent is ``dx`` times the derivative, the only saved tensor."""
     x, dx = split(input)
     value = F.gelu(x, approximate=approximate)
     if dx is None:
@@ -128,7 +128,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """``softmax(q k') v`` with the probabilities ``p`` written out.
+    """``softmax(q k') v`` with explicit probabilities ``p``.
 
     The tangent is ``dp v + p dv`` with ``ds = dq k' + q dk'`` and ``dp = p (ds - sum(p ds))``.
     """
@@ -177,9 +177,9 @@ def multi_head_attention(
     attn_mask: Part = None,
     **others: Any,
 ) -> tuple[Tensor, Part]:
-    """``nn.MultiheadAttention`` of one batch ``(length, batch, embed_dim)`` with itself, from the rules above.
+    """``nn.MultiheadAttention`` as self-attention of a batch ``(length, batch, embed_dim)``, by the rules above.
 
-    Any other use of it goes through PyTorch's own code and rules.
+    Any other use of attention runs PyTorch's own code and rules.
     """
     alone = query is key and key is value and query.dim() == 3
     extra = bias_k is not None or add_zero_attn or key_padding_mask is not None or need_weights
@@ -209,9 +209,9 @@ RULES: Mapping[Any, Callable[..., Any]] = {
 
 
 class ClosedForms(TorchFunctionMode):
-    """Inside of it, functions with a rule above compute by that rule; others by PyTorch's forward mode.
+    """A mode in which functions with a rule above use that rule, and others PyTorch's forward mode.
 
-    It also keeps ``nn.MultiheadAttention`` off its fast path, which has no derivative of any kind.
+    It also disables the fast path of ``nn.MultiheadAttention``, which has no derivatives.
     """
 
     @override

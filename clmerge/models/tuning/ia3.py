@@ -1,4 +1,4 @@
-"""(IA)^3: a trained factor for every key, value and hidden feature, which folds into the weights exactly."""
+"""(IA)^3: a trained factor for every key, value and hidden feature, folded exactly into the weights."""
 
 import re
 from collections.abc import Collection
@@ -22,10 +22,10 @@ _AFTER_HIDDEN = re.compile(r"mlp\.(fc2|c_proj|w3)$")
 class Rescaled(Adapted):
     """A layer whose features are multiplied by ``1 + ia3``, with ``ia3`` trained from zero (arXiv:2205.05638).
 
-    Training from zero lets weight decay pull towards the base model, not towards features that are switched off.
+    With training from zero, weight decay pulls towards the base model instead of towards zero features.
 
     Attributes:
-        ia3: Of the last outputs, or of all inputs.
+        ia3: Factors minus 1, of the last outputs or of all inputs.
     """
 
     ia3: nn.Parameter
@@ -44,7 +44,7 @@ class Rescaled(Adapted):
         return ["ia3"]
 
     def rescaled(self, name: str) -> Any:
-        """Return a weight or bias as it is computed with."""
+        """Return a weight or bias with its factors applied."""
         stored = self._parameters.get(name)
         if stored is None or name not in self.names():
             return stored
@@ -53,7 +53,7 @@ class Rescaled(Adapted):
         return stored + stored * self._of_outputs(len(stored)).reshape(-1, *(1,) * (stored.ndim - 1))
 
     def _of_outputs(self, size: int) -> Tensor:
-        """Return the trained part for all outputs: zero for the queries, which come first."""
+        """Return ``ia3`` for all outputs: zero for the queries, which come first."""
         return functional.pad(self.ia3, (size - len(self.ia3), 0))
 
     @override
@@ -69,13 +69,13 @@ class Rescaled(Adapted):
     @override
     @torch.no_grad()
     def renew(self, generator: torch.Generator | None) -> None:
-        """Multiply the factors into the weights and start them at 1 again; nothing is drawn."""
+        """Multiply the factors into the weights and reset them to 1; nothing is drawn."""
         for name, tensor in self.dense().items():
             self.own(name).copy_(tensor)
         self.ia3.zero_()
 
     def add_factors(self, size: int, *, of_inputs: bool) -> None:
-        """Freeze the weights and give them ``size`` factors."""
+        """Freeze the weights and add ``size`` factors."""
         self.ia3_of_inputs = of_inputs
         for name in self.names():
             self.own(name).requires_grad_(False)
@@ -121,8 +121,8 @@ class IA3MultiheadAttention(Rescaled, OpenAttention):
 class IA3(Tuning):
     """Train factors of keys, values and hidden features of the MLPs, everything else frozen (arXiv:2205.05638).
 
-    Some thousand parameters for a ViT-B. Task vectors are those of the dense weights, into which the factors fold
-    exactly. The last linear map of an MLP has them on its inputs, which are the hidden features.
+    A few thousand parameters for a ViT-B. Task vectors are those of the dense weights, into which the factors are
+    folded exactly. The last linear map of an MLP has factors on its inputs, the hidden features.
 
     Raises:
         ValueError: For a backbone without such layers.
@@ -136,10 +136,11 @@ class IA3(Tuning):
 
 
 def add_ia3(module: nn.Module, *, among: Collection[str] | None = None) -> list[str]:
-    """Give keys, values and hidden features trainable factors, in place; the layers that get them are frozen.
+    """Add trainable factors to keys, values and hidden features, in place; the weights of these layers are frozen.
 
-    Layers are found as open_clip and timm name them: ``nn.MultiheadAttention`` with packed projections, linear layers
-    ``attn.qkv``, ``attn.k_proj``, ``attn.v_proj``, and the last one of an MLP, ``mlp.fc2``, ``mlp.c_proj``, ``mlp.w3``.
+    Layers are found by the names of open_clip and timm: ``nn.MultiheadAttention`` with packed projections, linear
+    layers ``attn.qkv``, ``attn.k_proj``, ``attn.v_proj``, and the last one of an MLP, ``mlp.fc2``, ``mlp.c_proj``,
+    ``mlp.w3``.
 
     Args:
         module: Any module, before it is compiled or wrapped.

@@ -14,18 +14,16 @@ from clmerge.models.tuning.tuning import Tuning
 class Linearized(Tuning):
     """Train the first-order expansion of the image encoder around its pretrained weights (arXiv:2305.12827).
 
-    The features are linearized, as in the paper; the head, which normalises them where it compares by cosine, comes
-    after. A step costs 5/3 of an ordinary one in matrix products, an evaluation three times as much. Merged models are
-    evaluated in the tangent space, too; the weights ``theta_0 + tau`` that a run leaves behind are those of an ordinary
-    model.
+    The features are linearized, as in the paper; the head is applied to the linearized features. A step costs 5/3 of
+    an ordinary one in matrix products, an evaluation three times as much. Merged models are also evaluated in the
+    tangent space; the weights ``theta_0 + tau`` that a run saves are those of an ordinary model.
 
     Args:
-        scope: What gets a tangent, as for ``Partial``; the rest is constant. Default all that ``Full`` trains.
-        last_blocks: Only what of the scope is in the last ``last_blocks`` blocks.
-        decay_to: What the optimizer's weight decay pulls the weights to: the ``base``, or ``zero`` as in ``Full``.
-        evaluate: What is computed in evaluation: the ``linear`` model, or post hoc the ``nonlinear`` one at
-            ``theta_0 + tau``.
-        checkpointing: Whether activations inside of each block are computed again in the backward pass.
+        scope: Weights that get a tangent, as for ``Partial``; others are constant. Default all that ``Full`` trains.
+        last_blocks: Restricts the scope to the last ``last_blocks`` blocks.
+        decay_to: Target of the optimizer's weight decay: the ``base`` weights, or ``zero`` as in ``Full``.
+        evaluate: The model in evaluation: ``linear``, or post hoc the ``nonlinear`` one at ``theta_0 + tau``.
+        checkpointing: Whether activations inside of each block are recomputed in the backward pass.
 
     Raises:
         ValueError: If the scope matches nothing, or something that is not part of the image encoder.
@@ -65,10 +63,10 @@ def encoder_path(backbone: Backbone, names: Iterable[str]) -> str:
 
     Args:
         backbone: The backbone.
-        names: Names of parameters of the wrapped model, which must be the encoder's.
+        names: Names of parameters of the wrapped model, which must belong to the encoder.
 
     Raises:
-        ValueError: If one is not.
+        ValueError: If one does not.
     """
     prefix = f"{backbone.encoder}." if backbone.encoder else ""
     if outside := [name for name in names if not name.startswith(prefix)]:

@@ -21,11 +21,11 @@ from clmerge.weights.task_vector import State, accumulator_dtype
 class LinearizedLoRA(Tuning):
     """Train the first-order expansion in the factors of a LoRA model, L-LoRA (Tang et al., arXiv:2310.04742).
 
-    Around ``A_0`` (random) and ``B_0 = 0`` that is ``f(x; theta_0) + J(x; theta_0) tau`` with
-    ``tau = alpha / rank * B A_0`` in every weight that has factors: the derivative in A is zero there, so B is all that
-    is trained. ``A_0`` is the same for all tasks: adding their B's adds their dense task vectors, which are what is
-    merged. The whole image encoder is expanded, as in the paper's formula; linearizing each LoRA layer on its own would
-    be LoRA with a frozen A, and the model not linear in B.
+    Around ``A_0`` (random) and ``B_0 = 0`` the expansion is ``f(x; theta_0) + J(x; theta_0) tau`` with
+    ``tau = alpha / rank * B A_0`` in every weight that has factors: the derivative in A is zero there, so only B is
+    trained. ``A_0`` is the same for all tasks, so adding their B's adds their dense task vectors, which are merged.
+    The whole image encoder is expanded, as in the paper's formula; linearizing each LoRA layer separately would be
+    LoRA with a frozen A, and the model would not be linear in B.
 
     Args:
         rank: Rank of every change, as for ``LoRA``.
@@ -33,7 +33,7 @@ class LinearizedLoRA(Tuning):
         targets: Regular expression that is searched in the names of the weights, as for ``LoRA``.
         evaluate: As for ``Linearized``.
         checkpointing: As for ``Linearized``.
-        seed: Seed of ``A_0``. Runs whose adapters are to be added need the same.
+        seed: Seed of ``A_0``. Adapters of several runs can be added only if their seeds are equal.
 
     Raises:
         ValueError: As ``LoRA`` does, and for targets that are not part of the image encoder.
@@ -75,8 +75,8 @@ class LinearizedLoRA(Tuning):
 class LowRankTangentModule(TangentModule):
     """The first-order expansion of a module in the factors B of its LoRA layers, whose A is fixed.
 
-    Every adapted weight also has a frozen tangent of its own: what earlier tasks added to it, or a merged task vector
-    of any rank.
+    Every adapted weight also has its own frozen tangent: the change by earlier tasks, or a merged task vector of any
+    rank.
 
     Args:
         base: A module after ``add_lora``; it is frozen.
@@ -145,7 +145,7 @@ class LowRankTangentModule(TangentModule):
     @override
     @torch.no_grad()
     def renew(self, generator: torch.Generator) -> None:
-        """Add the product to the frozen tangents and set B to zero; A stays."""
+        """Add the product to the frozen tangents and set B to zero; A is unchanged."""
         tangents = self.tau()
         for name, tau in self.change().items():
             tangents[name].copy_(tau)

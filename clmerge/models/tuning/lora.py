@@ -17,7 +17,7 @@ from clmerge.weights.selection import select_parameters
 from clmerge.weights.swap import assign
 
 BLOCKS = r"\.(attn|mlp)\."
-"""The linear maps of a transformer's blocks, as open_clip and timm call them."""
+"""Matches the linear maps of a transformer's blocks by the names of open_clip and timm."""
 
 _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -60,11 +60,11 @@ def add_lora(
     alpha: float | None = None,
     among: Collection[str] | None = None,
 ) -> list[str]:
-    """Give weights of a module trainable low-rank factors, in place; these weights are frozen, the rest is left alone.
+    """Add trainable low-rank factors to weights of a module, in place; these weights are frozen, others unchanged.
 
     Weights of ``nn.Linear`` and ``nn.MultiheadAttention`` can have factors (not those of their subclasses, whose
-    forward is unknown). Patch embeddings only do if ``targets`` says ``patch_embed``. B starts at zero: nothing
-    changes at first.
+    forward is unknown). Patch embeddings get factors only if ``targets`` contains ``patch_embed``. B starts at zero,
+    so the output does not change at first.
 
     Args:
         module: Any module, before it is compiled or wrapped.
@@ -74,10 +74,10 @@ def add_lora(
         among: Names of the only weights to consider.
 
     Returns:
-        Names of the weights that have factors now.
+        Names of the weights with factors.
 
     Raises:
-        ValueError: If ``targets`` is no regular expression, matches no such weight, or matches one that several
+        ValueError: If ``targets`` is not a regular expression, matches no such weight, or matches one that several
             modules share; for a rank below 1.
 
     Example:
@@ -126,7 +126,7 @@ def add_lora(
 
 
 def get_adapter(module: nn.Module) -> dict[str, Product]:
-    """Return the factors of a module by the names of its weights; the tensors are the module's own."""
+    """Return the factors of a module by weight name; the tensors are not copied."""
     found: dict[str, Product] = {}
     for prefix, part in parametrized(module).items():
         if isinstance(part, LowRank):
@@ -135,17 +135,17 @@ def get_adapter(module: nn.Module) -> dict[str, Product]:
 
 
 def set_adapter(module: nn.Module, adapter: Mapping[str, Product]) -> list[str]:
-    """Give weights of a module the factors of an adapter, in place; they can be trained further.
+    """Add the factors of an adapter to weights of a module, in place; they can be trained further.
 
     Args:
         module: A module whose named weights have no factors yet.
-        adapter: Factors by weight name, of an adapter file or a merge of several.
+        adapter: Factors by weight name, from an adapter file or a merge of several.
 
     Returns:
-        Names of the weights that have factors now.
+        Names of the weights with factors.
 
     Raises:
-        ValueError: If the module lacks one of the weights, in that shape and without factors; it is unchanged then.
+        ValueError: If a weight is missing, has another shape or already has factors; the module is unchanged then.
     """
     possible = _possible(module)
     for name, found in adapter.items():
@@ -161,13 +161,13 @@ def set_adapter(module: nn.Module, adapter: Mapping[str, Product]) -> list[str]:
         layer, own = possible[name]
         assert isinstance(layer, LowRank)
         a, b = layer.factors(own)
-        # One A for all slices of a packed projection, if the adapter was made for the whole of it.
+        # All slices of a packed projection share A if the adapter has one product for the whole projection.
         assign({"a": a, "b": b}, {"a": found.a.expand(a.shape), "b": found.b.reshape(b.shape)})
     return list(adapter)
 
 
 def _possible(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Weight name -> layer and the weight's name in it, of all weights that can have factors."""
+    """Return weight name -> layer and name in the layer, for all weights that can have factors."""
     found = {}
     for prefix, part in module.named_modules():
         own = ("weight",) if type(part) in _LINEAR else _PROJECTIONS if type(part) is nn.MultiheadAttention else ()

@@ -1,4 +1,4 @@
-"""Layers with low-rank factors beside frozen weights, which carry the weights' names."""
+"""Layers with frozen weights and low-rank factors named after these weights."""
 
 import math
 from typing import Any, cast
@@ -21,7 +21,7 @@ class LowRank(Adapted):
         lora_scale: ``alpha / rank``.
         lora_weights: Names of the weights that have factors: ``lora_A_NAME`` of shape ``(rank, in)`` and
             ``lora_B_NAME`` of shape ``(out, rank)``; for a packed input projection ``(3, rank, in)`` and
-            ``(3, out / 3, rank)``, so that query, key and value have a product of that rank each.
+            ``(3, out / 3, rank)``, so that query, key and value each have a product of that rank.
     """
 
     settings = ("lora_scale", "lora_weights")
@@ -65,7 +65,7 @@ class LowRank(Adapted):
 
     @override
     def delta(self, base: State) -> TaskVector:
-        """Return ``(W - base) + scale * B A``, computed where the base is; exact where W is the base."""
+        """Return ``(W - base) + scale * B A``, computed on the base's device; exact if W equals the base."""
         vector = {}
         for name, start in base.items():
             weight, a, b = (full_copy(t, start.device) for t in (self.own(name), *self.factors(name)))
@@ -84,7 +84,7 @@ class LowRank(Adapted):
     @override
     @torch.no_grad()
     def renew(self, generator: torch.Generator | None) -> None:
-        """Add the product to the weight, draw A anew as PyTorch initialises linear layers, and set B to zero."""
+        """Add the product to the weight, redraw A with PyTorch's initialisation of linear layers, set B to zero."""
         for name in self.lora_weights:
             a, b = self.factors(name)
             self.own(name).add_(product(a, b, self.lora_scale))
@@ -94,7 +94,7 @@ class LowRank(Adapted):
             b.zero_()
 
     def add_factors(self, name: str, rank: int) -> None:
-        """Freeze a weight and give it factors, which are zero: ``renew`` draws them."""
+        """Freeze a weight and add factors, all zero; ``renew`` draws A."""
         self.lora_weights += (name,)
         weight = self.own(name).requires_grad_(False)
         slices = (3,) if name == "in_proj_weight" else ()
@@ -104,7 +104,7 @@ class LowRank(Adapted):
 
 
 class LoRALinear(LowRank, nn.Linear):
-    """A linear layer that adds its product on the activations: ``W x + b + scale * B (A x)``."""
+    """A linear layer that applies the factors to the activations: ``W x + b + scale * B (A x)``."""
 
     @property
     def weight(self) -> Any:  # type: ignore[override]

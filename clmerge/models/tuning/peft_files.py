@@ -17,17 +17,18 @@ from clmerge.weights.swap import full_copy
 
 
 def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write the factors of a module as PEFT saves a LoRA adapter; PEFT loads them into the module without clmerge.
+    """Write the factors of a module in PEFT's format for LoRA adapters, which PEFT loads without clmerge.
 
-    The factors are what was trained since the task began (under the start policy ``base``: the whole task vector);
-    what earlier tasks folded into the weights, and what else was trained, a head for instance, is not in the files.
+    The factors hold the change since the start of the task (under the start policy ``base``: the whole task vector).
+    The files contain neither changes that earlier tasks folded into the weights nor other trained parameters, such as
+    a head.
 
     Args:
         module: A module with LoRA in linear layers; names in the file are relative to it.
-        folder: Gets ``adapter_model.safetensors`` and ``adapter_config.json``.
+        folder: Folder for ``adapter_model.safetensors`` and ``adapter_config.json``.
 
     Raises:
-        ValueError: If there are no factors, or an attention module has some: PEFT (0.21) adds those of an output
+        ValueError: If there are no factors, or an attention module has factors: PEFT (0.21) adds those of an output
             projection twice. Save the dense weights of such a model.
     """
     found = {path.removesuffix("."): part for path, part in parametrized(module).items() if isinstance(part, LowRank)}
@@ -54,7 +55,7 @@ def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
         "lora_alpha": alpha,
         "rank_pattern": {re.escape(path): other for path, other in ranks.items() if other != rank},
         "alpha_pattern": {re.escape(path): other for path, other in alphas.items() if other != alpha},
-        # A regular expression, which must match whole names: a list would match the ends of other names, too.
+        # A regular expression must match whole names; a list would also match the ends of other names.
         "target_modules": "|".join(re.escape(path) for path in found),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -66,18 +67,18 @@ def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
-    """Give a module the factors of an adapter that PEFT or ``save_adapter`` wrote; they can be trained further.
+    """Add the factors of an adapter written by PEFT or ``save_adapter`` to a module; they can be trained further.
 
     Args:
         module: The base model, without factors; the adapter's names are relative to it.
-        folder: With ``adapter_config.json`` and the weights.
+        folder: Folder with ``adapter_config.json`` and the weights.
 
     Returns:
-        Names of the weights that have factors now.
+        Names of the weights with factors.
 
     Raises:
-        ValueError: If the folder holds no plain LoRA adapter, or one with more than factors of linear layers and
-            packed attention projections of this module.
+        ValueError: If the folder holds no plain LoRA adapter, or the adapter has anything but factors of linear layers
+            and packed attention projections of this module.
     """
     opened = open_checkpoint(folder)
     if not isinstance(opened, AdapterCheckpoint):

@@ -15,14 +15,13 @@ from clmerge.models.tuning.closed_forms import ClosedForms, join, split
 
 
 def recompute_blocks(module: nn.Module) -> None:
-    """Let the members of the module's largest list of modules compute their activations again in the backward pass.
+    """Recompute the activations of the blocks (the module's largest list of modules) in the backward pass.
 
-    A model's own checkpointing hands dual tensors to the backward pass, where their tangents no longer exist. Here
-    every block gets values and tangents as ordinary tensors, and a forward-mode pass of its own when it is computed
-    again.
+    A model's own checkpointing passes dual tensors to the backward pass, where their tangents no longer exist. Here
+    every block gets values and tangents as ordinary tensors, and its own forward-mode pass when it is recomputed.
 
     Args:
-        module: Changed in place; names of parameters stay.
+        module: Changed in place; parameter names are unchanged.
 
     Raises:
         ValueError: If the module has no list (``ModuleList`` or ``Sequential``) of at least two members.
@@ -38,7 +37,7 @@ def recompute_blocks(module: nn.Module) -> None:
 
 
 class _Plain(nn.Module):
-    """A block with its class's forward."""
+    """A block with the original forward of its class."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -49,7 +48,7 @@ class _Plain(nn.Module):
 
 
 def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    # A compiler decides by itself what it keeps, and cannot trace this.
+    # A compiler chooses itself which activations to keep, and cannot trace this.
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return type(block).forward(block, *args, **kwargs)
     weights = {f"block.{name}": parameter for name, parameter in block.named_parameters()}

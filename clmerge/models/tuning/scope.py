@@ -1,4 +1,4 @@
-"""Fine-tuning of the weights themselves: of all that the backbone offers, or of a part of them."""
+"""Fine-tuning of the weights themselves: all trainable weights of the backbone, or a part of them."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -12,11 +12,11 @@ from clmerge.models.tuning.tuning import Tuning
 from clmerge.weights.selection import select_parameters
 
 SCOPES = ("attention", "mlp", "layernorm", "bias")
-"""Parts of a transformer that have a name of their own; anything else is a glob pattern."""
+"""Named scopes, parts of a transformer; any other scope is a glob pattern."""
 
 
 class Full(Tuning):
-    """Train every weight that the backbone offers: all of a timm model, the image tower of a CLIP model."""
+    """Train the backbone's default weights: all of a timm model, the image tower of a CLIP model."""
 
     @override
     def apply(self, backbone: Backbone) -> None:
@@ -24,9 +24,9 @@ class Full(Tuning):
 
 
 class Frozen(Tuning):
-    """Train nothing of the backbone: what a head alone can do, a baseline that there is nothing to merge for.
+    """Freeze the backbone: a baseline with a head only, in which nothing is merged.
 
-    With a ``CosineHead`` that is not trained either, every class is the mean feature of its images (SimpleCIL,
+    With an untrained ``CosineHead``, every class is represented by the mean feature of its images (SimpleCIL,
     arXiv:2303.07338); with a ``LinearHead`` it is linear probing.
     """
 
@@ -46,9 +46,9 @@ class Partial(Tuning):
     Args:
         scope: ``attention`` (projections and their biases, pooling included), ``mlp``, ``layernorm``, ``bias`` (all
             biases; BitFit, arXiv:2106.10199), glob patterns over the model's own parameter names
-            (``visual.proj``, ``blocks.*.norm?.*``), or a list of these, whose union is trained. Named scopes stay
-            within what ``Full`` trains. Default all of that.
-        last_blocks: Train only what of the scope is in the last ``last_blocks`` blocks.
+            (``visual.proj``, ``blocks.*.norm?.*``), or a list of these, whose union is trained. Named scopes are
+            restricted to the weights that ``Full`` trains. Default all of these.
+        last_blocks: Restricts the scope to the last ``last_blocks`` blocks.
 
     Raises:
         ValueError: If neither is given, or nothing is left to train.
@@ -73,7 +73,7 @@ def scoped_parameters(
     """Return the names of the wrapped model's parameters that are in a scope, in the model's order.
 
     Args:
-        backbone: Its parameters that require gradients are looked at.
+        backbone: The backbone; only parameters that require gradients are considered.
         scope: As for ``Partial``.
         last_blocks: As for ``Partial``.
 
@@ -107,11 +107,11 @@ def scoped_parameters(
 
 
 def train_only(backbone: Backbone, names: Iterable[str]) -> None:
-    """Freeze a backbone but for parameters of its wrapped model.
+    """Freeze a backbone except for the named parameters of its wrapped model.
 
     Args:
         backbone: Changed in place.
-        names: Names of the wrapped model's parameters.
+        names: Names of the wrapped model's parameters to train.
     """
     backbone.requires_grad_(False)
     for name in names:

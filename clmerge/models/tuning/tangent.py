@@ -1,4 +1,4 @@
-"""A module in its tangent space: its first-order expansion around frozen weights, linear in what is trained."""
+"""A module in its tangent space: the first-order expansion around frozen weights, linear in the trained tangent."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -19,19 +19,19 @@ from clmerge.weights.task_vector import State, TaskVector, apply_task_vector, ta
 class TangentModule(Parametrized):
     """``f(x; theta_0) + J(x; theta_0) tau`` with ``tau`` trained from zero (Ortiz-Jimenez et al., arXiv 2305.12827).
 
-    ``base`` is frozen at ``theta_0``; ``tangent`` has one parameter under the same name for every trained one. Value
-    and Jacobian-vector product come from one forward pass, and gradients flow through the tangents alone. The output is
-    linear in ``tau``: the sum of two task vectors adds the sum of their two changes to the output.
+    ``base`` is frozen at ``theta_0``; ``tangent`` has one parameter under the same name for every trained one. One
+    forward pass computes value and Jacobian-vector product, and only the tangents get gradients. The change of the
+    output is linear in ``tau``: for the sum of two task vectors, their changes of the output add up.
 
     Args:
         base: The module to linearize; it is frozen. Only its parameters that require gradients get a tangent.
         scope: Glob patterns of parameters that get a tangent (``"*.attn.*"``); the others are constant. Default all.
-        decay_to: What the optimizer's weight decay pulls the weights to: the ``base`` (``tau`` is trained), or ``zero``
-            (``theta_0 + tau`` is trained), as the decay of ordinary fine-tuning does.
-        evaluate: What is computed in evaluation mode: the ``linear`` model, or post hoc the ``nonlinear`` one with the
-            weights ``theta_0 + tau``.
+        decay_to: Target of the optimizer's weight decay: the ``base`` weights (``tau`` is trained), or ``zero``
+            (``theta_0 + tau`` is trained), as in ordinary fine-tuning.
+        evaluate: The model in evaluation mode: ``linear``, or post hoc the ``nonlinear`` one with the weights
+            ``theta_0 + tau``.
         checkpointing: Whether the activations inside of each block (the members of the largest list of modules) are
-            computed again in the backward pass instead of being kept.
+            recomputed in the backward pass instead of being kept.
 
     Raises:
         ValueError: If a pattern matches nothing, or with ``checkpointing`` for a module without a list of blocks.
@@ -68,7 +68,7 @@ class TangentModule(Parametrized):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the base's output for the same arguments, moved along the tangent."""
+        """Return the base's output plus its change along the tangent."""
         base, tau = self._base(), self.tau()
         if any(parameter.requires_grad for parameter in base.values()):
             raise RuntimeError(
@@ -91,7 +91,7 @@ class TangentModule(Parametrized):
         value, change, updated = expansion
         for name, buffer in statistics.items():  # of normalisation: a function under jvp may not write to them itself
             buffer.copy_(updated[name])
-        # Autocast ends in half precision, in which a small change would be rounded away when it is added.
+        # Autocast returns half precision, in which adding a small change could round it away.
         autocast = torch.is_autocast_enabled(value.device.type)
         result: Tensor = value.float() + change.float() if autocast else value + change
         return result
@@ -105,7 +105,7 @@ class TangentModule(Parametrized):
         return {name: theta - base[name] for name, theta in trained.items()}
 
     def change(self) -> dict[str, Tensor]:
-        """Return what is added to the dense weights, by dense name; differentiable."""
+        """Return the change of the dense weights, by dense name; differentiable."""
         return self.tau()
 
     def _base(self) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ class TangentModule(Parametrized):
 
     @override
     def delta(self, base: State) -> TaskVector:
-        # Not dense - base: the tangent would be rounded to the base's precision on its way.
+        # Not dense - base, which would round the tangent to the base's precision.
         own, tau = self._base(), self.change()
         moved = task_vector({name: own[name] for name in base}, base)
         return {name: tau[name].detach().to(shift) + shift for name, shift in moved.items()}
@@ -140,7 +140,7 @@ class TangentModule(Parametrized):
 
     @override
     def renew(self, generator: torch.Generator) -> None:
-        """Keep the tangent: nothing in it is drawn."""
+        """Do nothing: the tangent is kept, and nothing is drawn."""
 
     @override
     def folded(self) -> nn.Module:
@@ -157,7 +157,7 @@ class TangentModule(Parametrized):
         return own.removeprefix("base.")
 
     def _place(self, name: str, parameter: nn.Parameter) -> None:
-        """Register a tangent under a dotted name, with empty modules on the way."""
+        """Register a tangent under a dotted name, with empty modules as its parents."""
         *path, last = name.split(".")
         module = self.tangent
         for part in path:

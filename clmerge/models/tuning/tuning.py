@@ -1,4 +1,4 @@
-"""A mode of tuning: what it freezes, what it trains, and what it puts into a backbone for that."""
+"""A mode of tuning: which parameters it freezes, trains, and adds to a backbone."""
 
 from abc import ABC, abstractmethod
 
@@ -10,24 +10,24 @@ class Tuning(ABC):
     """How a backbone is fine-tuned; subclasses are found by class name."""
 
     def prepare(self, backbone: Backbone) -> list[str]:
-        """Freeze a backbone but for what this mode trains.
+        """Add this mode's parameters to a backbone, and freeze everything that it does not train.
 
         Args:
             backbone: Changed in place; its wrapped model may get other submodules.
 
         Returns:
-            Dense names, relative to the wrapped model, of what is merged: all that training can change.
+            Dense names, relative to the wrapped model, of the weights to merge: all that training can change.
 
         Raises:
             ValueError: If nothing is left to train, or a setting matches nothing in this backbone.
         """
-        backbone.requires_grad_(True)  # patterns are matched against what could be trained
+        backbone.requires_grad_(True)  # patterns are matched against all parameters
         self.apply(backbone)
         return list(merged_parameters(backbone.model))
 
     @abstractmethod
     def apply(self, backbone: Backbone) -> None:
-        """Put in what the mode needs, and freeze all but what it trains."""
+        """Add the mode's parameters, and freeze all parameters that it does not train."""
 
     def __repr__(self) -> str:
         settings = (f"{key}={value!r}" for key, value in vars(self).items() if not key.startswith("_"))
