@@ -318,6 +318,7 @@ def _config_text(parser: "CommandParser", config: Any) -> str:
 def trainer_factory(config: Any) -> Any:
     """Return a function that builds a new Trainer with its callbacks from a parsed configuration."""
     from lightning.pytorch import Trainer
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from clmerge.cli.parser import CommandParser
 
@@ -331,7 +332,11 @@ def trainer_factory(config: Any) -> Any:
         for key in ("callbacks", "plugins"):
             own = options.pop(key, None)
             given[key] = [*(own if isinstance(own, list) else [own] if own else []), *given[key]]
-        return Trainer(**{**options, **given})
+        try:
+            return Trainer(**{**options, **given})
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"expected options under trainer that Lightning accepts here, got: {reason}") from error
 
     return build
 

@@ -111,7 +111,12 @@ class ContinualClassifier(Classifier, LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        try:
+            optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"expected settings that the optimizer accepts, got: {error}; see model.optimizer"
+            ) from error
         if isinstance(optimizer, SAM) and self.trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 f"expected trainer.accumulate_grad_batches=1 with {type(optimizer).__name__}, got "

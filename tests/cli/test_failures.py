@@ -152,3 +152,20 @@ def test_messages_are_those_of_clmerge_and_of_the_system():
     assert not is_foreseen(error_of(lambda: torch.zeros(2) @ torch.zeros(3)))
     assert not is_foreseen(error_of(lambda: int("x")))
     assert not is_foreseen(error_of(broken))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--trainer.accelerator=gpuu", "expected options under trainer that Lightning accepts here, got: "),
+        ("--trainer.devices=0", "expected options under trainer that Lightning accepts here, got: "),
+        ("--trainer.max_epochs=-3", "expected options under trainer that Lightning accepts here, got: "),
+        ("--model.optimizer.lr=-1", "expected settings that the optimizer accepts, got: Invalid learning rate: -1"),
+    ],
+)
+def test_settings_that_a_library_refuses_end_in_one_line(config, option, message, capsys):
+    assert fit(config, option) == 1
+    told = capsys.readouterr().err
+    assert message in told.splitlines()[-1]
+    assert "Traceback" not in told
+    assert not (config.parent / "run").exists()
