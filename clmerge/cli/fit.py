@@ -318,7 +318,7 @@ def _config_text(parser: "CommandParser", config: Any) -> str:
 def trainer_factory(config: Any) -> Any:
     """Return a function that builds a new Trainer with its callbacks from a parsed configuration."""
     from lightning.pytorch import Trainer
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from clmerge.cli.parser import CommandParser
 
