@@ -317,8 +317,8 @@ def _config_text(parser: "CommandParser", config: Any) -> str:
 
 def trainer_factory(config: Any) -> Any:
     """Return a function that builds a new Trainer with its callbacks from a parsed configuration."""
-    from lightning.pytorch import Trainer
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch import Trainer
 
     from clmerge.cli.parser import CommandParser
 
