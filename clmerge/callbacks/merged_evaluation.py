@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -22,6 +22,7 @@ class MergedEvaluation(RecordedMerge, EvaluationSwap):
     """
 
     _restored: Mapping[str, Any] = {}  # what the checkpoint of this run holds
+    _warned: frozenset[str] = frozenset()
 
     @override
     def _evaluation_state(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
@@ -37,7 +38,18 @@ class MergedEvaluation(RecordedMerge, EvaluationSwap):
                     RuntimeWarning,
                     stacklevel=2,
                 )
+            else:
+                self._warn_once(
+                    f"expected merged tasks in this MergeCallback, got none yet: {type(pl_module).__name__} is "
+                    "evaluated as it is; call load_checkpoint(path) of the callback, or fit, first"
+                )
             return None
+        if merge.mergers[shown].task_views:
+            self._warn_once(
+                f"merger {shown!r} has a model per task, and what is evaluated is its one model for inputs of unknown "
+                f"task; merge.mergers[{shown!r}].task_view(task) is a task's own vector, and clmerge fit and clmerge "
+                "compare evaluate those"
+            )
         state = merge.state_with(merge.merged_vector(shown), pl_module, merger=shown)
         if trainer.ckpt_path is not None and not self._swaps:
             rest = sum(name not in state for name in pl_module.state_dict())
@@ -46,6 +58,12 @@ class MergedEvaluation(RecordedMerge, EvaluationSwap):
                 f"are not merged come from {trainer.ckpt_path}"
             )
         return state
+
+    def _warn_once(self, message: str) -> None:
+        """Warn, unless this callback has said so before."""
+        if message not in self._warned:
+            self._warned |= {message}
+            rank_zero_warn(message)
 
     def _evaluated(self) -> RunningMerge:
         """Return what is evaluated: this callback, or while it has merged nothing, what the checkpoint holds."""

@@ -15,7 +15,20 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from clmerge.callbacks import MergeCallback
-from clmerge.merging import PCB, TIES, Ethos, Fisher, GroupScale, MagMax, Pipeline, TaskArithmetic, WeightAverage
+from clmerge.merging import (
+    EMR,
+    PCB,
+    TALL,
+    TIES,
+    Ethos,
+    Fisher,
+    GroupScale,
+    MagMax,
+    Pipeline,
+    Quantise,
+    TaskArithmetic,
+    WeightAverage,
+)
 from clmerge.models import add_lora
 from clmerge.weights import TaskVectorBank, save_tensors
 
@@ -155,12 +168,32 @@ def test_another_model_may_be_trained_within_a_block_of_merged_weights(model):
     assert merge.num_tasks == 2
 
 
-def test_before_the_first_task_test_runs_on_the_model_as_it_is(model):
+@pytest.mark.parametrize("run", ["test", "validate", "predict"])
+def test_before_the_first_task_the_model_is_evaluated_as_it_is_and_a_warning_says_so_once(model, run):
     merge = MergeCallback(MagMax())
-    make_trainer(merge).test(model, toy_loader(0))
+    with pytest.warns(UserWarning, match=r"got none yet: ForeignModule is evaluated as it is; call load_checkpoint"):
+        getattr(make_trainer(merge), run)(model, toy_loader(0))
     assert set(model.seen) == {float(model.net[0].weight.detach().sum())}
+    getattr(make_trainer(merge), run)(model, toy_loader(0))  # warnings are errors here: it says it once
     with pytest.raises(RuntimeError, match="at least one merged task"):
         merge.merged_state()
+
+
+def test_validation_inside_the_first_fit_and_the_unmerged_model_draw_no_warning(model):
+    make_trainer(MergeCallback(EMR(), deploy="expert")).test(model, toy_loader(0))
+    make_trainer(MergeCallback(EMR())).fit(model, toy_loader(0), toy_loader(1))
+
+
+@pytest.mark.parametrize("merger", [EMR(), Pipeline(TALL(), sparsifier=Quantise())], ids=["EMR", "pipeline"])
+def test_a_rule_with_a_model_per_task_warns_once_that_the_one_for_unknown_tasks_is_evaluated(model, merger):
+    merge = MergeCallback({"magmax": MagMax(), "views": merger})
+    stream(model, merge, 2)
+    trainer = make_trainer(merge)
+    trainer.test(model, toy_loader(0))  # MagMax, without a warning
+    with merge.merged(model, "views"):
+        with pytest.warns(UserWarning, match=r"'views' has a model per task.*mergers\['views'\].task_view\(task\)"):
+            trainer.test(model, toy_loader(0))
+        trainer.test(model, toy_loader(0))
 
 
 def test_a_fit_that_trains_nothing_warns_and_merges_nothing(model):
