@@ -1,6 +1,6 @@
-"""Lightning callbacks: the part of clmerge that plugs into projects that already exist.
+"""Lightning callbacks: the part of clmerge that plugs into existing projects.
 
-``MergeCallback`` is imported on first use: ``clmerge report`` names mergers as it does, and needs no Lightning.
+``MergeCallback`` is imported on first use, because ``clmerge report`` uses this package without Lightning.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Other weights during evaluation: swapped in when a test, predict or validate run starts, and always out again."""
+"""Swap other weights into a model for test, predict and validate runs, and restore its own afterwards."""
 
 import itertools
 import warnings
@@ -22,25 +22,25 @@ _clock = itertools.count(1)
 
 
 class EvaluationSwap(Callback):
-    """A callback whose weights are in the model while it is tested, validated by itself, or predicts.
+    """A callback that puts its weights into the model for test, predict and standalone validate runs.
 
-    Validation inside ``fit`` stays on the training weights.
+    Validation inside ``fit`` uses the training weights.
 
     Lightning calls every hook in the order of the Trainer's callbacks, so that of two callbacks that swap weights the
-    first one would also be the first to swap back. This one therefore goes to the end of the Trainer's callbacks when
-    a run is set up and to their beginning once its weights are in: it swaps in last and out first. When the run ends,
-    the callbacks are in the order they were given in.
+    first one would also be the first to swap back. Therefore this callback moves to the end of the Trainer's callbacks
+    when a run is set up, and to their beginning once its weights are swapped in: it swaps in last and out first. At
+    the end of the run the original order of the callbacks is restored.
     """
 
     _swaps: tuple[AbstractContextManager[None], ...] = ()
-    _placed: Mapping[str, int] = {}  # digests of what is swapped in
-    _left: Mapping[str, Tensor] = {}  # what was swapped out, until the run is torn down
+    _placed: Mapping[str, int] = {}  # digests of the tensors swapped in
+    _left: Mapping[str, Tensor] = {}  # the tensors swapped out, until the run is torn down
     _entered = 0
     _seen = False
 
     @abstractmethod
     def _evaluation_state(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Tensor] | None:
-        """Return the weights to swap in by the module's own names, or None to evaluate the module as it is."""
+        """Return the weights to swap in by the module's own names, or None to evaluate the module unchanged."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -140,15 +140,15 @@ class EvaluationSwap(Callback):
     # What they share ----------------------------------------------------------------------------------------------
 
     def _leave(self, trainer: Trainer) -> None:
-        """End a run, in whichever way it ends."""
+        """Clean up at the end of a run, also after an exception."""
         self._swap_out()
         restore_callbacks(trainer)
 
     def _swap_in_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Swap in over what somebody else has swapped in since."""
+        """Swap in again, over weights that another callback has swapped in since."""
         replaced = bool(self._replaced(trainer, pl_module))
         if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
-            # Every process sees its own part of the weights, and placing whole ones takes all of them.
+            # Each process sees only its shard, and setting whole tensors is a collective, so all processes must agree.
             replaced = trainer.strategy.reduce_boolean_decision(replaced, all=False)
         if replaced and (state := self._evaluation_state(trainer, pl_module)) is not None:
             self._enter(pl_module, {name: state[name] for name in self._own(trainer)})
@@ -159,7 +159,7 @@ class EvaluationSwap(Callback):
         self._swaps = (*self._swaps, swap)
 
     def _own(self, trainer: Trainer) -> dict[str, int]:
-        """Return what was swapped in here and not by a callback like this one since."""
+        """Return the digests of tensors swapped in here that no other such callback has swapped since."""
         above = {name for other in _active(trainer) if other._entered > self._entered for name in other._placed}
         return {name: value for name, value in self._placed.items() if name not in above}
 
@@ -174,12 +174,12 @@ class EvaluationSwap(Callback):
             swap.__exit__(None, None, None)
 
     def _put_back(self, pl_module: LightningModule) -> None:
-        """Restore again what hooks of the module, which come after those of callbacks, have put merged weights into."""
+        """Restore tensors that the module's own hooks, which run after callbacks, have set to merged weights again."""
         left, self._left = self._left, {}
         tensors = named_tensors(pl_module, left, origin=_ORIGIN)
         again = left.keys() - changed(tensors, {name: self._placed[name] for name in left})
         with torch.no_grad():
-            for name in again:  # each process its own part, if they are sharded
+            for name in again:  # each process restores its own shard, if they are sharded
                 tensors[name].copy_(left[name])
 
 

@@ -1,4 +1,4 @@
-"""Stop a fit whose loss is no number, before its weights can be merged."""
+"""Stop a fit whose loss is NaN or infinite, before its weights can be merged."""
 
 import math
 from typing import Any
@@ -10,13 +10,13 @@ from typing_extensions import override
 
 
 class FiniteLoss(Callback):
-    """Refuse to go on with a loss that is NaN or infinite: nothing that is trained from there on can be merged.
+    """Raise an error if the loss is NaN or infinite, because the weights trained from there on cannot be merged.
 
-    On a CUDA device the loss of a step is looked at in the next one, when it has long been copied: looking at once
-    would make the processor wait for the device in every step.
+    On a CUDA device the loss of a step is checked in the next step, when it has been copied: checking it immediately
+    would make the CPU wait for the device in every step.
 
     Args:
-        label: What is being trained.
+        label: Name of the task in the message.
     """
 
     def __init__(self, label: str) -> None:

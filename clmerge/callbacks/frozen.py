@@ -1,4 +1,4 @@
-"""Parameters that are frozen when a fit starts: whether they are unfrozen, or changed in another way, during it."""
+"""Detect changes of parameters that are frozen when a fit starts: unfrozen during it, or changed otherwise."""
 
 from collections.abc import Mapping
 
@@ -10,12 +10,12 @@ from clmerge.weights.digest import changed, digests
 
 
 def announces_unfreezing(trainer: Trainer) -> bool:
-    """Return whether a callback (``BackboneFinetuning``, any ``BaseFinetuning``) will unfreeze what is frozen."""
+    """Return whether a callback (``BackboneFinetuning``, any ``BaseFinetuning``) will unfreeze parameters."""
     return any(is_lightning(callback, "BaseFinetuning") for callback in callbacks_of(trainer))
 
 
 class FrozenParameters:
-    """Watch parameters that are frozen, and not merged, for what a fit does to them.
+    """Watch frozen parameters that are not merged for changes during a fit.
 
     Args:
         parameters: Frozen parameters by dense name.
@@ -26,17 +26,17 @@ class FrozenParameters:
         self._digests = digests(parameters)
 
     def thawed(self) -> dict[str, Tensor]:
-        """Return those that are trainable now, and watch them no longer."""
+        """Return the watched parameters that are now trainable, and stop watching them."""
         found = {name: parameter for name, parameter in self._parameters.items() if parameter.requires_grad}
         for name in found:
             del self._parameters[name]
         return found
 
     def changed(self, names: Mapping[str, Tensor] | None = None) -> list[str]:
-        """Return names of parameters that do not have the values they had at first.
+        """Return the names of parameters whose values have changed.
 
         Args:
-            names: Which ones; default those that are still watched.
+            names: Parameters to check; default those that are still watched.
         """
         looked_at = self._parameters if names is None else names
         return changed(looked_at, {name: self._digests[name] for name in looked_at})

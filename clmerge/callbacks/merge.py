@@ -33,62 +33,61 @@ StartPolicy = Literal["base", "previous", "merged"]
 class MergeCallback(MergedEvaluation):
     """Merge after every ``fit``: one task vector per fit, any LightningModule, any number of Trainers.
 
-    Every finished ``fit`` is a task. What it leaves in the model is merged, after the last hook of every other callback
-    (an average of weights included): the task vector ``theta_t - theta_0`` goes to every merger. The model itself keeps
-    the trained weights, and the merged weights are swapped in for ``trainer.test``, ``trainer.predict`` and a
-    standalone ``trainer.validate``, and out again afterwards, also after an exception. Validation inside ``fit`` stays
-    on the training weights, which early stopping needs. Keep one instance for the whole stream and hand it to every
+    Every finished ``fit`` is a task. Its final weights are merged after the last hook of every other callback (weight
+    averaging included): the task vector ``theta_t - theta_0`` is folded into every merger. The model itself keeps
+    the trained weights. The merged weights are swapped in for ``trainer.test``, ``trainer.predict`` and a
+    standalone ``trainer.validate``, and swapped out afterwards, also after an exception. Validation inside ``fit`` uses
+    the training weights, which early stopping needs. Keep one instance for the whole stream and pass it to every
     Trainer.
 
-    Accumulators are saved in Lightning's checkpoints under this callback's state; the checkpoint's ``state_dict`` stays
-    the training weights. Once a task is merged, the checkpoints that its fit wrote hold the merge, too. Evaluation with
-    a ``ckpt_path`` never changes the accumulators; a ``fit`` with one never loses a merged task. A fit that resumes
-    after its last epoch merges then; a fit that trained nothing warns and merges nothing. docs/lifecycle.md has it hook
-    by hook.
+    Accumulators are saved in Lightning's checkpoints under this callback's state; the checkpoint's ``state_dict`` holds
+    the training weights. When a task is merged, the merge is added to the checkpoints that its fit wrote. Evaluation
+    with a ``ckpt_path`` never changes the accumulators; a ``fit`` with one never loses a merged task. A fit that
+    resumes after its last epoch merges its task; a fit that trained nothing warns and merges nothing.
+    docs/lifecycle.md describes every hook.
 
     Args:
-        mergers: One merger, a list of them, or a mapping from name to merger. In a list, mergers go by their names
-            (``"magmax"``), or by name and settings where two are of the same class.
-        start_policy: Where the next task starts: ``"base"`` (theta_0), ``"previous"`` (the un-merged weights of the
-            task before) or ``"merged"`` (theta_0 plus a merged vector, see ``start_from``).
-        deploy: Name of the merger whose weights are swapped in; default the first. ``"expert"`` swaps nothing in: the
-            un-merged model is what is tested.
-        start_from: Name of the merger whose weights are the start under ``"merged"``, a moving average for instance
+        mergers: One merger, a list of them, or a mapping from name to merger. In a list, a merger is named by its
+            ``name`` (``"magmax"``), or by name and settings if two have the same class.
+        start_policy: Weights at the start of the next task: ``"base"`` (theta_0), ``"previous"`` (the un-merged weights
+            of the previous task) or ``"merged"`` (theta_0 plus a merged vector, see ``start_from``).
+        deploy: Name of the merger whose weights are swapped in; default the first. With ``"expert"`` nothing is swapped
+            in and the un-merged model is tested.
+        start_from: Name of the merger whose weights are the start under ``"merged"``, for example a moving average
             (``"wise_ft"``); default the deployed one.
         include: Glob patterns of the parameters to merge; default every trainable floating parameter.
-        exclude: Glob patterns of parameters to leave out, heads for instance. They keep their trained values.
+        exclude: Glob patterns of parameters to leave out, for example heads. They keep their trained values.
         base: theta_0: a safetensors file or a mapping from parameter name to tensor. By default the weights at the
             start of the first fit, after a checkpoint has been restored.
         buffers: Running statistics of the merged model: ``"latest"`` (of the last task, the default), ``"base"``,
             ``"mean"`` over the tasks, or ``"re-estimated"``: after every task each merged model is run on the task's
-            training images (``images``), and its statistics are averaged over the batches, as ``update_bn`` of
-            stochastic weight averaging does. Integer buffers are never merged.
-        device: Where base and accumulators live: ``"cpu"`` (default), or ``"model"`` for the parameters' device.
-        bank: Folder that keeps every task vector, for merging again later. Mergers that need them all read them there,
-            one parameter at a time, instead of keeping copies in memory and in checkpoints.
-        score: Held-out accuracy of the model as it stands, higher is better; called with merged candidates swapped in.
+            training images (``images``), and its statistics are averaged over the batches, as in ``update_bn`` of
+            stochastic weight averaging. Integer buffers are never merged.
+        device: Device of base and accumulators: ``"cpu"`` (default), or ``"model"`` for the parameters' device.
+        bank: Folder that stores every task vector, for merging again later. Mergers that need all of them read them
+            there, one parameter at a time, instead of keeping copies in memory and in checkpoints.
+        score: Returns the held-out accuracy of the model, higher is better; called with merged candidates swapped in.
             Only mergers that require a score (GreedySoup, PAINT) need it.
-        statistics: What was measured on the task, called with the trained model while the task's data is still there;
+        statistics: Returns statistics of the task; called with the trained model while the task's data is available,
             for mergers that require it (Fisher: ``"fisher"``, RegMean: ``"gram"``). Returns name -> number, or name ->
-            tensors by parameter name. What needs no data is there without: ``"adam"`` and ``"weights"`` (theta_0).
-        images: Training images of the task in batches, for ``buffers="re-estimated"``; default what the Trainer's
-            training dataloader gives (the first item of a batch that is a tuple), which is what ``forward`` is called
-            with.
-        seed: Seed of the factors that low-rank modes of tuning start every task with.
-        save_state: Whether accumulators travel in Lightning's checkpoints (default).
+            tensors by parameter name. ``"adam"`` and ``"weights"`` (theta_0) need no data and are always available.
+        images: Training images of the task in batches, for ``buffers="re-estimated"``; passed to ``forward``. Default
+            the batches of the Trainer's training dataloader (the first item of a batch that is a tuple).
+        seed: Seed of the factors that low-rank modes of tuning draw at the start of every task.
+        save_state: Whether accumulators are saved in Lightning's checkpoints (default).
 
     Attributes:
         mergers: The mergers by name.
-        num_tasks: Tasks merged so far.
-        vectors: Fingerprints of their task vectors, in order.
-        seconds: Time that the last merge took.
-        update_seconds: Time that the last update of every merger took, by name.
+        num_tasks: Number of tasks merged so far.
+        vectors: Fingerprints of the merged task vectors, in order.
+        seconds: Duration of the last merge.
+        update_seconds: Duration of the last update of every merger, by name.
 
     Raises:
         ValueError: For an unknown ``deploy`` or policy, mergers of equal names, or a merger that needs a missing
             ``score``.
         RuntimeError: During a run, for a changed model, a changed base, NaN in the weights, a fit within ``merged``, or
-            a strategy that hides the trained weights from this process.
+            a strategy under which this process cannot read the trained weights.
 
     Example:
         >>> from clmerge.merging import MagMax
@@ -154,24 +153,24 @@ class MergeCallback(MergedEvaluation):
 
     @property
     def state_key(self) -> str:
-        """The key of this callback's state in Lightning's checkpoints: several merge callbacks can coexist."""
+        """The key of this callback's state in Lightning's checkpoints; it differs between merge callbacks."""
         return self._generate_state_key(mergers=",".join(self.mergers), start_policy=self.start_policy)
 
     def next_task(self, name: str, *, samples: int | None = None) -> None:
-        """Say what the next ``fit`` trains; it is stored beside the vector in the bank.
+        """Set name and size of the next task, which are stored with its vector in the bank.
 
         Args:
-            name: What the task is called.
-            samples: How many training images it has.
+            name: Name of the task.
+            samples: Number of its training images.
         """
         self._task_name = name
         self._task_samples = samples
 
     def load_checkpoint(self, path: str | Path) -> None:
-        """Take over the merges that a Lightning checkpoint holds, to go on with the next task in another process.
+        """Load the merges in a Lightning checkpoint, to continue with the next task in another process.
 
         Args:
-            path: What ``ModelCheckpoint`` or ``trainer.save_checkpoint`` wrote after the last task.
+            path: Checkpoint by ``ModelCheckpoint`` or ``trainer.save_checkpoint`` after the last task.
 
         Raises:
             ValueError: If it has no state of this callback, or was written before its task was merged.
@@ -185,13 +184,13 @@ class MergeCallback(MergedEvaluation):
         self.load_accumulators(state)
 
     def use_bank(self, folder: str | Path) -> None:
-        """Keep every task vector from now on in ``folder``; mergers that need them read them there."""
+        """Store every task vector from now on in ``folder``; mergers that need them read them there."""
         self.bank = TaskVectorBank(folder)
         for merger in self.mergers.values():
             merger.use_bank(self.bank)
 
     def apply_start_policy(self, model: nn.Module) -> None:
-        """Give ``model`` the weights that the next task starts from; every ``fit`` does this by itself."""
+        """Set the weights of ``model`` to the start of the next task; every ``fit`` calls this itself."""
         if self.num_tasks and self.start_policy != "previous":
             from_base = self.start_policy == "base"
             start = (
@@ -233,10 +232,10 @@ class MergeCallback(MergedEvaluation):
             self.bank.check_next(self.vectors, base=self.base_fingerprint, again=again)
 
     def take_base(self, model: nn.Module) -> None:
-        """Take theta_0 from ``model`` if there is none yet, or check that the model fits it; every ``fit`` does this.
+        """Take theta_0 from ``model`` if it is not set, else check that the model fits it; every ``fit`` calls this.
 
         Args:
-            model: The model before anything was trained, or before a later task.
+            model: The model before the first task, or before a later one.
 
         Raises:
             RuntimeError: If the model has other parameters than theta_0.
@@ -251,13 +250,13 @@ class MergeCallback(MergedEvaluation):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trained = True
-        # Optimizers are still where they trained; the weights are read later, when every callback is done with them.
+        # The optimizers still exist here; the weights are read later, after the hooks of every other callback.
         self._given = provided(self.required_statistics, trainer, pl_module, self.base)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A run killed between its last checkpoint and its merge has nothing left to train when it resumes, and
-        # Lightning then calls no on_train_end: without this the task would be lost without a word.
+        # Lightning does not call on_train_end then: without this the task would be lost silently.
         goes_on = not self.save_state if self._goes_on is None else self._goes_on
         resumed = trainer.ckpt_path is not None and trainer.global_step > 0 and trainer.fit_loop.done
         if self._trained or (resumed and goes_on and self.base):
@@ -274,7 +273,7 @@ class MergeCallback(MergedEvaluation):
             )
 
     def _merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fold the trained weights into every merger; weights that cannot be merged reach none of them."""
+        """Fold the trained weights into every merger; if they cannot be merged, no merger is changed."""
         before = list(self.vectors)
         given = (
             provided(self.required_statistics, trainer, pl_module, self.base) if self._given is None else self._given
@@ -315,15 +314,15 @@ class MergeCallback(MergedEvaluation):
         steps: int,
         again: bool = False,
     ) -> None:
-        """Fold the vector of a task that is done into every merger, and keep it in the bank; every ``fit`` does this.
+        """Fold the vector of a finished task into every merger, and store it in the bank; every ``fit`` calls this.
 
         Args:
             tau: The task vector.
             model: The model, as for ``fold``.
-            trainer: Says which process this is.
+            trainer: The Trainer, which knows the rank of this process.
             given: Statistics, as for ``fold``.
             steps: Optimizer steps of the task.
-            again: Whether the bank may hold the vector already, after an interruption.
+            again: Whether the bank may already hold the vector, after an interruption.
         """
         started = time.perf_counter()
         tau = CheckedVector(tau)

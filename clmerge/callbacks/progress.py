@@ -1,4 +1,4 @@
-"""Small callbacks of the learner: a fixed random state per epoch, and progress lines without a terminal."""
+"""Small callbacks of the learner: a fixed random state per epoch, and progress lines when there is no terminal."""
 
 import time
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from clmerge.weights.parametrization import merged_parameters
 class EpochSeed(Callback):
     """Seed torch at the start of every epoch, so that dropout in a resumed run draws the same numbers.
 
-    Done at the first batch because Lightning skips ``on_train_epoch_start`` in the first epoch after a
+    The seed is set at the first batch because Lightning skips ``on_train_epoch_start`` in the first epoch after a
     resume. Seeds the generators of the CPU and of the GPUs.
 
     Args:
@@ -38,7 +38,7 @@ class EpochLines(Callback):
     """Print one line per epoch to stderr when no progress bar is shown.
 
     Args:
-        label: What is being trained.
+        label: Name of the task in the lines.
     """
 
     def __init__(self, label: str) -> None:
@@ -62,7 +62,7 @@ class EpochLines(Callback):
 
 
 def trainable_line(module: Classifier) -> str:
-    """Say in one line what is trained, with its parameter count."""
+    """Describe in one line the trained parameters and their number."""
     own = dict(module.backbone.named_parameters())
     trained = sum(parameter.numel() for parameter in own.values() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in own.values())
@@ -71,7 +71,7 @@ def trainable_line(module: Classifier) -> str:
 
 
 def matrix_lines(module: Classifier, mergers: Mapping[str, Merger]) -> list[str]:
-    """Say for every merger that decomposes matrices which parameters it takes for one, in one line."""
+    """Describe, one line per merger, the parameters that it decomposes as matrices; without mergers that have none."""
     merged = merged_parameters(module, module.trained_names)
     shapes = {name: tuple(tensor.shape) for name, tensor in merged.items()}
     found = {name: merger.matrices(shapes) for name, merger in mergers.items()}

@@ -1,4 +1,4 @@
-"""What processes of a distributed run must have in common, and what they must not do."""
+"""Checks of a distributed run: equal merged weights on all ranks, and no unsupported sharding."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ def check_same_on_all_ranks(trainer: Trainer, vectors: Sequence[State]) -> None:
 
 
 def refuse_sharding(trainer: Trainer, module: LightningModule) -> None:
-    """Refuse FSDP2 for modes of tuning whose layers compute their weights where these are asked for.
+    """Refuse FSDP2 for modes of tuning whose layers compute their weights on access.
 
     Raises:
         RuntimeError: If there is such a layer; the message names the strategy to use instead.

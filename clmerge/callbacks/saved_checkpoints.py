@@ -1,4 +1,4 @@
-"""Keep the merge of a task in the checkpoints that were written while the task was trained."""
+"""Add the merge of a task to the checkpoints that were written while the task was trained."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,21 +11,21 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from clmerge.lightning_compat import callbacks_of, is_lightning
 
-_METADATA = "meta.pt"  # where a sharded checkpoint, which is a folder, keeps the state of callbacks
+_METADATA = "meta.pt"  # file with the state of callbacks in a sharded checkpoint, which is a folder
 
 
 def keep_merge(trainer: Trainer, key: str, state: Mapping[str, Any], *, before: Sequence[str]) -> None:
     """Replace a merge callback's state in this fit's checkpoints by its state after the merge.
 
     ``ModelCheckpoint`` writes before the task is merged. Without this, a process that starts from ``last.ckpt`` or the
-    best checkpoint would not know of the task that made it. Weights and everything else in the files stay as they are;
-    files without callback states (``save_weights_only``), and those of other fits, are left alone.
+    best checkpoint would lack the merge of the task that wrote it. Weights and everything else in the files are
+    unchanged; files without callback states (``save_weights_only``), and those of other fits, are skipped.
 
     Args:
-        trainer: It fitted the task.
+        trainer: The Trainer that fitted the task.
         key: The callback's key.
-        state: Its state now.
-        before: Fingerprints of the task vectors that had been merged before this fit.
+        state: The callback's current state.
+        before: Fingerprints of the task vectors merged before this fit.
     """
     if not trainer.is_global_zero:
         return
@@ -39,18 +39,18 @@ def keep_merge(trainer: Trainer, key: str, state: Mapping[str, Any], *, before: 
         if found and found["pending"] and found["vectors"] == list(before):
             checkpoint["callbacks"][key] = dict(state)
             io.save_checkpoint(checkpoint, file)
-        io.teardown()  # a plugin that writes in the background has done so then
+        io.teardown()  # waits for a plugin that writes in the background
 
 
 def read_state(path: str | Path, key: str) -> dict[str, Any]:
-    """Return the state of a merge callback in a checkpoint, which need not be this process's own.
+    """Return the state of a merge callback in a checkpoint, which may be untrusted.
 
     Args:
         path: A checkpoint; a file or, if it is sharded, a folder.
         key: The callback's key.
 
     Raises:
-        ValueError: If it cannot be read without running what is pickled in it, or has no such state.
+        ValueError: If it cannot be read without executing pickled code, or has no such state.
     """
     file = Path(path) / _METADATA if Path(path).is_dir() else Path(path)
     try:
@@ -72,7 +72,7 @@ def read_state(path: str | Path, key: str) -> dict[str, Any]:
 
 
 def _written(trainer: Trainer) -> list[Path]:
-    """Return the checkpoints that ModelCheckpoint callbacks know, links resolved."""
+    """Return the checkpoints of the ModelCheckpoint callbacks, with links resolved."""
     paths: dict[Path, None] = {}
     for callback in callbacks_of(trainer):
         if is_lightning(callback, "ModelCheckpoint"):

@@ -27,8 +27,9 @@ class ContinualClassifier(Classifier, LightningModule):
 
     Args:
         backbone: The image encoder.
-        head: From features to logits; default a frozen zero-shot text head.
-        tuning: How the backbone is fine-tuned; default ``Full``, all weights that it offers (for CLIP the image tower).
+        head: Maps features to logits; default a frozen zero-shot text head.
+        tuning: How the backbone is fine-tuned; default ``Full``, all of its trainable weights (for CLIP the image
+            tower).
         loss_classes: Which classes compete in the loss: those of the ``current`` task (MagMax's choice), all
             ``seen`` so far, or ``all`` of the stream (only for a head that knows them).
         optimizer: Optimizer class with its settings; default AdamW with lr 1e-5 and weight decay 0.1.
@@ -38,10 +39,10 @@ class ContinualClassifier(Classifier, LightningModule):
         regularizers: Terms that are added to the loss, for example ``[EWC, LwF]``.
 
     Attributes:
-        old_classes: Classes seen before the task that is trained.
-        epoch_offset: Epochs of earlier tasks, added to the ``epoch`` that loggers are told.
+        old_classes: Classes seen before the current task.
+        epoch_offset: Epochs of earlier tasks, added to the logged ``epoch``.
         tuning: How the backbone is fine-tuned.
-        trained_names: Dense names of what is trained and may be merged; the head's parameters are not among them.
+        trained_names: Dense names of the trained weights that may be merged; without the head's parameters.
 
     Raises:
         ValueError: For ``loss_classes='all'`` with a head that must learn its classes, for a tuning that
@@ -71,7 +72,7 @@ class ContinualClassifier(Classifier, LightningModule):
         self.warmup_steps = warmup_steps
         self.regularizers = nn.ModuleList(regularizers or [])
         self.epoch_offset = 0
-        # Metrics add up sums and counts over processes; Lightning's own mean averages the shares' rounded sizes.
+        # Metrics add up sums and counts over processes; Lightning's own mean is inexact for shares of unequal size.
         self.val_loss = MeanMetric(nan_strategy="disable")
         self.val_accuracy = MeanMetric(nan_strategy="disable")
 
@@ -84,7 +85,7 @@ class ContinualClassifier(Classifier, LightningModule):
             loss, terms = regularized_loss(self, added, images, labels)
         else:
             loss = self.loss(self(images), labels)
-        # Every process has equally many images in a training step, so that the mean of their means is exact.
+        # Every process has equally many images in a training step, so the mean of their means is exact.
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         for name, term in terms.items():
             self.log(f"train/{name}", term.detach(), sync_dist=True)
@@ -106,7 +107,7 @@ class ContinualClassifier(Classifier, LightningModule):
 
     @override
     def on_validation_epoch_end(self) -> None:
-        # One value a process, all of them equal: their mean is exact.
+        # One value per process, all equal: their mean is exact.
         self.log("epoch", float(self.epoch_offset + self.current_epoch), sync_dist=True)
 
     @override

@@ -1,4 +1,4 @@
-"""Tell a module's regularizers when tasks begin and end, and measure for them what they need."""
+"""Call a module's regularizers at the start and end of tasks, with the Fisher information they need."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ class RegularizedTasks:
 
     Args:
         module: The classifier.
-        data: Serves the present task's training images.
-        num_images: Training images per task that Fisher information is measured on.
+        data: Provides the current task's training images.
+        num_images: Training images per task on which Fisher information is measured.
         seed: Seed of the choice of images.
     """
 
@@ -30,10 +30,10 @@ class RegularizedTasks:
         self.regularizers: list[Regularizer] = list(module.regularizers)  # type: ignore[arg-type]
 
     def begin(self, device: torch.device) -> None:
-        """Begin a task; the module is as the start policy left it, and knows the task's classes.
+        """Begin a task; the start policy has been applied, and the module knows the task's classes.
 
         Args:
-            device: Where to measure; the module stays there.
+            device: Device for measurements; the module stays there.
         """
         if self.regularizers:
             self.module.to(device)
@@ -41,13 +41,13 @@ class RegularizedTasks:
             regularizer.begin_task(self.module, self._fisher)
 
     def end(self, device: torch.device) -> dict[str, int]:
-        """End a task; the module is as it was trained.
+        """End a task; the module holds the trained weights.
 
         Args:
-            device: Where to measure; the module stays there.
+            device: Device for measurements; the module stays there.
 
         Returns:
-            Bytes of what is remembered, by ``regularizer.NAME``.
+            Bytes of the regularizers' state, by ``regularizer.NAME``.
         """
         if self.regularizers:
             self.module.to(device)  # the Trainer has moved it to the CPU
@@ -58,7 +58,7 @@ class RegularizedTasks:
         return dict(sizes)
 
     def _fisher(self) -> Mapping[str, Tensor]:
-        """Measure the Fisher information of the module as it stands, on images of the present task."""
+        """Measure the Fisher information of the module's current weights on images of the current task."""
         base = current_weights(self.module)
         task, size = self.data.task, self.num_images
         measured = measure(

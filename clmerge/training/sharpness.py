@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation: an optimizer around an optimizer that looks for flat minima."""
+"""Sharpness-aware minimisation: an optimizer that wraps another one to find flat minima."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -13,20 +13,20 @@ from clmerge.weights.task_vector import accumulator_dtype
 
 
 class SAM(Optimizer):
-    """Step by the gradient at the worst weights nearby (sharpness-aware minimisation, arXiv 2010.01412).
+    """Step by the gradient at the worst nearby weights (sharpness-aware minimisation, arXiv 2010.01412).
 
-    The gradient g at theta leads to ``theta + rho * g / |g|``; the gradient there is what the base optimizer gets, at
-    theta. Costs two forward and backward passes per step, and a copy of the trained weights and of nothing else.
+    With the gradient g at theta, the perturbed weights are ``theta + rho * g / |g|``; the base optimizer applies the
+    gradient there to theta. Costs two forward and backward passes per step, and one copy of the trained weights.
 
     In a Lightning Trainer it is an optimizer like any other. Gradient clipping applies to both gradients; clipping the
-    norm does not change the first step. ``train/loss`` is that of the second pass, at the worse weights. Batch norm
+    norm does not change the first step. ``train/loss`` is that of the second pass, at the perturbed weights. Batch norm
     sees every batch twice. Under DDP both gradients are averaged over the processes. Neither ``precision: 16-mixed``,
     whose gradient scaler calls no closure, nor gradient accumulation can be combined with it.
 
     Args:
-        params: What is trained, as for any optimizer.
+        params: Parameters to train, as for any optimizer.
         base: Optimizer class with its settings; default AdamW with lr 1e-5 and weight decay 0.1.
-        rho: Distance of the worse weights; 0.05 is the paper's choice.
+        rho: Distance of the perturbed weights; 0.05 in the paper.
 
     Raises:
         ValueError: If ``rho`` is negative.
@@ -63,10 +63,10 @@ class SAM(Optimizer):
         """Take one step.
 
         Args:
-            closure: Computes loss and gradients anew; called twice.
+            closure: Recomputes loss and gradients; called twice.
 
         Returns:
-            What the closure returned the first time: the loss at the weights themselves.
+            The result of the first call of the closure: the loss at the unperturbed weights.
 
         Raises:
             RuntimeError: Without a closure.
@@ -91,7 +91,7 @@ class SAM(Optimizer):
         return loss
 
     def _ascend(self) -> dict[Tensor, Tensor]:
-        """Move to the worse weights; return what was there before."""
+        """Move to the perturbed weights; return the original ones."""
         moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         before = {parameter: parameter.clone() for parameter in moved}
         if moved:
@@ -109,7 +109,7 @@ class SAM(Optimizer):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the base optimizer's state; there is no other."""
+        """Return the base optimizer's state; SAM itself has none."""
         return self.base.state_dict()
 
     @override
@@ -119,19 +119,20 @@ class SAM(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        # Schedulers write learning rates here, and Lightning moves the state to the model's device.
+        # Schedulers set learning rates here, and Lightning moves the state to the model's device.
         self.param_groups = self.base.param_groups
         self.state = self.base.state
 
 
 class ASAM(SAM):
-    """SAM with a neighbourhood that does not depend on how weights are scaled (arXiv 2102.11600).
+    """SAM with a neighbourhood that is invariant to the scale of the weights (arXiv 2102.11600).
 
-    ``theta + rho * T^2 g / |T g|`` with ``T = |theta| + eta`` entry by entry of matrices and kernels; biases and other
-    vectors have T = 1 (the authors' code goes by names and leaves out what is no ``weight``). The rest is as for SAM.
+    The perturbed weights are ``theta + rho * T^2 g / |T g|`` with ``T = |theta| + eta`` entrywise for matrices and
+    kernels; biases and other vectors have T = 1 (the authors' code selects parameters with ``weight`` in their name).
+    Otherwise as SAM.
 
     Args:
-        params: What is trained, as for any optimizer.
+        params: Parameters to train, as for any optimizer.
         base: Optimizer class with its settings; default AdamW with lr 1e-5 and weight decay 0.1.
         rho: Size of the neighbourhood; 0.5 in the authors' code.
         eta: Added to the weights' magnitude; 0.01 in the authors' code.

@@ -1,4 +1,4 @@
-"""Terms that are added to the loss of a task, so that training it does less harm to what was learned before."""
+"""Terms that are added to the loss of a task to reduce forgetting of earlier tasks."""
 
 from clmerge.training.regularizers.distillation import LwF
 from clmerge.training.regularizers.ewc import EWC

@@ -1,4 +1,4 @@
-"""Learning without forgetting: keep answering for the old classes as before."""
+"""Learning without forgetting: distil the previous model's outputs for the old classes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     Args:
         logits: Outputs of the model in training, ``(B, C)``.
         teacher: Outputs of the model before the task, ``(B, C)``.
-        temperature: What both are divided by.
+        temperature: Divisor of both outputs.
 
     Example:
         >>> import torch
@@ -30,16 +30,16 @@ def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 class LwF(TeacherRegularizer):
-    """Distil the old classes' outputs of the model that the task starts from, on the new images (arXiv 1606.09282).
+    """Distil the old classes' outputs of the model at the start of the task, on the new images (arXiv 1606.09282).
 
-    ``strength * distillation`` over the classes seen before the task, in one softmax as FACIL does (arXiv 2010.15277);
-    nothing in the first task. Text heads and growing heads alike; while the loss runs over the ``current`` classes, a
-    growing head's old rows stay as they are and the features do the adapting. State: the trained weights and the
-    head once, 4 bytes per parameter. Cost: one more forward pass per step.
+    ``strength * distillation`` over the classes seen before the task, in one softmax as in FACIL (arXiv 2010.15277);
+    no term in the first task. Works with text heads and growing heads; if the loss covers the ``current`` classes
+    only, a growing head's old rows are not trained and only the features adapt. State: one copy of the trained weights
+    and the head, 4 bytes per parameter. Cost: one more forward pass per step.
 
     Args:
         strength: Factor of the term: 1 in the paper (default), 0.3 in MagMax's baseline (arXiv 2407.06322).
-        temperature: Softening; 2 in both.
+        temperature: Temperature of both softmaxes; 2 in both papers.
 
     Raises:
         ValueError: For a negative strength, or a temperature that is not positive.

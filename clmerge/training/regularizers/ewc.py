@@ -1,4 +1,4 @@
-"""Elastic weight consolidation: hold on to the weights that earlier tasks depend on."""
+"""Elastic weight consolidation: penalise changes of weights that are important for earlier tasks."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from clmerge.training.regularizers.regularizer import (
 class EWC(Regularizer):
     """``strength / 2 * sum over k of F_k * (theta - theta_k)^2``, one quadratic per earlier task (arXiv 1612.00796).
 
-    ``theta_k`` are the weights that task k ended with, wherever the next task starts, and ``F_k`` is the diagonal
+    ``theta_k`` are the weights at the end of task k, for any start policy, and ``F_k`` is the diagonal
     Fisher information there (exact per image, labels drawn from the model, ``learner.statistics_images`` images).
 
-    The sum of all quadratics is one quadratic, ``A * (theta - m)^2 + c`` with ``A`` the sum of the Fisher information,
-    ``m`` the mean of the weights that it weighs, and a constant. All three are updated task by task, so the state
-    is 8 bytes per parameter for any number of tasks, and the term is exact.
+    The sum of all quadratics is one quadratic, ``A * (theta - m)^2 + c``, with ``A`` the sum of the Fisher information,
+    ``m`` the mean of ``theta_k`` weighted by ``F_k``, and ``c`` a constant. All three are updated task by task, so the
+    state is 8 bytes per parameter for any number of tasks, and the term is exact.
 
     With ``decay`` it is online EWC (arXiv 1801.10112): ``A = decay * A + F_k``, around the weights of the last task.
 
     Args:
-        strength: Factor of the term. Default 5000, that of FACIL (arXiv 2010.15277), whose code the EWC baseline of
-            MagMax (arXiv 2407.06322) comes from; there it is 1e6, with a Fisher information of another scale.
+        strength: Factor of the term. Default 5000, as in FACIL (arXiv 2010.15277). The EWC baseline of MagMax (arXiv
+            2407.06322), based on FACIL's code, uses 1e6 with a Fisher information of another scale.
         decay: Decay of online EWC in [0, 1]; default none, one quadratic per task.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Keep the features of an earlier model."""
+"""Penalise the distance to the features of an earlier model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class FeatureDistance(TeacherRegularizer):
 
     ``squared`` is ``strength / 2 * |f - f_old|^2`` (less-forgetting learning, arXiv 1607.00122), ``cosine`` is
     ``strength * (1 - cos(f, f_old))``, the less-forget constraint of LUCIR (CVPR 2019), which suits heads that
-    normalise the features. The scale of features differs from model to model, so the strength has no default. State:
-    the trained weights once, 4 bytes per parameter. Cost: one more forward pass per step.
+    normalise the features. The scale of features depends on the model, so the strength has no default. State:
+    one copy of the trained weights, 4 bytes per parameter. Cost: one more forward pass per step.
 
     Args:
         strength: Factor of the term.
-        to: The earlier model: ``previous``, the one that the task starts from, or ``base``, the one before the
+        to: The earlier model: ``previous``, the one at the start of the task, or ``base``, the one before the
             first task.
         distance: ``squared`` or ``cosine``.
 

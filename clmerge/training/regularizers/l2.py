@@ -1,4 +1,4 @@
-"""Stay near the weights that a task starts from, or near the base model."""
+"""Penalise the distance to the weights at the start of a task, or to the base model."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from clmerge.training.regularizers.regularizer import (
 class L2(Regularizer):
     """``strength / 2 * |theta - anchor|^2`` over all merged weights (L2-SP, arXiv 1802.01483).
 
-    L2-SP was tuned over strengths from 0.001 to 1, so there is no default. Unlike weight decay it pulls to the
-    anchor, not to zero, and goes through the optimizer's step sizes. State: the anchor, 4 bytes per parameter.
+    The paper tunes strengths from 0.001 to 1, so there is no default. Unlike weight decay, the term pulls to the
+    anchor, not to zero, and its gradient is scaled by the optimizer. State: the anchor, 4 bytes per parameter.
 
     Args:
         strength: Factor of the term.
-        to: The anchor: ``previous``, the weights that the task starts from (those of the task before, the merged or
-            the base model, as the start policy says), or ``base``, the weights before the first task.
+        to: The anchor: ``previous``, the weights at the start of the task (of the previous task, the merged or the base
+            model, according to the start policy), or ``base``, the weights before the first task.
 
     Raises:
         ValueError: For a negative strength or an unknown anchor.

@@ -1,4 +1,4 @@
-"""What a regularizer is, which weights it acts on, and how a training step adds its terms up."""
+"""The interface of regularizers, the weights they act on, and the sum of their terms in a training step."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from clmerge.weights.selection import COMPILE_PREFIX
 
 BACKBONE, HEAD = "backbone.", "head."
 FisherOf = Callable[[], Mapping[str, Tensor]]
-"""Measures the diagonal Fisher information of the model as it stands, by dense name, on images of the present task."""
+"""Measures the diagonal Fisher information of the current weights, by dense name, on images of the current task."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a regularizer sees of one training step.
+    """The data of one training step that regularizers use.
 
     Attributes:
         module: The classifier in training.
@@ -38,58 +38,58 @@ class Step:
 
 
 class Regularizer(nn.Module, ABC):
-    """A term of the training loss; several are given as a list and add up.
+    """A term of the training loss; the terms of a list of regularizers are added.
 
-    What a regularizer remembers (anchors, Fisher information) is kept in frozen parameters: a part of the module's
-    ``state_dict``, so that it is in every checkpoint and moves with the module, and the same on all ranks. Not in
-    buffers, which DDP would broadcast at every step.
+    The state of a regularizer (anchors, Fisher information) is kept in frozen parameters: part of the module's
+    ``state_dict``, so that it is in every checkpoint and moves with the module, and the same on all ranks. Buffers are
+    not used because DDP would broadcast them at every step.
 
     Attributes:
-        name: What its term is called in the loggers, ``train/NAME``.
+        name: Name of the term in the loggers, ``train/NAME``.
     """
 
     name: ClassVar[str]
 
     def begin_task(self, module: Classifier, fisher: FisherOf) -> None:
-        """Take note of the weights that a task starts from; depends on nothing but these and what is remembered.
+        """Update the state at the start of a task; depends only on the starting weights and the earlier state.
 
         Args:
-            module: The classifier as the start policy left it.
-            fisher: Measures the Fisher information of ``module`` as it stands.
+            module: The classifier after the start policy was applied.
+            fisher: Measures the Fisher information of the current weights of ``module``.
         """
 
     @abstractmethod
     def penalty(self, step: Step) -> Tensor:
-        """Return the term, a scalar, differentiable by the trained parameters."""
+        """Return the term: a scalar, differentiable by the trained parameters."""
 
     def weights(self, module: Classifier) -> dict[str, Tensor] | None:
-        """Return weights that the task's loss is computed with instead of the trained ones, by the module's names."""
+        """Return weights to compute the task's loss with, by the module's names; None for the trained weights."""
         return None
 
     def end_task(self, module: Classifier, fisher: FisherOf) -> None:
-        """Take note of the weights that a task ended with.
+        """Update the state at the end of a task.
 
         Args:
-            module: The classifier as it was trained.
-            fisher: Measures the Fisher information of ``module`` as it stands.
+            module: The trained classifier.
+            fisher: Measures the Fisher information of the current weights of ``module``.
         """
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is remembered from task to task."""
+        """Bytes of the state."""
         return sum(parameter.nbytes for parameter in self.parameters())
 
     def keep(self, name: str, value: Tensor) -> None:
-        """Remember a tensor as ``self.NAME``; nothing is shared with it.
+        """Store a copy of a tensor as ``self.NAME``.
 
         Args:
-            name: Attribute's name.
+            name: Name of the attribute.
             value: The new value; may have another shape than the old one.
         """
         setattr(self, name, nn.Parameter(value.detach().clone(), requires_grad=False))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        # What is remembered has no size before the first task.
+        # The state has no shape before the first task.
         for name, own in list(self._parameters.items()):
             saved = state_dict.get(prefix + name)
             if saved is not None and own is not None and saved.shape != own.shape:
@@ -98,14 +98,14 @@ class Regularizer(nn.Module, ABC):
 
 
 def current_weights(module: Classifier) -> dict[str, Tensor]:
-    """Return the dense weights that are merged, as the module computes with them now; differentiable."""
+    """Return the module's current values of the dense weights that are merged; differentiable."""
     return dense_weights(module, module.trained_names, origin="what is trained")
 
 
 def run_with(part: nn.Module, values: Mapping[str, Tensor], images: Tensor) -> Tensor:
     """Return the output of a module with other tensors in place of its own; differentiable by them.
 
-    Runs without ``torch.compile``, which would compile anew for other tensors, or fail if they have gradients.
+    Runs without ``torch.compile``, which would recompile for other tensors, or fail if they require gradients.
 
     Args:
         part: The module; unchanged.
@@ -120,12 +120,12 @@ def run_with(part: nn.Module, values: Mapping[str, Tensor], images: Tensor) -> T
 
 
 def flat(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return all entries of some tensors in one vector, detached, in the order of the mapping."""
+    """Concatenate all entries of the tensors into one detached vector, in the order of the mapping."""
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors.values()])
 
 
 def named(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cut a vector into views that are named and shaped like some tensors; undoes ``flat``."""
+    """Split a vector into views with the names and shapes of ``like``; the inverse of ``flat``."""
     parts = torch.split(vector, [tensor.numel() for tensor in like.values()])
     return {name: part.view(tensor.shape) for (name, tensor), part in zip(like.items(), parts, strict=True)}
 
@@ -137,12 +137,12 @@ def regularized_loss(
 
     Args:
         module: The classifier in training.
-        regularizers: They add to its loss.
+        regularizers: The regularizers of the loss.
         images: A batch, ``(B, 3, H, W)``.
         labels: Global class ids, ``(B,)``.
 
     Raises:
-        ValueError: If two regularizers choose the weights that the loss is computed with.
+        ValueError: If two regularizers both replace the weights of the loss.
     """
     chosen = [weights for one in regularizers if (weights := one.weights(module)) is not None]
     if len(chosen) > 1:

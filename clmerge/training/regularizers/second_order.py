@@ -1,4 +1,4 @@
-"""Stay in the basin of the base model, so that task vectors can be averaged: ITA and IEL."""
+"""Second-order penalties around the base model, so that task vectors can be averaged: ITA and IEL."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from clmerge.weights.swap import swapped
 
 
 class _AroundBase(Regularizer):
-    """Remember the base model and the mean over tasks of its Fisher information on their images."""
+    """Keep the base model and its Fisher information, averaged over the tasks' images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class _AroundBase(Regularizer):
             self.keep("base", flat(current_weights(module)))
 
     def measure(self, module: Classifier, fisher: FisherOf) -> None:
-        """Add the present task to the mean Fisher information of the base model."""
+        """Add the current task to the mean Fisher information of the base model."""
         weights = current_weights(module)
         with swapped(module, state_of(module, named(self.base, weights), {}), origin="the base model"):
             measured = fisher()
@@ -53,14 +53,14 @@ class _AroundBase(Regularizer):
 class ITA(_AroundBase):
     """``alpha / 2 * tau^T F tau`` with the task vector tau: incremental task arithmetic (arXiv 2405.16350).
 
-    ``F`` is the diagonal Fisher information of the base model on the images of the earlier tasks, a mean in which
-    every task counts alike; there is no term in the first task. Meant for ``start_policy: base`` and the average of
+    ``F`` is the diagonal Fisher information of the base model on the images of the earlier tasks, a mean with equal
+    weight per task; there is no term in the first task. Meant for ``start_policy: base`` and the average of
     the task vectors (``WeightAverage``). The authors measure F with a head that was aligned to the base model's
-    features; here it is the head as the task left it, and a text head needs no alignment. They also apply the term as
-    an optimizer step of its own, here it is a part of the loss. State: 8 bytes per parameter.
+    features; here it is the head at the end of the task, and a text head needs no alignment. They also apply the term
+    as a separate optimizer step; here it is part of the loss. State: 8 bytes per parameter.
 
     Args:
-        alpha: Factor of the term; the authors' code has 0.02 for CIFAR-100 (default) and 5 for CropDisease.
+        alpha: Factor of the term; the authors' code uses 0.02 for CIFAR-100 (default) and 5 for CropDisease.
 
     Raises:
         ValueError: For a negative factor.
@@ -89,15 +89,16 @@ class ITA(_AroundBase):
 class IEL(_AroundBase):
     """Train a task vector as a part of the average: incremental ensemble learning (arXiv 2405.16350).
 
-    The task's loss is that of the composed model, ``theta_0 + (tau_1 + ... + tau_t) / t``, of which only ``tau_t`` is
+    The task's loss is that of the composed model, ``theta_0 + (tau_1 + ... + tau_t) / t``, in which only ``tau_t`` is
     trained, and the term is ``beta * (1/2 (1 - 1/t) tau_t^T F tau_t - 1/t tau_t^T F (tau_1 + ... + tau_(t-1)))``: it
     pulls the task vectors towards each other where the Fisher information F of the base model, on the images of all
-    tasks so far, is large. In the first task t is taken as 2 in the term, as in the authors' code. F is measured when
-    a task begins, so a head whose new rows are random blurs it; a text head does not. Meant for ``start_policy: base``
-    and ``WeightAverage``; validation inside of the fit is that of the task's own model. State: 12 bytes per parameter.
+    tasks so far, is large. In the first task t is taken as 2 in the term, as in the authors' code. F is measured at
+    the start of a task, so random new rows of a head make it less accurate; a text head has none. Meant for
+    ``start_policy: base`` and ``WeightAverage``; validation inside of the fit uses the task's own model. State: 12
+    bytes per parameter.
 
     Args:
-        beta: Factor of the term. The authors publish no value with their code, so there is no default.
+        beta: Factor of the term. The authors' code has no published value, so there is no default.
 
     Raises:
         ValueError: For a negative factor.

@@ -1,4 +1,4 @@
-"""A frozen earlier model that a regularizer compares the model in training with."""
+"""A frozen earlier model, with which a regularizer compares the model in training."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class TeacherRegularizer(Regularizer):
 
     @abstractmethod
     def frozen(self, module: Classifier) -> dict[str, Tensor]:
-        """Return what the teacher is made of: dense weights, running statistics, parameters of the head."""
+        """Return the tensors of the teacher: dense weights, running statistics, parameters of the head."""
 
     def remember(self, module: Classifier, *, again: bool) -> None:
-        """Make the module as it stands the teacher.
+        """Store the module's current tensors as the teacher.
 
         Args:
             module: The classifier.
-            again: Whether a teacher that is there already is replaced.
+            again: Whether an existing teacher is replaced.
         """
         tensors = self.frozen(module)
         self._like = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
@@ -51,12 +51,12 @@ class TeacherRegularizer(Regularizer):
 
     @torch.no_grad()
     def taught(self, module: Classifier, images: Tensor, *, features: bool = False) -> Tensor:
-        """Return what the teacher computes.
+        """Return the teacher's output.
 
         Args:
-            module: The classifier, which is left as it is.
+            module: The classifier; unchanged.
             images: A batch, ``(B, 3, H, W)``.
-            features: Whether to stop at the features.
+            features: Whether to return features instead of logits.
 
         Returns:
             Logits ``(B, C)``, or features ``(B, D)``.
@@ -74,7 +74,7 @@ class TeacherRegularizer(Regularizer):
 
 
 def backbone_tensors(module: Classifier) -> dict[str, Tensor]:
-    """Return the dense weights that are trained, and the running statistics."""
+    """Return the trained dense weights and the running statistics."""
     weights = current_weights(module)
     device = next(iter(weights.values())).device
     return {**weights, **{name: value.to(device) for name, value in running_statistics(module).items()}}
