@@ -1,1 +1,1 @@
-"""From accumulators to what answers images."""
+"""From accumulators to predictors for images."""

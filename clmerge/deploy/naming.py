@@ -1,4 +1,4 @@
-"""What the mergers of one run are called, and whether they get what they require."""
+"""Names of the mergers of one run, and checks of their requirements."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -9,10 +9,10 @@ from clmerge.weights.task_vector import State
 
 
 def name_mergers(mergers: Merger | Sequence[Merger] | Mapping[str, Merger]) -> dict[str, Merger]:
-    """Name mergers: by class, or by class and settings where a class occurs twice.
+    """Name mergers by class, or by class and settings if a class occurs twice.
 
     Raises:
-        ValueError: If there is none, or if two are the same in class and settings.
+        ValueError: If there is no merger, or two have the same class and settings.
     """
     if isinstance(mergers, Merger):
         mergers = [mergers]
@@ -30,15 +30,15 @@ def name_mergers(mergers: Merger | Sequence[Merger] | Mapping[str, Merger]) -> d
 
 
 def check_names(names: Iterable[str], calibrations: Iterable[str] = ()) -> None:
-    """Refuse names of mergers that something else has in results, diagnostics or the files of models.
+    """Refuse names of mergers that are already used in results, diagnostics or the files of models.
 
     Args:
         names: Names of mergers.
-        calibrations: Names of the calibrations, each of which makes a model ``MERGER+NAME`` of every merger.
+        calibrations: Names of the calibrations, each of which adds a model ``MERGER+NAME`` for every merger.
 
     Raises:
-        ValueError: If one is that of a reference model (``"expert"``, ``"zero_shot"``, ...), of the ``"base"``, of the
-            ``"head"``, or of a calibrated model.
+        ValueError: If a name is that of a reference model (``"expert"``, ``"zero_shot"``, ...), of the ``"base"``, of
+            the ``"head"``, or of a calibrated model.
     """
     names, calibrations = [*names], [*calibrations]
     made = {f"{name}+{kind}{end}" for name in names for kind in calibrations for end in ("", f"-{HEAD}")}
@@ -47,7 +47,7 @@ def check_names(names: Iterable[str], calibrations: Iterable[str] = ()) -> None:
 
 
 def check_requirements(mergers: Mapping[str, Merger], *, score: bool, statistics: bool) -> None:
-    """Refuse mergers that require what a run does not have.
+    """Refuse mergers whose required score or statistics a run does not provide.
 
     Args:
         mergers: Mergers by name.
@@ -55,7 +55,7 @@ def check_requirements(mergers: Mapping[str, Merger], *, score: bool, statistics
         statistics: Whether statistics of the task's data are measured.
 
     Raises:
-        ValueError: If a merger requires what is missing.
+        ValueError: If a requirement is missing.
     """
     for name, merger in mergers.items():
         if merger.requires_score and not score:
@@ -71,15 +71,15 @@ def check_requirements(mergers: Mapping[str, Merger], *, score: bool, statistics
 
 
 def check_settings(mergers: Mapping[str, Merger], parameters: State, num_tasks: int) -> None:
-    """Refuse mergers whose settings do not fit, before anything is trained or read.
+    """Refuse mergers whose settings do not fit the model or the stream, before anything is trained or read.
 
     Args:
         mergers: Mergers by name.
-        parameters: What will be merged; only names and shapes count.
-        num_tasks: How many tasks there will be, as far as is known.
+        parameters: The parameters to merge; only names and shapes are used.
+        num_tasks: Number of tasks, as far as known.
 
     Raises:
-        ValueError: If a setting has too few entries, or a pattern that matches nothing.
+        ValueError: If a setting has too few entries, or a pattern matches nothing.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
     for name, merger in mergers.items():

@@ -1,4 +1,4 @@
-"""Predictors: what answers an image. A merged model is not always one set of weights."""
+"""Predictors: how a merged model, which may have several sets of weights, scores images."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -9,45 +9,45 @@ from typing_extensions import override
 
 State = Mapping[str, Tensor]
 Compute = Callable[[State], Tensor]
-"""Returns the scores of all images of a batch under some weights, ``(B, C)``; for tensors left out the module's own."""
+"""Returns the scores of a batch with the given weights, ``(B, C)``; missing tensors are the module's own."""
 Place = Callable[[Callable[[], State]], State]
-"""Makes weights while the module has its own, and returns them under the module's names on its device."""
+"""Computes weights while the module has its own, and returns them under the module's names on its device."""
 
 
 class Predictor(ABC):
-    """How the images of a batch become scores of all classes, on one module whose tensors are exchanged.
+    """Maps the images of a batch to scores of all classes, with one module whose tensors are exchanged.
 
     Attributes:
-        needs_task: Whether it must be told the task of every image. It has a task-aware accuracy alone, then.
+        needs_task: Whether it needs the task of every image; it then has a task-aware accuracy only.
     """
 
     needs_task: bool = False
 
     def knows(self, task: int) -> bool:
-        """Return whether it can answer images of a task."""
+        """Return whether it can score images of a task."""
         return True
 
     @abstractmethod
     def prepare(self, place: Place) -> Set[str]:
-        """Get ready for a pass over the images.
+        """Prepare for a pass over the images.
 
         Args:
-            place: Makes weights and moves them to where the module is.
+            place: Computes weights and moves them to the module's device.
 
         Returns:
-            The module's names of the tensors that are exchanged.
+            The module's names of the exchanged tensors.
         """
 
     @abstractmethod
     def scores(self, compute: Compute, tasks: Tensor) -> Tensor:
-        """Answer a batch.
+        """Score a batch.
 
         Args:
             compute: Runs the module on the batch.
-            tasks: Index of the task of every image, ``(B,)``; only a predictor that needs it may look.
+            tasks: Index of the task of every image, ``(B,)``; only predictors with ``needs_task`` may use it.
 
         Returns:
-            Scores ``(B, C)``, float32; of two classes the one of the higher score is likelier.
+            Scores ``(B, C)``, float32; higher means more likely.
         """
 
 
@@ -80,12 +80,12 @@ class Merged(Predictor):
 
 
 class PerTask(Predictor):
-    """A set of weights for every task, chosen by the task that an image is said to belong to.
+    """One set of weights per task, chosen by the given task of each image.
 
     Args:
-        view: Returns the weights of a task by the module's names. It is asked when images of the task come up, and its
-            answer is kept while they do.
-        tasks: Indices of the tasks it knows, one at least.
+        view: Returns the weights of a task by the module's names. Called when images of the task begin; the result is
+            kept until images of another task follow.
+        tasks: Indices of the known tasks, at least one.
 
     Example:
         >>> views = PerTask(lambda task: {"w": torch.full((2, 1), float(task))}, [0, 1])
@@ -123,7 +123,7 @@ class PerTask(Predictor):
         present = sorted(set(tasks.tolist()))
         known = [task for task in present if self.knows(task)] or [self.tasks[0]]
         self._placed = {task: state for task, state in self._placed.items() if task in known}
-        # The whole batch for every task in it, nearly always one: what predictors share needs the same input.
+        # Run the whole batch for each of its tasks, nearly always one: sharing between predictors needs equal inputs.
         found = compute(self._of(known[0]))
         for task in known[1:]:
             found = torch.where((tasks == task).unsqueeze(1), compute(self._of(task)), found)

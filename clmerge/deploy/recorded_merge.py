@@ -1,4 +1,4 @@
-"""A running merge that knows which task vectors it is made of, and so which of two states has what the other lacks."""
+"""A running merge with the fingerprints of its task vectors, which tell which of two states is the later one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class RecordedMerge(RunningMerge):
         self.vectors = _vectors_of(state)
 
     def as_of(self, state: Mapping[str, Any]) -> RunningMerge:
-        """Return another merge with this one's mergers and options, and what ``accumulators`` returned at some time."""
+        """Return another merge with this one's mergers and options, and a state from ``accumulators``."""
         merge = RunningMerge(
             deepcopy(self.mergers),
             deploy=self.deploy,
@@ -60,16 +60,16 @@ class RecordedMerge(RunningMerge):
         return merge
 
     def go_on_from(self, state: Mapping[str, Any]) -> bool:
-        """Take over a state, unless more tasks have been merged here since; a merged task is never lost.
+        """Load a state, unless more tasks have been merged here since; a merged task is never lost.
 
         Args:
-            state: What ``accumulators`` returned at some time, here or in another process.
+            state: A state from ``accumulators``, of this or another process.
 
         Returns:
-            Whether it was taken over. If not, it is an earlier state of this one.
+            Whether it was loaded. If not, it is an earlier state of this merge.
 
         Raises:
-            RuntimeError: If neither state is an earlier one of the other, or as ``load_accumulators`` says.
+            RuntimeError: If neither state is an earlier one of the other, or as for ``load_accumulators``.
         """
         found = _vectors_of(state)
         if found[: self.num_tasks] == self.vectors:
@@ -85,5 +85,5 @@ class RecordedMerge(RunningMerge):
 
 
 def _vectors_of(state: Mapping[str, Any]) -> list[str]:
-    # States of clmerge before fingerprints were kept tell the number of tasks alone.
+    # States of clmerge versions without fingerprints hold only the number of tasks.
     return list(state.get("vectors", ["unknown"] * int(state["num_tasks"])))

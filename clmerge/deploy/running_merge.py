@@ -33,27 +33,28 @@ _FIRST_FIT = "the weights at the start of the first fit"
 
 
 class RunningMerge:
-    """Fold task vectors into mergers, and give the merged models for a network tuned in any mode; no Trainer needed.
+    """Fold task vectors into mergers, and return merged models for a network tuned in any mode; no Trainer needed.
 
     Args:
         mergers: One merger, a list of them, or a mapping from name to merger.
-        deploy: Name of the merger that is meant where none is named, or ``"expert"`` for the un-merged model; default
-            the first merger.
-        base: theta_0: a safetensors file or a mapping from parameter name to tensor; default taken by ``start``.
+        deploy: Name of the merger that methods use by default, or ``"expert"`` for the un-merged model; default the
+            first merger.
+        base: theta_0: a safetensors file or a mapping from parameter name to tensor; default set by ``start``.
         buffers: Running statistics of the merged models: ``"latest"``, ``"base"``, ``"mean"`` over the tasks, or
             ``"re-estimated"`` for every merged model on ``images``, whenever a task has been merged.
-        device: Where base and accumulators live: ``"cpu"`` or ``"model"`` for the parameters' device.
-        score: Held-out accuracy of the model as it stands, for mergers that require it.
-        statistics: What is measured on a task, for mergers that require it.
+        device: Device of base and accumulators: ``"cpu"`` or ``"model"`` for the parameters' device.
+        score: Returns the held-out accuracy of the model, for mergers that require it.
+        statistics: Returns statistics of a task, for mergers that require them.
         images: Training images of the task in batches, for ``buffers="re-estimated"``.
 
     Attributes:
         mergers: The mergers by name.
-        num_tasks: Tasks merged so far.
-        update_seconds: Time that every merger took for the last task.
+        num_tasks: Number of tasks merged so far.
+        update_seconds: Duration of the last update of every merger, by name.
 
     Raises:
-        ValueError: For an unknown ``deploy`` or policy, mergers of equal names, or a merger that needs what is missing.
+        ValueError: For an unknown ``deploy`` or policy, mergers of equal names, or a merger whose requirement is
+            missing.
     """
 
     def __init__(
@@ -111,13 +112,13 @@ class RunningMerge:
 
         Args:
             model: The model before the first task, or before a later one.
-            include: Glob patterns of the parameters to merge; default all that is trained.
+            include: Glob patterns of the parameters to merge; default all trained ones.
             exclude: Glob patterns of parameters to leave out.
-            frozen: Whether parameters that are frozen now will be trained, too.
+            frozen: Whether to include parameters that are frozen now because they will be trained later.
 
         Raises:
             RuntimeError: If the model has other parameters than theta_0.
-            ValueError: If a merger's settings fit neither its parameters nor the task that comes now.
+            ValueError: If a merger's settings do not fit its parameters or the coming task.
         """
         selected = merged_parameters(model, include, exclude, frozen=frozen)
         self._tied = tied_names(model)
@@ -138,15 +139,15 @@ class RunningMerge:
             self._buffers = running_statistics(model)
 
     def extend(self, parameters: Mapping[str, Tensor], *, moved: Sequence[str] = ()) -> None:
-        """Take more parameters into theta_0 that were frozen so far and are trained from now on.
+        """Add parameters to theta_0 that were frozen so far and are trained from now on.
 
         Args:
             parameters: The parameters by dense name.
-            moved: Names of those that have been changed already.
+            moved: Names of those that have already been changed.
 
         Raises:
-            RuntimeError: If it is too late: a task was merged without them, theta_0 was given without them, or they
-                have been changed.
+            RuntimeError: If a task was merged without them, theta_0 was given without them, or they have already been
+                changed.
         """
         reason = (
             f"not changed since the fit started, but {moved[0]!r} is"
@@ -170,14 +171,14 @@ class RunningMerge:
         return None if self.device == "model" else torch.device("cpu")
 
     def merged_vector(self, name: str | None = None) -> dict[str, Tensor]:
-        """Return what a merger adds to theta_0 for the tasks so far.
+        """Return the merged vector of a merger for the tasks so far.
 
         Args:
-            name: Which merger; default the deployed one.
+            name: Name of the merger; default the deployed one.
 
         Raises:
-            RuntimeError: Before the first task was merged.
-            ValueError: For a merger that is not there.
+            RuntimeError: If no task has been merged.
+            ValueError: For an unknown merger.
         """
         name = name or self.deploy
         if name not in self.mergers:
@@ -189,11 +190,11 @@ class RunningMerge:
     def merged_state(self, name: str | None = None) -> dict[str, Tensor]:
         """Return theta_0 plus the merged vector of the tasks so far: dense weights by dense names, to save.
 
-        A model that is tuned with LoRA or in tangent space has other parameters: ``state_with`` is for those.
+        A model tuned with LoRA or in tangent space has other parameters: use ``state_with`` for these.
 
         Returns:
-            Weights in the base's dtypes, and running statistics if ``buffers`` is not ``"latest"``. A parameter that
-            the model has under several names (tied weights) is there under each of them.
+            Weights in the base's dtypes, and running statistics if ``buffers`` is not ``"latest"``. A parameter with
+            several names (tied weights) is included under each of them.
         """
         merged = apply_task_vector(self.base, self.merged_vector(name))
         tied = {
@@ -207,12 +208,12 @@ class RunningMerge:
     def state_with(
         self, vector: Mapping[str, Tensor], model: nn.Module, *, merger: str | None = None
     ) -> dict[str, Tensor]:
-        """Return what a merged model has in place of the module's tensors: theta_0 plus ``vector``, running statistics.
+        """Return the tensors of a merged model by the module's names: theta_0 plus ``vector``, running statistics.
 
         Args:
-            vector: What is added to theta_0; parameters that it leaves out keep their base weights.
-            model: The LightningModule that was fitted, whose own names and mode of tuning count; it is not changed.
-            merger: The merger whose vector it is, for running statistics that are re-estimated; default the deployed.
+            vector: The vector to add to theta_0; parameters that it lacks keep their base weights.
+            model: The fitted LightningModule, which determines names and mode of tuning; it is not changed.
+            merger: Merger of the vector, for re-estimated running statistics; default the deployed one.
 
         Raises:
             ValueError: If ``vector`` has a name or a shape that the base does not have.
@@ -220,11 +221,11 @@ class RunningMerge:
         return state_of(model, self.base, vector, buffers=self._running_statistics(merger), origin=self._base_origin)
 
     def predictor(self, name: str, model: nn.Module) -> Predictor:
-        """Return what answers images for a merger: one merged model, or a view for every task merged so far.
+        """Return the predictor of a merger: one merged model, or a view for every task merged so far.
 
         Args:
-            name: Which merger.
-            model: The LightningModule that was fitted.
+            name: Name of the merger.
+            model: The fitted LightningModule.
         """
         merger = self.mergers[name]
         if not merger.task_views:
@@ -234,21 +235,21 @@ class RunningMerge:
     def weights_with(self, vector: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """Return theta_0 plus ``vector`` as the module's parameters, without running statistics.
 
-        For a task's own vector that is its expert, whose running statistics are the module's own.
+        For a task's own vector this is its expert, which uses the module's own running statistics.
 
         Args:
-            vector: What is added to theta_0; parameters that it leaves out keep their base weights.
-            model: The LightningModule that was fitted.
+            vector: The vector to add to theta_0; parameters that it lacks keep their base weights.
+            model: The fitted LightningModule.
         """
         return state_of(model, self.base, vector, origin=self._base_origin)
 
     @contextmanager
     def merged(self, model: nn.Module, name: str | None = None) -> Iterator[None]:
-        """Run a block with the merged weights in ``model``; the training weights come back in any case.
+        """Run a block with the merged weights in ``model``; the training weights are always restored.
 
         Args:
-            model: The LightningModule that was fitted.
-            name: Which merger; default the deployed one.
+            model: The fitted LightningModule.
+            name: Name of the merger; default the deployed one.
         """
         with swapped(model, self.state_with(self.merged_vector(name), model, merger=name)):
             around, self._inside = self._inside, name or self.deploy
@@ -258,12 +259,12 @@ class RunningMerge:
                 self._inside = around
 
     def task_vector(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return what training has added to theta_0 in a model that holds its training weights."""
+        """Return the task vector of a model that holds its training weights."""
         return read_task_vector(model, self.base, device=self._device, origin=self._base_origin)
 
     @property
     def required_statistics(self) -> frozenset[str]:
-        """What the mergers require of every task beside its vector and a score."""
+        """Names of the statistics that the mergers require."""
         return frozenset[str]().union(*(merger.requires for merger in self.mergers.values()))
 
     def fold(
@@ -274,15 +275,15 @@ class RunningMerge:
         task: int | None = None,
         given: Statistics | None = None,
     ) -> None:
-        """Fold one task vector into every merger, with what they require; every ``fit`` does this by itself.
+        """Fold one task vector into every merger, with the statistics they require; every ``fit`` calls this itself.
 
-        Statistics are measured on theta_0 + tau, so that they can be measured again from a kept task vector.
+        Statistics are measured on theta_0 + tau, so that they can be measured again from a stored task vector.
 
         Args:
-            tau: The task vector; one that cannot be merged reaches no merger.
-            model: The model with the running statistics, and a head if it has one, that belong to the task.
+            tau: The task vector; if it cannot be merged, no merger is changed.
+            model: The model with the task's running statistics and head, if any.
             task: Index of the task, which seeds random rules; default the number of tasks merged so far.
-            given: Statistics that are known already; ``statistics=`` measures what is missing.
+            given: Known statistics; ``statistics=`` measures the others.
 
         Raises:
             RuntimeError: If the vector holds NaN or Inf.
@@ -312,7 +313,7 @@ class RunningMerge:
                     self._estimated[name] = self._estimate(model)
 
     def _estimate(self, model: LightningModule) -> dict[str, Tensor]:
-        """Return the running statistics of the model as it stands on the task's images."""
+        """Return the running statistics of the model's current weights on the task's images."""
         if self.images is None:
             raise RuntimeError("expected images= for buffers='re-estimated', got none; pass the task's training images")
         return estimated_statistics(model, self.images(model))
@@ -345,11 +346,11 @@ class RunningMerge:
         }
 
     def load_accumulators(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``accumulators`` returned.
+        """Load a state returned by ``accumulators``.
 
         Raises:
             RuntimeError: If the state holds other mergers, or another base than the one given to the constructor;
-                this callback is unchanged then.
+                nothing is changed then.
         """
         if set(state["mergers"]) != set(self.mergers):
             raise RuntimeError(
@@ -369,7 +370,7 @@ class RunningMerge:
             self.base = dict(state["base"])
             self.base_fingerprint = found
         self._buffers = dict(state["buffers"])
-        self._tied = dict(state.get("tied", {}))  # states of clmerge before tied names were kept
+        self._tied = dict(state.get("tied", {}))  # missing in states of older versions of clmerge
         self._estimated = {name: dict(tensors) for name, tensors in state.get("estimated", {}).items()}
 
     def _set_base(self, base: dict[str, Tensor]) -> None:
@@ -392,6 +393,6 @@ class RunningMerge:
 
 
 def check_choice(parameter: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise a ValueError if a parameter is none of the values that are allowed."""
+    """Raise a ValueError if a parameter does not have an allowed value."""
     if value not in allowed:
         raise ValueError(f"expected {parameter} to be one of {allowed}, got {value!r}")

@@ -1,1 +1,1 @@
-"""What models answer, on all tasks in one pass, and why."""
+"""Evaluation of models on all tasks in one pass, and diagnostics that explain the results."""

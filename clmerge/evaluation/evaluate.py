@@ -24,12 +24,12 @@ Rows = dict[str, dict[str, list[float]]]
 
 
 class Evaluator(LightningModule):
-    """Score predictors; every image is decoded and moved to the device once, and what they share is computed once.
+    """Score predictors; images are decoded and moved to the device once, and shared parts are computed once.
 
     Args:
         module: The classifier.
-        predictors: Predictors by name. Their weights go by the module's parameter and buffer names, without the
-            ``_orig_mod.`` of ``torch.compile``; what is not named stays the module's own.
+        predictors: Predictors by name. Their weights have the module's parameter and buffer names, without the
+            ``_orig_mod.`` of ``torch.compile``; the module's own are used for missing names.
         task_classes: Global class ids of every task.
         num_classes: Number of classes ``C`` of the stream.
     """
@@ -52,7 +52,7 @@ class Evaluator(LightningModule):
 
     @override
     def on_test_start(self) -> None:
-        # Here, because the Trainer has moved the module by now.
+        # Here, because the Trainer has moved the module to its device by now.
         names = {
             key for name, predictor in self.predictors.items() for key in predictor.prepare(partial(self._place, name))
         }
@@ -69,7 +69,7 @@ class Evaluator(LightningModule):
         self.restore()
 
     def restore(self) -> None:
-        """Give the module its own weights back, also after an exception."""
+        """Restore the module's own weights, also after an exception."""
         if self._exchange is not None:
             self._exchange.__exit__()
             self._exchange = None
@@ -91,7 +91,7 @@ class Evaluator(LightningModule):
 
     @override
     def on_test_epoch_end(self) -> None:
-        # Counts of several processes are added up here, while they are on a device that the processes share.
+        # Counts of several processes are added here, while they are on a device with collectives.
         for name, accuracy in self._accuracies.items():
             predictor, result = self.predictors[name], accuracy.compute()
             aware, agnostic = (result[kind].reshape(-1).tolist() for kind in ("task_aware", "task_agnostic"))
@@ -103,7 +103,7 @@ class Evaluator(LightningModule):
         """Return name -> ``task_agnostic`` and ``task_aware``, one accuracy in [0, 1] per task, NaN where undefined.
 
         Raises:
-            RuntimeError: Before a ``trainer.test``.
+            RuntimeError: If ``trainer.test`` has not run.
         """
         if not self._rows and self.predictors:
             raise RuntimeError("expected an Evaluator that has run, got a new one; call trainer.test first")
@@ -111,7 +111,7 @@ class Evaluator(LightningModule):
 
 
 def _own_names(module: nn.Module, state: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
-    """Give ``state`` the names that ``functional_call`` needs; it would ignore any other."""
+    """Rename the tensors of ``state`` to the names that ``functional_call`` needs; it would ignore any other."""
     own = {
         name.replace("_orig_mod.", ""): (name, tensor.shape)
         for name, tensor in (*module.named_parameters(), *module.named_buffers())
@@ -136,23 +136,23 @@ def evaluate(
     num_classes: int,
     split: Literal["val", "test"] = "test",
 ) -> Rows:
-    """Return the accuracy on every task of every predictor, from one ``trainer.test``.
+    """Return the accuracy of every predictor on every task, from one ``trainer.test``.
 
     Args:
         trainer: A Trainer without a MergeCallback.
         module: The classifier; unchanged afterwards.
         predictors: Predictors by name.
-        data: Serves the test images of all tasks.
+        data: Provides the test images of all tasks.
         task_classes: Global class ids of every task.
         num_classes: Number of classes of the stream.
-        split: Which images of every task.
+        split: Split of every task to evaluate on.
 
     Returns:
         Name -> ``task_agnostic`` and ``task_aware``, one accuracy in [0, 1] per task; NaN for a task without test
-        images, for one that the predictor does not know, and for all without the task if it needs to be told.
+        images or unknown to the predictor, and for every ``task_agnostic`` accuracy of a predictor that needs the task.
 
     Raises:
-        RuntimeError: If weights are named or shaped unlike the module's.
+        RuntimeError: If names or shapes of weights differ from the module's.
     """
     evaluator = Evaluator(module, predictors, task_classes, num_classes)
     try:
@@ -179,13 +179,13 @@ class _Probabilities(LightningModule):
 def probabilities(
     trainer: Trainer, module: Classifier, weights: Mapping[str, Tensor], data: StreamDataModule
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what one model believes of every test image of the stream, in one process.
+    """Return one model's class probabilities for every test image of the stream, in one process.
 
     Args:
         trainer: A Trainer without a MergeCallback.
         module: The classifier; unchanged afterwards.
-        weights: Weights by the module's names; what is not named stays the module's own.
-        data: Serves the test images of all tasks.
+        weights: Weights by the module's names; the module's own are used for missing names.
+        data: Provides the test images of all tasks.
 
     Returns:
         Probabilities ``(num_images, num_classes)``, labels and tasks ``(num_images,)``, on the CPU.
@@ -201,13 +201,13 @@ def probabilities(
 def accuracy_on(
     module: Classifier, loader: DataLoader[Any], task_classes: Sequence[Sequence[int]] | None = None
 ) -> float:
-    """Return the share of images that the module classifies right, among all classes its head knows or the task's own.
+    """Return the module's accuracy, among all classes its head knows or among the classes of each image's task.
 
     Args:
-        module: The classifier, scored in evaluation mode; its weights and modes are the same afterwards.
-        loader: Batches of images and global labels. In a distributed run every process brings its share of
+        module: The classifier, run in evaluation mode; unchanged afterwards.
+        loader: Batches of images and global labels. In a distributed run every process passes its share of
             them and gets the accuracy over all.
-        task_classes: Global class ids of every task, for task-aware accuracy; batches then say the task of each image.
+        task_classes: Global class ids of every task, for task-aware accuracy; batches then hold the task of each image.
 
     Raises:
         ValueError: If there are no images.

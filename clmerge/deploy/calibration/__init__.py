@@ -1,4 +1,4 @@
-"""What may be done to a merged model after merging, with a little that was kept of the old tasks."""
+"""Calibrations: adjust a merged model after merging, with a little data kept from earlier tasks."""
 
 from clmerge.deploy.calibration.alignment import HeadAlignment
 from clmerge.deploy.calibration.calibrated import CalibratedModels

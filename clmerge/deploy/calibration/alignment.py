@@ -1,4 +1,4 @@
-"""Train a head again on features drawn from one Gaussian per class: classifier alignment."""
+"""Classifier alignment: train a head again on features drawn from one Gaussian per class."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -24,20 +24,20 @@ MOMENTUM, WEIGHT_DECAY, RIDGE = 0.9, 5e-4, 1e-4  # as in the authors' code
 class HeadAlignment(Calibration):
     """Align the head to all classes seen, after merging (SLCA, arXiv 2303.05118; CoFiMA, arXiv 2312.08977).
 
-    When a task has been merged, mean and covariance of its classes' features are measured with the merged model, on
+    After a task is merged, mean and covariance of its classes' features are measured with the merged model, on
     all of its training images. After every task but the first, a copy of the head is trained by SGD on features drawn
     from all Gaussians so far, with the cross-entropy of ``z / n / temperature``: n is the mean over tasks of the norm
-    of their logits. The backbone stays as merged. As in the authors' code, means of older tasks are scaled by
+    of their logits. The merged backbone is unchanged. As in the authors' code, means of older tasks are scaled by
     ``0.9 + 0.1 t / T`` and 1e-4 is added to the variances.
 
-    Only for heads that learn (``LinearHead``, ``CosineHead``): a text head has nothing to train and is refused. State:
+    Only for trainable heads (``LinearHead``, ``CosineHead``): a text head has nothing to train and is refused. State:
     one mean and one covariance per class, task and merger, ``4 D (D + 1)`` bytes, counted in ``results.json``.
 
     Args:
-        per_class: Features drawn from every Gaussian and epoch; 256 in SLCA.
+        per_class: Features drawn per Gaussian and epoch; 256 in SLCA.
         epochs: Epochs, each with new draws; 5 in SLCA.
-        lr: Learning rate, falling to zero by a cosine over the epochs; 0.01 in SLCA.
-        temperature: Temperature of the normalised logits, 0.1 in SLCA; none leaves logits as they are.
+        lr: Learning rate, decaying to zero by a cosine over the epochs; 0.01 in SLCA.
+        temperature: Temperature of the normalised logits, 0.1 in SLCA; with none, logits are not normalised.
 
     Raises:
         ValueError: For a setting out of range.
@@ -70,7 +70,7 @@ class HeadAlignment(Calibration):
     @override
     @torch.no_grad()
     def collect(self, model: str, module: ContinualClassifier, data: StreamDataModule, task: int) -> None:
-        # Every process measures on all images, so that all have the same Gaussians.
+        # Every process measures on all images, so that the Gaussians are equal on all of them.
         loader = DataLoader(data.eval_dataloader("train", [task]).dataset, batch_size=data.eval_batch_size)
         device = next(module.parameters()).device
         features, labels = [], []
@@ -130,7 +130,7 @@ def normalized(logits: Tensor, groups: Sequence[Tensor]) -> Tensor:
 
     Args:
         logits: ``(B, C)``.
-        groups: Columns of every task.
+        groups: Columns of each task's classes.
 
     Example:
         >>> groups = [torch.tensor([0, 1]), torch.tensor([2])]

@@ -16,19 +16,19 @@ from clmerge.weights.swap import assign, named_tensors, swapped
 
 
 class CalibratedModels:
-    """Collect for, and apply, the calibrations of a run.
+    """Collect the data of the calibrations of a run, and apply them.
 
-    A calibrated model is a function of the merged model, of what was collected, and of the seed: it is made anew
-    where it is needed, and a resumed run makes the same one.
+    A calibrated model depends only on the merged model, the collected data and the seed: it is recomputed when it is
+    needed, and a resumed run computes the same one.
 
     Args:
-        calibrations: The calibrations; no two of one name.
+        calibrations: The calibrations, with different names.
         module: The classifier.
         data: Its data module.
         seed: Seed of the run.
 
     Raises:
-        ValueError: If two calibrations have one name, or one cannot calibrate the classifier.
+        ValueError: If two calibrations have the same name, or one cannot calibrate the classifier.
     """
 
     def __init__(
@@ -47,15 +47,15 @@ class CalibratedModels:
         return len(self.calibrations)
 
     def collect(self, merged: Mapping[str, Mapping[str, Tensor]], task: int, device: torch.device) -> dict[str, int]:
-        """Keep what is needed of a task that was just merged.
+        """Collect the calibrations' data of a task that was just merged.
 
         Args:
             merged: Merger -> weights of the merged model by the module's own names.
             task: Index of the task.
-            device: Where to compute; the module stays there.
+            device: Device for the computation; the module stays there.
 
         Returns:
-            Bytes of what is kept, by ``calibration.NAME``.
+            Bytes of the collected data, by ``calibration.NAME``.
         """
         self.module.to(device)
         for model, state in merged.items():
@@ -72,7 +72,7 @@ class CalibratedModels:
         Args:
             merged: Merger -> weights of the merged model by the module's own names.
             task: Index of the task that was merged last.
-            device: Where to compute.
+            device: Device for the computation.
         """
         found: dict[str, dict[str, Tensor]] = {}
         for model, state in merged.items():
@@ -87,9 +87,9 @@ class CalibratedModels:
     def final(
         self, merged: Mapping[str, Mapping[str, Tensor]], task: int, device: torch.device
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield ``MERGER+NAME`` and the dense weights of its backbone, then ``MERGER+NAME-head`` and its head's.
+        """Yield ``MERGER+NAME`` with the dense weights of its backbone, then ``MERGER+NAME-head`` with its head.
 
-        The head is left out where it is never trained.
+        The head is left out if it is never trained.
         """
         for name, state in self.models(merged, task, device).items():
             twin = self._copy(state)
@@ -99,14 +99,14 @@ class CalibratedModels:
                 yield f"{name}-head", dict(twin.head.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: tensors and primitives."""
+        """Return the state for a resumed run: tensors and primitives."""
         return {name: one.state_dict() for name, one in self.calibrations.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned.
+        """Restore a state returned by ``state_dict``.
 
         Raises:
-            RuntimeError: If the state is that of other calibrations.
+            RuntimeError: If the state belongs to other calibrations.
         """
         if set(state) != set(self.calibrations):
             raise RuntimeError(
@@ -117,14 +117,14 @@ class CalibratedModels:
             one.load_state_dict(state[name])
 
     def _copy(self, state: Mapping[str, Tensor]) -> ContinualClassifier:
-        # What regularizers remember is of no use here and may be larger than the model.
+        # The state of regularizers is not needed here and may be larger than the model.
         twin = copy.deepcopy(self.module, {id(self.module.regularizers): nn.ModuleList()})
         assign(named_tensors(twin, state, origin="a merged model"), state)
         return twin
 
 
 def _of_rank_zero(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of rank zero on every rank: no kernel need give the same bits everywhere."""
+    """Return the tensors of rank zero on every rank, because results may differ bitwise between ranks."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return state
     box = [state]

@@ -1,4 +1,4 @@
-"""What a calibration of merged models is."""
+"""The interface of calibrations of merged models."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ from clmerge.training.module import ContinualClassifier
 
 
 class Calibration(ABC):
-    """Adjust a merged model after every task. The result is evaluated as a model of its own, ``MERGER+NAME``.
+    """Adjust a merged model after every task. The result is evaluated as a separate model, ``MERGER+NAME``.
 
-    Neither the accumulators nor the weights in training ever see it.
+    Calibration never changes the accumulators or the weights in training.
 
     Attributes:
-        name: What is added to the merger's name.
+        name: The suffix of the merger's name.
     """
 
     name: ClassVar[str]
@@ -31,12 +31,12 @@ class Calibration(ABC):
     def collect(  # noqa: B027  need not be overridden
         self, model: str, module: ContinualClassifier, data: StreamDataModule, task: int
     ) -> None:
-        """Keep what is needed of a task that was just merged, while its data is there.
+        """Collect data of a task that was just merged, while its images are available.
 
         Args:
             model: Name of the merger.
-            module: The classifier with that merger's weights in place.
-            data: Serves the task's training images.
+            module: The classifier with that merger's weights.
+            data: Provides the task's training images.
             task: Index of the task.
         """
 
@@ -44,23 +44,23 @@ class Calibration(ABC):
     def calibrate(
         self, model: str, module: ContinualClassifier, data: StreamDataModule, task: int, seed: int
     ) -> dict[str, Tensor]:
-        """Return what the calibrated model has in place of the merged model's tensors, by the module's own names.
+        """Return the tensors in which the calibrated model differs from the merged one, by the module's own names.
 
         Args:
             model: Name of the merger.
-            module: A copy of the classifier with that merger's weights, to be used up.
-            data: Serves images.
+            module: A copy of the classifier with that merger's weights; may be changed.
+            data: Provides images.
             task: Index of the task that was merged last.
             seed: Seed of everything random.
         """
 
     @abstractmethod
     def nbytes(self, data: StreamDataModule, task: int) -> int:
-        """Return the bytes of what is kept of the tasks up to ``task``, for all models together."""
+        """Return the bytes of the data kept of the tasks up to ``task``, for all models together."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: tensors and primitives."""
+        """Return the state for a resumed run: tensors and primitives."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027  need not be overridden
-        """Restore what ``state_dict`` returned."""
+        """Restore a state returned by ``state_dict``."""

@@ -1,4 +1,4 @@
-"""One Gaussian of features per class and task, and draws from it."""
+"""One Gaussian of features per class and task, and sampling from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ClassGaussians:
 
     Attributes:
         classes: Class of every Gaussian, ``(N,)``.
-        tasks: Task that it was measured in, ``(N,)``.
+        tasks: Task of every Gaussian, ``(N,)``.
         means: ``(N, D)``, float32.
         covariances: ``(N, D, D)``, float32.
     """
@@ -34,13 +34,13 @@ class ClassGaussians:
         return sum(tensor.nbytes for tensor in self.state_dict().values())
 
     def add(self, features: Tensor, labels: Tensor, task: int) -> None:
-        """Measure the classes of a task.
+        """Add a Gaussian for each class of a task.
 
         Mean and unbiased covariance in float64; the covariance of a single image is zero.
 
         Args:
             features: ``(num_images, D)``.
-            labels: Class of each, ``(num_images,)``.
+            labels: Class of each image, ``(num_images,)``.
             task: Index of the task.
         """
         for label in torch.unique(labels).tolist():
@@ -59,7 +59,7 @@ class ClassGaussians:
 
         Args:
             num: Draws from each.
-            generator: A generator of the CPU.
+            generator: A CPU generator.
             ridge: Added to the diagonal of every covariance.
             shrink: Factors of the means, ``(N,)``; default 1.
 
@@ -83,6 +83,6 @@ class ClassGaussians:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` returned."""
+        """Restore a state returned by ``state_dict``."""
         self.classes, self.tasks = state["classes"], state["tasks"]
         self.means, self.covariances = state["means"], state["covariances"]

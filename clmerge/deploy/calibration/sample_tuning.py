@@ -21,13 +21,13 @@ from clmerge.training.module import ContinualClassifier, lr_factor
 class SampleTuning(Calibration):
     """Train the merged model for a few epochs on a few images of every class (Chitale et al., arXiv 2311.02428).
 
-    The paper sums LoRA task vectors and tunes the sum on 10 samples per class; any merger and any mode of tuning
-    will do here. What is trained, the optimizer with its learning rate, the shape of its schedule (without warm-up) and
-    the augmentation are those of the tasks; all classes seen so far compete. A head that learns is tuned along.
+    The paper sums LoRA task vectors and tunes the sum on 10 samples per class; here any merger and any mode of tuning
+    is supported. Trained weights, optimizer, learning rate, shape of the schedule (without warm-up) and augmentation
+    are those of the tasks; the loss covers all classes seen so far. A trainable head is tuned as well.
 
-    The buffer holds ``per_class`` training images of every class seen, drawn by the data module's seed; what is in it
-    was in it one task earlier. Only which images is kept, the stream gives them back; ``results.json`` counts their
-    bytes as decoded, which is what a system without the old data would have to store.
+    The buffer holds ``per_class`` training images of every class seen, drawn by the data module's seed; images of
+    earlier tasks stay in it. Only their indices are kept, and the images are read from the stream; ``results.json``
+    counts their decoded bytes, which a system without the old data would have to store.
 
     Args:
         per_class: Images per class; 10 in the paper.
@@ -51,10 +51,10 @@ class SampleTuning(Calibration):
             raise ValueError("expected a backbone that is trained for SampleTuning, got a frozen one")
 
     def buffer(self, data: StreamDataModule, task: int, transform: Transform | None = None) -> Images:
-        """Return the images that are kept of the tasks up to ``task``.
+        """Return the kept images of the tasks up to ``task``.
 
         Args:
-            data: Serves the stream.
+            data: Provides the stream's images.
             task: Index of the last task.
             transform: Applied to each image (default: none).
         """

@@ -1,4 +1,4 @@
-"""Numbers that explain the accuracies of merged models: docs/diagnostics.md has the formulas and the document."""
+"""Diagnostics that explain the accuracies of merged models; docs/diagnostics.md has formulas and document format."""
 
 from clmerge.evaluation.diagnostics.behaviour import Observer, barrier, disagreement, representation_bias
 from clmerge.evaluation.diagnostics.diagnose import diagnose

@@ -1,4 +1,4 @@
-"""What models that differ in weights do on the same images, and how two of them are compared."""
+"""Outputs of models with different weights on the same images, and comparisons of two of them."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,11 +14,11 @@ from clmerge.weights.modes import eval_mode
 
 
 class Behaviour(NamedTuple):
-    """What one model does on the images of one task.
+    """Results of one model on the images of one task.
 
     Attributes:
         loss: Mean cross-entropy over the competing classes.
-        error: Share of images that are classified wrong.
+        error: Share of misclassified images.
         predictions: Predicted class of every image, ``(N,)``.
         features: Features of every image, ``(N, D)``, float32.
     """
@@ -33,7 +33,7 @@ class Observer:
     """Run a classifier with other weights on a bounded number of images.
 
     Args:
-        module: A classifier with the parts ``backbone`` (images to features) and ``head`` (features to logits), such
+        module: A classifier with attributes ``backbone`` (images to features) and ``head`` (features to logits), such
             as :class:`clmerge.training.module.ContinualClassifier`. Its own weights are never changed.
     """
 
@@ -47,15 +47,15 @@ class Observer:
     def __call__(
         self, weights: Mapping[str, Tensor], batches: Iterable[tuple[Tensor, Tensor]], classes: Sequence[int] | None
     ) -> Behaviour:
-        """Return what the model does with these weights.
+        """Return the results of the model with these weights.
 
         Args:
-            weights: By the module's parameter and buffer names; what is not named stays the module's own.
+            weights: Weights by the module's parameter and buffer names; the module's own are used for missing names.
             batches: Images ``(B, 3, H, W)`` and global class ids ``(B,)``.
-            classes: Global ids of the classes that compete. Default: all that the head knows.
+            classes: Global ids of the competing classes. Default: all that the head knows.
 
         Raises:
-            RuntimeError: If the module has no tensor of such a name.
+            RuntimeError: If the module has no tensor with one of the names.
         """
         if unknown := [name for name in weights if name not in self._own]:
             raise RuntimeError(
@@ -81,7 +81,7 @@ class Observer:
 
 
 class _FeaturesAndLogits(nn.Module):
-    """Both from one pass, by way of ``functional_call``."""
+    """Return features and logits from one pass, for use with ``functional_call``."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class _FeaturesAndLogits(nn.Module):
 
 
 def first_images(loader: Iterable[Any], count: int) -> list[tuple[Tensor, Tensor]]:
-    """Return batches with the first ``count`` images and labels of a loader, fewer if it has fewer.
+    """Return batches with the first ``count`` images and labels of a loader, or all if it has fewer.
 
     Args:
         loader: Batches that begin with images and labels.
@@ -121,7 +121,7 @@ def disagreement(left: Tensor, right: Tensor) -> float:
 
     Args:
         left: Predicted classes, ``(N,)``.
-        right: The same of the other model.
+        right: Those of the other model, ``(N,)``.
 
     Example:
         >>> disagreement(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 2, 2]))
@@ -148,14 +148,14 @@ def representation_bias(features: Tensor, reference: Tensor) -> float:
 
 
 def barrier(positions: Sequence[float], values: Sequence[float]) -> float:
-    """Return how far a loss or an error rises above the line between its ends (Frankle et al., arXiv 1912.05671).
+    """Return the loss or error barrier: the largest rise above the line between the ends (arXiv 1912.05671).
 
-    ``max over a of v(a) - ((1 - a) v(0) + a v(1))``. It is 0 where the two models are linearly connected, and never
-    below, since both ends lie on the line. NaN if a value is not finite: the models have diverged.
+    ``max over a of v(a) - ((1 - a) v(0) + a v(1))`` (Frankle et al.). It is 0 if the two models are linearly connected,
+    and never negative, since both ends lie on the line. NaN if a value is not finite: a model has diverged.
 
     Args:
-        positions: Shares ``a`` of the second model, from 0 to 1, ascending, both ends among them.
-        values: What was measured there.
+        positions: Shares ``a`` of the second model, ascending from 0 to 1, both included.
+        values: Loss or error at each position.
 
     Raises:
         ValueError: If the positions do not begin with 0 and end with 1, or the lengths differ.

@@ -1,4 +1,4 @@
-"""The one call that makes a run's diagnostics document."""
+"""Compute a run's diagnostics document in one call."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from clmerge.streams.plan import Split
 from clmerge.streams.splits import derived_seed
 from clmerge.weights import State, TaskVectorBank
 
-if TYPE_CHECKING:  # it imports Lightning, which reading a document does without
+if TYPE_CHECKING:  # imports Lightning, which is not needed to read a document
     from clmerge.streams import StreamDataModule
 
 
@@ -33,19 +33,19 @@ def diagnose(
 ) -> dict[str, Any]:
     """Diagnose the task vectors, the experts and the merged models of a stream.
 
-    Models are compared on validation images, or on test images if the stream holds none out for some task; which is
-    in the document.
+    Models are compared on validation images, or on test images if some task has no validation images; the document
+    records which.
 
     Args:
-        module: The classifier, its head grown to all tasks.
-        weights: From a task vector to the module's weights, as for ``diagnose_models``.
+        module: The classifier, with a head for all tasks.
+        weights: Maps a task vector to the module's weights, as for ``diagnose_models``.
         bank: The task vectors of all tasks.
         merged: Merged vector of every merger, scale included.
-        data: Serves the stream's images; set up.
-        setting: Whether all classes compete, or those of the image's task.
-        num_images: Images per task at most, drawn by seed: data sets are often sorted by class.
+        data: Provides the stream's images; already set up.
+        setting: Whether all classes compete, or only those of the image's task.
+        num_images: Maximum number of images per task, drawn by seed because data sets are often sorted by class.
         seed: Seed of the draw.
-        progress: Told what is being measured.
+        progress: Called with a description of the current measurement.
 
     Returns:
         The diagnostics document (docs/diagnostics.md); its ``vectors`` are None for a stream of one task.

@@ -1,4 +1,4 @@
-"""The document that holds a run's diagnostics: what ``compare`` writes and ``report`` draws."""
+"""The document with a run's diagnostics, written by ``compare`` and drawn by ``report``."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,11 +13,11 @@ def document(
 
     Args:
         tasks: Names of the tasks, in order.
-        vectors: What :func:`clmerge.evaluation.diagnostics.diagnose_vectors` found, if it ran.
-        models: What :func:`clmerge.evaluation.diagnostics.diagnose_models` found, if it ran.
+        vectors: Result of :func:`clmerge.evaluation.diagnostics.diagnose_vectors`, if it ran.
+        models: Result of :func:`clmerge.evaluation.diagnostics.diagnose_models`, if it ran.
 
     Raises:
-        ValueError: If a part is about another number of tasks.
+        ValueError: If a part has another number of tasks.
 
     Example:
         >>> document(["a", "b"])

@@ -1,4 +1,4 @@
-"""From tensors and NaN to what JSON can hold."""
+"""Convert tensors and NaN to values that JSON can represent."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def to_json(value: Any) -> Any:
-    """Turn tensors into lists and numbers that are not finite into None, at any depth.
+    """Convert tensors to lists, and non-finite numbers to None, at any depth.
 
     Example:
         >>> import torch

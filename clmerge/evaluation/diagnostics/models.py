@@ -43,31 +43,31 @@ def diagnose_models(
     num_images: int = 256,
     progress: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
-    """Compare experts, base and merged models by what they do on a bounded number of images of every task.
+    """Compare experts, base and merged models on a bounded number of images of every task.
 
-    Every task's images are decoded once. In memory are, beside them, the merged task vectors, two task vectors, a
-    combination of theirs and one set of weights. With ``T`` tasks and ``M`` mergers every task's images are classified
-    ``1 + 1 + p + M (1 + p) + (T - 1)(2 + p)`` times, ``p`` being ``num_points - 2``.
+    Every task's images are decoded once. Memory holds these images, the merged vectors, two task vectors, a
+    combination of the two and one set of weights. With ``T`` tasks and ``M`` mergers every task's images are classified
+    ``1 + 1 + p + M (1 + p) + (T - 1)(2 + p)`` times, with ``p = num_points - 2``.
 
     Args:
-        module: A classifier as :class:`clmerge.evaluation.diagnostics.Observer` takes it, its head grown to all tasks.
-        weights: From a task vector to the module's weights: ``partial(apply_task_vector, base)`` for dense weights.
-        vectors: Task vectors of the tasks ``0`` to ``T - 1``, a bank for instance; by the names that ``weights`` takes.
+        module: A classifier as for :class:`clmerge.evaluation.diagnostics.Observer`, with a head for all tasks.
+        weights: Maps a task vector to the module's weights: ``partial(apply_task_vector, base)`` for dense weights.
+        vectors: Task vectors of the tasks ``0`` to ``T - 1``, for example a bank; with the names that ``weights`` uses.
         merged: Merged vector of every merger, scale included.
-        loaders: One for every task, by index; batches begin with images and global labels. Validation images, or
-            test images if nothing is chosen by what is found here.
+        loaders: One loader per task, by index; batches begin with images and global labels. Use validation images, or
+            test images if no choice depends on the result.
         task_classes: Global class ids of every task.
-        setting: Whether all classes compete (``task_agnostic``), or those of the image's task (``task_aware``).
-        scale: Coefficient of the task vectors whose disentanglement is measured.
+        setting: Whether all classes compete (``task_agnostic``), or only those of the image's task (``task_aware``).
+        scale: Coefficient of the task vectors for which disentanglement is measured.
         num_points: Models along every segment, both ends included; at least 3.
-        num_images: Images per task at most, the first ones of its loader.
-        progress: Told what is being measured.
+        num_images: Maximum number of images per task, the first ones of its loader.
+        progress: Called with a description of the current measurement.
 
     Returns:
         The ``models`` part of the diagnostics document (docs/diagnostics.md).
 
     Raises:
-        ValueError: If a setting is out of range, or there is not one loader and one list of classes per task.
+        ValueError: If a setting is out of range, or the number of loaders or lists of classes is not that of tasks.
     """
     num_tasks = len(vectors)
     if num_points < 3 or num_images < 1 or setting not in SETTINGS:
@@ -138,7 +138,7 @@ def diagnose_models(
 
 
 def combine(*terms: tuple[float, State]) -> TaskVector:
-    """Return the weighted sum of task vectors of the same names.
+    """Return the weighted sum of task vectors with the same names.
 
     Example:
         >>> combine((0.5, {"w": torch.tensor([2.0])}), (2.0, {"w": torch.tensor([1.0])}))
@@ -153,7 +153,7 @@ def combine(*terms: tuple[float, State]) -> TaskVector:
 
 
 class _Segments:
-    """Losses and errors along the segments between two models, averaged over the tasks they are measured on."""
+    """Losses and errors along segments between two models, averaged over the tasks of each segment."""
 
     def __init__(self, positions: Sequence[float]) -> None:
         self.positions = list(positions)
@@ -174,7 +174,7 @@ class _Segments:
         self._curves.setdefault((start, end, tuple(tasks)), []).append(curve)
 
     def found(self) -> list[dict[str, Any]]:
-        """Return every segment with its curves and barriers."""
+        """Return all segments with their curves and barriers."""
         segments = []
         for (start, end, tasks), curves in self._curves.items():
             loss, error = torch.tensor(curves, dtype=torch.float64).mean(dim=0).T.tolist()

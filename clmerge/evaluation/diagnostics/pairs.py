@@ -1,4 +1,4 @@
-"""How the task vectors of different tasks relate: norms, cosines, conflicts of sign."""
+"""Relations between the task vectors of different tasks: norms, cosines, sign conflicts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from torch import Tensor
 
 from clmerge.merging.blocks import blocks
 
-_ENTRIES = 1 << 20  # of all tasks together in one block: 8 MB in float64, however many tasks there are
+_ENTRIES = 1 << 20  # entries of all tasks together in one block: 8 MB in float64 for any number of tasks
 
 
 @dataclass(frozen=True)
 class PairSums:
-    """Sums over entries for every pair of ``T`` tasks; those of several parameters can be added.
+    """Sums over entries for every pair of ``T`` tasks; the sums of several parameters can be added.
 
     Attributes:
         products: Inner products, ``(T, T)``, float64.
-        opposed: Entries whose signs are opposite, ``(T, T)``, float64.
-        shared: Entries that are zero in neither, ``(T, T)``, float64.
+        opposed: Number of entries with opposite signs, ``(T, T)``, float64.
+        shared: Number of entries that are non-zero in both, ``(T, T)``, float64.
         numel: Number of entries.
     """
 
@@ -40,16 +40,16 @@ class PairSums:
         return self.products.diagonal().sqrt()
 
     def cosines(self) -> Tensor:
-        """Return the cosine of every pair, ``(T, T)``; NaN where one of the two is zero."""
+        """Return the cosine of every pair, ``(T, T)``; NaN if one of the two vectors is zero."""
         squares = self.products.diagonal()
         scale = (squares.unsqueeze(0) * squares.unsqueeze(1)).sqrt()  # exactly 1 for a vector and itself
         # Rounding must not take the cosine of equal vectors past 1.
         return torch.where(scale > 0, (self.products / scale).clamp(-1.0, 1.0), torch.nan)
 
     def sign_conflicts(self) -> Tensor:
-        """Return the share of entries with opposite signs among those that are zero in neither, ``(T, T)``.
+        """Return the share of entries with opposite signs among those that are non-zero in both, ``(T, T)``.
 
-        NaN where there are none.
+        NaN if there are none.
         """
         return self.opposed / self.shared  # 0 / 0 is NaN
 
@@ -76,6 +76,6 @@ def pair_sums(taus: Sequence[Tensor]) -> PairSums:
         signs = stacked.sign()
         nonzero = signs.abs()
         products += (stacked @ stacked.T).cpu()
-        agreed += (signs @ signs.T).cpu()  # those of equal sign less those of opposite sign
+        agreed += (signs @ signs.T).cpu()  # number of equal signs minus number of opposite signs
         shared += (nonzero @ nonzero.T).cpu()
     return PairSums(products, (shared - agreed) / 2, shared, taus[0].numel() if taus else 0)

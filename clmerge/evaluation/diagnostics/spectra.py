@@ -1,4 +1,4 @@
-"""What the singular values and vectors of task matrices say: effective rank, overlap of leading subspaces."""
+"""Diagnostics from singular values and vectors of task matrices: effective rank, overlap of leading subspaces."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from clmerge.merging.spectral.decomposition import tolerance
 
-_GRAM_TOLERANCE = 1e-7  # singular values from a Gram matrix in float64 are lost below this share of the largest
+_GRAM_TOLERANCE = 1e-7  # smaller singular values, relative to the largest, are rounding in a float64 Gram matrix
 
 
 class Spectrum(NamedTuple):
@@ -25,14 +25,14 @@ class Spectrum(NamedTuple):
 
 
 def spectrum(matrix: Tensor, rank: int) -> Spectrum:
-    """Decompose a matrix by way of its smaller Gram matrix, in float64.
+    """Decompose a matrix through its smaller Gram matrix, in float64.
 
-    For wide matrices that takes a fraction of a full decomposition's time. What it loses, singular values below 1e-7
-    of the largest, is rounding noise in a float32 matrix anyway.
+    For wide matrices this takes a fraction of the time of a full decomposition. Singular values below 1e-7 of the
+    largest are lost; in a float32 matrix they are rounding noise.
 
     Args:
         matrix: Shape ``(m, n)``, floating point, both at least 1.
-        rank: How many leading vectors to return at most; fewer if the matrix has a smaller rank ``r``.
+        rank: Maximum number of leading vectors; fewer if the matrix has a smaller rank ``r``.
 
     Example:
         >>> spectrum(torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.0, 2.0]]), rank=1).values
@@ -44,7 +44,7 @@ def spectrum(matrix: Tensor, rank: int) -> Spectrum:
     cut = max(tolerance(matrix.dtype, matrix.shape), _GRAM_TOLERANCE)
     values = values[values > cut * values[0]]
     short = vectors.flip(1)[:, : min(rank, len(values))]
-    # Taken through the matrix these are orthogonal already, but for rounding.
+    # Vectors computed by multiplication with the matrix are orthogonal up to rounding.
     long = torch.linalg.qr(wide.T @ short).Q
     left, right = (short, long) if matrix.shape[0] <= matrix.shape[1] else (long, short)
     return Spectrum(left, values, right)
@@ -54,10 +54,10 @@ def effective_rank(values: Tensor) -> float:
     """Return the exponential of the entropy of the normalised singular values (Roy and Vetterli, 2007).
 
     Args:
-        values: Singular values, ``(r,)``, not negative.
+        values: Singular values, ``(r,)``, non-negative.
 
     Returns:
-        A number from 1 (one direction) to ``r`` (all directions alike); NaN for a zero matrix.
+        A number from 1 (one direction) to ``r`` (all singular values equal); NaN for a zero matrix.
 
     Example:
         >>> round(effective_rank(torch.tensor([2.0, 2.0, 0.0])), 6)
@@ -91,8 +91,8 @@ def principal_angles(left: Tensor, right: Tensor) -> Tensor:
 def subspace_overlap(left: Tensor, right: Tensor) -> float:
     """Return the mean squared cosine of the principal angles between two column spaces.
 
-    It is ``|U^T V|_F^2 / min(k, l)``: 1 if one space holds the other, 0 if they are orthogonal. Random spaces of
-    ``m`` dimensions have ``max(k, l) / m`` on average.
+    It is ``|U^T V|_F^2 / min(k, l)``: 1 if one space contains the other, 0 if they are orthogonal. For random
+    subspaces of an ``m``-dimensional space the mean is ``max(k, l) / m``.
 
     Args:
         left: Orthonormal columns, ``(m, k)``.

@@ -1,4 +1,4 @@
-"""Diagnostics of stored task vectors: read one parameter at a time, whatever the number of tasks."""
+"""Diagnostics of stored task vectors, with one parameter in memory at a time for any number of tasks."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -25,18 +25,18 @@ def diagnose_vectors(
 ) -> dict[str, Any]:
     """Compare the task vectors of a bank: norms, cosines, sign conflicts, effective ranks, subspace overlaps.
 
-    One parameter is in memory at a time: of every task a piece of it for the sums, of one task all of it for the
-    singular values, and of every task ``rank`` singular vectors. The files are memory-mapped.
+    One parameter is in memory at a time: a piece of it from every task for the sums, all of it from one task for the
+    singular values, and ``rank`` singular vectors of every task. The files are memory-mapped.
 
     Args:
         bank: The task vectors.
-        tasks: Which of them, by index. Default: all.
+        tasks: Indices of the tasks to compare. Default: all.
         rank: Dimension of the leading singular subspaces that are compared.
         matrices: Which parameters are matrices. Default: those with two dimensions, fused query-key-value weights
             as one, as for the spectral mergers.
 
     Returns:
-        The ``vectors`` part of the diagnostics document (docs/diagnostics.md); null where a number is not defined.
+        The ``vectors`` part of the diagnostics document (docs/diagnostics.md); undefined numbers are null.
 
     Raises:
         ValueError: If there are fewer than two tasks, or ``rank`` is below 1.
@@ -71,7 +71,7 @@ def diagnose_vectors(
 
 
 def layer_of(name: str) -> str:
-    """Return the layer a parameter is counted with: its block, or what is left of the name without its last part.
+    """Return the layer of a parameter: its block, or its name without the last part.
 
     Example:
         >>> layer_of("visual.transformer.resblocks.3.ln_1.bias"), layer_of("visual.ln_pre.weight")
@@ -86,14 +86,14 @@ def layer_of(name: str) -> str:
 
 
 def _natural(name: str) -> list[tuple[str, int]]:
-    """Sort block 10 after block 2."""
+    """Return a sort key that orders block 10 after block 2."""
     return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
 
 def _parameters(bank: TaskVectorBank, tasks: Sequence[int]) -> Iterator[tuple[str, list[Tensor]]]:
     """Yield every parameter with its memory-mapped tensors, one per task."""
     for task in tasks:
-        bank.metadata(task)  # an error that says which tasks there are
+        bank.metadata(task)  # raises an error that lists the stored tasks
     with ExitStack() as stack:
         files = [stack.enter_context(TensorFile(bank.path(task))) for task in tasks]
         for name in files[0].names():
