@@ -1,6 +1,8 @@
 """Align tensor names of one architecture: remove wrappers, and remove or add prefixes."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -35,8 +37,10 @@ def clean_names(checkpoint: Checkpoint) -> None:
 def align_names(checkpoint: Checkpoint, wanted: Mapping[str, Tensor], owner: str) -> None:
     """Rename a checkpoint's tensors to the names in ``wanted``.
 
-    ``module.`` in the middle of names is ignored. One side may have a prefix, such as Lightning's ``model.``; the
-    prefix with which most names agree is used. Tensors of the checkpoint whose names lack it are left out.
+    ``module.`` in the middle of names is ignored. Either side may have a prefix, or both: Lightning's ``model.`` is
+    removed, and ``visual.`` is added to the names of an image tower. The prefixes with which most tensors agree in name
+    and shape are used. A tensor of the checkpoint whose name lacks the prefix keeps its name if that is in ``wanted``,
+    else it is left out.
 
     Args:
         checkpoint: The checkpoint; changed in place.
@@ -44,55 +48,132 @@ def align_names(checkpoint: Checkpoint, wanted: Mapping[str, Tensor], owner: str
         owner: Name of ``wanted`` in messages.
 
     Raises:
-        ValueError: If two prefixes match equally many names, and the tensors below them differ.
+        ValueError: If two prefixes match equally many tensors, and the tensors below them differ.
     """
-    if checkpoint.entries.keys() <= wanted.keys():
+    shapes = _shapes(wanted)
+    if all(shapes.get(name) == shape for name, shape in _shapes(checkpoint).items()):
         return
     spell = _without(_PERHAPS_WRAPPERS)
     if not (_are_distinct(checkpoint.entries, spell) and _are_distinct(wanted, spell)):
         spell = _without(())
     ours, theirs = ({spell(name): name for name in names} for names in (checkpoint.entries, wanted))
-    off = _prefix(ours, theirs, checkpoint, checkpoint.source)
-    before = "" if off else _prefix(theirs, ours, wanted, owner)
-    if off:
-        checkpoint.renamed.append(f"without {off!r}")
-    if before:
-        checkpoint.renamed.append(f"below {before!r}")
+    best = _best_reading(ours, theirs, checkpoint, wanted, owner)
+    if best.off:
+        checkpoint.renamed.append(f"without {best.off!r}")
+    if best.before:
+        checkpoint.renamed.append(f"below {best.before!r}")
+    kept = {*best.found.values()}
 
     def new_name(name: str) -> str | None:
         plain = spell(name)
-        return theirs.get(before + plain[len(off) :], before + plain[len(off) :]) if plain.startswith(off) else None
+        if plain.startswith(best.off):
+            plain = best.before + plain[len(best.off) :]
+        elif plain not in theirs or plain in kept:
+            return None
+        return theirs.get(plain, plain)
 
     if any(new_name(name) != name for name in checkpoint.entries):
         checkpoint.rename(new_name)
 
 
-def _prefix(ours: Mapping[str, str], theirs: Collection[str], tensors: Mapping[str, Tensor], owner: str) -> str:
-    """Return the prefix without which most of our names are theirs; empty if at most half of the names then agree."""
-    ends: dict[str, set[str]] = {"": set()}
-    for name in ours:
-        for prefix in _prefixes(name):
-            if name[len(prefix) :] in theirs:
-                ends.setdefault(prefix, set()).add(name[len(prefix) :])
-    # A prefix must keep all names that agree without one: the name of a part, such as a tower, is not a prefix.
-    whole = {prefix: found for prefix, found in ends.items() if found >= ends[""]}
-    best = max(whole, key=lambda prefix: (len(whole[prefix]), -len(prefix)))
-    if not best or 2 * len(whole[best]) <= min(len(ours), len(theirs)):
-        return ""
-    for other in whole:
-        if len(whole[other]) == len(whole[best]) and not _are_equal(ours, theirs, tensors, best, other):
+@dataclass
+class _Reading:
+    """A way to align names: replace our prefix ``off`` by ``before``; ``found`` maps our names to theirs."""
+
+    off: str
+    before: str
+    found: dict[str, str] = field(default_factory=dict)
+
+
+def _best_reading(
+    ours: Mapping[str, str],
+    theirs: Mapping[str, str],
+    checkpoint: Checkpoint,
+    wanted: Mapping[str, Tensor],
+    owner: str,
+) -> _Reading:
+    """Return the reading that aligns most tensors of equal shape; the names unchanged if none aligns most names.
+
+    Args:
+        ours: The names in the checkpoint by their names without wrappers.
+        theirs: The wanted names, likewise.
+        checkpoint: The checkpoint.
+        wanted: A mapping with the wanted names.
+        owner: Name of ``wanted`` in messages.
+    """
+    readings = {("", ""): _Reading("", "", {name: name for name in ours if name in theirs})}
+    fewer = min(len(ours), len(theirs))
+    counts = Counter(prefix for name in ours for prefix in _prefixes(name))
+    for off in (prefix for prefix, count in counts.items() if 2 * count > fewer):
+        last = _last_part(off)
+        for name in theirs:
+            for before in _prefixes(name):
+                # If both prefixes end in one part, the reading without it aligns the same names.
+                if off + name[len(before) :] in ours and (off or before) and (not off or _last_part(before) != last):
+                    reading = readings.setdefault((off, before), _Reading(off, before))
+                    reading.found[off + name[len(before) :]] = name
+    as_they_are, *others = readings.values()
+    our_shapes, their_shapes = _shapes(checkpoint), _shapes(wanted)
+
+    def fitting(reading: _Reading) -> int:
+        return sum(our_shapes[ours[a]] == their_shapes[theirs[b]] for a, b in reading.found.items())
+
+    def is_likely(reading: _Reading) -> bool:
+        if not (reading.off and reading.before):
+            return 2 * len(reading.found) > fewer
+        # Every layer has a weight: to replace a prefix, names of two parts and shapes must agree.
+        return any("." in name[len(reading.off) :] for name in reading.found) and 2 * fitting(reading) > fewer
+
+    likely = (as_they_are, *filter(is_likely, others))
+    scores = [((fitting(reading), len(reading.found)), reading) for reading in likely]
+    most, best = max(scores, key=lambda item: (item[0], -len(item[1].off) - len(item[1].before)))
+    if best is as_they_are:  # with the names of ``wanted`` a user chooses between equal readings
+        return best
+    for score, other in scores:
+        if score != most or other is best or _are_equal(best, other, ours, theirs, checkpoint, wanted):
+            continue
+        if best.before == other.before:
             raise ValueError(
-                f"expected one set of weights in {owner}, got different ones below {best!r} and {other!r}; choose one "
-                f"with --weights {best[:-1]}"
+                f"expected one set of weights in {checkpoint.source}, got different ones below {best.off!r} and "
+                f"{other.off!r}; choose one with --weights {(best.off or other.off)[:-1]}"
             )
+        raise ValueError(
+            f"expected one part of {owner} that the names of {checkpoint.source} fit, got {next(iter(best.found))!r} "
+            f"for {next(iter(best.found.values()))!r} as well as {next(iter(other.found))!r} for "
+            f"{next(iter(other.found.values()))!r}; save the model with the names that are meant"
+        )
     return best
 
 
 def _are_equal(
-    ours: Mapping[str, str], theirs: Collection[str], tensors: Mapping[str, Tensor], one: str, other: str
+    one: _Reading,
+    other: _Reading,
+    ours: Mapping[str, str],
+    theirs: Mapping[str, str],
+    checkpoint: Checkpoint,
+    wanted: Mapping[str, Tensor],
 ) -> bool:
-    pairs = [(ours.get(one + name), ours.get(other + name)) for name in theirs]
-    return all(a == b or (a is not None and b is not None and same_bits(tensors[a], tensors[b])) for a, b in pairs)
+    """Return whether two readings align tensors of the same bits."""
+
+    def same(a: str, b: str, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
+        return a == b or same_bits(tensors[names[a]], tensors[names[b]])
+
+    first, second = ({a[len(reading.off) :]: (a, b) for a, b in reading.found.items()} for reading in (one, other))
+    return first.keys() == second.keys() and all(
+        same(a, second[end][0], ours, checkpoint) and same(b, second[end][1], theirs, wanted)
+        for end, (a, b) in first.items()
+    )
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return shapes by name, without reading a checkpoint's tensors."""
+    if isinstance(tensors, Checkpoint):
+        return {name: entry.shape for name, entry in tensors.entries.items()}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _last_part(prefix: str) -> str:
+    return prefix[prefix.rfind(".", 0, -1) + 1 :]
 
 
 def _prefixes(name: str) -> Iterator[str]:

@@ -103,11 +103,54 @@ def test_two_sets_of_weights_in_one_file_are_not_chosen_between(theta, models, t
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def clip_like(seed, context=17):
+    """Return a model of an image and a text tower of one width, whose blocks have the same names."""
+    generator = torch.Generator().manual_seed(seed)
+    block = {"attn.weight": (12, 4), "attn.bias": (12,), "mlp.weight": (4, 4)}
+    shapes = {f"transformer.resblocks.{i}.{name}": shape for i in range(2) for name, shape in block.items()}
+    text = {"positional_embedding": (context, 4), **shapes, "token_embedding.weight": (9, 4), "logit_scale": ()}
+    image = {"positional_embedding": (17, 4), **shapes, "conv1.weight": (4, 3, 2, 2), "class_embedding": (4,)}
+    shapes = {**text, **{f"visual.{name}": shape for name, shape in image.items()}}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("context", [17, 10])
+@pytest.mark.parametrize("prefix", ["backbone.", "model.backbone.", ""])
+@pytest.mark.parametrize("beside", [{}, {"logit_scale": torch.tensor(9.0), "head.bias": torch.ones(3)}])
+def test_an_image_tower_is_not_taken_for_the_text_tower(beside, prefix, context, tmp_path):
+    base, tuned = clip_like(0, context), clip_like(1, context)
+    tower = {prefix + k.removeprefix("visual."): v for k, v in tuned.items() if k.startswith("visual.")}
+    found, job = merged(base, [tower | beside], tmp_path)
+    assert "below 'visual.'" in job.describe()
+    for name, tensor in base.items():
+        is_taken = name.startswith("visual.") or (prefix and name in beside)
+        model = beside.get(name, tuned[name]) if is_taken else tensor
+        torch.testing.assert_close(found[name], (tensor + model) / 2)
+
+
+def test_what_is_beside_a_tower_keeps_its_name(tmp_path):
+    base, tuned = clip_like(0), clip_like(1)
+    del tuned["token_embedding.weight"]
+    found, _ = merged(base, [{name.replace("visual", "image_encoder"): v for name, v in tuned.items()}], tmp_path)
+    for name, tensor in base.items():
+        torch.testing.assert_close(found[name], (tensor + tuned.get(name, tensor)) / 2)
+
+
+def test_blocks_that_fit_both_towers_are_refused_and_fit_by_their_whole_names(tmp_path):
+    base, tuned = clip_like(0), clip_like(1)
+    blocks = {name: tensor for name, tensor in tuned.items() if name.startswith("visual.transformer.")}
+    short = {f"backbone.{name.removeprefix('visual.')}": tensor for name, tensor in blocks.items()}
+    with pytest.raises(ValueError, match=r"'backbone\.(transformer\.\S+)' for '\1' as well as \S+ for 'visual\.\1'"):
+        merged(base, [short], tmp_path)
+    found, _ = merged(base, [blocks], tmp_path)
+    assert {name for name in base if not torch.equal(found[name], base[name])} == blocks.keys()
+
+
 @pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize("foreign", ["names", "shapes", "scalar"])
 def test_a_run_where_almost_nothing_matches_is_an_error(foreign, order, theta, models, tmp_path, capsys):
     if foreign == "names":
-        models[1] = {name.replace("net", "encoder.layer"): value for name, value in models[1].items()}
+        models[1] = {name.replace("net.", "encoder.layer_"): value for name, value in models[1].items()}
     elif foreign == "shapes":
         models[1] = {name: torch.ones(3, *value.shape) for name, value in models[1].items()}
     else:
