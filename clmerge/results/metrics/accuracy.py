@@ -155,7 +155,7 @@ class TaskAccuracy(Metric):
 
 
 def _is_right(logits: Tensor, competing: Tensor, labels: Tensor) -> Tensor:
-    """Tell which samples have their label on top, ``(batch,)`` bool, given three ``(batch, ...)`` tensors."""
+    """Return whether each sample has its label on top, ``(batch,)`` bool, from three ``(batch, ...)`` tensors."""
     scores = logits.masked_fill(~competing, float("-inf"))
     predicted = scores.argmax(dim=1)  # unlike the index max() returns, promised to be the first of equal values
     best = scores.amax(dim=1)

@@ -79,7 +79,7 @@ def average_incremental_accuracy(matrix: Matrix, *, samples: Row | None = None) 
 
 
 def forgetting_per_task(matrix: Matrix) -> list[float]:
-    """Return how far each task has fallen below the best it has had since it was learned.
+    """Return how far each task's accuracy is below its best since the task was learned.
 
     ``f_j = max_{j<=l<n} R[l, j] - R[n, j]`` for ``j < n`` (Chaudhry et al.,
     https://arxiv.org/abs/1801.10112). It is negative when the last task improved task j. The maximum starts
@@ -106,7 +106,7 @@ def forgetting_per_task(matrix: Matrix) -> list[float]:
 
 
 def forgetting(matrix: Matrix) -> float:
-    """Return the mean forgetting of all tasks but the one learned last.
+    """Return the mean forgetting of all tasks except the last one learned.
 
     ``F = 1/(n-1) * sum_{j<n} f_j`` with ``f_j`` of :func:`forgetting_per_task` (Chaudhry et al.,
     https://arxiv.org/abs/1801.10112), in [-1, 1] and not clipped at zero.
@@ -128,7 +128,7 @@ def forgetting(matrix: Matrix) -> float:
 
 
 def backward_transfer(matrix: Matrix) -> float:
-    """Return what learning later tasks did to earlier ones; negative means forgetting.
+    """Return the mean change of earlier tasks' accuracy by learning later ones; negative means forgetting.
 
     ``BWT = 1/(n-1) * sum_{j<n} (R[n, j] - R[j, j])`` (GEM, https://arxiv.org/abs/1706.08840).
 
@@ -174,7 +174,7 @@ def forward_transfer(matrix: Matrix, baseline: Row) -> float:
 
 
 def learning_accuracy(matrix: Matrix) -> float:
-    """Return how well tasks are known right after they are learned (plasticity).
+    """Return the mean accuracy on tasks right after they are learned (plasticity).
 
     ``LA = 1/n * sum_{j<=n} R[j, j]`` (Riemer et al., https://arxiv.org/abs/1810.11910).
 
@@ -195,7 +195,7 @@ def learning_accuracy(matrix: Matrix) -> float:
 
 
 def transfer(matrix: Matrix) -> float:
-    """Return the accuracy on tasks not learned yet: what is left of the zero-shot ability.
+    """Return the mean accuracy on tasks not learned yet: the remaining zero-shot ability.
 
     ``Transfer = 1/(n-1) * sum_{2<=j<=n} 1/(j-1) * sum_{i<j} R[i, j]`` (ZSCL,
     https://arxiv.org/abs/2303.06628).
@@ -286,7 +286,7 @@ def normalised_accuracy(matrix: Matrix, reference: Row) -> float:
 
 
 def merge_gap(expert: Matrix, merged: Matrix) -> list[float]:
-    """Return what merging costs each task the moment it is merged.
+    """Return the accuracy that each task loses by merging, right after it is merged.
 
     ``g_t = R_expert[t, t] - R_merged[t, t]``: the expert has just been trained on task t, so this is lost by
     merging, whereas a fall of the expert's own later rows is forgetting by training.

@@ -115,7 +115,7 @@ class AccuracyMatrix:
 
 
 def check_row(accuracies: Row, num_tasks: int) -> Array:
-    """Return one accuracy per task as float64, or say what is wrong with them.
+    """Return one accuracy per task as float64 after checking them.
 
     Args:
         accuracies: Accuracies in [0, 1], ``(num_tasks,)``, NaN or None where undefined.

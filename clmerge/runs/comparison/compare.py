@@ -1,4 +1,4 @@
-"""Compare mergers on one finished run: search, merge, evaluate, hold against references."""
+"""Compare mergers on one finished run: search settings, merge, evaluate, add references."""
 
 import itertools
 from collections.abc import Mapping
@@ -24,17 +24,17 @@ RULE = "scale-rule"
 
 @dataclass
 class Request:
-    """What is compared.
+    """The settings of a comparison.
 
     Args:
         mergers: Mergers by name.
         scale: Values of ``scale`` to choose from, for every merger that has one.
         grid: Values of other parameters, ``NAME.PARAMETER=VALUES``.
-        scale_rule: Whether a rule for the scale as a function of t is tried, too.
-        orders: Orders of the experts to merge in; 0 for the run's own only.
+        scale_rule: Whether to also try a rule for the scale as a function of t.
+        orders: Number of orders of the experts to merge in; 0 for the run's own only.
         orders_seed: Seed of the other orders.
         memory: Bytes of accumulators and merged weights that are held at a time.
-        diagnose: Whether to look for reasons: task vectors, experts and merged models are diagnosed.
+        diagnose: Whether to compute diagnostics of task vectors, experts and merged models.
     """
 
     mergers: Mapping[str, Merger]
@@ -49,7 +49,7 @@ class Request:
 
 @dataclass
 class Comparison:
-    """What was found out about one run.
+    """The results of a comparison on one run.
 
     Attributes:
         run: The run.
@@ -58,8 +58,8 @@ class Comparison:
         bytes_kept: Bytes kept beside theta_0 after every task, by model.
         merge_seconds: Seconds per task, by merger.
         searches: The searches.
-        orders: The order sweeps by merger; empty where none was asked for.
-        diagnostics: The diagnostics document; None where none was asked for.
+        orders: The order sweeps by merger; empty if not requested.
+        diagnostics: The diagnostics document; None if not requested.
     """
 
     run: StoredRun
@@ -97,15 +97,15 @@ class Comparison:
 
 
 def check_request(run: StoredRun, request: Request, joint: StoredRun | None = None) -> dict[str, Search]:
-    """Check, before anything is computed, that a run can give what is asked for; return the searches by merger.
+    """Check, before anything is computed, that a request is possible for a run; return the searches by merger.
 
     Args:
         run: The run.
-        request: What is compared.
+        request: The settings of the comparison.
         joint: A run that was trained on all classes together, if there is one.
 
     Raises:
-        ValueError: If it cannot, a setting is unknown, or the joint run is of other classes or another model.
+        ValueError: If it is impossible, a setting is unknown, or the joint run has other classes or another model.
     """
     mergers = dict(request.mergers)
     check_names(mergers)
@@ -120,16 +120,16 @@ def check_request(run: StoredRun, request: Request, joint: StoredRun | None = No
 
 
 def compare_run(run: StoredRun, request: Request, ledger: Ledger, joint: StoredRun | None = None) -> Comparison:
-    """Compare mergers on one run; nothing that ``ledger`` has is computed again.
+    """Compare mergers on one run; rows in ``ledger`` are not computed again.
 
     Args:
         run: The run.
-        request: What is compared.
-        ledger: Keeps what is found.
+        request: The settings of the comparison.
+        ledger: Stores the rows.
         joint: A run that was trained on all classes together, if there is one.
 
     Raises:
-        ValueError: If the run cannot give what is asked for, or a setting is unknown.
+        ValueError: If the request is impossible for the run, or a setting is unknown.
     """
     mergers = dict(request.mergers)
     searches = check_request(run, request, joint)
@@ -161,7 +161,7 @@ def compare_run(run: StoredRun, request: Request, ledger: Ledger, joint: StoredR
 
 
 def _count_references(found: Comparison) -> None:
-    """Say what the references keep: the weights of a model that is deployed, of every expert, or nothing."""
+    """Set the bytes that references keep: the weights of a deployed model, of every expert, or none."""
     weights = 4 * found.run.num_parameters
     num_tasks = len(found.run.tasks)
     grows = list(itertools.accumulate(found.run.bank.path(task).stat().st_size for task in range(num_tasks)))

@@ -1,4 +1,4 @@
-"""Why the mergers of a comparison differ: diagnostics of a stored run's task vectors, experts and merged models."""
+"""Compute diagnostics of a stored run's task vectors, experts and merged models."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ def diagnose_run(run: StoredRun, mergers: Mapping[str, Merger]) -> dict[str, Any
 
     Args:
         run: The run.
-        mergers: Mergers by name, with the settings that were chosen.
+        mergers: Mergers by name, with the chosen settings.
 
     Returns:
         The diagnostics document (docs/diagnostics.md), and the name of the run as ``run``.

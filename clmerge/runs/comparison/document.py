@@ -15,10 +15,10 @@ _OWN = ("worst_task", "gap_to_experts", "normalised_accuracy")
 
 
 def build_document(found: Sequence[Comparison], *, orders_seed: int = 0) -> dict[str, Any]:
-    """Put what was found about one or several runs into one document.
+    """Combine the comparisons of one or several runs into one document.
 
     Args:
-        found: What was found, one item a run; all streams have as many tasks.
+        found: The comparisons, one per run; all streams have equally many tasks.
         orders_seed: Seed of the order sweeps.
 
     Raises:
@@ -62,13 +62,13 @@ def build_document(found: Sequence[Comparison], *, orders_seed: int = 0) -> dict
 
 
 def check_alike(results: Mapping[str, Results]) -> None:
-    """Refuse runs that do not fit side by side.
+    """Refuse runs that cannot be compared with each other.
 
     Args:
         results: Results by the name of their run.
 
     Raises:
-        ValueError: If they have different numbers of tasks, or go by different accuracies.
+        ValueError: If they have different numbers of tasks, or different default readings of the logits.
     """
     if len({one.num_tasks for one in results.values()}) > 1:
         lengths = ", ".join(f"{name}: {one.num_tasks}" for name, one in results.items())
@@ -79,10 +79,10 @@ def check_alike(results: Mapping[str, Results]) -> None:
 
 
 def join_results(found: Sequence[Comparison]) -> Results:
-    """Return the results of one run, or those of several with every model called ``MODEL@RUN``.
+    """Return the results of one run, or those of several with every model named ``MODEL@RUN``.
 
     Args:
-        found: What was found, one item a run.
+        found: The comparisons, one per run.
 
     Raises:
         ValueError: If the runs have different numbers of tasks.
@@ -93,7 +93,7 @@ def join_results(found: Sequence[Comparison]) -> Results:
     check_alike({one.run.name: one.results for one in found})
     if all(one.results.tasks == first.tasks for one in found):
         joined = Results(first.tasks, classes=first.classes, samples=first.samples, evaluation=first.evaluation)
-    else:  # other orders of classes: what is compared is the t-th task of each
+    else:  # other orders of classes: compare the t-th task of each run
         names = [f"task {t + 1}" for t in range(first.num_tasks)]
         joined = Results(names, classes=[[]] * first.num_tasks, evaluation=first.evaluation)
     for one in found:
@@ -104,7 +104,7 @@ def join_results(found: Sequence[Comparison]) -> Results:
 
 
 def own_figures(results: Results, model: str, setting: Setting) -> dict[str, list[float]]:
-    """Return what is told of a model after every task beside the figures of the contract.
+    """Return the figures of a model after every task that are not in the contract of ``results.json``.
 
     Args:
         results: The results.
@@ -129,7 +129,7 @@ def _ratio(accuracies: Array, experts: Array) -> float:
 
 
 def group_names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Name the group of every run after the options that tell the groups apart; seeds and names tell nothing.
+    """Name the group of every run after the options in which groups differ; seeds and names are ignored.
 
     Args:
         configs: Configurations of runs, as plain values.

@@ -1,4 +1,4 @@
-"""Which settings of a merger are tried: values of its parameters."""
+"""Parse and combine the parameter values of mergers that a search tries."""
 
 import copy
 import difflib
@@ -42,7 +42,7 @@ def parse_values(text: str) -> list[Any]:
 def grids(
     mergers: Mapping[str, Merger], scale: str | None, assignments: Sequence[str]
 ) -> dict[str, dict[str, list[Any]]]:
-    """Return the values that are tried, by merger and parameter.
+    """Return the values to try, by merger and parameter.
 
     Args:
         mergers: Mergers by name.
@@ -50,7 +50,7 @@ def grids(
         assignments: ``NAME.PARAMETER=VALUES``, where NAME is a merger's name or class.
 
     Returns:
-        Merger -> parameter -> values; only mergers of which something is tried.
+        Merger -> parameter -> values; only mergers with values to try.
 
     Raises:
         ValueError: For an unknown merger or parameter (the nearest one is given), or malformed values.
@@ -92,7 +92,7 @@ def grids(
 
 
 def with_values(merger: Merger, values: Mapping[str, Any]) -> Merger:
-    """Return a new merger with the settings of another, but for some values.
+    """Return a new merger with the settings of another, except some values.
 
     Example:
         >>> from clmerge.merging import TIES
@@ -115,7 +115,7 @@ def points(grid: Mapping[str, Sequence[Any]]) -> list[Values]:
 
 
 def _split(text: str) -> list[str]:
-    """Split at the commas that are in no brackets."""
+    """Split at the commas outside of brackets."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter == "[") - (letter == "]")
@@ -141,7 +141,7 @@ def _value(text: str) -> Any:
 
 
 def _checked(merger: Merger, parameter: str, values: list[Any]) -> list[Any]:
-    """Return the values; refuse what is no number where the default is one."""
+    """Return the values; refuse values that are not numbers if the default is one."""
     argument = inspect.signature(type(merger)).parameters[parameter]
     if isinstance(argument.default, int | float) and not isinstance(argument.default, bool):
         kinds = int | float | list if "Sequence" in str(argument.annotation) else int | float

@@ -1,4 +1,4 @@
-"""What a comparison has found so far, kept on disk so that it goes on after a kill."""
+"""Store the rows of a comparison on disk, so that it resumes after an interruption."""
 
 import hashlib
 import json
@@ -30,12 +30,12 @@ def make_row(accuracies: Mapping[str, list[float]], merge_seconds: float = 0.0) 
 
 
 class Ledger:
-    """Rows by what they are the result of, in one JSON file that is replaced atomically with every addition.
+    """Rows by the key of their inputs, in one JSON file that is replaced atomically with every addition.
 
-    Its folder is made, and locked until the ledger is gone: a second process would overwrite the rows of the first.
+    Its folder is made, and locked while the ledger exists: a second process would overwrite the rows of the first.
 
     Args:
-        file: The file; read if it is there.
+        file: The file; read if it exists.
 
     Raises:
         BlockingIOError: If another process has locked the folder.
@@ -72,8 +72,8 @@ class Ledger:
 
         Args:
             run: Identity of the run.
-            model: What was merged how, with all settings.
-            split: The images it was evaluated on.
+            model: The merger with all settings.
+            split: The split that it was evaluated on.
             tasks: The tasks that were merged, in order.
         """
         return hashlib.sha256(json.dumps([clmerge.__version__, run, model, split, list(tasks)]).encode()).hexdigest()[
@@ -87,7 +87,7 @@ class Ledger:
         return self._rows[key]
 
     def add(self, rows: Mapping[str, Row]) -> None:
-        """Keep more rows; they are on disk when this returns.
+        """Add rows; they are on disk when this returns.
 
         Args:
             rows: Rows by key.

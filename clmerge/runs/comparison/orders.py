@@ -18,7 +18,7 @@ def permutations(num_tasks: int, num_orders: int, seed: int) -> list[list[int]]:
 
     Args:
         num_tasks: Number of tasks T.
-        num_orders: Orders wanted; fewer than that are returned if T! is smaller.
+        num_orders: Number of orders; fewer are returned if T! is smaller.
         seed: Seed.
 
     Example:
@@ -56,8 +56,8 @@ def order_sweep(
     Args:
         run: The run.
         mergers: Mergers by name.
-        num_orders: Orders, the run's own included.
-        ledger: Keeps what is found.
+        num_orders: Number of orders, the run's own included.
+        ledger: Stores the rows.
         seed: Seed of the orders.
         memory: Bytes of accumulators and weights that are held at a time.
 

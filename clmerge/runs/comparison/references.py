@@ -1,4 +1,4 @@
-"""What mergers are held against: zero-shot, sequential, oracle and ensemble of the experts, joint training."""
+"""References for mergers: zero-shot, sequential, oracle and ensemble of the experts, joint training."""
 
 import math
 
@@ -15,12 +15,12 @@ from clmerge.results.results import ENSEMBLE, EXPERT, JOINT, SETTINGS, TASK_ORAC
 def add_references(results: Results, run: StoredRun, ledger: Ledger, joint: StoredRun | None) -> None:
     """Add the reference rows of a run.
 
-    Zero-shot and expert are those that ``fit`` found; the oracle follows from them.
+    Zero-shot and expert are taken from the results of ``fit``; the oracle is computed from them.
 
     Args:
-        results: Where they go.
+        results: The results to add to.
         run: The run.
-        ledger: Keeps what had to be evaluated.
+        ledger: Stores the evaluated rows.
         joint: A run that was trained on all classes together, if there is one.
 
     Raises:
@@ -44,9 +44,9 @@ def add_references(results: Results, run: StoredRun, ledger: Ledger, joint: Stor
 
 
 def ensemble(run: StoredRun, ledger: Ledger) -> list[Row]:
-    """Return what averaging the probabilities of the experts so far gives after every task (arXiv 1612.01474).
+    """Return the accuracies, after every task, of averaging the experts' probabilities so far (arXiv 1612.01474).
 
-    Every expert goes over the images once; the sum of the probabilities is what is kept.
+    Every expert is evaluated on the images once; only the sum of the probabilities is kept.
 
     Args:
         run: The run.
@@ -81,7 +81,7 @@ def check_joint(run: StoredRun, joint: StoredRun) -> None:
     """Refuse a joint run of other classes, or of another model.
 
     Raises:
-        ValueError: If it is one.
+        ValueError: If the classes or the models differ.
     """
     for what, ours, theirs in (
         ("classes", run.stream.class_names, joint.stream.class_names),

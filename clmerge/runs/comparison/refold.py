@@ -1,4 +1,4 @@
-"""Fold a run's task vectors again, in any order, and evaluate what comes out; what was found before is not repeated."""
+"""Fold a run's task vectors again, in any order, and evaluate the merged models; stored rows are reused."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from clmerge.weights.parametrization import own_names
 from clmerge.weights.swap import swapped
 
 Table = dict[str, dict[int, Row]]
-"""Model -> number of merged tasks -> what was found."""
+"""Model -> number of merged tasks -> row."""
 
 
 class Refold:
@@ -27,10 +27,10 @@ class Refold:
 
     Args:
         run: The run.
-        mergers: Mergers by name; new ones with their settings are used.
+        mergers: Mergers by name; new mergers with the same settings are used.
 
     Raises:
-        ValueError: If a merger requires what the run cannot give again.
+        ValueError: If a merger requires statistics that cannot be measured again.
     """
 
     def __init__(self, run: StoredRun, mergers: Mapping[str, Merger]) -> None:
@@ -68,7 +68,7 @@ class Refold:
 
 
 def check_mergers(run: StoredRun, mergers: Mapping[str, Merger]) -> None:
-    """Refuse mergers that require what cannot be measured again, before anything is computed.
+    """Refuse mergers that require statistics that cannot be measured again, before anything is computed.
 
     Raises:
         ValueError: If a merger requires Adam's second moments, or validation images that the stream does not have, or
@@ -101,17 +101,17 @@ def sweep(
 ) -> Table:
     """Merge a run's tasks in an order with several mergers, and evaluate after every task.
 
-    Mergers go together through one pass over the vectors and, after every task, one pass over the images, as far as
-    ``memory`` allows; a row that the ledger has is not computed again.
+    All mergers share one pass over the vectors and, after every task, one pass over the images, as far as ``memory``
+    allows; a row in the ledger is not computed again.
 
     Args:
         run: The run.
         mergers: Mergers by name.
-        ledger: Where rows are kept.
+        ledger: Stores the rows.
         order: Indices of tasks; default that of the run.
         split: Images to evaluate on.
-        last_only: Evaluate after the last task of the order alone.
-        what: What the models are called where progress is shown.
+        last_only: Evaluate only after the last task of the order.
+        what: Name of the models in the progress display.
         memory: Bytes of accumulators and merged weights that are held at a time.
 
     Returns:
@@ -157,7 +157,7 @@ def _merged(run: StoredRun, merge: RunningMerge, names: Sequence[str]) -> tuple[
 
 
 def _groups(run: StoredRun, mergers: Mapping[str, Merger], memory: int, num_tasks: int) -> Iterator[dict[str, Merger]]:
-    """Split mergers so that accumulators and merged weights of a group fit into ``memory`` bytes, one at least."""
+    """Split mergers into groups of at least one whose accumulators and merged weights fit into ``memory`` bytes."""
     group: dict[str, Merger] = {}
     used = 0
     for name, merger in mergers.items():
@@ -173,7 +173,7 @@ def _groups(run: StoredRun, mergers: Mapping[str, Merger], memory: int, num_task
 
 @contextmanager
 def _line(label: str, *, silent: bool) -> Iterator[None]:
-    """Print one line to stderr when a step is done, where no progress bar says so."""
+    """Print one line to stderr when a step is done, if there is no progress bar."""
     started = time.perf_counter()
     yield
     if not silent:

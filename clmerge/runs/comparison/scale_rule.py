@@ -34,7 +34,7 @@ def fit_rule(chosen: Sequence[float]) -> tuple[float, float]:
 
 
 class ScaleRule:
-    """A merger whose scale after task t follows from the best scales after the tasks before.
+    """A merger whose scale after task t is predicted from the best scales after earlier tasks.
 
     After task t the scale is ``a * t^b``, fitted to the scales that were best on the validation images after tasks
     1..t-1, and kept within the values tried. After the first task there are none: the merger's own scale is used.
@@ -42,10 +42,10 @@ class ScaleRule:
     Args:
         merger: The merger; its scale is that of the first task.
         scales: Scales that are tried, all positive.
-        best: The best of them after every task.
+        best: The best scale after every task.
 
     Attributes:
-        used: The scale after every task; None where the merger's default depends on its parts.
+        used: The scale after every task; None if the merger's default depends on its parts.
 
     Example:
         >>> from clmerge.merging import TaskArithmetic
@@ -67,7 +67,7 @@ class ScaleRule:
         return with_values(self.merger, {"scale": self.used[t - 1]})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the rule as the document has it: ``a`` and ``b`` are fitted to all tasks."""
+        """Return the rule in the form of the document; ``a`` and ``b`` are fitted to all tasks."""
         a, b = fit_rule(self.best)
         return {"chosen": self.best, "used": self.used, "a": a, "b": b}
 
@@ -79,7 +79,7 @@ def scale_rules(searches: Sequence[Search], ledger: Ledger, memory: int) -> dict
 
     Args:
         searches: Finished searches, of one run.
-        ledger: Keeps what is found.
+        ledger: Stores the rows.
         memory: Bytes of accumulators and weights that are held at a time.
 
     Raises:

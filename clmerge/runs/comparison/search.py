@@ -1,4 +1,4 @@
-"""Choose settings of mergers on validation images; test images are not looked at."""
+"""Choose settings of mergers on validation images; test images are not used."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,12 +23,12 @@ class Search:
     Args:
         run: The run whose task vectors are merged.
         name: Name of the merger.
-        merger: It, with the settings that are not searched.
+        merger: The merger, with the settings that are not searched.
         grid: Values by parameter.
 
     Attributes:
-        tried: What was tried, with the validation accuracies after the last task, in order.
-        method: ``grid``, or ``differential_evolution`` where there are more than two parameters.
+        tried: The tried values, with the validation accuracies after the last task, in order.
+        method: ``grid``, or ``differential_evolution`` for more than two parameters.
 
     Raises:
         ValueError: If the run has tasks without validation images, or the merger refuses a point of the grid.
@@ -62,10 +62,10 @@ class Search:
         return with_values(self.merger, self.chosen)
 
     def keep(self, candidates: Sequence[Values], accuracies: Sequence[list[float]]) -> None:
-        """Take note of what was found, each point once.
+        """Record the accuracies of candidates, each point once.
 
         Args:
-            candidates: One value for every parameter each.
+            candidates: Points, each with one value for every parameter.
             accuracies: Validation accuracies of every task.
         """
         known = [values for values, _ in self.tried]
@@ -75,7 +75,7 @@ class Search:
                 known.append(values)
 
     def to_dict(self, model: str) -> dict[str, Any]:
-        """Return the search as the document has it, without a rule.
+        """Return the search in the form of the document, without a rule.
 
         Args:
             model: The model that has the chosen values.
@@ -99,11 +99,11 @@ class Search:
 
 
 def search_all(searches: Sequence[Search], ledger: Ledger, memory: int) -> None:
-    """Try whole grids, those of all mergers together, and what differential evolution asks for beyond two parameters.
+    """Try the grids of all mergers together, or the points of differential evolution for more than two parameters.
 
     Args:
         searches: The searches, of one run.
-        ledger: Keeps what is found, so that a search goes on after a kill.
+        ledger: Stores the rows, so that a search resumes after an interruption.
         memory: Bytes of accumulators and weights that are held at a time.
     """
     grids = {search: points(search.grid) for search in searches if search.method == "grid"}
@@ -115,7 +115,7 @@ def search_all(searches: Sequence[Search], ledger: Ledger, memory: int) -> None:
 
 
 def _try(candidates: Mapping[Search, Sequence[Values]], ledger: Ledger, memory: int) -> None:
-    """Evaluate candidates on the validation images after the last task, all in one pass where memory allows."""
+    """Evaluate candidates on the validation images after the last task, in one pass if memory allows."""
     mergers = {
         f"{search.name} {i}": with_values(search.merger, values)
         for search, several in candidates.items()
@@ -159,7 +159,7 @@ def _evolve(search: Search, ledger: Ledger, memory: int) -> None:
 
 
 def mean_accuracy(accuracies: Sequence[float]) -> float:
-    """Return the mean over the tasks, which is what a search maximises.
+    """Return the mean over the tasks, which a search maximises.
 
     Example:
         >>> mean_accuracy([0.5, 1.0])

@@ -30,17 +30,17 @@ Split: TypeAlias = Literal["val", "test"]
 
 
 class StoredRun:
-    """Give back the models of a finished run: theta_0, every expert, every merged model.
+    """Restore the models of a finished run: theta_0, every expert, every merged model.
 
     Args:
         folder: The run folder; nothing in it is changed.
-        stream: The stream it was trained on.
+        stream: The stream of the run.
         module: A new classifier of its configuration.
         data: Its data module.
-        trainer: Builds Trainers as the run had them, for one process.
+        trainer: Builds Trainers with the run's settings, for one process.
         config: Its configuration, as plain values.
-        name: What the run is called in results.
-        evaluation: Which reading of the logits searches, scores and the table go by.
+        name: Name of the run in the results.
+        evaluation: Which reading of the logits is used by searches, scores and the table.
         progress: Whether to show progress bars.
 
     Attributes:
@@ -48,9 +48,9 @@ class StoredRun:
         base_statistics: Running statistics of the model before the first task.
         bank: The task vectors.
         trainers: Builds Trainers.
-        scratch: Folder of what would be computed again, if there is one.
-        results: What ``fit`` found.
-        identity: A hash that tells this run from every other.
+        scratch: Folder that caches computed files, if there is one.
+        results: Results of ``fit``.
+        identity: A hash that identifies this run.
 
     Raises:
         ValueError: If the run is not finished, has kept no task vectors, or was made with another stream.
@@ -104,7 +104,7 @@ class StoredRun:
 
     @property
     def num_parameters(self) -> int:
-        """Entries of one task vector."""
+        """Number of entries of one task vector."""
         return num_entries(self.shapes)
 
     @property
@@ -114,11 +114,11 @@ class StoredRun:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the run's Trainers put the module."""
+        """Device on which the run's Trainers put the module."""
         return self.trainers.for_evaluation("").strategy.root_device
 
     def enter(self, task: int) -> None:
-        """Give the module the head and the running statistics that it had after a task.
+        """Load the head and the running statistics of the run after a task into the module.
 
         Args:
             task: Index of the task.
@@ -147,7 +147,7 @@ class StoredRun:
         return self._reader.weights_with(self.bank[task], self.module)
 
     def measure(self, needed: Set[str], task: int, num_steps: str | None) -> Statistics:
-        """Measure statistics of a task on the module as it is, exactly as ``fit`` does.
+        """Measure statistics of a task on the module's current weights, exactly as ``fit`` does.
 
         Args:
             needed: Names of statistics.
@@ -155,7 +155,7 @@ class StoredRun:
             num_steps: Optimizer steps of the task, if the bank knows them.
 
         Raises:
-            ValueError: If steps are needed and not known.
+            ValueError: If steps are needed but unknown.
         """
         if "steps" in needed and num_steps is None:
             raise ValueError(
@@ -197,13 +197,13 @@ class StoredRun:
         return load_tensors(file) if file is not None and file.is_file() else None
 
     def _write_statistics(self, statistics: Statistics, task: int) -> None:
-        """Keep measured tensors for other searches and orders."""
+        """Store measured tensors for other searches and orders."""
         for name, value in statistics.items():
             if isinstance(value, Mapping) and (file := self._statistic_file(name, task)) is not None:
                 save_tensors(file, value)
 
     def use_scratch(self, folder: Path, *, image_memory: int) -> None:
-        """Keep what would be computed again - decoded images, statistics - until the folder is removed.
+        """Cache decoded images and statistics in a folder until it is removed.
 
         Args:
             folder: An empty folder.
@@ -223,7 +223,7 @@ class StoredRun:
         """Return the accuracies of several models on all tasks, exactly as ``fit`` does after a task.
 
         Args:
-            label: What the progress bar says.
+            label: Text of the progress bar.
             predictors: Predictors by name.
             task: The latest task that was merged; a head that grows has no accuracy on later ones.
             split: Which images.

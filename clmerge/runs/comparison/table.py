@@ -33,7 +33,7 @@ def print_comparison(document: Mapping[str, Any], *, setting: Setting | None = N
 
 
 def comparison_lines(document: Mapping[str, Any], setting: Setting) -> tuple[list[str], list[str]]:
-    """Return the lines of the table, and how each of them is shown on a terminal.
+    """Return the lines of the table, and the terminal style of each line.
 
     With several runs a line is the mean over the runs of a group, with their number and the standard deviation of the
     average accuracy.
@@ -128,7 +128,7 @@ def _search_note(search: Mapping[str, Any]) -> str:
 
 
 def _chosen(name: str, value: Any, values: Sequence[Any]) -> str:
-    """Return a chosen value, with a hint where a wider range may hold a better one."""
+    """Return a chosen value as text, with a hint if a wider range may hold a better one."""
     numbers = len(values) > 1 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     return f"{name}={value}" + " (at the edge of what was tried)" * (numbers and value in (min(values), max(values)))
 
