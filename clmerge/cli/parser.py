@@ -121,7 +121,7 @@ def described(theclass: type) -> str:
     Example:
         >>> from clmerge.merging import Scale
         >>> described(Scale).splitlines()[0]
-        "Multiply the merged vector by a scaling coefficient, on top of the reducer's own."
+        "Multiply the merged vector by a scaling coefficient, in addition to the reducer's own."
     """
     text = inspect.getdoc(theclass) or ""
     return re.sub(r"^Args:\n(?:[ ].*\n|\n)*", "", f"{text}\n", flags=re.MULTILINE).strip()
