@@ -1,4 +1,4 @@
-"""Which merged model is evaluated, and what is said where it is not the one that a reader would expect."""
+"""Choose the merged model to evaluate, and warn if it is not what a user would expect."""
 
 import warnings
 from collections.abc import Mapping
