@@ -1,12 +1,14 @@
 """Read untrusted YAML, with limits on alias expansion, nesting depth and the length of numbers."""
 
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_RESOLVER: Any = yaml.resolver.Resolver()
 _MOST_REPEATED = 10_000
 _OF_A_NODE = 100  # characters of text that count as one node
 _DEEPEST = 100
@@ -53,21 +55,22 @@ def read_yaml(path: Path) -> Any:
 
 
 def check_yaml(text: str) -> None:
-    """Refuse aliases that repeat more than 10,000 nodes, nesting more than 100 deep, and numbers of 1,000 digits.
+    """Refuse repeated keys, and what takes long to read: aliases to 10,000 nodes, nesting 100 deep, 1,000 digits.
 
-    A few lines of nested aliases, or many aliases to one long text, can expand to more than fits in memory.
+    A few lines of nested aliases, or many aliases to one long text, can expand to more than fits in memory. Of a key
+    that a mapping has twice the parser would take the last value in silence.
 
     Args:
         text: The document.
 
     Raises:
-        ValueError: If the document exceeds one of these limits.
+        ValueError: If the document exceeds one of these limits, or has a key twice in one mapping.
         yaml.YAMLError: If it is no YAML.
     """
     sizes: dict[str, int] = {}  # of anchors that are complete
     open_nodes: list[tuple[str | None, int]] = []
     count = repeated = 0
-    for event in yaml.parse(text, Loader=_Loader):
+    for event in _of_distinct_keys(yaml.parse(text, Loader=_Loader)):
         if isinstance(event, yaml.AliasEvent):
             size = sizes.get(event.anchor, 1)
             if any(anchor == event.anchor for anchor, _ in open_nodes):
@@ -91,6 +94,28 @@ def check_yaml(text: str) -> None:
             count += size
             if event.anchor is not None:
                 sizes[event.anchor] = size
+
+
+def _of_distinct_keys(events: Iterable[Any]) -> Iterator[Any]:
+    """Yield the events of a document; refuse a key that a mapping has twice: the parser would take the last."""
+    open_nodes: list[tuple[set[tuple[str, str]] | None, int]] = []  # the keys of a mapping, and its nodes so far
+    for event in events:
+        if isinstance(event, yaml.CollectionEndEvent):
+            open_nodes.pop()
+        elif isinstance(event, yaml.NodeEvent) and open_nodes:
+            keys, count = open_nodes[-1]
+            open_nodes[-1] = keys, count + 1
+            if keys is not None and count % 2 == 0 and isinstance(event, yaml.ScalarEvent):
+                key = event.tag or _RESOLVER.resolve(yaml.ScalarNode, event.value, event.implicit), event.value
+                if key in keys and event.value != "<<":
+                    line = event.start_mark.line + 1
+                    raise ValueError(
+                        f"it has the key {event.value[:40]!r} twice in one mapping, at line {line}; keep one"
+                    )
+                keys.add(key)
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((set() if isinstance(event, yaml.MappingStartEvent) else None, 0))
+        yield event
 
 
 def yaml_cause(error: Exception) -> str:

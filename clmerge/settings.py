@@ -24,26 +24,27 @@ class Configured:
             value = getattr(self, argument)
             yield from (item for item in (value if isinstance(value, list | tuple) else [value]) if _is_part(item))
 
-    def check_tasks(self, num_tasks: int) -> None:
+    def check_tasks(self, num_tasks: int, *, exact: bool = False) -> None:
         """Refuse a per-task setting, of this object or of a part, that lacks an entry for a task.
 
         Call it before training: without it, the error comes only when the task without an entry is merged.
 
         Args:
             num_tasks: How many tasks there will be.
+            exact: Whether there will be no more, so that further entries would have no effect.
 
         Raises:
-            ValueError: If there are more tasks than entries.
+            ValueError: If there are more tasks than entries, or with ``exact`` fewer.
         """
         for argument in self.per_task:
             value = getattr(self, argument)
-            if isinstance(value, list | tuple) and len(value) < num_tasks:
+            if isinstance(value, list | tuple) and (len(value) < num_tasks or (exact and len(value) > num_tasks)):
                 raise ValueError(
                     f"expected one entry for each of the {num_tasks} tasks in {argument} of {type(self).__name__}, got "
                     f"{len(value)}: {list(value)}; give {num_tasks}"
                 )
         for part in self._own_parts():
-            part.check_tasks(num_tasks)
+            part.check_tasks(num_tasks, exact=exact)
 
     def check_names(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse a pattern, of this object or of a part, that matches no parameter; call it before training.

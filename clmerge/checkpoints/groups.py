@@ -35,11 +35,16 @@ class Part:
     names: list[str]
     match: list[str]
 
-    def __str__(self) -> str:
+    @property
+    def rule(self) -> str:
+        """The rule and its patterns."""
         if not self.match:
             return repr(self.merger)
         shown = ", ".join(self.match[:2]) + (f" and {len(self.match) - 2} more" if len(self.match) > 2 else "")
-        return f"{self.merger!r} for {shown}: {len(self.names)} tensor{'s' * (len(self.names) != 1)}"
+        return f"{self.merger!r} for {shown}"
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {len(self.names)} tensor{'s' * (len(self.names) != 1)}" if self.match else self.rule
 
 
 def assign(names: Iterable[str], groups: Sequence[Group], merger: Merger | None) -> list[Part]:

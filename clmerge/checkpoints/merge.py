@@ -100,6 +100,7 @@ class CheckpointMerge:
         wanted = None if dtype is None else float_dtype(dtype)
         dtypes = {name: entry.dtype for name, entry in self.base.entries.items()}
         parts = assign(self.base.entries, groups, merger)
+        unused = [part.rule for part in parts if not part.names and (part.match or part.merger is not None)]
         left = {name for part in parts if part.merger is None for name in part.names}
 
         def is_wanted(name: str) -> bool:
@@ -126,14 +127,26 @@ class CheckpointMerge:
             patterns=[pattern for part in parts for pattern in part.match],
             statistics=self.buffers.treatments,
         )
+        if strict and unused:
+            raise ValueError(
+                f"expected rules with tensors to merge (--strict), got {unused[0]} after groups that have all of its "
+                "tensors; put it before them or leave it out"
+            )
+        self.notes += [f"unused  {rule}: the groups before it have all of its tensors" for rule in unused]
         merged = set(self.policy.merged)
         for part in parts:
             part.names = [name for name in part.names if name in merged]
         self.parts = [part for part in parts if part.names]
+        self.notes += [
+            f"{part.rule} merges to its one model for inputs of unknown task, without the views per task by which fit "
+            "and compare evaluate it"
+            for part in self.parts
+            if part.merger is not None and part.merger.task_views
+        ]
         for part in self.parts:
             if part.merger is not None:
                 check_statistics(part.merger, self.models)
-                part.merger.check_tasks(of_all)
+                part.merger.check_tasks(of_all, exact=True)
                 part.merger.check_names({name: self.base.entries[name].shape for name in part.names})
         self.ledger = Ledger(
             merger=None if merger is None else as_plain(merger),

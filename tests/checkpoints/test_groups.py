@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from clmerge.checkpoints.groups import Group
 from clmerge.checkpoints.merge import CheckpointMerge
 from clmerge.checkpoints.verify import verify
-from clmerge.merging import SLERP, TIES, MagMax, TaskArithmetic
+from clmerge.merging import EMR, SLERP, TIES, MagMax, Pipeline, Scale, TaskArithmetic
 
 
 @pytest.fixture
@@ -51,6 +51,32 @@ def test_a_rule_for_the_rest(base, paths, theta, models, tmp_path):
 def test_a_pattern_that_matches_nothing_is_named(base, paths):
     with pytest.raises(ValueError, match=r"got 'nte\.0\.weight'; the nearest is 'net\.0\.weight'"):
         CheckpointMerge(base, models=paths, groups=[Group(["nte.0.weight"], MagMax())])
+
+
+def test_a_rule_that_no_tensor_is_left_for_is_said_and_refused_if_strict(base, paths):
+    groups = [Group(["*"], MagMax()), Group(["net.*"], TIES())]
+    table = CheckpointMerge(base, models=paths, groups=groups, merger=TaskArithmetic()).describe()
+    assert f"unused  {TIES()!r} for net.*: the groups before it have all of its tensors" in table
+    assert f"unused  {TaskArithmetic()!r}: the groups before it have all of its tensors" in table
+    with pytest.raises(ValueError, match=r"expected rules with tensors to merge \(--strict\), got TIES\(.* for net"):
+        CheckpointMerge(base, models=paths, groups=groups, strict=True)
+    assert "unused" not in CheckpointMerge(base, models=paths, groups=groups[::-1], strict=True).describe()
+
+
+def test_settings_for_more_models_than_there_are_are_refused(base, paths):
+    merger = Pipeline(TaskArithmetic(weights=[1, 2, 3]), finisher=Scale(0.5))
+    CheckpointMerge(base, models=paths[:3], merger=merger)
+    with pytest.raises(
+        ValueError, match=r"each of the 2 tasks in weights of TaskArithmetic, got 3: \[1, 2, 3\]; give 2"
+    ):
+        CheckpointMerge(base, models=paths[:2], merger=merger)
+
+
+@pytest.mark.parametrize("merger", [EMR(), Pipeline(EMR(), finisher=Scale(0.5))])
+def test_the_plan_says_that_views_per_task_are_left_out(merger, base, paths):
+    said = "merges to its one model for inputs of unknown task"
+    assert f"{merger!r} {said}" in CheckpointMerge(base, models=paths, merger=merger).describe()
+    assert said not in CheckpointMerge(base, models=paths, merger=MagMax()).describe()
 
 
 def test_weights_themselves(base, paths, theta, models, tmp_path):
