@@ -24,6 +24,7 @@ from clmerge.weights.paths import what_it_is
 _TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".tar"}
 _IN_FOLDERS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_ARRAY = "a NumPy array"
 _BANK_FILE = re.compile(r"task_\d{3,}\.safetensors")
 
 
@@ -208,12 +209,27 @@ def _chosen(file: TorchFile, weights: str | None) -> tuple[str | None, Mapping[A
         return key, loaded[key]
     if isinstance(loaded, Mapping) and _holds_tensors(loaded):
         return None, loaded
-    what = f"an object of {loaded.path}" if isinstance(loaded, StandIn) else type(loaded).__name__
-    keys = f" with {', '.join(sorted(str(key)[:40] for key in loaded)[:5])}" if isinstance(loaded, Mapping) else ""
     advice = f"choose one with --weights {next(iter(sets))}" if sets else "save the state_dict() of the model"
+    parts = [loaded, *loaded.values()] if isinstance(loaded, Mapping) else []
+    if not sets and any(
+        _kind_of(value) == _ARRAY for part in parts if isinstance(part, Mapping) for value in part.values()
+    ):
+        advice = "save tensors in place of the arrays, as torch.from_numpy gives them"
+    what = _kind_of(loaded)
+    if isinstance(loaded, Mapping) and loaded:
+        what += (
+            f" with {', '.join(sorted(f'{str(key)[:40]} ({_kind_of(value)})' for key, value in loaded.items())[:5])}"
+        )
     raise ValueError(
-        f"expected a state dict in {file.path}, alone or under one of {', '.join(KNOWN)}, got {what}{keys}; {advice}"
+        f"expected a state dict in {file.path}, alone or under one of {', '.join(KNOWN)}, got {what}; {advice}"
     )
+
+
+def _kind_of(value: object) -> str:
+    """Return what a value in a file is, in words."""
+    if not isinstance(value, StandIn):
+        return type(value).__name__
+    return _ARRAY if re.fullmatch(r"numpy\..*_reconstruct", value.path) else f"an object of {value.path}"
 
 
 def _sets(file: TorchFile) -> list[str]:

@@ -109,6 +109,23 @@ def test_what_is_no_state_dict_is_refused(tmp_path):
         open_checkpoint(tmp_path / "notes.txt")
 
 
+def test_a_file_without_tensors_is_told_what_it_has(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    arrays = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
+    whole = r"an object of torch\.nn\.modules\.container\.Sequential"
+    numbers = "save tensors in place of the arrays, as torch.from_numpy gives them"
+    for content, message in (
+        (net, f"got {whole}; save the state_dict"),
+        ({"model": net}, rf"got dict with model \({whole}\); save the state_dict"),
+        (arrays, rf"got dict with 0\.bias \(a NumPy array\), 0\.weight \(a NumPy array\); {numbers}"),
+        ({"state_dict": arrays}, rf"got dict with state_dict \(dict\); {numbers}"),
+        ({}, "got dict; save the state_dict"),
+    ):
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(ValueError, match=message):
+            open_checkpoint(tmp_path / "a.pt")
+
+
 def test_a_folder_with_several_checkpoints_wants_a_name(tmp_path, theta):
     for name in ("a", "b"):
         save_file(theta, tmp_path / f"{name}.safetensors")
