@@ -29,7 +29,10 @@ def complain(name: str, error: BaseException, hint: str = "") -> int:
     if os.environ.get(DEBUG_VARIABLE):
         print(traceback_of(error), file=sys.stderr, end="")
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
-    text = visible(f"{condensed(str(error))}{notes}{hint}", keep="\n")
+    message = str(error)
+    if isinstance(error, OSError) and str(error.strerror).startswith("expected"):
+        message = str(error.strerror)  # clmerge's own sentence, without the number of the error
+    text = visible(f"{condensed(message)}{notes}{hint}", keep="\n")
     print(f"clmerge {name}: {text}", file=sys.stderr)
     return 1
 
