@@ -15,10 +15,13 @@ from clmerge.weights import apply_task_vector, load_tensors, save_tensors, task_
 def main(base_file: str, *model_files: str, out: str) -> None:
     """Merge the models into ``out``."""
     base = load_tensors(base_file)
+    weights = {name: tensor for name, tensor in base.items() if tensor.is_floating_point()}  # counters stay the base's
     merger = TIES(density=0.2, scale=1.0)
     for file in model_files:
-        merger.update(task_vector(load_tensors(file), base))  # the accumulator has one size, however many there are
-    save_tensors(out, apply_task_vector(base, merger.compute()))
+        model = load_tensors(file)
+        # The accumulator has one size, however many models there are.
+        merger.update(task_vector({name: model[name] for name in weights}, weights))
+    save_tensors(out, {**base, **apply_task_vector(weights, merger.compute())})
 
 
 if __name__ == "__main__":

@@ -27,15 +27,18 @@ def run(name, *arguments, monkeypatch):
 
 def test_two_checkpoints_are_merged(tmp_path, monkeypatch):
     states = [{"w": torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))} for seed in range(3)]
+    counted = [{**state, "steps": torch.tensor(seed)} for seed, state in enumerate(states)]
     files = [tmp_path / f"{number}.safetensors" for number in range(4)]
-    for file, state in zip(files, states, strict=False):
+    for file, state in zip(files, counted, strict=False):
         save_tensors(file, state)
     run("merge_two_checkpoints.py", *files, monkeypatch=monkeypatch)
     merger = TIES(density=0.2, scale=1.0)
     for state in states[1:]:
         merger.update(task_vector(state, states[0]))
     expected = apply_task_vector(states[0], merger.compute())
-    assert torch.equal(load_tensors(files[3])["w"], expected["w"])
+    found = load_tensors(files[3])
+    assert torch.equal(found["w"], expected["w"])
+    assert found["steps"] == 0
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
