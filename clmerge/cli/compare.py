@@ -3,7 +3,7 @@
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,15 +145,18 @@ def _compare(config: Any, mergers: Any) -> int:
             results[name] = run.results
         check_alike(results)
     ledger: Ledger | None = None
-    for path, name in zip(config.runs, names, strict=True):
-        run, own = opened(path, name)
-        mergers = mergers or own
-        ledger = ledger or Ledger(out / "rows.json")  # from here on, no other process writes to the folder
-        with _scratch_folder(out) as scratch:
-            run.use_scratch(scratch, image_memory=config.image_memory)
-            found.append(compare_run(run, request(mergers), ledger, joint))
-    document = build_document(found, orders_seed=config.orders_seed)
-    write_json_atomic(out / "results.json", document)
+    with ExitStack() as ending:
+        for path, name in zip(config.runs, names, strict=True):
+            run, own = opened(path, name)
+            mergers = mergers or own
+            if ledger is None:  # from here on, no other process writes to the folder
+                ledger = Ledger(out / "rows.json")
+                ending.callback(ledger.close)
+            with _scratch_folder(out) as scratch:
+                run.use_scratch(scratch, image_memory=config.image_memory)
+                found.append(compare_run(run, request(mergers), ledger, joint))
+        document = build_document(found, orders_seed=config.orders_seed)
+        write_json_atomic(out / "results.json", document)
     command = _log_to_wandb(found[0].run, document, out, config.runs) if config.wandb else None
     if config.json:
         print(json.dumps(document, indent=2))

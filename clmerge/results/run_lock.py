@@ -7,6 +7,7 @@ import os
 import socket
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 from clmerge.names import tell
@@ -16,7 +17,7 @@ LOCK = ".lock"
 _held: dict[Path, list[int]] = {}
 
 
-def hold_lock(folder: Path, holder: object) -> None:
+def hold_lock(folder: Path, holder: object) -> Callable[[], object]:
     """Lock a folder for this process until ``holder`` is gone; a process may hold it several times.
 
     The lock is on the file ``.lock``, which names its owner and is removed when the lock is released; a killed process
@@ -25,6 +26,9 @@ def hold_lock(folder: Path, holder: object) -> None:
     Args:
         folder: A folder that exists.
         holder: The lock is released when this object is garbage-collected, or when the process ends.
+
+    Returns:
+        A function that releases the lock at once.
 
     Raises:
         BlockingIOError: If another process has the lock; the message names it.
@@ -35,9 +39,9 @@ def hold_lock(folder: Path, holder: object) -> None:
     else:
         descriptor = _locked_file(folder)
         if descriptor is None:
-            return
+            return lambda: None
         _held[folder] = [descriptor, 1]
-    weakref.finalize(holder, _release, folder, os.getpid())
+    return weakref.finalize(holder, _release, folder, os.getpid())
 
 
 def _locked_file(folder: Path) -> int | None:

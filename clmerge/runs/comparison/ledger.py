@@ -37,6 +37,9 @@ class Ledger:
     Args:
         file: The file; read if it exists.
 
+    Attributes:
+        close: Releases the lock; adding rows is over then.
+
     Raises:
         BlockingIOError: If another process has locked the folder.
         ValueError: If the file is damaged.
@@ -55,7 +58,7 @@ class Ledger:
         self.file = file
         self._rows: dict[str, Row] = {}
         file.parent.mkdir(parents=True, exist_ok=True)
-        hold_lock(file.parent, self)
+        self.close = hold_lock(file.parent, self)
         if file.is_file():
             try:
                 found = parse_json(file.read_bytes(), "something else")
