@@ -14,7 +14,6 @@ from clmerge.figures.curves import plot_average_accuracy, plot_final_accuracy, p
 from clmerge.figures.matrices import plot_matrices, plot_matrix
 from clmerge.names import file_name
 from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Results, Setting
-from clmerge.results.table import needs_task
 from clmerge.weights import write_bytes_atomic
 
 __all__ = [
@@ -53,7 +52,7 @@ def save_plots(results: Results, folder: str | Path) -> list[Path]:
         raise ValueError("expected results with at least one finished task, got none; add rows first")
     moving = _moving(results)
     own: dict[str, Setting] = {
-        model: "task_aware" if _is_told(results, model) else results.evaluation for model in moving
+        model: "task_aware" if results.needs_task(model) else results.evaluation for model in moving
     }
     pictures = {
         Path(folder, f"matrix_{file_name(model)}.png"): plot_matrix(results, model, setting=own[model])
@@ -96,10 +95,6 @@ def plot_files(results: Results, folder: str | Path) -> list[Path]:
     return [Path(folder, f"{name}.png") for name in whole] + [
         Path(folder, setting, f"{name}.png") for setting in SETTINGS if setting != "task_agnostic" for name in names
     ]
-
-
-def _is_told(results: Results, model: str) -> bool:
-    return needs_task(*(results.matrix(model, setting).tolist() for setting in SETTINGS))
 
 
 def _moving(results: Results) -> list[str]:

@@ -13,8 +13,7 @@ from clmerge.names import shown
 from clmerge.report.looks import join_looks
 from clmerge.report.rules import Rule
 from clmerge.report.runs import Run, number
-from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Setting
-from clmerge.results.table import needs_task
+from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Setting, needs_task
 
 # Models that are not merged (bounds and baselines), with descriptions.
 REFERENCES = {

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from clmerge.results.contract import SCHEMA, SETTINGS, Setting, validate
 from clmerge.results.metrics.continual import Array, Row
 from clmerge.results.metrics.matrix import AccuracyMatrix, Figures, check_row
@@ -17,7 +19,18 @@ BASE = "base"  # theta_0 in diagnostics
 HEAD = "head"  # file name of the head's weights, beside the models' files
 REFERENCES = (EXPERT, ZERO_SHOT, TASK_ORACLE, ENSEMBLE, JOINT)
 
-__all__ = ["BASE", "HEAD", "REFERENCES", "SCHEMA", "SETTINGS", "Results", "Setting", "is_reference", "validate"]
+__all__ = [
+    "BASE",
+    "HEAD",
+    "REFERENCES",
+    "SCHEMA",
+    "SETTINGS",
+    "Results",
+    "Setting",
+    "is_reference",
+    "needs_task",
+    "validate",
+]
 
 
 def is_reference(model: str) -> bool:
@@ -28,6 +41,17 @@ def is_reference(model: str) -> bool:
         (True, True, False)
     """
     return model.partition("@")[0] in REFERENCES
+
+
+def needs_task(agnostic: Sequence[Sequence[float | None]], aware: Sequence[Sequence[float | None]]) -> bool:
+    """Return whether a model has task-aware accuracies alone, because it serves every task with a view of its own.
+
+    Args:
+        agnostic: Its task-agnostic matrix R, None or NaN where undefined.
+        aware: Its task-aware one.
+    """
+    undefined, known = (np.isnan(np.array(matrix, dtype=float)) for matrix in (agnostic, aware))
+    return bool(undefined.all() and not known.all())
 
 
 class Results:
@@ -185,6 +209,14 @@ class Results:
             ValueError: If there is no such model.
         """
         return self._matrix(model, setting).values
+
+    def needs_task(self, model: str) -> bool:
+        """Return whether a model has task-aware accuracies alone.
+
+        Args:
+            model: One of :attr:`models`.
+        """
+        return needs_task(*(self.matrix(model, setting).tolist() for setting in SETTINGS))
 
     def figures(self, model: str, setting: Setting = "task_agnostic") -> Figures:
         """Return every figure of one model (see :meth:`clmerge.results.metrics.AccuracyMatrix.summary`).

@@ -5,13 +5,12 @@ import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from clmerge.names import shorten
-from clmerge.results.results import SETTINGS, Results, Setting, is_reference
+from clmerge.results.results import Results, Setting, is_reference
 
 _NAME_LENGTH = 60
 _FIGURES = ("average", "forget", "BWT")
@@ -97,17 +96,6 @@ def render_text(results: Results, *, setting: Setting | None = None, width: int 
     return "\n".join([cells.title, *body, *notes])
 
 
-def needs_task(agnostic: Sequence[Sequence[float | None]], aware: Sequence[Sequence[float | None]]) -> bool:
-    """Return whether a model has task-aware accuracies alone, because it serves every task with a view of its own.
-
-    Args:
-        agnostic: Its task-agnostic matrix R, None or NaN where undefined.
-        aware: Its task-aware one.
-    """
-    undefined, known = (np.isnan(np.array(matrix, dtype=float)) for matrix in (agnostic, aware))
-    return bool(undefined.all() and not known.all())
-
-
 def told_note(names: Sequence[str]) -> str:
     """Return a note on models that have task-aware accuracies alone."""
     return f"{', '.join(names)}: must be told the task of every image, so task-aware only"
@@ -141,8 +129,7 @@ def _cells(results: Results, setting: Setting, width: int) -> _Cells:
     figures = [_latest_figures(results, model, setting) for model in models]
     notes = [_HINTS[setting], *(["* best merger by average accuracy"] if best else [])]
 
-    matrices = {model: [results.matrix(model, reading).tolist() for reading in SETTINGS] for model in results.mergers}
-    if told := [model for model, pair in matrices.items() if needs_task(*pair)]:
+    if told := [model for model in results.mergers if results.needs_task(model)]:
         notes.append(told_note(told))
 
     tasks = [shorten(name, _NAME_LENGTH) for name in results.tasks[:done]]

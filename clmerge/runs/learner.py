@@ -115,9 +115,10 @@ class Learner(LearnerParts):
 
     def _evaluate(self, run: RunFolder, trainers: Trainers, results: Results, task: int) -> None:
         started = time.perf_counter()
-        predictors = {name: self.merge.predictor(name, self.module) for name in self.mergers}
+        predictors: dict[str, Predictor] = {name: self.merge.predictor(name, self.module) for name in self.mergers}
         if self.calibrated:
-            calibrated = self.calibrated.models(self.merged(), task, trainers.device)
+            merged = {name: one.state for name, one in predictors.items() if isinstance(one, Merged)}
+            calibrated = self.calibrated.models(merged, task, trainers.device)
             predictors |= {name: Merged(state) for name, state in calibrated.items()}
         # Evaluate theta_0 + tau, as compare does from the bank, so that both have the same bits.
         expert = self.merge.weights_with(self.merge.task_vector(self.module), self.module)

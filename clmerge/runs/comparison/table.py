@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.text import Text
 
 from clmerge.names import shorten
-from clmerge.results.results import SETTINGS, Setting, is_reference
-from clmerge.results.table import align, needs_task, percent, told_note
+from clmerge.results.results import SETTINGS, Setting, is_reference, needs_task
+from clmerge.results.table import align, percent, told_note
 
 _NAME_LENGTH = 80
 _NOTES = {
