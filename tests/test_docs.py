@@ -198,7 +198,11 @@ PYTHON = {
     ("tuning.md", 0): (in_a_module, lambda found: found["MyModule"]()),
 }
 # The first defines a merger, which would be one in all tests that follow: it has a process of its own.
-ELSEWHERE = {"CONTRIBUTING.md": "below", "other_callbacks.md": "tests/callbacks/test_docs.py"}
+ELSEWHERE = {
+    "CONTRIBUTING.md": "below",
+    "other_callbacks.md": "tests/callbacks/test_docs.py",
+    "own_rule.md": "tests/merging/test_bases.py",
+}
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"{block[0]}-{block[1]}")

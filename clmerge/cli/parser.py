@@ -143,13 +143,14 @@ set_loader("yaml", _load_yaml, exceptions=(ValueError,))
 
 
 def known_subclasses(bases: Iterable[type]) -> list[str]:
-    """Return the names of all imported, public subclasses of ``bases``."""
+    """Return the names of the imported subclasses of ``bases`` that options accept: concrete and public ones."""
     found: list[str] = []
     pending = [*bases]
     while pending:
         children: list[type] = pending.pop().__subclasses__()
         pending += children
-        found += [child.__name__ for child in children if not child.__name__.startswith("_")]
+        concrete = (child.__name__ for child in children if not inspect.isabstract(child))
+        found += [name for name in concrete if not name.startswith("_")]
     return sorted(set(found))
 
 

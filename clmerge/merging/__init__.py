@@ -15,7 +15,9 @@ from clmerge.merging.linear.slerp import SLERP
 from clmerge.merging.linear.soup import GreedySoup
 from clmerge.merging.linear.stock import ModelStock
 from clmerge.merging.linear.subtraction import ExtSub
+from clmerge.merging.linear.sum import Sum
 from clmerge.merging.linear.weighted import WeightedAverage
+from clmerge.merging.linear.weighted_sum import WeightedSum
 from clmerge.merging.matrices import Matrices
 from clmerge.merging.merger import Merger
 from clmerge.merging.pipeline import Pipeline
@@ -23,6 +25,7 @@ from clmerge.merging.precision.became import BECAME
 from clmerge.merging.precision.dop import DOP
 from clmerge.merging.precision.fisher import UGM, Fisher
 from clmerge.merging.precision.fisher_mask_nodes import FisherMaskNodes
+from clmerge.merging.precision.gram import Gram
 from clmerge.merging.precision.mats import MaTS
 from clmerge.merging.precision.regmean import RegMean
 from clmerge.merging.precision.wudi import WUDI, ACTMat
@@ -46,6 +49,7 @@ from clmerge.merging.spectral.adapters import (
     sum_adapters,
     truncate_adapter,
 )
+from clmerge.merging.spectral.decomposition import Spectral
 from clmerge.merging.spectral.ethos import Ethos
 from clmerge.merging.spectral.iso import IsoC
 from clmerge.merging.spectral.iso_cts import IsoCTS
@@ -53,6 +57,7 @@ from clmerge.merging.spectral.knots import KnOTS
 from clmerge.merging.spectral.opcm import OPCM
 from clmerge.merging.spectral.tsvm import TSVM
 from clmerge.merging.step import Score, Statistics
+from clmerge.merging.stored import Stored
 
 __all__ = [
     "BECAME",
@@ -83,6 +88,7 @@ __all__ = [
     "Finisher",
     "Fisher",
     "FisherMaskNodes",
+    "Gram",
     "GreedySoup",
     "GroupScale",
     "IsoC",
@@ -105,7 +111,10 @@ __all__ = [
     "Scale",
     "Score",
     "Sparsifier",
+    "Spectral",
     "Statistics",
+    "Stored",
+    "Sum",
     "TaskArithmetic",
     "TrimModel",
     "TrimTensor",
@@ -113,6 +122,7 @@ __all__ = [
     "TunableMagMax",
     "WeightAverage",
     "WeightedAverage",
+    "WeightedSum",
     "WiSEFT",
     "adapter_of",
     "mean_of_factors",

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from difflib import get_close_matches
 from math import prod
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from clmerge.weights.task_vector import State
 
 Shapes = dict[str, tuple[int, ...]]
+Choice = TypeVar("Choice")
 
 MOST_STEPS = 100_000  # of solvers; published settings are 100 to 1,000
 
@@ -128,6 +130,38 @@ def check_finite(vector: State) -> None:
             f"expected finite values, got {bad} NaN or Inf among the {tensor.numel()} entries of {name!r}; "
             "the state is unchanged: look for a diverged training run"
         )
+
+
+def checked_share(name: str, value: float) -> float:
+    """Return a setting that is a share; raise a ValueError if it is not in [0, 1].
+
+    Args:
+        name: Name of the setting.
+        value: The share.
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(f"expected {name} in [0, 1], got {value}")
+    return value
+
+
+def checked_choice(name: str, value: Choice, allowed: Any) -> Choice:
+    """Return a setting that has one of a few values; raise a ValueError if it has another.
+
+    Args:
+        name: Name of the setting.
+        value: Its value.
+        allowed: The ``Literal`` of the values.
+
+    Example:
+        >>> from typing import Literal
+        >>> checked_choice("solver", "sgd", Literal["adam", "ridge"])
+        Traceback (most recent call last):
+        ValueError: expected solver 'adam' or 'ridge', got 'sgd'
+    """
+    if value not in get_args(allowed):
+        *others, last = map(repr, get_args(allowed))
+        raise ValueError(f"expected {name} {', '.join(others)} or {last}, got {value!r}")
+    return value
 
 
 def checked_steps(steps: int, least: int = 1, *, name: str = "steps") -> int:

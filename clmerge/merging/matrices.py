@@ -82,6 +82,16 @@ class Matrices:
         count = self.count(name, tuple(tensor.shape))
         return list(tensor.chunk(count)) if count else []
 
+    def by_matrix(self, name: str, taus: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Return, for every matrix of a parameter, that matrix of every task, in float64.
+
+        Args:
+            name: Name of the parameter.
+            taus: The parameter in the task vectors.
+        """
+        by_task = [self.pieces(name, tau) for tau in taus]
+        return [[piece.double() for piece in pieces] for pieces in zip(*by_task, strict=True)]
+
     def listed(self, shapes: Shapes) -> list[str]:
         """Return lines that say which parameters are treated as matrices; names that differ in numbers share a line.
 

@@ -24,16 +24,22 @@ from clmerge.weights.bank import TaskVectorBank
 from clmerge.weights.task_vector import State, TaskVector
 
 
+class Unnamed(str):
+    """The name of a class that has none; a rule that inherits it cannot be instantiated."""
+
+    __isabstractmethod__ = True
+
+
 class Merger(Accumulator, Scoped):
     """Merge task vectors as a streaming reduction with constant memory.
 
     ``compute()`` after t updates returns the rule applied to tasks 1..t, for every t. A subclass keeps its
     constructor arguments under their own names, declares the accumulators of a parameter, and defines two
     short functions: ``_fold_block`` folds in a piece of a task vector, ``_read_block`` reads the merged piece.
-    Subclasses are the registry: ``registered_mergers`` finds every defined class.
+    Subclasses are the registry: ``registered_mergers`` finds every class with a name.
 
     Attributes:
-        name: Short name in results and file names.
+        name: Short name in results and file names. A class without one is a base of rules: it is abstract.
         summary: One line for the table of mergers.
         source: arXiv id of the paper.
         exact_online: Whether ``compute()`` equals the batch rule at every t with a state that does not grow.
@@ -52,6 +58,7 @@ class Merger(Accumulator, Scoped):
         num_tasks: Number of merged tasks.
     """
 
+    name: str = Unnamed()
     summary: str = ""
     source: str = ""
     exact_online: bool = True

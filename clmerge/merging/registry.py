@@ -8,7 +8,7 @@ from clmerge.merging.merger import Merger
 def registered_mergers() -> dict[str, type[Merger]]:
     """Return every merge rule by class name, found from the subclasses themselves.
 
-    Abstract classes and classes whose name starts with an underscore are left out.
+    Abstract classes, the bases of rules, are left out.
 
     Returns:
         Classes by class name, sorted.
@@ -26,7 +26,7 @@ def registered_mergers() -> dict[str, type[Merger]]:
     while waiting:
         rule = waiting.pop()
         waiting.extend(rule.__subclasses__())
-        if inspect.isabstract(rule) or rule.__name__.startswith("_"):
+        if inspect.isabstract(rule):
             continue
         for key, registry in ((rule.__name__, found), (rule.name, names)):
             if registry.setdefault(key, rule) is not rule:

@@ -26,7 +26,7 @@ class _Kept(NamedTuple):
     reference: State | None = None
 
 
-class _Stored(Merger):
+class Stored(Merger):
     """Keep every task vector, in order of arrival, and read them parameter by parameter.
 
     The vectors stay in memory, packed after ``Quantise``. With a bank (``use_bank``), or if ``update`` is given a
@@ -231,7 +231,7 @@ class _Stored(Merger):
 class _Shelves(Mapping[str, Slots]):
     """The kept vectors by parameter; a parameter is read on access and not cached."""
 
-    def __init__(self, merger: _Stored) -> None:
+    def __init__(self, merger: Stored) -> None:
         self._merger = merger
 
     @override

@@ -4,7 +4,7 @@ import pytest
 
 from clmerge.cli import main
 from clmerge.cli.parser import CommandParser, known_subclasses, suggestion
-from clmerge.merging import Merger
+from clmerge.merging import Merger, Sparsifier
 from clmerge.streams import FileListSource, ImageFolderSource, NpzSource, SklearnDigits, Stream, TorchvisionSource
 
 OPTIONS = ["learner.start_policy", "trainer.max_epochs", "stream", "mergers", "model.backbone"]
@@ -27,10 +27,18 @@ def test_nearest_words(message, expected):
     assert suggestion(message, OPTIONS, ["MagMax", "TIES"]) == expected
 
 
-def test_known_subclasses_leave_private_ones_out():
-    names = known_subclasses([Merger])
-    assert {"MagMax", "TIES"} <= set(names)
-    assert not [name for name in names if name.startswith("_")]
+def test_known_subclasses_leave_out_what_no_option_accepts():
+    names = known_subclasses([Merger, Sparsifier])
+    assert {"MagMax", "TIES", "TrimModel"} <= set(names)
+    assert not {"Stored", "Spectral", "Gram"} & set(names)  # bases
+    assert not [name for name in names if name.startswith("_")]  # private helpers
+
+
+def test_the_base_of_rules_is_no_rule(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["merge", "--base", "b", "--models", "a", "--merger", "Stored", "--out", "o"])
+    assert stopped.value.code == 2
+    assert "Stored" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["merge", "fit", "compare"])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.merger_cases import CASES
+from support.merger_cases import CASES, own_rules
 from support.references import score, statistics_of
 
-from clmerge.merging import GreedySoup, registered_mergers
+from clmerge.merging import GreedySoup
 
 SHAPES = {"matrix": (4, 5), "bias": (5,), "scalar": (), "one": (1,), "empty": (0, 3)}
 ORDER_FREE = [label for label, case in CASES.items() if case.build().order_free]
@@ -114,8 +114,8 @@ def home_of(rule):
 
 def test_every_registered_rule_has_a_reference():
     tested = {type(case.build()).__name__ for case in CASES.values()}
-    places = [home_of(rule) for name, rule in registered_mergers().items() if name not in tested]
-    assert tested == set(registered_mergers()), f"add a batch form and CASES = {{label: Case(...)}} to {places}"
+    places = [home_of(rule) for name, rule in own_rules().items() if name not in tested]
+    assert tested == set(own_rules()), f"add a batch form and CASES = {{label: Case(...)}} to {places}"
 
 
 def test_the_place_of_a_case_is_the_test_file_of_the_rule():
@@ -423,7 +423,7 @@ def test_inference_mode_leaves_ordinary_tensors(label):
     assert_close(fold(merger, vectors[2:], tasks=[2, 3]).compute(), expected(label, vectors), close(label))
 
 
-@pytest.mark.parametrize("rule", registered_mergers().values(), ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", own_rules().values(), ids=lambda rule: rule.__name__)
 def test_settings_rebuild_every_rule(rule):
     merger = rule()
     assert rule(**merger.settings()).settings() == merger.settings()
@@ -437,7 +437,7 @@ def test_gradients_are_left_alone(label):
     assert not any(tensor.requires_grad for tensor in merged.values())
 
 
-@pytest.mark.parametrize("rule", registered_mergers().values(), ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", own_rules().values(), ids=lambda rule: rule.__name__)
 def test_every_rule_describes_itself(rule):
     merger = rule()
     assert merger.name == merger.label

@@ -67,6 +67,8 @@ def test_composed_rules_are_as_wide_as_their_widest_part():
 
 def test_a_new_rule_that_does_not_say_is_taken_for_model_wide():
     class _Normed(TaskArithmetic):
+        name = "normed"
+
         def _overview(self):
             return 1.0
 

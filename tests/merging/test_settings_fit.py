@@ -1,6 +1,7 @@
 """Settings that do not fit the stream or the parameters are refused before anything is merged."""
 
 import pytest
+from support.merger_cases import own_rules
 
 from clmerge.merging import (
     DARE,
@@ -17,7 +18,6 @@ from clmerge.merging import (
     TrimTensor,
     TunableMagMax,
     WeightedAverage,
-    registered_mergers,
 )
 from clmerge.settings import Configured
 
@@ -43,7 +43,7 @@ def test_fewer_entries_than_tasks(rule):
 
 
 def test_every_rule_takes_any_number_of_tasks_by_default():
-    for rule in registered_mergers().values():
+    for rule in own_rules().values():
         rule().check_tasks(1000)
 
 

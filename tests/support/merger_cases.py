@@ -8,6 +8,8 @@ from types import ModuleType
 
 from support.references import Case
 
+from clmerge.merging import Merger, registered_mergers
+
 TESTS = Path(__file__).resolve().parents[1]
 RULES = TESTS / "merging"  # the rules' test files are those in its folders, and the pipeline's
 
@@ -41,3 +43,8 @@ def joined(modules: Iterable[ModuleType]) -> dict[str, Case]:
 
 
 CASES = joined(imported(path) for path in [RULES / "test_pipeline.py", *sorted(RULES.glob("*/test_*.py"))])
+
+
+def own_rules() -> dict[str, type[Merger]]:
+    """The rules of clmerge by class name, without those that tests define."""
+    return {name: rule for name, rule in registered_mergers().items() if rule.__module__.startswith("clmerge.")}

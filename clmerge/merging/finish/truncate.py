@@ -3,7 +3,7 @@
 from typing_extensions import override
 
 from clmerge.merging.finish.finisher import Finisher
-from clmerge.merging.spectral.adapters import adapter_of
+from clmerge.merging.spectral.adapters import adapter_of, check_rank
 from clmerge.weights.task_vector import TaskVector
 
 
@@ -30,8 +30,7 @@ class TruncateRank(Finisher):
     scope = "parameter"
 
     def __init__(self, rank: int) -> None:
-        if rank < 1:
-            raise ValueError(f"expected a rank of 1 or more, got {rank}")
+        check_rank(rank)
         self.rank = rank
 
     @override

@@ -6,39 +6,12 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots
-from clmerge.merging.removal import Removable, largest_entry
-from clmerge.merging.scope import Scope
+from clmerge.merging.accumulators import Slots
+from clmerge.merging.linear.sum import Sum
 from clmerge.merging.step import Step
-from clmerge.weights.task_vector import State
 
 
-class _Sum(Removable):
-    """Keep the sum of the task vectors, each times a fixed weight, in one accumulator per parameter."""
-
-    scope: Scope = "entry"
-
-    def _weight(self, step: Step) -> float:
-        return 1.0
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {"sum": None}
-
-    @override
-    def _plan(self, vector: State, step: Step) -> float:
-        return step.sign * self._weight(step)
-
-    @override
-    def _mass(self, vector: State, step: Step, plan: float) -> float:
-        return abs(plan) * largest_entry(vector, step)
-
-    @override
-    def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: float) -> None:
-        slots["sum"].add_(tau, alpha=plan)
-
-
-class WeightAverage(_Sum):
+class WeightAverage(Sum):
     """Average the task vectors, ``scale / T * sum(tau_t)``: the uniform soup (arXiv 2203.05482).
 
     With the default scale, theta0 plus the result is the mean of the fine-tuned models. State: 4 bytes per
@@ -60,16 +33,12 @@ class WeightAverage(_Sum):
     summary = "mean of the task vectors (uniform soup)"
     source = "2203.05482"
 
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__()
-        self.scale = scale
-
     @override
     def _read_block(self, slots: Slots, overview: Any) -> Tensor:
         return slots["sum"] * (self.scale / self.num_tasks)
 
 
-class TaskArithmetic(_Sum):
+class TaskArithmetic(Sum):
     """Add the task vectors: ``scale * sum(tau_t)`` (Ilharco et al., arXiv 2212.04089).
 
     With a weight per task it is ``scale * sum(weights[t] * tau_t)``, which covers:
@@ -102,8 +71,7 @@ class TaskArithmetic(_Sum):
     per_task = ("weights",)
 
     def __init__(self, scale: float = 0.3, *, weights: Sequence[float] | None = None) -> None:
-        super().__init__()
-        self.scale = scale
+        super().__init__(scale)
         self.weights = None if weights is None else list(weights)
 
     @override

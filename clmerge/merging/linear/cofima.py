@@ -5,14 +5,13 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots, device_of, float_dtype, slot_blocks
-from clmerge.merging.merger import Merger
-from clmerge.merging.required import diagonal_of
+from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.precision.informed import Informed
 from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
 
-class CoFiMA(Merger):
+class CoFiMA(Informed):
     """Interpolate between the merged model and the new one, weighted by the Fisher (arXiv 2312.08977).
 
     ``merged = ((1 - a) F' merged + a F tau) / ((1 - a) F' + a F)`` with ``a = alpha``, the diagonal Fisher ``F`` of
@@ -28,8 +27,6 @@ class CoFiMA(Merger):
         clip: Upper bound at which the Fisher information is clipped. The released code uses 1e-4, for Fishers of
             batch-mean gradients; the paper's rule has no bound.
         floor: Least Fisher information of an entry, above 0.
-        statistic: Name of the statistic with the precision: ``"fisher"``, or ``"adam"`` for Adam's second moments
-            (``clmerge.statistics.adam``), which take no data.
 
     Raises:
         ValueError: If ``alpha``, ``clip`` or ``floor`` is out of range.
@@ -47,8 +44,7 @@ class CoFiMA(Merger):
     summary = "interpolation with the previous merged model, weighted by the Fisher information"
     source = "2312.08977"
     order_free = False
-    requires = frozenset({"fisher"})
-    scope = "parameter"  # _plan only looks whether the statistics fit
+    scope = "parameter"
 
     def __init__(
         self,
@@ -59,7 +55,7 @@ class CoFiMA(Merger):
         floor: float = 1e-12,
         statistic: str = "fisher",
     ) -> None:
-        super().__init__()
+        super().__init__(statistic)
         if not 0 < alpha <= 1:
             raise ValueError(f"expected alpha in (0, 1], got {alpha}")
         if not floor > 0 or (clip is not None and not clip >= floor):
@@ -68,36 +64,34 @@ class CoFiMA(Merger):
         self.use_fisher = use_fisher
         self.clip = clip
         self.floor = floor
-        self.statistic = statistic
-        self.requires = frozenset({statistic} if use_fisher else ())
+        if not use_fisher:
+            self.requires = frozenset()
 
     @override
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
         return {"merged": None, "fisher": None} if self.use_fisher else {"merged": None}
 
     @override
-    def _plan(self, vector: State, step: Step) -> dict[str, Tensor]:
-        return diagonal_of(step, vector, self.statistic) if self.use_fisher else {}
+    def _plan(self, vector: State, step: Step) -> tuple[State, Any]:
+        return super()._plan(vector, step) if self.use_fisher else ({}, None)
 
     @override
-    def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: dict[str, Tensor]) -> None:
-        if not self.use_fisher:
+    def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: tuple[State, Any]) -> None:
+        if self.use_fisher:
             super()._fold(name, slots, tau, step, plan)
-            return
-        dtype = float_dtype(slots)
-        for block, (piece, information) in slot_blocks(slots, tau, plan[name].detach().to(device_of(slots))):
-            new = information.to(dtype).clamp(self.floor, self.clip)
-            share = self.alpha * new
-            if step.position:
-                share = share / ((1 - self.alpha) * block["fisher"] + share)
-            else:
-                share.fill_(1)
-            block["merged"].lerp_(piece.to(dtype), share)
-            block["fisher"].copy_(new)
+        else:
+            slots["merged"].lerp_(tau.to(slots["merged"].dtype), self.alpha if step.position else 1.0)
 
     @override
-    def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
-        slots["merged"].lerp_(tau, self.alpha if step.position else 1.0)
+    def _fold_informed(self, slots: Slots, tau: Tensor, information: Tensor, step: Step, plan: Any) -> None:
+        new = information.clamp(self.floor, self.clip)
+        share = self.alpha * new
+        if step.position:
+            share = share / ((1 - self.alpha) * slots["fisher"] + share)
+        else:
+            share.fill_(1)
+        slots["merged"].lerp_(tau, share)
+        slots["fisher"].copy_(new)
 
     @override
     def _read_block(self, slots: Slots, overview: Any) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.checks import checked_share
 from clmerge.merging.linear.soup import measured
 from clmerge.merging.merger import Merger
 from clmerge.merging.step import Step
@@ -59,9 +60,7 @@ class WiSEFT(_Interpolation):
 
     def __init__(self, alpha: float = 0.5) -> None:
         super().__init__()
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"expected alpha in [0, 1], got {alpha}")
-        self.alpha = alpha
+        self.alpha = checked_share("alpha", alpha)
 
     @override
     def _plan(self, vector: State, step: Step) -> float:

@@ -35,9 +35,6 @@ class MetaGPT(WeightedSum):
     source = "2406.11385"
     scope = "model"
 
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__(scale)
-
     @override
     def _log_weights(self, vector: State, step: Step) -> dict[str, float]:
         norm = vector_norm(vector)

@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, slot_blocks
+from clmerge.merging.checks import checked_share
 from clmerge.merging.merger import Merger
 from clmerge.merging.norms import inner_product, squared_norm
 from clmerge.merging.step import Step
@@ -72,9 +73,7 @@ class SLERP(Merger):
 
     def __init__(self, t: float | None = None, *, scale: float = 1.0) -> None:
         super().__init__()
-        if t is not None and not 0 <= t <= 1:
-            raise ValueError(f"expected t in [0, 1], got {t}")
-        self.t = t
+        self.t = None if t is None else checked_share("t", t)
         self.scale = scale
 
     @override

@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, float_dtype
+from clmerge.merging.checks import checked_choice
 from clmerge.merging.merger import Merger
 from clmerge.merging.orientation import from_output_rows, output_rows
 from clmerge.merging.step import Step
@@ -52,10 +53,8 @@ class ExtSub(Merger):
 
     def __init__(self, strength: float = 1.0, *, shared: Shared = "both") -> None:
         super().__init__()
-        if shared not in ("both", "expert"):
-            raise ValueError(f"expected shared 'both' or 'expert', got {shared!r}")
         self.strength = strength
-        self.shared: Shared = shared
+        self.shared: Shared = checked_choice("shared", shared, Shared)
 
     @override
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:

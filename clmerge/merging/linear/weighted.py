@@ -6,6 +6,7 @@ from typing import Literal
 
 from typing_extensions import override
 
+from clmerge.merging.checks import checked_choice
 from clmerge.merging.linear.arithmetic import task_weight
 from clmerge.merging.linear.weighted_sum import WeightedSum
 from clmerge.merging.norms import vector_norm
@@ -67,15 +68,13 @@ class WeightedAverage(WeightedSum):
         scale: float = 1.0,
     ) -> None:
         super().__init__(scale)
-        if by not in ("samples", "loss", "inverse_norm", "given"):
-            raise ValueError(f"expected by 'samples', 'loss', 'inverse_norm' or 'given', got {by!r}")
+        self.by: Weighting = checked_choice("by", by, Weighting)
         if (by == "given") != (weights is not None):
             raise ValueError(f"expected weights together with by='given', got by={by!r} and weights={weights}")
         if weights is not None and (min(weights, default=-1) < 0 or not math.isclose(sum(weights), 1.0, abs_tol=1e-6)):
             raise ValueError(f"expected weights of 0 or more with sum 1, got {list(weights)} with sum {sum(weights)}")
         if not temperature > 0:
             raise ValueError(f"expected a positive temperature, got {temperature}")
-        self.by: Weighting = by
         self.weights = None if weights is None else list(weights)
         self.temperature = temperature
         self.requires = _STATISTICS.get(by, frozenset())

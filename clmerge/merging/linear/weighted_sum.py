@@ -87,7 +87,7 @@ class WeightedSum(Removable):
 
     scope: Scope = "parameter"
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
         self.scale = scale
         self._totals: dict[str, _Total] = {}

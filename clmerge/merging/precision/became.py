@@ -5,14 +5,13 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots, device_of, float_dtype, slot_blocks
-from clmerge.merging.merger import Merger
-from clmerge.merging.required import diagonal_of
+from clmerge.merging.accumulators import SlotDtypes, Slots, device_of, slot_blocks
+from clmerge.merging.precision.informed import Informed
 from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
 
-class BECAME(Merger):
+class BECAME(Informed):
     """Interpolate between the merged model and the new one at the optimum of their Laplace approximations.
 
     With ``d = tau - merged``, the diagonal Fisher ``H`` of the new task and the sum ``L`` of those before it, the
@@ -21,10 +20,6 @@ class BECAME(Merger):
     is derived here from the two losses and was not compared with their code. Their training methods are not part of
     the rule. The first task vector is taken unchanged; where the Fisher is zero along ``d``, all tasks count
     equally. The result depends on the order of tasks. State: 8 bytes per parameter.
-
-    Args:
-        statistic: Name of the statistic with the precision: ``"fisher"``, or ``"adam"`` for Adam's second moments
-            (``clmerge.statistics.adam``), which take no data.
 
     Example:
         >>> import torch
@@ -39,20 +34,14 @@ class BECAME(Merger):
     summary = "interpolation with the merged model by the Fisher information along the line"
     source = "2504.02666"
     order_free = False
-    requires = frozenset({"fisher"})
-
-    def __init__(self, statistic: str = "fisher") -> None:
-        super().__init__()
-        self.statistic = statistic
-        self.requires = frozenset({statistic})
 
     @override
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
         return {"merged": None, "fisher": None}
 
     @override
-    def _plan(self, vector: State, step: Step) -> tuple[dict[str, Tensor], float]:
-        fisher = diagonal_of(step, vector, self.statistic)
+    def _plan(self, vector: State, step: Step) -> tuple[State, float]:
+        fisher, _ = super()._plan(vector, step)
         new = old = 0.0
         for name, slots in self._slots.items():
             others = (tensor.detach().to(device_of(slots)) for tensor in (vector[name], fisher[name]))
@@ -66,12 +55,9 @@ class BECAME(Merger):
         return fisher, new / (new + old) if new + old > 0 else 1 / (step.position + 1)
 
     @override
-    def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: tuple[dict[str, Tensor], float]) -> None:
-        fisher, share = plan
-        dtype = float_dtype(slots)
-        for block, (piece, information) in slot_blocks(slots, tau, fisher[name].detach().to(device_of(slots))):
-            block["merged"].lerp_(piece.to(dtype), share)
-            block["fisher"].add_(information.to(dtype))
+    def _fold_informed(self, slots: Slots, tau: Tensor, information: Tensor, step: Step, plan: float) -> None:
+        slots["merged"].lerp_(tau, plan)
+        slots["fisher"].add_(information)
 
     @override
     def _read_block(self, slots: Slots, overview: Any) -> Tensor:

@@ -8,15 +8,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots
-from clmerge.merging.checks import checked_steps
-from clmerge.merging.spectral.decomposition import _Spectral
+from clmerge.merging.checks import checked_share, checked_steps
+from clmerge.merging.spectral.decomposition import Spectral
 from clmerge.merging.step import Step
 
 _BETAS = (0.9, 0.999)  # of Adam, like _EPSILON
 _EPSILON = 1e-8
 
 
-class DOP(_Spectral):
+class DOP(Spectral):
     """Merge continually by dual orthogonal projection (DOP, Yang et al., NeurIPS 2025; OpenReview zD5cUX67b9).
 
     The singular vectors of the merged matrix M so far and of a new task matrix tau approximate the inputs and outputs
@@ -38,9 +38,6 @@ class DOP(_Spectral):
         alpha: Weight of the merged model at first, in [0, 1].
         beta: Decay of the moving average of the weights, in [0, 1]; 1 keeps ``alpha``.
         energy: Share of the sum of singular values that is used, in [0, 1].
-        include: Glob patterns of the parameters that are treated as matrices. Default: all of two dimensions.
-        exclude: Glob patterns of those that are averaged instead; see ``Matrices``.
-        split_qkv: Treat a fused query-key-value weight as three matrices; the result differs.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -69,17 +66,14 @@ class DOP(_Spectral):
         exclude: Sequence[str] = (),
         split_qkv: bool = False,
     ) -> None:
-        super().__init__(include, exclude, split_qkv)
+        super().__init__(include=include, exclude=exclude, split_qkv=split_qkv)
         if lr <= 0:
             raise ValueError(f"expected lr above 0, got {lr}")
-        for parameter, value in (("alpha", alpha), ("beta", beta), ("energy", energy)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"expected {parameter} in [0, 1], got {value}")
         self.num_steps = checked_steps(num_steps, 0, name="num_steps")
         self.lr = lr
-        self.alpha = alpha
-        self.beta = beta
-        self.energy = energy
+        self.alpha = checked_share("alpha", alpha)
+        self.beta = checked_share("beta", beta)
+        self.energy = checked_share("energy", energy)
 
     @override
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:

@@ -8,30 +8,29 @@ from typing import Any, Literal
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots, device_of, float_dtype, slot_blocks
+from clmerge.merging.accumulators import SlotDtypes, Slots, slot_blocks
+from clmerge.merging.checks import checked_choice
 from clmerge.merging.orientation import IN_OUT, from_output_rows, output_rows
+from clmerge.merging.precision.informed import Informed
 from clmerge.merging.removal import Removable, largest_entry, magnitude, share_of
-from clmerge.merging.required import diagonal_of
 from clmerge.merging.scope import Scope
 from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
+Granularity = Literal["entry", "row"]
 
-class _Precision(Removable):
+
+class _Precision(Informed, Removable):
     """Keep the sum of weighted task vectors and the sum of the Fisher information.
 
     The error of a removal is bounded entry by entry: where the removed task had nearly all of the information, the
     remaining sums are mostly rounding error.
     """
 
-    requires = frozenset({"fisher"})
-    scope: Scope = "parameter"  # _plan only looks whether the statistics fit
     prior: float = 0.0  # Fisher information before any task
 
     def __init__(self, statistic: str) -> None:
-        super().__init__()
-        self.statistic = statistic
-        self.requires = frozenset({statistic})
+        super().__init__(statistic)
         self._error = 0.0  # bound on the relative error that removals have left in the sums
         self._largest = 0.0  # entry of any task vector that was merged
         self._keep("_error", join=max)
@@ -42,26 +41,19 @@ class _Precision(Removable):
         return {"weighted": None, "fisher": None}
 
     @override
-    def _plan(self, vector: State, step: Step) -> dict[str, Tensor]:
-        return diagonal_of(step, vector, self.statistic)
+    def _fold_informed(self, slots: Slots, tau: Tensor, information: Tensor, step: Step, plan: Any) -> None:
+        weight, kept = self._weights(information)
+        slots["weighted"].addcmul_(weight, tau, value=step.sign)
+        slots["fisher"].add_(kept, alpha=step.sign)
 
     @override
-    def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: dict[str, Tensor]) -> None:
-        dtype = float_dtype(slots)
-        fisher = plan[name].detach().to(device_of(slots))
-        for block, (piece, information) in slot_blocks(slots, tau, fisher):
-            weight, kept = self._weights(information.to(dtype))
-            block["weighted"].addcmul_(weight, piece.to(dtype), value=step.sign)
-            block["fisher"].add_(kept, alpha=step.sign)
-
-    @override
-    def _mass(self, vector: State, step: Step, plan: dict[str, Tensor]) -> float:
+    def _mass(self, vector: State, step: Step, plan: Any) -> float:
         largest = largest_entry(vector, step)
         self._largest = max(self._largest, largest)
         return largest
 
     @override
-    def _uncertain(self, before: dict[str, Slots], extras: dict[str, Any], plan: dict[str, Tensor]) -> float:
+    def _uncertain(self, before: dict[str, Slots], extras: dict[str, Any], plan: Any) -> float:
         shrunk = 1.0  # largest factor by which an entry's information shrinks
         remains = 0.0  # largest entry of the remaining average
         for name, slots in self._slots.items():
@@ -100,8 +92,6 @@ class Fisher(_Precision):
             ``FisherMaskNodes``.)
         normalize: Divide each task's Fisher by its norm over all parameters, as the released code does, so that
             every task weighs the same in total. The floor is applied afterwards.
-        statistic: Name of the statistic with the precision: ``"fisher"``, or ``"adam"`` for Adam's second moments
-            (``clmerge.statistics.adam``), which take no data.
         transposed: Patterns of matrices of shape (in, out), for rows. Default: CLIP's ``proj`` and
             ``text_projection``.
         scale: Scaling coefficient; 1 is the paper's rule.
@@ -127,7 +117,7 @@ class Fisher(_Precision):
         self,
         floor: float = 1e-12,
         *,
-        granularity: Literal["entry", "row"] = "entry",
+        granularity: Granularity = "entry",
         normalize: bool = False,
         statistic: str = "fisher",
         transposed: Sequence[str] = IN_OUT,
@@ -136,10 +126,8 @@ class Fisher(_Precision):
         super().__init__(statistic)
         if not floor > 0:
             raise ValueError(f"expected floor above 0, got {floor}; without it an entry nobody knows is 0/0")
-        if granularity not in ("entry", "row"):
-            raise ValueError(f"expected granularity 'entry' or 'row', got {granularity!r}")
         self.floor = floor
-        self.granularity = granularity
+        self.granularity = checked_choice("granularity", granularity, Granularity)
         self.normalize = normalize
         self.transposed = tuple(transposed)
         if normalize:
@@ -147,14 +135,14 @@ class Fisher(_Precision):
         self.scale = scale
 
     @override
-    def _plan(self, vector: State, step: Step) -> dict[str, Tensor]:
-        fisher = diagonal_of(step, vector, self.statistic)
+    def _plan(self, vector: State, step: Step) -> tuple[State, Any]:
+        fisher, _ = super()._plan(vector, step)
         if self.granularity == "row":
             fisher = {name: self._by_row(name, tensor) for name, tensor in fisher.items()}
         if self.normalize:
             norm = sum(float(tensor.double().square().sum()) for tensor in fisher.values()) ** 0.5
             fisher = {name: tensor / norm for name, tensor in fisher.items()} if norm else fisher
-        return fisher
+        return fisher, None
 
     def _by_row(self, name: str, fisher: Tensor) -> Tensor:
         if fisher.ndim < 2:
@@ -186,8 +174,6 @@ class UGM(_Precision):
         scale: The paper's coefficient of every task; 1 is its default.
         prior: ``H0`` in units of the Fisher information per example, above 0. The paper recommends no single value:
             compare several near the size of the Fisher.
-        statistic: Name of the statistic with the precision: ``"fisher"``, or ``"adam"`` for Adam's second moments
-            (``clmerge.statistics.adam``), which take no data.
 
     Raises:
         ValueError: If ``scale`` or ``prior`` is not positive.

@@ -1,6 +1,7 @@
 """Base of the Gram rules: a matrix equation per weight matrix, from sums over the tasks."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,17 +20,29 @@ _AMPLIFIED = 1e8
 _UNIT64 = 2.0**-53
 
 
-class _Gram(Removable):
-    """Keep ``sum(G_t)`` and ``sum(tau_t G_t)`` of every matrix in float64, and ``sum(tau_t)`` of every parameter.
+class Gram(Removable):
+    """Base of the rules with a Gram matrix ``G_t`` per weight matrix: least squares in the metric that it gives.
 
-    Rules differ in the definition of the Gram matrix ``G_t``, shape (in, in). Shapes are (out, in) except for
-    parameters that match ``transposed``.
+    A rule defines ``G_t``, shape (in, in), and ``W = sum(tau_t G_t) sum(G_t)^-1``, with a small ridge towards the mean,
+    is the result; or it solves for another one. Other parameters are averaged. Kept are ``sum(G_t)`` and ``sum(tau_t
+    G_t)`` of every matrix in float64, and ``sum(tau_t)`` of every parameter.
+
+    Args:
+        ridge: Pull towards the average, as a share of the Gram diagonal's mean, above 0.
+        transposed: Patterns of matrices of shape (in, out). Default: CLIP's ``proj`` and ``text_projection``.
+        scale: Scaling coefficient; 1 is the plain rule.
+
+    Raises:
+        ValueError: If ``ridge`` is not positive.
     """
 
-    transposed: tuple[str, ...] = IN_OUT
-
-    def __init__(self) -> None:
+    def __init__(self, ridge: float = 1e-8, *, transposed: Sequence[str] = IN_OUT, scale: float = 1.0) -> None:
         super().__init__()
+        if not ridge > 0:
+            raise ValueError(f"expected ridge above 0, got {ridge}; Gram matrices are singular more often than not")
+        self.ridge = ridge
+        self.transposed = tuple(transposed)
+        self.scale = scale
         self._grams: dict[str, Slots] = {}
         self._gram_error = 0.0  # bound on the relative error that removals have left in the Gram matrices
         self._keep("_grams", join=self._joined_grams)
@@ -39,9 +52,8 @@ class _Gram(Removable):
     def _gram(self, name: str, tau: Tensor, plan: Any) -> Tensor | None:
         """Return the float64 Gram matrix of a parameter, shape (in, in), or None if it is merged without one."""
 
-    @abstractmethod
     def _solve(self, total: Tensor, held: Slots, dtype: torch.dtype) -> Tensor:
-        """Return the merged matrix, (out, in), in float64.
+        """Return the merged matrix, (out, in), in float64, scale included.
 
         Args:
             total: ``sum(tau_t)``, float64.
@@ -49,10 +61,11 @@ class _Gram(Removable):
                 ``sum(tau_t G_t)``.
             dtype: Dtype of the task vectors.
         """
+        return ridge_solution(total / self.num_tasks, held["gram"], held["moment"], self.ridge) * self.scale
 
-    @abstractmethod
     def _read_other(self, total: Tensor) -> Tensor:
         """Return the merged value of a parameter without Gram matrix, from ``sum(tau_t)``."""
+        return total * (self.scale / self.num_tasks)
 
     def _oriented(self, name: str, tensor: Tensor) -> Tensor:
         """Transpose a parameter that is stored as (in, out); return others unchanged."""

@@ -38,7 +38,6 @@ class MaTS(RegMean):
         steps: Maximum number of iterations; they end earlier once the equation is solved. The paper tunes it.
         start: The iteration starts at this coefficient times the sum of the task vectors. Default: 1 / T, the mean.
         outputs: Whether the statistic ``"output_gram"`` is used in addition to ``"gram"``.
-        transposed: Patterns of matrices of shape (in, out). Default: CLIP's ``proj`` and ``text_projection``.
 
     Raises:
         ValueError: If ``steps`` is below 1.

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import Slots
+from clmerge.merging.checks import checked_share
 from clmerge.merging.orientation import IN_OUT
-from clmerge.merging.precision.gram import _Gram, ridge_solution
+from clmerge.merging.precision.gram import Gram
 from clmerge.merging.required import tensors_of
 from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
 
-class RegMean(_Gram):
+class RegMean(Gram):
     """Solve for the linear layers that reproduce every task's outputs (Jin et al., arXiv 2212.09849).
 
     ``W = sum(W_t G_t) sum(G_t)^-1`` for matrices (out, in) that come with the Gram matrix ``G_t = X_t^T X_t`` of
@@ -31,8 +31,6 @@ class RegMean(_Gram):
     Args:
         reduce: Factor of the off-diagonal entries, in [0, 1]; 1 is plain least squares. The paper advises 0.9 (0.1
             for T5); MergeLM searches 0.7 to 1, FusionBench has 0.95.
-        ridge: Pull towards the average, as a share of the Gram diagonal's mean, above 0.
-        transposed: Patterns of matrices of shape (in, out). Default: CLIP's ``proj`` and ``text_projection``.
         scale: Scaling coefficient; 1 is the paper's rule.
 
     Raises:
@@ -61,15 +59,8 @@ class RegMean(_Gram):
         transposed: Sequence[str] = IN_OUT,
         scale: float = 1.0,
     ) -> None:
-        super().__init__()
-        if not 0 <= reduce <= 1:
-            raise ValueError(f"expected reduce in [0, 1], got {reduce}")
-        if not ridge > 0:
-            raise ValueError(f"expected ridge above 0, got {ridge}; Gram matrices are singular more often than not")
-        self.reduce = reduce
-        self.ridge = ridge
-        self.transposed = tuple(transposed)
-        self.scale = scale
+        super().__init__(ridge, transposed=transposed, scale=scale)
+        self.reduce = checked_share("reduce", reduce)
 
     @override
     def _plan(self, vector: State, step: Step) -> State:
@@ -105,14 +96,6 @@ class RegMean(_Gram):
         return super()._has_gram(name, shape) and (
             name.endswith("weight") or any(fnmatchcase(name, pattern) for pattern in self.transposed)
         )
-
-    @override
-    def _solve(self, total: Tensor, held: Slots, dtype: torch.dtype) -> Tensor:
-        return ridge_solution(total / self.num_tasks, held["gram"], held["moment"], self.ridge) * self.scale
-
-    @override
-    def _read_other(self, total: Tensor) -> Tensor:
-        return total * (self.scale / self.num_tasks)
 
     @override
     def _join(self, other: Self) -> None:

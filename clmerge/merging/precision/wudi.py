@@ -8,12 +8,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots
-from clmerge.merging.checks import checked_steps
+from clmerge.merging.checks import checked_choice, checked_steps
 from clmerge.merging.orientation import IN_OUT
-from clmerge.merging.precision.gram import _Gram, ridge_solution
+from clmerge.merging.precision.gram import Gram, ridge_solution
+
+Solver = Literal["adam", "ridge"]
+Others = Literal["mean", "keep"]
 
 
-class WUDI(_Gram):
+class WUDI(Gram):
     """Minimise the interference in the subspaces that the task vectors span (arXiv 2503.08099).
 
     For every matrix, the objective is ``sum(|(M - tau_t) tau_t^T|^2 / |tau_t|^2)``: the rows of a task vector lie
@@ -34,7 +37,6 @@ class WUDI(_Gram):
         ridge: Regularisation of the closed form to the sum, as a share of the mean of the Gram diagonal, above 0.
         others: Parameters that are not matrices: ``"mean"`` averages them, as in FusionBench; ``"keep"`` keeps the
             base model's, as in the official script, which merges only the four matrices of each block.
-        transposed: Patterns of matrices of shape (in, out). Default: CLIP's ``proj`` and ``text_projection``.
         scale: Scaling coefficient; 1 is the paper's rule.
 
     Raises:
@@ -55,29 +57,22 @@ class WUDI(_Gram):
 
     def __init__(
         self,
-        solver: Literal["adam", "ridge"] = "adam",
+        solver: Solver = "adam",
         *,
         steps: int = 300,
         lr: float = 1e-5,
         ridge: float = 1e-8,
-        others: Literal["mean", "keep"] = "mean",
+        others: Others = "mean",
         transposed: Sequence[str] = IN_OUT,
         scale: float = 1.0,
     ) -> None:
-        super().__init__()
-        if solver not in ("adam", "ridge"):
-            raise ValueError(f"expected solver 'adam' or 'ridge', got {solver!r}")
-        if others not in ("mean", "keep"):
-            raise ValueError(f"expected others 'mean' or 'keep', got {others!r}")
-        if not (lr > 0 and ridge > 0):
-            raise ValueError(f"expected lr and ridge above 0, got {lr} and {ridge}")
-        self.solver = solver
+        super().__init__(ridge, transposed=transposed, scale=scale)
+        if not lr > 0:
+            raise ValueError(f"expected lr above 0, got {lr}")
+        self.solver = checked_choice("solver", solver, Solver)
         self.steps = checked_steps(steps)
         self.lr = lr
-        self.ridge = ridge
-        self.others = others
-        self.transposed = tuple(transposed)
-        self.scale = scale
+        self.others = checked_choice("others", others, Others)
 
     @override
     def _gram(self, name: str, tau: Tensor, plan: Any) -> Tensor | None:
@@ -132,19 +127,11 @@ def interference_descent(
     return start + distance
 
 
-class ACTMat(_Gram):
+class ACTMat(Gram):
     """RegMean without data: ``tau_t^T tau_t`` replaces the Gram matrix of the inputs (arXiv 2604.01329).
 
     ``W = sum(tau_t G_t) sum(G_t)^-1`` for matrices; other parameters are averaged. Larger task vectors weigh more;
     WUDI with ``solver="ridge"`` is the same with Gram matrices of trace 1. State: as for WUDI.
-
-    Args:
-        ridge: Pull towards the average, as a share of the Gram diagonal's mean, above 0.
-        transposed: Patterns of matrices of shape (in, out). Default: CLIP's ``proj`` and ``text_projection``.
-        scale: Scaling coefficient; 1 is the paper's rule.
-
-    Raises:
-        ValueError: If ``ridge`` is not positive.
 
     Example:
         >>> import torch
@@ -159,25 +146,9 @@ class ACTMat(_Gram):
     summary = "RegMean with the task vectors' own Gram matrices for those of the inputs"
     source = "2604.01329"
 
-    def __init__(self, ridge: float = 1e-8, *, transposed: Sequence[str] = IN_OUT, scale: float = 1.0) -> None:
-        super().__init__()
-        if not ridge > 0:
-            raise ValueError(f"expected ridge above 0, got {ridge}; Gram matrices of task vectors are singular")
-        self.ridge = ridge
-        self.transposed = tuple(transposed)
-        self.scale = scale
-
     @override
     def _gram(self, name: str, tau: Tensor, plan: Any) -> Tensor | None:
         return _outer(tau, normalize=False) if tau.ndim == 2 else None
-
-    @override
-    def _solve(self, total: Tensor, held: Slots, dtype: torch.dtype) -> Tensor:
-        return ridge_solution(total / self.num_tasks, held["gram"], held["moment"], self.ridge) * self.scale
-
-    @override
-    def _read_other(self, total: Tensor) -> Tensor:
-        return total * (self.scale / self.num_tasks)
 
 
 def _outer(tau: Tensor, normalize: bool) -> Tensor:

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots, float_dtype, slot_blocks
 from clmerge.merging.sparsify.sparsifier import checked_density
-from clmerge.merging.stored import _Stored
+from clmerge.merging.stored import Stored
 from clmerge.merging.threshold import kth_largest_magnitude
 from clmerge.weights.task_vector import TaskVector
 
@@ -30,7 +30,7 @@ class _Range(NamedTuple):
         return tau.abs().clamp_(self.low, self.high).sub_(self.low).div_(self.high - self.low).mul_(tau.sign())
 
 
-class PCB(_Stored):
+class PCB(Stored):
     """Let the parameters of the tasks compete (Du et al., arXiv 2410.02396).
 
     1. Clamp the magnitudes of every task vector to their quantiles ``clip`` and ``1 - clip``, and let ``n_t`` be these

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots, device_of, float_dtype, slot_blocks
 from clmerge.merging.step import Step
-from clmerge.merging.stored import _Stored
+from clmerge.merging.stored import Stored
 from clmerge.weights.task_vector import State, TaskVector
 
 
@@ -32,7 +32,7 @@ def tall_mask(tau: Tensor, total: Tensor, threshold: float) -> Tensor:
     return tau.abs() >= (total - tau).abs_().mul_(threshold)
 
 
-class _Masked(_Stored):
+class _Masked(Stored):
     """Base of rules that compare every task vector with the sum of all."""
 
     per_task = ("threshold",)

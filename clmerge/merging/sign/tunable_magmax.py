@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots
 from clmerge.merging.step import Step
-from clmerge.merging.stored import _Stored
+from clmerge.merging.stored import Stored
 from clmerge.seeds import seeded_uniform
 from clmerge.weights.task_vector import State
 
@@ -72,7 +72,7 @@ def quota_winners(magnitudes: Tensor, quotas: Sequence[int], lots: Callable[[int
     return winners
 
 
-class TunableMagMax(_Stored):
+class TunableMagMax(Stored):
     """MagMax with a preference that fixes the share of entries each task wins (Hiroshima et al., arXiv 2605.20803).
 
     In every parameter the largest magnitude wins an entry, as in MagMax. Then, from the last task to the second, a task

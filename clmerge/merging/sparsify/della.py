@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from clmerge.merging.checks import checked_choice
 from clmerge.merging.merger import Merger
 from clmerge.merging.orientation import from_output_rows, output_rows
 from clmerge.merging.pipeline import Pipeline
@@ -65,11 +66,9 @@ class MagnitudeDrop(Sparsifier):
                 f"expected window >= 0 and drop_rate in [window / 2, 1 - window / 2), got drop_rate={drop_rate} and "
                 f"window={window}; keep probabilities are 1 - drop_rate, give or take half the window"
             )
-        if rescale not in ("probability", "l1", "none"):
-            raise ValueError(f"expected rescale 'probability', 'l1' or 'none', got {rescale!r}")
         self.drop_rate = drop_rate
         self.window = window
-        self.rescale: Rescale = rescale
+        self.rescale: Rescale = checked_choice("rescale", rescale, Rescale)
         self.seed = seed
 
     @override
@@ -144,7 +143,7 @@ class DELLA(Pipeline):
         super().__init__(inner, sparsifier=MagnitudeDrop(drop_rate, window=window, rescale=rescale, seed=seed))
         self.drop_rate = drop_rate
         self.window = window
-        self.rescale: Rescale = rescale
+        self.rescale: Rescale = checked_choice("rescale", rescale, Rescale)
         self.seed = seed
         self.scale = scale
         self.reducer = reducer

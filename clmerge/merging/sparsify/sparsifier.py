@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.blocks import blocks
+from clmerge.merging.checks import checked_choice
 from clmerge.merging.scope import Scope, Scoped
 from clmerge.merging.threshold import Threshold, kth_largest_magnitude
 from clmerge.seeds import seeded_uniform
@@ -256,10 +257,8 @@ class RandomDrop(Sparsifier):
     def __init__(self, drop_rate: float = 0.9, *, rescale: Rescale = "probability", seed: int = 0) -> None:
         if not 0 <= drop_rate < 1:
             raise ValueError(f"expected drop_rate in [0, 1), got {drop_rate}")
-        if rescale not in ("probability", "l1", "none"):
-            raise ValueError(f"expected rescale 'probability', 'l1' or 'none', got {rescale!r}")
         self.drop_rate = drop_rate
-        self.rescale: Rescale = rescale
+        self.rescale: Rescale = checked_choice("rescale", rescale, Rescale)
         self.seed = seed
 
     @override

@@ -59,7 +59,7 @@ def truncate_adapter(adapter: Adapter, rank: int) -> dict[str, Product]:
     Raises:
         ValueError: For a rank below 1.
     """
-    _check_rank(rank)
+    check_rank(rank)
     truncated = {}
     for name, found in adapter.items():
         dtype = accumulator_dtype(found.a, found.b)
@@ -127,7 +127,7 @@ def adapter_of(vector: State, rank: int) -> dict[str, Product]:
     Raises:
         ValueError: For a rank below 1.
     """
-    _check_rank(rank)
+    check_rank(rank)
     adapter = {}
     for name, tensor in vector.items():
         if tensor.ndim == 2 and tensor.numel():
@@ -160,6 +160,7 @@ def _sliced(part: Product, ndim: int) -> tuple[Tensor, Tensor]:
     return part.a.expand(3, *part.a.shape), part.b.reshape(3, -1, part.b.shape[-1])
 
 
-def _check_rank(rank: int) -> None:
+def check_rank(rank: int) -> None:
+    """Raise a ValueError if a rank is below 1."""
     if rank < 1:
         raise ValueError(f"expected a rank of 1 or more, got {rank}")

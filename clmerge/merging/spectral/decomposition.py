@@ -1,4 +1,4 @@
-"""Base of the rules that decompose matrices: the choice of matrices, and decompositions robust to rounding."""
+"""Base of the rules that decompose matrices, and decompositions that are robust to rounding."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,15 +14,32 @@ from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
 
-class _Spectral(Merger):
-    """A rule that uses singular value decompositions of matrices.
+class Spectral(Merger):
+    """Base of the rules that decompose matrices: which parameters are matrices, and into how many each.
 
-    Decompositions are computed in float64 for any dtype of the accumulators: singular vectors of float32 matrices
-    have errors that the rules amplify, and LAPACK's float32 routine fails more often.
+    A rule gets the matrices of a parameter, or of what it holds of one, as views: ``self._matrices.pieces(name,
+    tensor)``, an empty list for a parameter that is not treated as a matrix. Decompositions are computed in float64
+    for any dtype of the accumulators: singular vectors of float32 matrices have errors that the rules amplify, and
+    LAPACK's float32 routine fails more often.
+
+    Args:
+        scale: Scaling coefficient; 1 is the plain rule.
+        include: Glob patterns of the parameters that are treated as matrices. Default: all of two dimensions.
+        exclude: Glob patterns of those that are not, and are merged like parameters of other dimensions; see
+            ``Matrices``.
+        split_qkv: Treat a fused query-key-value weight as three matrices; the result differs.
     """
 
-    def __init__(self, include: Sequence[str] | None, exclude: Sequence[str], split_qkv: bool) -> None:
+    def __init__(
+        self,
+        scale: float = 1.0,
+        *,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        split_qkv: bool = False,
+    ) -> None:
         super().__init__()
+        self.scale = scale
         self._matrices = Matrices(include, exclude, split_qkv=split_qkv)
         self.include = self._matrices.include
         self.exclude = self._matrices.exclude
@@ -43,7 +60,7 @@ class _Spectral(Merger):
     def _plan(self, vector: State, step: Step) -> Any:
         if self.scope == "model" and not step.position:
             self._matrices.check({name: tuple(vector[name].shape) for name in vector})
-        return None
+        return super()._plan(vector, step)
 
 
 def tolerance(dtype: torch.dtype, shape: Sequence[int]) -> float:

@@ -8,15 +8,16 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.checks import checked_share
 from clmerge.merging.norms import vector_norm
 from clmerge.merging.removal import Removable
 from clmerge.merging.required import tensors_of
-from clmerge.merging.spectral.decomposition import _Spectral, live_svd
+from clmerge.merging.spectral.decomposition import Spectral, live_svd
 from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
 
-class Ethos(_Spectral, Removable):
+class Ethos(Spectral, Removable):
     """Negate the part of the task vectors that is large in the base model's basis (Ethos, arXiv 2403.08994).
 
     With ``W0 = U S V^T`` a weight matrix of the base model, ``C = U^T tau V`` are the coordinates of a task matrix.
@@ -37,9 +38,6 @@ class Ethos(_Spectral, Removable):
         threshold: Coordinates below this share of the largest count as small, in [0, 1]; 0 negates everything. The
             released code uses 0.03.
         strength: Factor of the subtracted part.
-        include: Glob patterns of the parameters that are treated as matrices. Default: all of two dimensions.
-        exclude: Glob patterns of those that are left unchanged; see ``Matrices``.
-        split_qkv: Treat a fused query-key-value weight as three matrices; the result differs.
 
     Raises:
         ValueError: If ``threshold`` is out of range.
@@ -67,10 +65,8 @@ class Ethos(_Spectral, Removable):
         exclude: Sequence[str] = (),
         split_qkv: bool = False,
     ) -> None:
-        super().__init__(include, exclude, split_qkv)
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"expected a threshold in [0, 1], got {threshold}")
-        self.threshold = threshold
+        super().__init__(include=include, exclude=exclude, split_qkv=split_qkv)
+        self.threshold = checked_share("threshold", threshold)
         self.strength = strength
 
     @override

@@ -1,19 +1,17 @@
 """Isotropic merging: give every direction of the summed task matrices the same strength."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots
-from clmerge.merging.removal import Removable
-from clmerge.merging.spectral.decomposition import _Spectral, live_svd
-from clmerge.merging.step import Step
+from clmerge.merging.accumulators import Slots
+from clmerge.merging.linear.sum import Sum
+from clmerge.merging.spectral.decomposition import Spectral, live_svd
 
 
-class IsoC(_Spectral, Removable):
+class IsoC(Spectral, Sum):
     """Sum the task matrices and flatten the spectrum of the sum (Iso-C, arXiv 2502.04959), as an exact stream.
 
     With ``U S V^T`` the singular value decomposition of ``sum(tau_t)``, a matrix becomes ``scale * mean(S) * U V^T``.
@@ -25,9 +23,6 @@ class IsoC(_Spectral, Removable):
 
     Args:
         scale: Scaling coefficient; the authors search 0.1 to 3.
-        include: Glob patterns of the parameters that are treated as matrices. Default: all of two dimensions.
-        exclude: Glob patterns of those that are averaged instead; see ``Matrices``.
-        split_qkv: Treat a fused query-key-value weight as three matrices; the result differs.
 
     Example:
         >>> merger = IsoC()
@@ -41,25 +36,6 @@ class IsoC(_Spectral, Removable):
     name = "iso_c"
     summary = "sum the matrices, then flatten the spectrum"
     source = "2502.04959"
-
-    def __init__(
-        self,
-        scale: float = 1.0,
-        *,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        split_qkv: bool = False,
-    ) -> None:
-        super().__init__(include, exclude, split_qkv)
-        self.scale = scale
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {"sum": None}
-
-    @override
-    def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
-        slots["sum"].add_(tau, alpha=step.sign)
 
     @override
     def _read(self, name: str, slots: Slots, overview: Any) -> Tensor:

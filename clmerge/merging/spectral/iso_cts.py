@@ -8,11 +8,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots
-from clmerge.merging.spectral.decomposition import live_svd, polar
-from clmerge.merging.spectral.kept import _KeptSpectral
+from clmerge.merging.checks import checked_share
+from clmerge.merging.spectral.decomposition import Spectral, live_svd, polar
+from clmerge.merging.stored import Stored
 
 
-class IsoCTS(_KeptSpectral):
+class IsoCTS(Spectral, Stored):
     """Flatten the spectrum of common and task-specific directions together (Iso-CTS, arXiv 2502.04959).
 
     Of ``r = min(m, n)`` directions of a matrix, about the share ``common`` are the leading ones of ``sum(tau_t)``. The
@@ -30,9 +31,6 @@ class IsoCTS(_KeptSpectral):
         common: Share of the directions that is common, in [0, 1]; adjusted so that the rest divides evenly among the
             tasks.
         scale: Scaling coefficient; the authors search 0.1 to 3.
-        include: Glob patterns of the parameters that are treated as matrices. Default: all of two dimensions.
-        exclude: Glob patterns of those that are averaged instead; see ``Matrices``.
-        split_qkv: Treat a fused query-key-value weight as three matrices; the result differs.
 
     Raises:
         ValueError: If ``common`` is out of range.
@@ -58,16 +56,13 @@ class IsoCTS(_KeptSpectral):
         exclude: Sequence[str] = (),
         split_qkv: bool = False,
     ) -> None:
-        super().__init__(include, exclude, split_qkv)
-        if not 0 <= common <= 1:
-            raise ValueError(f"expected the share of common directions in [0, 1], got {common}")
-        self.common = common
-        self.scale = scale
+        super().__init__(scale, include=include, exclude=exclude, split_qkv=split_qkv)
+        self.common = checked_share("common", common)
 
     @override
     def _read(self, name: str, slots: Slots, overview: Any) -> Tensor:
         taus = self._taus(slots)
-        pieces = self._task_matrices(name, slots)
+        pieces = self._matrices.by_matrix(name, taus)
         if not pieces:
             return torch.stack(taus).mean(dim=0) * self.scale
         return torch.cat([self._flattened(piece, taus[0].dtype) for piece in pieces]).to(taus[0].dtype)

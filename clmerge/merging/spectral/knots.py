@@ -9,12 +9,12 @@ from typing_extensions import override
 from clmerge.merging.accumulators import Slots
 from clmerge.merging.orientation import outputs_first
 from clmerge.merging.sign.ties import TIES, MergeKind, Trim
-from clmerge.merging.spectral.decomposition import live_svd
-from clmerge.merging.spectral.kept import _KeptSpectral
+from clmerge.merging.spectral.decomposition import Spectral, live_svd
+from clmerge.merging.stored import Stored
 from clmerge.weights.task_vector import TaskVector
 
 
-class KnOTS(_KeptSpectral):
+class KnOTS(Spectral, Stored):
     """Merge the coordinates of the task matrices in a common basis with TIES (arXiv 2410.19735).
 
     With ``U S [V_1 ... V_T]`` the singular value decomposition of the task matrices side by side, task t has the
@@ -34,9 +34,6 @@ class KnOTS(_KeptSpectral):
         trim: ``"model"``: one threshold for all coordinates of a task (the paper); ``"tensor"``: one per matrix.
         merge: ``"mean"`` (the paper), ``"sum"`` or ``"max"``; see ``TIES``.
         scale: Scaling coefficient; the authors search it and use 0.6 for eight vision tasks.
-        include: Glob patterns of the parameters that are treated as matrices. Default: all of two dimensions.
-        exclude: Glob patterns of those that are averaged instead; see ``Matrices``.
-        split_qkv: Treat a fused query-key-value weight as three matrices; the result differs.
 
     Raises:
         ValueError: If an argument of TIES is out of range.
@@ -68,12 +65,11 @@ class KnOTS(_KeptSpectral):
         exclude: Sequence[str] = (),
         split_qkv: bool = False,
     ) -> None:
-        super().__init__(include, exclude, split_qkv)
+        super().__init__(scale, include=include, exclude=exclude, split_qkv=split_qkv)
         ties = TIES(density, trim=trim, merge=merge)
         self.density = density
         self.trim: Trim = trim
         self.merge: MergeKind = merge
-        self.scale = scale
         self._ties = ties
         if trim == "model":
             self.scope = "model"
@@ -83,7 +79,7 @@ class KnOTS(_KeptSpectral):
         """Return the merged matrices by the name and the index of the piece."""
         bases: dict[str, list[Tensor]] = {}
         for name, slots in self._held().items():
-            matrices = self._task_matrices(name, slots)
+            matrices = self._matrices.by_matrix(name, self._taus(slots))
             if matrices:
                 dtype = slots["task0"].dtype
                 bases[name] = [

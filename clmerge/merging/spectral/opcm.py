@@ -9,15 +9,16 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.checks import checked_choice, checked_share
 from clmerge.merging.norms import squared_norm, vector_norm
-from clmerge.merging.spectral.decomposition import _Spectral, live_svd
+from clmerge.merging.spectral.decomposition import Spectral, live_svd
 from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
 ZeroDiagonal = Literal["paper", "released"]
 
 
-class OPCM(_Spectral):
+class OPCM(Spectral):
     """Merge continually by orthogonal projection (OPCM, arXiv 2501.09522).
 
     With ``M = U S V^T`` the merged matrix so far, ``C = U^T tau V`` are the coordinates of a new task matrix. Its
@@ -41,9 +42,6 @@ class OPCM(_Spectral):
         zero_diagonal: ``"paper"``: the diagonal of C is set to zero. ``"released"``: it is kept, because the statement
             of the authors' code that should zero it writes to a copy; which one their tables use is not known.
         scale: Scaling coefficient; 1 is the paper's rule.
-        include: Glob patterns of the parameters that are treated as matrices. Default: all of two dimensions.
-        exclude: Glob patterns of those that are added unchanged; see ``Matrices``.
-        split_qkv: Treat a fused query-key-value weight as three matrices; the result differs.
 
     Raises:
         ValueError: If ``alpha`` or ``zero_diagonal`` is out of range.
@@ -71,14 +69,9 @@ class OPCM(_Spectral):
         exclude: Sequence[str] = (),
         split_qkv: bool = False,
     ) -> None:
-        super().__init__(include, exclude, split_qkv)
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"expected alpha in [0, 1], got {alpha}")
-        if zero_diagonal not in ("paper", "released"):
-            raise ValueError(f"expected zero_diagonal 'paper' or 'released', got {zero_diagonal!r}")
-        self.alpha = alpha
-        self.zero_diagonal: ZeroDiagonal = zero_diagonal
-        self.scale = scale
+        super().__init__(scale, include=include, exclude=exclude, split_qkv=split_qkv)
+        self.alpha = checked_share("alpha", alpha)
+        self.zero_diagonal: ZeroDiagonal = checked_choice("zero_diagonal", zero_diagonal, ZeroDiagonal)
         self.scope = "model"  # one length for all parameters
         self._length = 0.0  # summed over the task vectors
         self._keep("_length")

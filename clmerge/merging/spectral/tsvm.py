@@ -1,6 +1,5 @@
 """TSV-M: keep the leading singular vectors of every task, whiten them across tasks, recombine."""
 
-from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -8,11 +7,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, float_dtype
-from clmerge.merging.spectral.decomposition import _Spectral, polar, tolerance
+from clmerge.merging.spectral.decomposition import Spectral, polar, tolerance
 from clmerge.merging.step import Step
 
 
-class TSVM(_Spectral):
+class TSVM(Spectral):
     """Merge task singular vectors (TSV-M, arXiv 2412.00081), as an exact stream.
 
     Of every task matrix of shape ``(m, n)`` the leading ``floor(min(m, n) / T)`` singular triplets are kept. Side by
@@ -29,9 +28,6 @@ class TSVM(_Spectral):
 
     Args:
         scale: Scaling coefficient; about 1 is best in the paper.
-        include: Glob patterns of the parameters that are treated as matrices. Default: all of two dimensions.
-        exclude: Glob patterns of those that are averaged instead; see ``Matrices``.
-        split_qkv: Treat a fused query-key-value weight as three matrices; the result differs.
 
     Example:
         >>> merger = TSVM()
@@ -45,17 +41,6 @@ class TSVM(_Spectral):
     name = "tsvm"
     summary = "leading singular vectors of every task, whitened and recombined"
     source = "2412.00081"
-
-    def __init__(
-        self,
-        scale: float = 1.0,
-        *,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        split_qkv: bool = False,
-    ) -> None:
-        super().__init__(include, exclude, split_qkv)
-        self.scale = scale
 
     @override
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:

@@ -77,5 +77,5 @@ def test_a_fused_weight_can_be_merged_as_three():
 
 @pytest.mark.parametrize("common", [-0.1, 1.1])
 def test_shares_out_of_range_are_refused(common):
-    with pytest.raises(ValueError, match="common directions"):
+    with pytest.raises(ValueError, match="expected common in"):
         IsoCTS(common)
