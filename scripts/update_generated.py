@@ -1,10 +1,13 @@
-"""Write again what is generated from the code: the help texts of the commands and the README's table of mergers.
+"""Write again what is generated from the code.
+
+These are the help texts of the commands, the table of options and classes, and the README's table of mergers.
 
 python scripts/update_generated.py          write
 python scripts/update_generated.py --check  exit with 1 if something is out of date
 """
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -12,7 +15,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from option_table import option_table
+
 from clmerge.cli import COMMANDS
+from clmerge.cli.option_table import FILE
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- mergers: begin -->", "<!-- mergers: end -->"
@@ -50,6 +56,7 @@ def generated() -> dict[Path, str]:
     helps = {command: command_help(command, **({"trainer": False} if command == "fit" else {})) for command in COMMANDS}
     return {
         **{ROOT / "clmerge" / "cli" / "help" / f"{command}.txt": text for command, text in helps.items()},
+        FILE: json.dumps(option_table(), indent=1, ensure_ascii=False) + "\n",
         readme: f"{before}{BEGIN}\n{merger_table()}\n{END}{after}",
     }
 

@@ -16,6 +16,7 @@ from clmerge.callbacks.frozen import FrozenParameters, announces_unfreezing
 from clmerge.callbacks.merged_evaluation import MergedEvaluation
 from clmerge.callbacks.ranks import check_same_on_all_ranks, refuse_sharding
 from clmerge.callbacks.saved_checkpoints import keep_merge, read_state
+from clmerge.deploy.naming import by_class
 from clmerge.deploy.running_merge import check_choice
 from clmerge.lightning_compat import refuse_unsupported_strategy
 from clmerge.merging import Merger, Statistics
@@ -127,6 +128,7 @@ class MergeCallback(MergedEvaluation):
         )
         check_choice("start_policy", start_policy, ("base", "previous", "merged"))
         names = list(self.mergers)
+        start_from = None if start_from is None else by_class(start_from, self.mergers)
         if start_from is not None and (start_policy != "merged" or start_from not in names):
             raise ValueError(
                 f"expected start_from to be one of {names} under start_policy='merged', got {start_from!r} under "

@@ -1,13 +1,15 @@
 """The command line: a lazy dispatcher, so that help is quick and a command imports only what it needs."""
 
-import difflib
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 import clmerge
+from clmerge.cli.option_table import nearest
 from clmerge.cli.signals import run_until_stopped
+from clmerge.names import tell
 
 COMMANDS = {
     "fit": "train a stream of tasks, merge after every task, evaluate all tasks after every task",
@@ -32,7 +34,11 @@ options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, 1 if it failed, 2 if it was called wrongly, or 128 + the signal that stopped it."""
+    """Run a command; return 0, 1 if it failed, 2 if it was called wrongly, or 128 + the signal that stopped it.
+
+    Raises:
+        SystemExit: With 2, if an option of the command is wrong.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
@@ -42,16 +48,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = arguments[0]
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        print(f"clmerge: expected a command ({', '.join(COMMANDS)}), got {command!r}{hint}", file=sys.stderr)
+        near = nearest(command, [*COMMANDS, "--help", "--version"])
+        hint = f"; did you mean {near!r}?" if near else ""
+        tell(f"clmerge: expected a command ({', '.join(COMMANDS)}), got {command!r}{hint}")
         return 2
     if any(argument in ("-h", "--help") for argument in arguments[1:]):
         print((Path(__file__).parent / "help" / f"{command}.txt").read_text(encoding="utf-8"), end="")
         return 0
 
+    # Read when torch is loaded: waiting threads that spin make a run ten times slower beside other programs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
     def run() -> int:
-        found: int = import_module(f"clmerge.cli.{command}").main(arguments[1:])
+        from clmerge.cli.fit import spread_mergers
+        from clmerge.cli.quick_check import check_arguments
+        from clmerge.cli.value_check import OptionError
+
+        try:
+            words = check_arguments(command, spread_mergers(arguments[1:]))
+        except OptionError as error:
+            tell(f"clmerge {command}: {error}")
+            raise SystemExit(2) from error
+        found: int = import_module(f"clmerge.cli.{command}").main(words)
         return found
 
     try:

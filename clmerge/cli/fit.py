@@ -154,7 +154,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def spread_mergers(argv: Sequence[str]) -> list[str]:
-    """Rewrite ``--mergers A B C`` as the list that the parser reads.
+    """Rewrite ``--mergers A B C`` and ``--mergers=A`` as the list that the parser reads.
 
     Example:
         >>> spread_mergers(["--mergers", "MagMax", "TIES", "--seed", "1"])
@@ -163,17 +163,20 @@ def spread_mergers(argv: Sequence[str]) -> list[str]:
     result: list[str] = []
     position = 0
     while position < len(argv):
-        if argv[position] == "--mergers":
-            end = position + 1
+        option, given, name = argv[position].partition("=")
+        position += 1
+        names: list[str] = []
+        if option == "--mergers" and given and name.isidentifier() and name != "null":
+            names = [name]
+        elif option == "--mergers" and not given:
+            end = position
             while end < len(argv) and not argv[end].startswith("-"):
                 end += 1
-            names = list(argv[position + 1 : end])
-            if names and not names[0].startswith("["):
-                result.append(f"--mergers=[{', '.join(names)}]")
-                position = end
-                continue
-        result.append(argv[position])
-        position += 1
+            names = [*argv[position:end]]
+            if names and names[0].startswith("["):
+                names = []
+            position = end if names else position
+        result.append(f"--mergers=[{', '.join(names)}]" if names else argv[position - 1])
     return result
 
 

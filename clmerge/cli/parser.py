@@ -1,6 +1,5 @@
 """A jsonargparse parser whose errors name the nearest valid option, class or value."""
 
-import difflib
 import inspect
 import re
 from argparse import RawDescriptionHelpFormatter
@@ -11,8 +10,9 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter,
 from typing_extensions import override
 
 from clmerge.bounded_yaml import check_yaml, yaml_cause
-from clmerge.cli.messages import class_options, condensed
 from clmerge.cli.named_code import refuse_functions, refused_path
+from clmerge.cli.option_table import nearest
+from clmerge.cli.outlines import class_options, plain
 from clmerge.names import visible
 from clmerge.weights.paths import what_it_is
 
@@ -40,9 +40,9 @@ class CommandParser(ArgumentParser):
             path, key = refused
             text = f"expected no code that runs commands in a configuration, got {path} at {key}; it was not imported"
         else:
-            text = f"{condensed(text)}{self._source(text)}{self._hint(text)}"
+            text = f"{plain(text)}{self._source(text)}{self._hint(text)}"
         text = visible(text, keep="\n")
-        self.exit(2, f"{self.prog}: {text}\nOptions: {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {text}\n")
         raise AssertionError("exit returned")
 
     @override
@@ -93,16 +93,16 @@ class CommandParser(ArgumentParser):
         return f" (in {', '.join(shown)})" if shown and not given and (key or "config" in text) else ""
 
     def _hint(self, text: str) -> str:
-        """Return a line with the nearest valid word; for an unknown option of a class, from that class's options."""
-        if "Did you mean" in text:
+        """Return the nearest valid word in words; for an unknown setting of a class, of that class's settings."""
+        if "did you mean" in text.lower():
             return ""
         if (known := class_options(text)) is not None and (found := re.search(r"Option '(\w+)' is not accepted", text)):
-            near = _nearest(found[1], known)
-            return f"\nDid you mean {near}?" if near else f"\nIts options are {', '.join(known) or 'none'}."
+            near = nearest(found[1], known)
+            return f"; did you mean {near}?" if near else f"; its settings are {', '.join(known) or 'none'}"
         given = (option for action in self._actions for option in action.option_strings)
         options = [option.removeprefix("--") for option in given if option.startswith("--") and option != "--help"]
         near = suggestion(text, options, self.class_names)
-        return f"\nDid you mean {near}?" if near else ""
+        return f"; did you mean {near}?" if near else ""
 
     @override
     def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
@@ -169,22 +169,15 @@ def suggestion(message: str, options: Sequence[str], classes: Sequence[str]) -> 
         'TIES'
     """
     if found := re.search(r"unrecognized arguments: --([\w.-]+)", message):
-        near = _nearest(found[1], options)
+        near = nearest(found[1], options)
         return near and f"--{near}"
     if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
-        return _nearest(f"{found[1]}.{found[2]}", options)
+        return nearest(f"{found[1]}.{found[2]}", options)
     if found := re.search(r"Option '([\w.]+)' is not accepted", message):
         word = found[1]
-        return _nearest(word, options) or _nearest(word.split(".")[0], {o.split(".")[0] for o in options})
+        return nearest(word, options) or nearest(word.split(".")[0], {o.split(".")[0] for o in options})
     if found := re.search(r"Literal\[(.*?)\]\. Got value: (\S+)", message):
-        return _nearest(found[2], re.findall(r"'(.*?)'", found[1]))
+        return nearest(found[2], re.findall(r"'(.*?)'", found[1]))
     if found := re.search(r"dot import path string: (\w+)", message):
-        return _nearest(found[1], classes)
+        return nearest(found[1], classes)
     return None
-
-
-def _nearest(word: str, words: Iterable[str]) -> str | None:
-    """Return the word most similar to ``word``, ignoring case; None if none is similar."""
-    by_lower = {candidate.lower(): candidate for candidate in words}
-    near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
-    return by_lower[near[0]] if near else None

@@ -29,6 +29,22 @@ def name_mergers(mergers: Merger | Sequence[Merger] | Mapping[str, Merger]) -> d
     return named
 
 
+def by_class(name: str, mergers: Mapping[str, Merger]) -> str:
+    """Return the name of the only merger of the class ``name``, as options give it (``TIES``); else ``name`` itself.
+
+    Args:
+        name: Name of a merger, or of a class.
+        mergers: Mergers by name.
+
+    Example:
+        >>> from clmerge.merging import MagMax, TIES
+        >>> by_class("TIES", name_mergers([MagMax(), TIES()])), by_class("expert", {})
+        ('ties', 'expert')
+    """
+    found = [own for own, merger in mergers.items() if type(merger).__name__ == name]
+    return found[0] if name not in mergers and len(found) == 1 else name
+
+
 def check_names(names: Iterable[str], calibrations: Iterable[str] = ()) -> None:
     """Refuse names of mergers that are already used in results, diagnostics or the files of models.
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from clmerge.deploy.naming import check_requirements, check_settings, name_mergers
+from clmerge.deploy.naming import by_class, check_requirements, check_settings, name_mergers
 from clmerge.deploy.predictors import Merged, PerTask, Predictor
 from clmerge.merging import Merger, Statistics
 from clmerge.merging.checks import is_finite
@@ -74,6 +74,7 @@ class RunningMerge:
         check_choice("device", device, ("cpu", "model"))
         if EXPERT in self.mergers:
             raise ValueError(f"expected another name for a merger than {EXPERT!r}, which names the un-merged model")
+        deploy = None if deploy is None else by_class(deploy, self.mergers)
         if deploy is not None and deploy not in [*self.mergers, EXPERT]:
             raise ValueError(f"expected deploy to be one of {[*self.mergers, EXPERT]}, got {deploy!r}")
         check_requirements(self.mergers, score=score is not None, statistics=statistics is not None)

@@ -180,10 +180,10 @@ def test_an_existing_run_is_continued_with_resume(config, finished, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--learner.start_polcy=base"], "Did you mean --learner.start_policy?"),
-        (["--mergers", "MagMaxx"], "Did you mean MagMax?"),
-        (["--model.backbone.nam=x"], "Did you mean name?"),
-        (["--learner.start_policy=bse"], "Did you mean base?"),
+        (["--learner.start_polcy=base"], "did you mean --learner.start_policy?"),
+        (["--mergers", "MagMaxx"], "did you mean MagMax?"),
+        (["--model.backbone.nam=x"], "did you mean name?"),
+        (["--learner.start_policy=bse"], "did you mean 'base'?"),
         (["--trainer.max_epochs=abc"], "trainer.max_epochs"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
@@ -252,7 +252,9 @@ def test_help_is_what_the_parser_says(capsys):
 def test_mergers_may_be_listed_with_spaces():
     assert spread_mergers(["--mergers", "A", "B", "--x", "1"]) == ["--mergers=[A, B]", "--x", "1"]
     assert spread_mergers(["--mergers", "[A, B]"]) == ["--mergers", "[A, B]"]
-    assert spread_mergers(["--mergers=A"]) == ["--mergers=A"]
+    assert spread_mergers(["--mergers=A", "x"]) == ["--mergers=[A]", "x"]
+    assert spread_mergers(["--mergers=[A]", "--mergers=null"]) == ["--mergers=[A]", "--mergers=null"]
+    assert spread_mergers(["--mergers", "--x"]) == ["--mergers", "--x"]
 
 
 @pytest.mark.parametrize(

@@ -109,10 +109,10 @@ out: {tmp_path / "out.safetensors"}
 @pytest.mark.parametrize(
     ("groups", "hints"),
     [
-        ("{match: [w]}", ["groups: Expected list"]),
+        ("{match: [w]}", ["expected a list for groups, got {'match': ['w']}"]),
         ("[{match: [w], merger: MagMax}, 3]", ["groups[1]: Expected match and merger"]),
-        ("[{match: [w], merger: MagMax}, {mtch: [b]}]", ["groups[1]: ", "'mtch'", "Did you mean match?"]),
-        ("[{match: [w], merger: {class_path: TIES, init_args: {densty: 1}}}]", ["groups[0]: ", "mean density?"]),
+        ("[{match: [w], merger: MagMax}, {mtch: [b]}]", ["groups[1], ", "'mtch'", "did you mean match?"]),
+        ("[{match: [w], merger: {class_path: TIES, init_args: {densty: 1}}}]", ["groups[0].merger, ", "mean density?"]),
     ],
 )
 def test_what_is_wrong_with_a_group_is_said_with_its_number(files, tmp_path, capsys, groups, hints):
@@ -153,10 +153,10 @@ def test_an_existing_file_is_kept_unless_told_otherwise(files, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("more", "hint"),
     [
-        (["--merger", "TEIS"], "Did you mean TIES?"),
-        (["--merger", "TIES", "--merger.densty=0.2"], "Did you mean density?"),
-        (["--merger", "TIES", "--ot", "x"], "Did you mean --out?"),
-        (["--merger", "TIES", "--shardsize=5GB"], "Did you mean --shard-size?"),
+        (["--merger", "TEIS"], "did you mean TIES?"),
+        (["--merger", "TIES", "--merger.densty=0.2"], "did you mean density?"),
+        (["--merger", "TIES", "--ot", "x"], "did you mean --out?"),
+        (["--merger", "TIES", "--shardsize=5GB"], "did you mean --shard-size?"),
         (["--merger", "TIES"], "got no --out"),
         (["--merger", "TIES", "--verify", "x"], "expected --verify alone"),
     ],

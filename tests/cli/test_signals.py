@@ -104,6 +104,7 @@ def test_another_thread_keeps_the_handlers():
     assert found == [3]
 
 
+ARGUMENT = {"fit": "--seed=1", "merge": "--threads=1"}  # the others take names of runs
 AT_IMPORT = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
@@ -126,7 +127,7 @@ sys.exit(main(sys.argv[3:]))
 )
 def test_at_start_up(command, module, number):
     found = subprocess.run(
-        [sys.executable, "-c", AT_IMPORT, module, str(int(number)), command, "nothing"],
+        [sys.executable, "-c", AT_IMPORT, module, str(int(number)), command, ARGUMENT.get(command, "nothing")],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},

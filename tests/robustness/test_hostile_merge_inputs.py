@@ -240,7 +240,7 @@ def test_ledgers_that_are_none(folder, capsys, text):
         ("threads: 99999999999999999999\n", ["threads"]),
         ("threads: 2000000000\n", ["threads"]),
         ("models: null\n", ["models"]),
-        ("models: {a: 1}\n", ["recipe.yaml", "config"]),
+        ("models: {a: 1}\n", ["recipe.yaml", "models"]),
         ("include: null\n", ["include"]),
         ("base: 3\n", ["recipe.yaml", "base"]),
         ("merger: {class_path: os.system, init_args: {command: touch canary}}\n", ["merger", "os.system"]),
@@ -249,7 +249,7 @@ def test_ledgers_that_are_none(folder, capsys, text):
         ("groups: [[]]\n", ["recipe.yaml", "groups"]),
         ("groups: [{match: x}]\n", ["recipe.yaml", "groups", "match"]),
         ("recipe: 1\n", ["recipe.yaml", "config"]),
-        ("basee: x\n", ["recipe.yaml", "basee", "Did you mean base?"]),
+        ("basee: x\n", ["recipe.yaml", "basee", "did you mean base?"]),
         (b"\xff\xfe\0\0", ["recipe.yaml"]),
         (b"base: \x1b[31m\n", ["recipe.yaml"]),
     ],
@@ -263,12 +263,12 @@ def test_recipes(folder, capsys, recipe, names):
 
 def test_settings_on_the_command_line_do_not_blame_a_file(folder, capsys):
     (folder / "recipe.yaml").write_text("threads: 1\n")
-    message = refused(capsys, "--recipe", "recipe.yaml", "--threads=x", names=["threads: "], base=None)
+    message = refused(capsys, "--recipe", "recipe.yaml", "--threads=x", names=["--threads"], base=None)
     assert "recipe.yaml" not in message
-    for option, names in (("density", ["Its options are scale, weights."]), ("scal", ["Did you mean scale?"])):
+    for option, names in (("density", ["its settings are scale, weights"]), ("scal", ["did you mean scale?"])):
         merger = ("--merger=TaskArithmetic", f"--merger.{option}=2")
         message = refused(
-            capsys, "--models", "m0.safetensors", names=["TaskArithmetic", f"'{option}'", *names], merger=merger
+            capsys, "--models", "m0.safetensors", names=["TaskArithmetic", f"--merger.{option}", *names], merger=merger
         )
         assert "dtype" not in message
 

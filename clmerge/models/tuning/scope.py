@@ -1,5 +1,6 @@
 """Fine-tuning of the weights themselves: all trainable weights of the backbone, or a part of them."""
 
+import difflib
 import re
 from collections.abc import Iterable, Sequence
 
@@ -89,6 +90,12 @@ def scoped_parameters(
         elif part in SCOPES:
             found = _named(part, backbone.model, offered)
         else:
+            # A misspelt scope would be taken for a pattern, and answered with the nearest parameter.
+            if part.isalpha() and (near := difflib.get_close_matches(part, SCOPES, n=1)) and part not in offered:
+                raise ValueError(
+                    f"expected a scope ({', '.join(SCOPES)}) or a pattern that matches a parameter, got {part!r}; did "
+                    f"you mean {near[0]!r}?"
+                )
             found = list(select_parameters(backbone.model, [part]))
         if not found:
             raise ValueError(

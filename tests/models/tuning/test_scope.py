@@ -78,6 +78,7 @@ def test_another_tuning_starts_afresh(clip):
     ("tuning", "message"),
     [
         (lambda: Partial(), "expected a scope .*or last_blocks, got neither"),
+        (lambda: Partial("attentoin").prepare, "got 'attentoin'; did you mean 'attention'"),
         (lambda: Partial("mlp", last_blocks=0), "last_blocks of 1 or more, got 0"),
         (lambda: Partial(["visuall.*"]).prepare, r"'visuall\.\*'.*'visual\.\*'"),
         (lambda: Partial([]).prepare, "expected parameters to train"),
