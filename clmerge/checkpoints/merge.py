@@ -24,7 +24,7 @@ from clmerge.checkpoints.reader import Checkpoint, Entry, describe, float_dtype
 from clmerge.checkpoints.vectors import CheckpointVectors, Origin, check_statistics
 from clmerge.checkpoints.writer import sha256_of
 from clmerge.merging import Merger
-from clmerge.merging.out_of_core import merge_out_of_core, passes_of, working_memory
+from clmerge.merging.out_of_core import merge_out_of_core, working_memory
 from clmerge.merging.vectors import Pack, packs
 from clmerge.names import visible
 from clmerge.weights.buffers import Buffers
@@ -180,14 +180,14 @@ class CheckpointMerge:
         for merger, names in self._work():
             read = (model.entries.get(name) for model in self.models for name in names)
             once = sum(entry.nbytes for entry in read if entry is not None)
-            total += once * (2 if passes_of(merger) == "thresholds" else 1)
+            total += once * (2 if merger.scope == "thresholds" else 1)
         return total
 
     def describe(self) -> str:
         """Return the plan as a short table: inputs, policy, memory."""
         sizes = {name: entry.numel for name, entry in self.base.entries.items()}
         work = [(merger, {name: self.base.entries[name].shape for name in names}) for merger, names in self._work()]
-        costs = {working_memory(merger, shapes, len(self.models)): passes_of(merger) for merger, shapes in work}
+        costs = {working_memory(merger, shapes, len(self.models)): merger.scope for merger, shapes in work}
         lines = [f"merger  {part}" for part in self.parts]
         lines.append(f"base    {describe(self.base)}")
         lines += [f"task {task:<3}{describe(model)}" for task, model in zip(self.tasks, self.models, strict=True)]

@@ -16,7 +16,7 @@ from clmerge.merging.checks import (
     read_shapes,
 )
 from clmerge.merging.identity import examine, with_statistics
-from clmerge.merging.scope import Scope, Scoped
+from clmerge.merging.scope import Scope, Scoped, Tally
 from clmerge.merging.sparsify.sparsifier import Sparsifier
 from clmerge.merging.state import Accumulator, listed
 from clmerge.merging.step import PIECE, Score, Statistics, Step
@@ -224,8 +224,30 @@ class Merger(Accumulator, Scoped):
         if not self.num_tasks:
             raise RuntimeError(f"expected at least one update() before compute() of {type(self).__name__}, got none")
         with torch.inference_mode(False), torch.no_grad():
-            overview = self._overview()
-            merged = {name: self._read(name, slots, overview) for name, slots in self._held().items()}
+            return self._computed(self._overview())
+
+    def tally(self) -> Tally:
+        """Return what the pieces folded in since ``reset`` add to the sum over the model that ``decide`` is given."""
+        return Tally()
+
+    def decide(self, votes: int) -> Any:
+        """Return what ``compute_decided`` needs to know of the sum of the tallies over the whole model."""
+        return None
+
+    def compute_decided(self, decision: Any) -> TaskVector:
+        """Return the merged pieces folded in since ``reset``, as parts of a model that gives this decision.
+
+        Args:
+            decision: The result of ``decide``.
+
+        Raises:
+            RuntimeError: As for ``compute``.
+        """
+        return self.compute()
+
+    def _computed(self, overview: Any) -> TaskVector:
+        """Read every parameter; refuse an overflow."""
+        merged = {name: self._read(name, slots, overview) for name, slots in self._held().items()}
         for name, tensor in merged.items():
             if not is_finite(tensor):
                 raise RuntimeError(

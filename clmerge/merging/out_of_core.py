@@ -3,44 +3,20 @@
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import Slots, slot_blocks
-from clmerge.merging.checks import Shapes, is_finite, num_entries
+from clmerge.merging.checks import Shapes, num_entries
 from clmerge.merging.merger import Merger
-from clmerge.merging.pipeline import Pipeline
-from clmerge.merging.scope import widest
-from clmerge.merging.sign.ties import TIES, sum_of_signs
-from clmerge.merging.sparsify.sparsifier import TrimModel
+from clmerge.merging.scope import Tally
 from clmerge.merging.threshold import kth_of_pieces, sample_step
 from clmerge.merging.vectors import Pack, Vectors, packs
-from clmerge.weights.task_vector import LazyVector, State
+from clmerge.weights.task_vector import LazyVector
 
 _PIECE = 1 << 20
-
-Passes = Literal["entry", "parameter", "thresholds", "model"]
-"""How a rule is streamed: in pieces, parameter by parameter, in pieces after a pass for thresholds, or as a whole."""
-
-
-def passes_of(merger: Merger) -> Passes:
-    """Return how a rule can be streamed.
-
-    Example:
-        >>> from clmerge.merging import GreedySoup, MagMax
-        >>> passes_of(MagMax()), passes_of(TIES()), passes_of(GreedySoup())
-        ('entry', 'thresholds', 'model')
-    """
-    if merger.scope != "model":
-        return merger.scope
-    if type(merger) is TIES:
-        return "thresholds"
-    if not isinstance(merger, Pipeline) or type(merger.sparsifier) is not TrimModel:
-        return "model"
-    return "thresholds" if widest(merger._inner, merger.finisher) == "parameter" else "model"
 
 
 def working_memory(merger: Merger, shapes: Shapes, num_tasks: int) -> int:
@@ -53,7 +29,7 @@ def working_memory(merger: Merger, shapes: Shapes, num_tasks: int) -> int:
     """
     held = packs(shapes, lambda name: None)
     largest = max((pack.numel for pack in held), default=0)
-    whole = passes_of(merger) == "model"
+    whole = merger.scope == "model"
     numel = num_entries(shapes) if whole else largest
     # One pack each of a task vector, the merged vector (two while a sign is undecided) and the merged model.
     buffers = 8 * numel + 8 * largest
@@ -68,9 +44,9 @@ def merge_out_of_core(merger: Merger, vectors: Vectors) -> Iterator[tuple[Pack, 
 
     Small parameters are merged together, so that the cost depends on the number of entries, not of parameters.
 
-    Rules with one threshold for the whole model (TIES by default, a pipeline with ``TrimModel``) read everything
-    twice. Any other rule whose ``scope`` is ``"model"`` holds its state, one task vector and the result in memory; a
-    rule that keeps every task vector reads the vectors again instead.
+    For rules whose ``scope`` is ``"thresholds"`` (TIES by default, a pipeline with ``TrimModel``) everything is read
+    twice. A rule whose ``scope`` is ``"model"`` holds its state, one task vector and the result in memory; a rule that
+    keeps every task vector reads the vectors again instead.
 
     Args:
         merger: The rule and its settings; its own state is neither used nor changed.
@@ -88,37 +64,11 @@ def merge_out_of_core(merger: Merger, vectors: Vectors) -> Iterator[tuple[Pack, 
     merger = deepcopy(merger)
     merger.reset()
     packed = packs(vectors.shapes, vectors.kind)
-    match passes_of(merger):
-        case "model":
-            yield from _whole(merger, vectors, packed)
-        case "parameter":
-            yield from _by_parameter(merger, vectors, packed)
-        case "entry":
-            yield from _by_entry(merger, vectors, packed)
-        case "thresholds":
-            density = _trim_density(merger)
-            found = (_threshold(density, vectors, position, packed) for position in range(len(vectors.tasks)))
-            thresholds = dict(zip(vectors.tasks, found, strict=True))
-            if isinstance(merger, TIES):
-                merger._sparsifier = _KnownThresholds(merger.density, thresholds)
-                with torch.inference_mode(False), torch.no_grad():
-                    yield from _ties(merger, vectors, packed)
-            elif isinstance(merger, Pipeline):
-                merger.sparsifier = _KnownThresholds(_trim_density(merger), thresholds)
-                merger._sparsify_with([])
-                yield from _by_parameter(merger, vectors, packed)
-
-
-class _KnownThresholds(TrimModel):
-    """Trim with known thresholds, by task."""
-
-    def __init__(self, density: float, thresholds: dict[int, float]) -> None:
-        super().__init__(density)
-        self.thresholds = thresholds
-
-    @override
-    def plan(self, vector: State, task: int) -> float:
-        return self.thresholds[task]
+    if merger.scope == "thresholds":
+        found = (_threshold(merger, vectors, position, packed) for position in range(len(vectors.tasks)))
+        merger = merger.with_thresholds(dict(zip(vectors.tasks, found, strict=True)))
+    merge = {"entry": _by_entry, "parameter": _by_parameter}.get(merger.scope, _whole)
+    yield from merge(merger, vectors, packed)
 
 
 class _Flat:
@@ -133,17 +83,10 @@ class _Flat:
                 yield self.vectors.read(self.position, pack, piece)
 
 
-def _trim_density(merger: Merger) -> float:
-    trim = merger.sparsifier if isinstance(merger, Pipeline) else merger
-    if not isinstance(trim, TrimModel | TIES):
-        raise TypeError(f"expected a rule that trims, got {merger!r}")
-    return trim.density
-
-
-def _threshold(density: float, vectors: Vectors, position: int, packed: list[Pack]) -> float:
-    """Compute the threshold of ``TrimModel.plan`` without holding the task vector in memory."""
+def _threshold(merger: Merger, vectors: Vectors, position: int, packed: list[Pack]) -> float:
+    """Return the magnitude that the rule needs of a task vector, without holding the vector in memory."""
     total = sum(pack.numel for pack in packed)
-    count = int(density * total) + 1
+    count = merger.threshold_rank(total)
     if count > total:
         return 0.0
     wide = any(vectors.dtype(position, pack.names[0]) == torch.float64 for pack in packed)
@@ -195,12 +138,29 @@ def _joined(found: dict[str, Tensor], pack: Pack) -> Tensor:
 
 
 def _by_entry(merger: Merger, vectors: Vectors, packed: list[Pack]) -> Iterator[tuple[Pack, Tensor]]:
-    def merged(pack: Pack, piece: slice) -> Tensor:
+    """Merge entry by entry.
+
+    Entries may depend on the sum of the tallies of the model, which is known only at the end. Packs that do are merged
+    with a guess first, and again if the guess was wrong.
+    """
+    votes = 0
+    guesses: dict[str, Any] = {}  # by the first name of a pack
+
+    def merged(pack: Pack, piece: slice, decision: Any, found: list[Tally]) -> Tensor:
         _fold_as_one(merger, vectors, pack, piece)
-        return merger.compute()[pack.names[0]]
+        found.append(merger.tally())
+        return merger.compute_decided(decision)[pack.names[0]]
 
     for pack in packed:
-        yield pack, _as_one(pack, merged)
+        guess, found = merger.decide(votes), list[Tally]()
+        yield pack, _as_one(pack, partial(merged, decision=guess, found=found))
+        votes += sum(tally.votes for tally in found)
+        if any(tally.is_open for tally in found):
+            guesses[pack.names[0]] = guess
+    decision = merger.decide(votes)
+    for pack in packed:
+        if guesses.get(pack.names[0], decision) != decision:
+            yield pack, _as_one(pack, partial(merged, decision=decision, found=[]))
     merger.reset()
 
 
@@ -239,52 +199,3 @@ def _whole(merger: Merger, vectors: Vectors, packed: list[Pack]) -> Iterator[tup
     found = merger.compute()
     for pack in packed:
         yield pack, _joined(found, pack)
-
-
-def _ties(merger: TIES, vectors: Vectors, packed: list[Pack]) -> Iterator[tuple[Pack, Tensor]]:
-    """Merge by TIES with one trim for the model.
-
-    Entries whose sum is zero take the majority sign over the entries of the model, which is known only at the end.
-    Parameters that depend on it are merged with a guess first, and again if the guess was wrong.
-    """
-    surplus = 0
-    guesses: dict[str, int] = {}  # by the first name of a pack
-
-    def elected() -> int:
-        # Without a majority, only the largest magnitude is another than with a negative one.
-        return 1 if surplus > 0 else 0 if merger.merge == "max" and not surplus else -1
-
-    def merged(pack: Pack, piece: slice, sign: int) -> Tensor:
-        nonlocal surplus
-        first = pack.names[0]
-        _fold_as_one(merger, vectors, pack, piece)
-        for block, _ in slot_blocks(merger._slots[first]):
-            total = merger._total(block)
-            surplus += sum_of_signs([total])
-            if first not in guesses and _undecided(block, total):
-                guesses[first] = sign
-        return _read(merger, first, sign)
-
-    for pack in packed:
-        yield pack, _as_one(pack, partial(merged, sign=elected()))
-    sign = elected()
-    for pack in packed:
-        if guesses.get(pack.names[0], sign) != sign:
-            yield pack, _as_one(pack, partial(merged, sign=sign))
-    merger.reset()
-
-
-def _undecided(block: Slots, total: Tensor) -> bool:
-    """Return whether any entry depends on the sign chosen for zero sums: its positive and negative parts differ."""
-    kind = "max" if "pos_max" in block else "sum"
-    # Numbers instead of booleans: on a CPU comparisons that return booleans, and any(), take five times as long.
-    zero = torch.eq(total, 0, out=torch.empty_like(total))
-    differ = torch.ne(block[f"pos_{kind}"], block[f"neg_{kind}"], out=torch.empty_like(total))
-    return bool(zero.dot(differ))
-
-
-def _read(merger: TIES, name: str, sign: int) -> Tensor:
-    merged = merger._read(name, merger._slots[name], sign)
-    if not is_finite(merged):
-        raise RuntimeError(f"expected finite sums, got an overflow in {name!r} of {merger!r}; scale it down")
-    return merged

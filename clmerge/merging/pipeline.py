@@ -1,5 +1,6 @@
 """The composed rule: any sparsifier before any reducer before any finisher."""
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, Self
@@ -64,6 +65,8 @@ class Pipeline(Merger):
         self.keeps_vectors = self._inner.keeps_vectors
         self.reading_bytes = self._inner.reading_bytes
         self.scope = widest(self._inner, sparsifier, finisher)
+        if sparsifier is not None and sparsifier.scope == "thresholds" and widest(self._inner, finisher) == "parameter":
+            self.scope = "thresholds"
         # The plain sum of the task vectors, for a finisher that needs it.
         self._total: Merger | None = TaskArithmetic(1.0) if finisher is not None and finisher.uses_sum else None
         if self._total is not None and self.requires_score:
@@ -72,6 +75,20 @@ class Pipeline(Merger):
                 f"before they are merged, got {finisher!r}; set its alpha"
             )
         self._sparsify_with([])
+
+    @override
+    def threshold_rank(self, total: int) -> int:
+        return super().threshold_rank(total) if self.sparsifier is None else self.sparsifier.threshold_rank(total)
+
+    @override
+    def with_thresholds(self, thresholds: Mapping[int, float]) -> Self:
+        if self.sparsifier is None:
+            return super().with_thresholds(thresholds)
+        known = deepcopy(self)
+        known.sparsifier = self.sparsifier.with_thresholds(thresholds)
+        known.scope = widest(known._inner, known.sparsifier, known.finisher)
+        known._sparsify_with([])
+        return known
 
     @override
     def compute(self) -> TaskVector:

@@ -146,7 +146,7 @@ class Accumulator(Configured, ABC):
         Example:
             >>> from clmerge.merging import TIES
             >>> TIES().state_size({"w": (100, 10)}, num_tasks=8)
-            12000
+            10000
         """
         dtypes = self._slot_dtypes(num_tasks).values()
         return num_entries(shapes) * sum((dtype or torch.float32).itemsize for dtype in dtypes)

@@ -11,7 +11,7 @@ from torch import Tensor
 from clmerge.merging.blocks import blocks
 from clmerge.weights.task_vector import accumulator_dtype
 
-_SMALL = 1 << 14  # up to here a direct selection is quickest
+_SMALL = 1 << 16  # up to here a direct selection is quickest
 _BLOCK = 1 << 18  # every block has counts of its own to fill and to add
 _DIGIT_BITS = 16
 
@@ -85,8 +85,14 @@ def kth_of_pieces(
 
 
 def _selected(magnitudes: Tensor, k: int) -> Threshold:
-    """Select directly from a copy of all magnitudes, in time proportional to their number."""
-    value = magnitudes.kthvalue(magnitudes.numel() - k + 1).values
+    """Select directly from a copy of all magnitudes, in time proportional to their number; reorders the copy."""
+    position = magnitudes.numel() - k
+    if magnitudes.device.type == "cpu":
+        # NumPy's selection takes a fifth of the time that kthvalue takes.
+        array = magnitudes.numpy()
+        array.partition(position)
+        return Threshold(float(array[position]), int(np.count_nonzero(array[:position] == array[position])))
+    value = magnitudes.kthvalue(position + 1).values
     return Threshold(float(value), int((magnitudes >= value).sum()) - k)
 
 
@@ -97,8 +103,7 @@ def _by_sample(
     sample = torch.cat(list(pieces)).to(dtype).abs_()
     share = k / total
     margin = 3 * math.sqrt(share * (1 - share) / sample.numel()) + 2 / sample.numel()
-    low = _quantile(sample, 1 - share - margin)
-    high = _quantile(sample, 1 - share + margin)
+    low, high = (_quantile(sample, 1 - share + side * margin) for side in (-1, 1))
     inside = int(((sample >= low) & (sample <= high)).sum())
     if inside > 4 * margin * sample.numel():  # many equal entries: the candidates would fill the memory
         return None
@@ -126,9 +131,9 @@ def _split(magnitudes: Tensor, low: float, high: float) -> tuple[int, Tensor]:
     if magnitudes.device.type == "cpu":
         # NumPy compares, counts and selects flags of one byte three times as fast as PyTorch does.
         array = magnitudes.numpy()
-        above = array > high
-        inside = np.flatnonzero((array >= low) ^ above)
-        return int(np.count_nonzero(above)), magnitudes.index_select(0, torch.from_numpy(inside))
+        above, inside = array > high, array >= low
+        inside ^= above
+        return int(np.count_nonzero(above)), torch.from_numpy(np.compress(inside, array))
     flags = torch.empty_like(magnitudes)
     num_above = int(torch.gt(magnitudes, high, out=flags).sum())
     torch.eq(magnitudes.clamp(low, high), magnitudes, out=flags)
@@ -136,8 +141,7 @@ def _split(magnitudes: Tensor, low: float, high: float) -> tuple[int, Tensor]:
 
 
 def _quantile(sample: Tensor, share: float) -> float:
-    rank = min(max(int(share * sample.numel()) + 1, 1), sample.numel())
-    return float(sample.kthvalue(rank).values)
+    return _selected(sample, sample.numel() - min(max(int(share * sample.numel()), 0), sample.numel() - 1)).value
 
 
 def _by_digits(flat: Iterable[Tensor], dtype: torch.dtype, k: int) -> Threshold:

@@ -15,8 +15,9 @@ from clmerge.merging import (
     WeightAverage,
     out_of_core,
 )
-from clmerge.merging.finish.finisher import Finisher
-from clmerge.merging.out_of_core import merge_out_of_core, passes_of, working_memory
+from clmerge.merging.out_of_core import merge_out_of_core, working_memory
+from clmerge.merging.scope import Tally
+from clmerge.merging.sparsify.sparsifier import keep_from
 
 SHAPES = {"b.weight": (40, 50), "a.weight": (7, 3), "bias": (5,), "scalar": (), "large": (160, 160)}
 
@@ -129,20 +130,59 @@ def test_a_model_wide_trim_before_another_rule():
     assert_same_bits(DARE(0.5, reducer=TIES(0.2)), normal(3))
 
 
-def test_how_rules_are_streamed():
-    class _ByDepth(Finisher):
-        def finish(self, vector):
-            return vector
+def test_a_rule_that_only_declares_what_it_needs_is_streamed():
+    """No rule's class is known to the walker: one with a threshold and one that counts votes, from here."""
 
-    assert passes_of(TIES(trim="tensor")) == "parameter"
-    assert passes_of(Pipeline(TaskArithmetic(), sparsifier=TrimModel())) == "thresholds"
-    assert passes_of(Pipeline(TaskArithmetic(), sparsifier=TrimModel(), finisher=_ByDepth())) == "model"
-    assert passes_of(DARE(reducer=TIES())) == "model"
+    class _AboveMedian(TaskArithmetic):
+        """The sum of the entries above the median magnitude of their task vectors."""
+
+        scope = "thresholds"
+
+        def threshold_rank(self, total):
+            return total // 2
+
+        def with_thresholds(self, thresholds):
+            known = _AboveMedian()
+            known.known, known.scope = thresholds, "entry"
+            return known
+
+        def _plan(self, vector, step):
+            return self.known[step.task]
+
+        def _fold_block(self, slots, tau, step, plan):
+            slots["sum"].add_(keep_from(tau, plan))
+
+    vectors = eighths(3, 5)
+    expected = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    for vector in vectors:
+        entries = torch.cat([tensor.reshape(-1) for tensor in vector.values()]).abs()
+        threshold = entries.sort(descending=True).values[len(entries) // 2 - 1]
+        for name, tensor in vector.items():
+            expected[name] += torch.where(tensor.abs() >= threshold, tensor, 0.0)
+    found = merged_by(_AboveMedian(scale=1.0), Held(vectors))
+    assert all(torch.allclose(found[name].view(shape), 0.3 * expected[name]) for name, shape in SHAPES.items())
+
+    class _Majority(TaskArithmetic):
+        """1 where the tasks cancel out, times the sign of most sums of the model."""
+
+        def tally(self):
+            [slots] = self._slots.values()
+            return Tally(int(slots["sum"].sign().sum()), is_open=bool((slots["sum"] == 0).any()))
+
+        def decide(self, votes):
+            return 1 if votes > 0 else -1
+
+        def compute_decided(self, decision):
+            return {name: slots["sum"].eq(0).float() * decision for name, slots in self._slots.items()}
+
+    for last in (1.0, -1.0):
+        others = [{"a": sign * torch.ones(100, 60), "b": torch.full((100, 90), last)} for sign in (1, -1)]
+        assert merged_by(_Majority(), Held(others))["a"].unique().tolist() == [last]
 
 
 def test_memory_does_not_grow_with_the_tasks_but_with_the_scope():
     sizes = {str(number): (300, 300) for number in range(50)}
-    assert working_memory(TIES(), sizes, 2) == working_memory(TIES(), sizes, 200)
+    assert working_memory(TIES(), sizes, 2) == working_memory(TIES(), sizes, 100)
     assert working_memory(DARE(reducer=TIES()), sizes, 2) > 25 * working_memory(TIES(), sizes, 2)
 
 

@@ -3,11 +3,11 @@ import torch
 from support.merger_cases import CASES
 from support.references import score, statistics_of
 
-from clmerge.merging import DARE, TIES, MagMax, Pipeline, Scale, TaskArithmetic, TrimModel, TrimTensor
+from clmerge.merging import DARE, TIES, ByTask, MagMax, Pipeline, Scale, TaskArithmetic, TrimModel, TrimTensor
 from clmerge.merging.finish.finisher import Finisher
 
 SHAPES = {"layers.0.matrix": (4, 5), "layers.0.bias": (5,), "layers.1.matrix": (6, 5), "scalar": ()}
-BY_PARAMETER = [label for label, case in CASES.items() if case.build().scope != "model"]
+BY_PARAMETER = [label for label, case in CASES.items() if case.build().scope in ("entry", "parameter")]
 BY_ENTRY = [label for label, case in CASES.items() if case.build().scope == "entry" and not case.build().requires]
 
 
@@ -48,7 +48,7 @@ def test_one_entry_at_a_time_gives_the_same_bits(label):
 
 
 def test_rules_that_look_at_the_whole_model_say_so():
-    assert TIES().scope == "model"
+    assert TIES().scope == "thresholds"
     assert TIES(trim="tensor").scope == "parameter"
     for label in ("GreedySoup", "PAINT"):
         assert CASES[label].build().scope == "model"
@@ -60,7 +60,9 @@ def test_rules_that_look_at_the_whole_model_say_so():
 
 def test_composed_rules_are_as_wide_as_their_widest_part():
     assert Pipeline(MagMax(), sparsifier=TrimTensor(), finisher=Scale(2.0)).scope == "parameter"
-    assert Pipeline(MagMax(), sparsifier=TrimModel()).scope == "model"
+    assert Pipeline(MagMax(), sparsifier=TrimModel()).scope == "thresholds"
+    assert Pipeline(MagMax(), sparsifier=ByTask([TrimModel()])).scope == "model"
+    assert Pipeline(TIES(), sparsifier=TrimModel()).scope == "model"
     assert Pipeline(TIES()).scope == "model"
     assert DARE(reducer=TIES()).scope == "model"
 
@@ -76,5 +78,32 @@ def test_a_new_rule_that_does_not_say_is_taken_for_model_wide():
         def finish(self, vector):
             return vector
 
+    class _Planned(TIES):
+        def _plan(self, vector, step):
+            return super()._plan(vector, step)
+
     assert _Normed().scope == "model"
+    assert _Planned().scope == _Planned(trim="tensor").scope == "model"
     assert Pipeline(finisher=_ByDepth()).scope == "model"
+
+
+@pytest.mark.parametrize("rule", [TIES(0.5), Pipeline(MagMax(), sparsifier=TrimModel(0.5))])
+def test_known_thresholds_narrow_a_rule_down(rule):
+    vectors = [{"w": torch.tensor([1.0, -5.0, 3.0])}, {"w": torch.tensor([2.0, 1.0, 1.0])}]
+    for vector in vectors:
+        rule.update(vector)
+    assert rule.threshold_rank(3) == 2
+    known = rule.with_thresholds({0: 3.0, 1: 1.0})
+    assert known.scope in ("entry", "parameter")
+    known.reset()
+    for task, vector in enumerate(vectors):
+        known.update_piece(vector, task)
+    assert torch.equal(known.compute()["w"], rule.compute()["w"])
+
+
+@pytest.mark.parametrize("part", [TaskArithmetic(), TIES(trim="tensor"), Pipeline(), TrimTensor()])
+def test_only_a_part_with_thresholds_is_asked_for_them(part):
+    with pytest.raises(TypeError, match=r"scope 'thresholds', got .* of scope '(entry|parameter)'"):
+        part.threshold_rank(10)
+    with pytest.raises(TypeError, match="scope 'thresholds'"):
+        part.with_thresholds({})

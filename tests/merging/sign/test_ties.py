@@ -3,7 +3,7 @@ import torch
 from support.references import Case, ties
 
 from clmerge.merging import TIES
-from clmerge.merging.sign.ties import majority_sign
+from clmerge.merging.sign.ties import count_signs, sum_of_signs
 
 WEIGHTS = [0.5, 2.0, 1.0, 0.0, 4.0, 1.0, 0.25, 3.0] * 4  # by task index
 
@@ -90,30 +90,42 @@ def test_election_happens_after_the_trim():
 
 
 def test_majority_counts_entries_not_magnitudes():
-    assert majority_sign([torch.tensor([-9.0, 1.0, 1.0]), torch.tensor(0.0)]) == 1
-    assert majority_sign([torch.tensor([-9.0, 1.0])]) == 0
-    assert majority_sign([]) == 0
+    assert sum_of_signs([torch.tensor([-9.0, 1.0, 1.0]), torch.tensor(0.0)]) == 1
+    assert sum_of_signs([torch.tensor([-9.0, 1.0])]) == 0
+    assert sum_of_signs([]) == 0
 
 
-def test_counts_are_widened_before_they_overflow():
-    limit = torch.iinfo(torch.int16).max
+@pytest.mark.parametrize(("narrow", "bytes_after"), [(torch.int8, 12), (torch.int16, 16)])
+def test_counts_are_widened_before_they_overflow(narrow, bytes_after):
+    limit = torch.iinfo(narrow).max
     merger = TIES(1.0)
     merger.update({"w": torch.tensor([1.0, -1.0])})
     state = merger.state_dict()
     state["tasks"] = {str(task): "" for task in range(limit - 1)}
     for count in ("pos_count", "neg_count"):
-        state["slots"]["w"][count] *= limit - 1
+        state["slots"]["w"][count] = state["slots"]["w"][count].to(narrow) * (limit - 1)
     for total in ("pos_sum", "neg_sum"):
         state["slots"]["w"][total] *= limit - 1
     merger.load_state_dict(state)
     half = TIES(1.0)
     half.load_state_dict(state | {"tasks": {str(task): "" for task in range(limit, 2 * limit - 1)}})
+    assert merger.state_size({"w": (2,)}, merger.num_tasks) == 2 * (8 + 2 * narrow.itemsize)
     for task in range(3):
         merger.update({"w": torch.tensor([1.0, -1.0])}, task=3 * limit + task)
     assert merger.compute()["w"].tolist() == [1.0, -1.0]
-    assert merger.state_size({"w": (2,)}, merger.num_tasks) == 2 * 16
+    assert merger.state_size({"w": (2,)}, merger.num_tasks) == 2 * bytes_after
     half.merge_state(merger)
     assert half.compute()["w"].tolist() == [1.0, -1.0]
+
+
+@pytest.mark.parametrize("count", [torch.int8, torch.int16, torch.int32])
+def test_signs_are_counted_on_every_device_alike(count):
+    tau = torch.randint(-2, 3, (1000,), generator=torch.Generator().manual_seed(0)).float()
+    tau[0] = -0.0
+    positive, negative = torch.full((1000,), 5, dtype=count), torch.full((1000,), 7, dtype=count)
+    count_signs(positive, negative, tau)
+    assert torch.equal(positive, (5 + (tau > 0).int()).to(count))
+    assert torch.equal(negative, (7 + (tau < 0).int()).to(count))
 
 
 def test_arguments_are_checked():
