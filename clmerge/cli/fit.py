@@ -5,19 +5,16 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clmerge.cli.messages import complain
+from clmerge.cli.run_loggers import Logging, build_loggers
 from clmerge.cli.signals import Stopped
 from clmerge.names import file_name, tell
 
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers import Logger
-
     from clmerge.cli.parser import CommandParser
-    from clmerge.loggers import RunFacts
     from clmerge.results.results import Results
     from clmerge.results.run_folder import RunFolder
     from clmerge.runs.learner import Learner
@@ -52,32 +49,6 @@ examples:
   clmerge fit --resume runs/quickstart-20260101-120000 --trainer.max_epochs=3
   clmerge fit --mergers.help TIES
 """
-
-
-@dataclass
-class Logging:
-    """Options of the loggers of a run.
-
-    Args:
-        csv: Write the curves as CSV under ``logs/csv``.
-        wandb: Log to W&B; offline, to be synchronised later, unless ``online`` or an API key says otherwise.
-        project: W&B project.
-        group: W&B group, for runs that are compared. Default: name, method, tuning and start policy, so that a group
-            holds the seeds of one experiment.
-        tags: W&B tags, beside those of scenario, tuning, start policy and mergers.
-        online: Insist on W&B's server.
-        artifacts: Give W&B base, task vectors and merged models as artifacts, with their lineage.
-        extra: Any other Lightning loggers, for example ``TensorBoardLogger``.
-    """
-
-    csv: bool = True
-    wandb: bool = True
-    project: str = "clmerge"
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
-    online: bool = False
-    artifacts: bool = False
-    extra: "list[Logger]" = field(default_factory=list)
 
 
 def build_parser(*, trainer: bool = True) -> "CommandParser":
@@ -249,12 +220,15 @@ def _build(
 ) -> "tuple[Learner, Logging, DataCheck | None]":
     from lightning.pytorch import seed_everything
 
+    from clmerge.cli.preflight import check_run
     from clmerge.runs.learner import Learner
     from clmerge.runs.trainers import require_whole
 
     require_whole(config.trainer.as_dict())
     seed_everything(config.seed, workers=True, verbose=False)
-    objects = parser.instantiate(config)
+    without_extra = config.clone()
+    without_extra.logging.extra = []  # built when the run has a folder, to which they write
+    objects = parser.instantiate(without_extra)
     objects.data.seed = config.seed
     # The other ranks of a DDP run start after rank zero has made the folder.
     known = run.path if run is not None else None if _is_main() else Path(os.environ[RUN_DIR_VARIABLE])
@@ -266,6 +240,7 @@ def _build(
         tell(f"backbone  {read}", file=sys.stdout)
     if objects.logging.artifacts:
         learner.require_task_vectors()
+    check_run(learner, trainer_factory(config))
     return learner, objects.logging, check
 
 
@@ -301,7 +276,7 @@ def _fit(learner: "Learner", logging: Logging, config: Any, run: "RunFolder") ->
     results = learner.fit(
         run,
         trainer=trainer_factory(config),
-        loggers=_build_loggers(logging, facts, run),
+        loggers=build_loggers(logging, config.logging.extra, facts, run),
         report=_print_table if run.writes else None,
         progress=config.trainer.enable_progress_bar,
         artifacts=logging.artifacts,
@@ -342,35 +317,6 @@ def trainer_factory(config: Any) -> Any:
             raise ValueError(f"expected options under trainer that Lightning accepts here, got: {reason}") from error
 
     return build
-
-
-def _build_loggers(options: Logging, facts: "RunFacts", run: "RunFolder") -> "list[Logger]":
-    from lightning.pytorch.loggers import CSVLogger
-
-    from clmerge.loggers import build_wandb_logger, log_facts
-
-    loggers: list[Logger] = []
-    if options.csv:
-        loggers.append(CSVLogger(run.logs, name="csv"))
-    if options.wandb:
-        logger = build_wandb_logger(
-            run.logs,
-            project=options.project,
-            name=facts.name,
-            group=options.group or facts.group,
-            tags=list(dict.fromkeys([*options.tags, *facts.tags])),
-            run_id=run.manifest.wandb_id,
-            job_type="fit",
-            config={**facts.settings, "run_dir": str(run.path)},
-            online=options.online,
-        )
-        if run.writes:
-            run.manifest.wandb_id = logger.experiment.id
-            run.commit()
-        loggers.append(logger)
-    loggers += options.extra
-    log_facts(loggers, facts)
-    return loggers
 
 
 def _print_table(results: "Results") -> None:

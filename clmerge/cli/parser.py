@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NoReturn
@@ -52,7 +53,17 @@ class CommandParser(ArgumentParser):
         if title.startswith("Help for "):  # jsonargparse shows only the first line
             self.formatter_class = CommandFormatter
             self.description = f"{title}\n\n{described(theclass)}"
-        return super().add_class_arguments(theclass, *args, **kwargs)
+        added = super().add_class_arguments(theclass, *args, **kwargs)
+        if _is_logger(theclass):
+            self._default_save_dir()
+        return added
+
+    def _default_save_dir(self) -> None:
+        """Make the folder of a logger optional: it is the run folder's ``logs``, which is known later."""
+        for action in self._actions:
+            if action.dest == "save_dir" and action.required:
+                action.required = False
+                action._typehint = action._typehint | None
 
     @override
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
@@ -125,6 +136,12 @@ def described(theclass: type) -> str:
     """
     text = inspect.getdoc(theclass) or ""
     return re.sub(r"^Args:\n(?:[ ].*\n|\n)*", "", f"{text}\n", flags=re.MULTILINE).strip()
+
+
+def _is_logger(theclass: type) -> bool:
+    """Return whether a class is a logger of Lightning, without importing Lightning."""
+    loggers = sys.modules.get("lightning.pytorch.loggers")
+    return loggers is not None and inspect.isclass(theclass) and issubclass(theclass, loggers.Logger)
 
 
 _load_plain_yaml = get_loader("yaml")

@@ -35,8 +35,8 @@ class Classifier(nn.Module):
         trained_names: Dense names of the trained weights that may be merged; without the head's parameters.
 
     Raises:
-        ValueError: For ``loss_classes='all'`` with a head that must learn its classes, for a tuning that
-            matches nothing in the backbone, or for a label smoothing out of range.
+        ValueError: For a text head with a backbone that has no text tower, ``loss_classes='all'`` with a head that
+            must learn its classes, a tuning that matches nothing in the backbone, or a label smoothing out of range.
     """
 
     def __init__(
@@ -51,6 +51,11 @@ class Classifier(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = ZeroShotHead() if head is None else head
+        if self.head.open_vocabulary and type(backbone).encode_text is Backbone.encode_text:
+            raise ValueError(
+                f"expected a head that learns its classes for {type(backbone).__name__}, which has no text tower, got "
+                f"{'none' if head is None else type(head).__name__}: set model.head to LinearHead or CosineHead"
+            )
         if loss_classes == "all" and not self.head.open_vocabulary:
             raise ValueError(
                 f"expected loss_classes 'current' or 'seen' with {type(self.head).__name__}, got 'all': "

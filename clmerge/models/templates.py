@@ -98,6 +98,16 @@ def known_datasets() -> list[str]:
     return sorted((*_TEMPLATES, *_LIKE_IMAGENET), key=str.lower)
 
 
+def has_templates(dataset: str) -> bool:
+    """Return whether there are templates for a data set of this name.
+
+    Example:
+        >>> has_templates("food-101"), has_templates("holiday photos")
+        (True, False)
+    """
+    return _key(dataset) in _NAMES
+
+
 def prompt_templates(dataset: str) -> tuple[str, ...]:
     """Return the prompt templates of a data set; ``{}`` stands for the class name.
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from clmerge.merging import Merger
 from clmerge.models import Classifier
+from clmerge.models.templates import GENERIC
 from clmerge.results.run_folder import RunFolder
 from clmerge.streams import Stream, Task
 
@@ -23,6 +24,7 @@ def notices(module: Classifier, stream: Stream) -> list[str]:
     """
     return [
         *_weights(module),
+        *_prompts(module, stream),
         *_same_names(stream),
         *_domains(stream),
         *_empty_classes(stream),
@@ -59,6 +61,15 @@ def add_place(error: Exception, run: RunFolder, tasks: Sequence[Task]) -> None:
 def _weights(module: Classifier) -> Iterator[str]:
     if how := module.backbone.starts_random:
         yield f"{type(module.backbone).__name__} starts from random weights, not from pretrained ones: {how}"
+
+
+def _prompts(module: Classifier, stream: Stream) -> Iterator[str]:
+    if module.head.open_vocabulary and (plain := stream.plain_sources):
+        yield (
+            f"the text head's prompts are {GENERIC[0]!r} with the names of the classes, since none are known for "
+            f"{_listed([repr(name) for name in plain])}: set templates of the source to prompts of your own, or to "
+            "'generic' to say so"
+        )
 
 
 def _same_names(stream: Stream) -> Iterator[str]:

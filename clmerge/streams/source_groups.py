@@ -202,6 +202,11 @@ class _PrefixSource(DataSource):
     def class_names(self) -> list[str]:
         return self.source.class_names
 
+    @property
+    @override
+    def has_plain_templates(self) -> bool:
+        return self.source.has_plain_templates
+
     @cached_property
     @override
     def templates(self) -> tuple[str, ...]:

@@ -109,7 +109,7 @@ class DataSource(ABC):
         name: name of the data set, which also selects its prompt templates.
         templates: prompt templates with ``{}`` for the class name, or the name of the data set whose
             templates to use ("generic" for the plain ``a photo of a {}.``). Default: those of the data set
-            itself.
+            itself, or the plain one where it has none.
     """
 
     def __init__(self, name: str, *, templates: Templates = None) -> None:
@@ -169,15 +169,24 @@ class DataSource(ABC):
                 )
         return images
 
+    @property
+    def has_plain_templates(self) -> bool:
+        """Whether the prompts are the plain ones because none were given and none are known for the data set."""
+        from clmerge.models.templates import has_templates
+
+        return self._templates is None and not has_templates(self.name)
+
     @cached_property
     def templates(self) -> tuple[str, ...]:
         """Prompt templates of this data set, ``{}`` stands for the class name.
 
         Raises:
-            ValueError: if the data set has no templates of its own and none were given.
+            ValueError: if the data set whose templates to use is not known, or a template has no place for the name.
         """
-        from clmerge.models.templates import check_template, prompt_templates
+        from clmerge.models.templates import GENERIC, check_template, prompt_templates
 
+        if self.has_plain_templates:
+            return GENERIC
         if isinstance(self._templates, list):
             return tuple(check_template(template) for template in self._templates)
         return prompt_templates(self._templates or self.name)

@@ -72,6 +72,12 @@ class Stream(ABC):
         return source.templates
 
     @property
+    def plain_sources(self) -> list[str]:
+        """Names of the data sets whose prompts are the plain ones, because none were given and none are known."""
+        sources = dict.fromkeys(source for source in self._plan.sources if source is not None)
+        return [source.name for source in sources if source.has_plain_templates]
+
+    @property
     def class_prompts(self) -> list[list[str]]:
         """Formatted prompts of every class by global class id."""
         return [

@@ -110,14 +110,22 @@ class ContinualClassifier(Classifier, LightningModule):
         # One value per process, all equal: their mean is exact.
         self.log("epoch", float(self.epoch_offset + self.current_epoch), sync_dist=True)
 
-    @override
-    def configure_optimizers(self) -> Any:
+    def build_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        """Return an optimizer of the parameters.
+
+        Raises:
+            ValueError: If the optimizer refuses its settings.
+        """
         try:
-            optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+            return self.optimizer_factory(parameters)
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"expected settings that the optimizer accepts, got: {error}; see model.optimizer"
             ) from error
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = self.build_optimizer([p for p in self.parameters() if p.requires_grad])
         if isinstance(optimizer, SAM) and self.trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 f"expected trainer.accumulate_grad_batches=1 with {type(optimizer).__name__}, got "

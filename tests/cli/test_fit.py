@@ -221,13 +221,83 @@ def test_a_typo_names_the_nearest_option_and_writes_nothing(config, tmp_path, ca
             ],
             "CIFAR100",
         ),
+        (["--stream.num_tasks=0"], "clmerge fit: expected num_tasks of 1 or more, got 0\n"),
+        (["--stream.val_fraction=1.5"], "clmerge fit: expected val_fraction in [0, 1), got 1.5\n"),
+        (["--model.tuning=Partial", "--model.tuning.scope=attentoin"], "did you mean 'attention'?\n"),
+        (["--model.optimizer.lr=-1"], "Invalid learning rate: -1.0; see model.optimizer\n"),
+        (["--trainer.max_epochs=0"], "expected trainer.max_epochs of 1 or more, or -1 for no limit, got 0"),
+        (["--trainer.max_steps=0"], "expected trainer.max_steps of 1 or more"),
+        (["--learner.epochs=[1,0]"], "expected learner.epochs of 1 or more for every task, got 0"),
+        (["--trainer.accelerator=gpuu"], "gpuu"),
+        (
+            ["--model.backbone=Timm", "--model.backbone.name=test_vit", "--model.loss_classes=seen"],
+            "no text tower, got none",
+        ),
+        (
+            ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/los"],
+            "for EarlyStopping to monitor (train/loss, val/loss, val/accuracy, epoch, step), got 'val/los'; did you",
+        ),
+        (
+            ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss", "--stream.val_fraction=0"],
+            "got 'val/loss'; the stream holds no validation images out: set stream.val_fraction above 0",
+        ),
+        (
+            [
+                "--trainer.callbacks+=ModelCheckpoint",
+                "--trainer.callbacks.monitor=train/ewcc",
+                "--model.regularizers=[EWC]",
+            ],
+            "train/ewc, val/loss, val/accuracy, epoch, step), got 'train/ewcc'; did you mean 'train/ewc'?",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_before_anything_is_written(config, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "--config", str(config), *arguments]) == 1
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
+    told = capsys.readouterr().err
+    assert message in told
+    assert len(told.splitlines()) == 1, "and nothing was begun"
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_other_loggers_write_into_the_run(config, tmp_path, capsys):
+    run = tmp_path / "run"
+    other = f"{{class_path: CSVLogger, init_args: {{save_dir: {tmp_path / 'mine'}, name: own}}}}"
+    extra = f"--logging.extra=[TensorBoardLogger, CSVLogger, {other}]"
+    assert main(["fit", "--config", str(config), "--run_dir", str(run), "--logging.wandb=false", extra]) == 0
+    assert list((run / "logs" / "lightning_logs" / "version_0").glob("events.out.tfevents.*"))
+    kept = [path.read_text() for path in (run / "logs").rglob("metrics.csv")]
+    assert len(kept) == 2
+    assert (tmp_path / "mine" / "own" / "version_0" / "metrics.csv").read_text() in kept
+    with pytest.raises(SystemExit) as stop:  # and the configuration of the run is one to begin another with
+        main(["fit", "--config", str(run / "config.yaml"), "--print_config"])
+    assert stop.value.code == 0
+    assert "save_dir: null" in capsys.readouterr().out
+
+
+def test_a_logger_without_its_package_is_one_sentence(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", False)
+    monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE", False)
+    run = tmp_path / "run"
+    given = ["--run_dir", str(run), "--logging.wandb=false", "--logging.extra=[TensorBoardLogger]"]
+    assert main(["fit", "--config", str(config), *given]) == 1
+    told = capsys.readouterr().err
+    assert "clmerge fit: TensorBoardLogger: Neither `tensorboard` nor `tensorboardX` is available." in told
+    assert "Traceback" not in told
+    assert not run.exists()
+
+
+def test_an_own_folder_without_templates_is_trained_on_with_a_notice(config, tmp_path, capsys):
+    for part, number in (("train", 6), ("test", 2)):
+        write_tree(tmp_path / "pets" / part, ["cat", "dog"], number)
+    source = ["--stream.source=ImageFolderSource", f"--stream.source.root={tmp_path / 'pets'}"]
+    assert (
+        main(["fit", "--config", str(config), *source, "--run_dir", str(tmp_path / "run"), "--logging.wandb=false"])
+        == 0
+    )
+    told = capsys.readouterr().err
+    assert "prompts are 'a photo of a {}.' with the names of the classes, since none are known for 'pets'" in told
 
 
 def test_print_config_shows_overrides(config, capsys):

@@ -5,7 +5,8 @@ import pytest
 from clmerge.models import OpenClip, Timm
 from clmerge.runs.notices import notices
 
-PLAIN = SimpleNamespace(backbone=SimpleNamespace(starts_random=""), loss_classes="current")
+LEARNS = SimpleNamespace(open_vocabulary=False)
+PLAIN = SimpleNamespace(backbone=SimpleNamespace(starts_random=""), head=LEARNS, loss_classes="current")
 
 
 def stream(tasks, *, kind="class-incremental", without=()):
@@ -28,11 +29,21 @@ def test_an_ordinary_run_says_nothing():
     assert notices(PLAIN, stream([["a", "b"], ["a", "b"]], kind="domain-incremental")) == []
 
 
+def test_plain_prompts_are_said_of_a_text_head_alone():
+    plain = stream([["a", "b"]])
+    plain.plain_sources = ["pets", "cars"]
+    text = SimpleNamespace(**vars(PLAIN) | {"head": SimpleNamespace(open_vocabulary=True)})
+    (line,) = notices(text, plain)
+    assert "'a photo of a {}.'" in line
+    assert "'pets', 'cars': set templates of the source" in line
+    assert notices(PLAIN, plain) == []
+
+
 def test_random_weights_are_said_with_what_to_set():
     class Own(SimpleNamespace):
         pass
 
-    module = SimpleNamespace(backbone=Own(starts_random="set this"), loss_classes="current")
+    module = SimpleNamespace(backbone=Own(starts_random="set this"), head=LEARNS, loss_classes="current")
     assert notices(module, stream([["a", "b"]])) == [
         "Own starts from random weights, not from pretrained ones: set this"
     ]
@@ -61,5 +72,5 @@ def test_tasks_of_one_class_learn_nothing_from_their_own_classes_alone():
     alone = stream([["a", "b"], ["c"]])
     assert len(notices(PLAIN, alone)) == 1
     assert "t1; use --model.loss_classes=seen or all" in notices(PLAIN, alone)[0]
-    seen = SimpleNamespace(backbone=PLAIN.backbone, loss_classes="seen")
+    seen = SimpleNamespace(backbone=PLAIN.backbone, head=LEARNS, loss_classes="seen")
     assert notices(seen, alone) == []

@@ -70,8 +70,16 @@ def test_templates_by_name_by_alias_and_by_hand():
     assert Shapes([0], templates=["one {}", "two {}"]).templates == ("one {}", "two {}")
 
 
-def test_missing_templates_are_no_error_until_asked_for():
+def test_without_templates_of_its_own_a_data_set_has_the_plain_one():
     source = Shapes([0], name="my_flowers")
+    assert source.templates == ("a photo of a {}.",)
+    assert source.has_plain_templates
+    assert not Shapes([0], name="my_flowers", templates="generic").has_plain_templates
+    assert not Shapes([0]).has_plain_templates
+
+
+def test_a_misspelt_data_set_of_templates_is_no_error_until_asked_for():
+    source = Shapes([0], name="my_flowers", templates="Flowers101")
     with pytest.raises(ValueError, match="Flowers102"):
         _ = source.templates
 

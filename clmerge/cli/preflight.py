@@ -1,0 +1,71 @@
+"""Checks of a run that need its objects but no data: what would otherwise fail after its folder exists."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from clmerge.cli.option_table import nearest
+from clmerge.lightning_compat import quiet_lightning
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, Trainer
+
+    from clmerge.runs.learner import Learner
+    from clmerge.training.module import ContinualClassifier
+
+
+def check_run(learner: "Learner", build: Any) -> None:
+    """Refuse what cannot be trained: no epochs, an accelerator that is not there, a rate below 0, an unknown metric.
+
+    Args:
+        learner: The learner.
+        build: The function that builds Trainers.
+
+    Raises:
+        ValueError: If Lightning or the optimizer refuses a setting, nothing would be trained, or a callback monitors a
+            metric that is not logged.
+    """
+    quiet_lightning()
+    options = {"logger": False, "callbacks": [], "plugins": [], "enable_model_summary": False}
+    trainer: Trainer = build(**options)
+    if learner.mergers:
+        _check_length(trainer, learner.epochs)
+    # A head that grows has no parameters yet.
+    own = [parameter for parameter in learner.module.parameters() if parameter.requires_grad]
+    learner.module.build_optimizer(own or [nn.Parameter(torch.zeros(1, 1))])
+    has_val = all(len(learner.stream.dataset(task.index, "val")) for task in learner.tasks)
+    _check_monitors(trainer.callbacks, logged_metrics(learner.module, has_val=has_val), has_val=has_val)  # type: ignore[attr-defined]
+
+
+def logged_metrics(module: "ContinualClassifier", *, has_val: bool) -> list[str]:
+    """Return the names of what a module logs while it is trained."""
+    terms = [f"train/{regularizer.name}" for regularizer in module.regularizers]
+    return ["train/loss", *terms, *(["val/loss", "val/accuracy"] if has_val else []), "epoch", "step"]
+
+
+def _check_length(trainer: "Trainer", epochs: list[int] | None) -> None:
+    for name, value in (("trainer.max_epochs", trainer.max_epochs), ("trainer.max_steps", trainer.max_steps)):
+        if value == 0:
+            raise ValueError(f"expected {name} of 1 or more, or -1 for no limit, got 0, which trains nothing")
+    if epochs is not None and (wrong := [number for number in epochs if number < 1]):
+        raise ValueError(f"expected learner.epochs of 1 or more for every task, got {wrong[0]}")
+
+
+def _check_monitors(callbacks: "Iterable[Callback]", metrics: list[str], *, has_val: bool) -> None:
+    """Refuse a metric that nothing logs; where a callback comes from elsewhere, it may log it."""
+    callbacks = [*callbacks]
+    if not all(type(callback).__module__.startswith(("lightning.", "clmerge.")) for callback in callbacks):
+        return
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if not isinstance(monitor, str) or monitor in metrics:
+            continue
+        near = nearest(monitor, metrics)
+        hint = f"; did you mean {near!r}?" if near else ""
+        if monitor.startswith("val/") and not has_val:
+            hint = "; the stream holds no validation images out: set stream.val_fraction above 0"
+        raise ValueError(
+            f"expected a metric for {type(callback).__name__} to monitor ({', '.join(metrics)}), got {monitor!r}{hint}"
+        )
