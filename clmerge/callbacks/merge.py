@@ -22,7 +22,7 @@ from clmerge.lightning_compat import refuse_unsupported_strategy
 from clmerge.merging import Merger, Statistics
 from clmerge.results.results import EXPERT
 from clmerge.statistics.provided import check_provided, provided, training_images
-from clmerge.weights import CheckedVector, TaskVectorBank
+from clmerge.weights import CheckedVector, State, TaskVectorBank
 from clmerge.weights.buffers import Buffers
 from clmerge.weights.modes import on_device
 from clmerge.weights.parametrization import read_factors, renew, unmerged_parameters
@@ -79,6 +79,7 @@ class MergeCallback(MergedEvaluation):
 
     Attributes:
         mergers: The mergers by name.
+        bank: The bank of the task vectors, if there is one; another may be set before the first task.
         num_tasks: Number of tasks merged so far.
         vectors: Fingerprints of the merged task vectors, in order.
         seconds: Duration of the last merge.
@@ -125,6 +126,7 @@ class MergeCallback(MergedEvaluation):
             score=score,
             statistics=statistics,
             images=images or training_images,
+            bank=None if bank is None else TaskVectorBank(bank),
         )
         check_choice("start_policy", start_policy, ("base", "previous", "merged"))
         names = list(self.mergers)
@@ -138,9 +140,6 @@ class MergeCallback(MergedEvaluation):
         self.start_from = start_from or (names[0] if self.deploy == EXPERT else self.deploy)
         self.include = None if include is None else list(include)
         self.exclude = list(exclude)
-        self.bank: TaskVectorBank | None = None
-        if bank is not None:
-            self.use_bank(bank)
         self.seed = seed
         self.save_state = save_state
         self.seconds = 0.0
@@ -184,12 +183,6 @@ class MergeCallback(MergedEvaluation):
                 f"{state['num_tasks']} of a fit that did not end; resume it with fit(ckpt_path=...)"
             )
         self.load_accumulators(state)
-
-    def use_bank(self, folder: str | Path) -> None:
-        """Store every task vector from now on in ``folder``; mergers that need them read them there."""
-        self.bank = TaskVectorBank(folder)
-        for merger in self.mergers.values():
-            merger.use_bank(self.bank)
 
     def apply_start_policy(self, model: nn.Module) -> None:
         """Set the weights of ``model`` to the start of the next task; every ``fit`` calls this itself."""
@@ -327,15 +320,17 @@ class MergeCallback(MergedEvaluation):
             again: Whether the bank may already hold the vector, after an interruption.
         """
         started = time.perf_counter()
-        tau = CheckedVector(tau)
-        self.fold(tau, model, given=given)
-        # On all ranks: sharded factors are gathered.
-        factors = {} if self.bank is None else read_factors(model, self.base, origin=self._base_origin)
-        if self.bank is not None and trainer.is_global_zero:
-            task, counts = self.num_tasks - 1, {"steps": steps, "samples": self._task_samples}
-            name, base = self._task_name or f"task_{task:03d}", self.base_fingerprint
-            self.bank.append(task, tau, name=name, base=base, counts=counts, factors=factors, overwrite=again)
-        trainer.strategy.barrier("bank")
+        task, counts = self.num_tasks, {"steps": steps, "samples": self._task_samples}
+
+        def store(tau: State) -> None:
+            # On all ranks: sharded factors are gathered.
+            factors = {} if self.bank is None else read_factors(model, self.base, origin=self._base_origin)
+            if self.bank is not None and trainer.is_global_zero:
+                name, base = self._task_name or f"task_{task:03d}", self.base_fingerprint
+                self.bank.append(task, tau, name=name, base=base, counts=counts, factors=factors, overwrite=again)
+            trainer.strategy.barrier("bank")
+
+        self.fold(CheckedVector(tau), model, given=given, store=store)
         self._task_name = self._task_samples = None
         if trainer.world_size > 1:
             check_same_on_all_ranks(trainer, [merger.compute() for merger in self.mergers.values()])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from clmerge.deploy.running_merge import RunningMerge
 from clmerge.merging import Statistics
-from clmerge.weights import fingerprint
+from clmerge.weights import State, fingerprint
 
 
 class RecordedMerge(RunningMerge):
@@ -32,8 +32,9 @@ class RecordedMerge(RunningMerge):
         *,
         task: int | None = None,
         given: Statistics | None = None,
+        store: Callable[[State], None] | None = None,
     ) -> None:
-        super().fold(tau, model, task=task, given=given)
+        super().fold(tau, model, task=task, given=given, store=store)
         self.vectors.append(fingerprint(tau))
 
     @override
@@ -55,6 +56,7 @@ class RecordedMerge(RunningMerge):
             device=self.device,
             score=self.score,
             statistics=self.statistics,
+            bank=self.bank,
         )
         merge.load_accumulators(state)
         return merge

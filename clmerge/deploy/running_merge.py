@@ -12,10 +12,18 @@ from torch import Tensor, nn
 
 from clmerge.deploy.naming import by_class, check_requirements, check_settings, name_mergers
 from clmerge.deploy.predictors import Merged, PerTask, Predictor
-from clmerge.merging import Merger, Statistics
+from clmerge.merging import Merger, Statistics, relocated
 from clmerge.merging.checks import is_finite
 from clmerge.results.results import EXPERT
-from clmerge.weights import CheckedVector, apply_task_vector, fingerprint, load_tensors
+from clmerge.weights import (
+    BankVector,
+    CheckedVector,
+    State,
+    TaskVectorBank,
+    apply_task_vector,
+    fingerprint,
+    load_tensors,
+)
 from clmerge.weights.batch_norm import check_callable, estimated_statistics
 from clmerge.weights.buffers import Buffers
 from clmerge.weights.modes import eval_mode
@@ -46,6 +54,8 @@ class RunningMerge:
         score: Returns the held-out accuracy of the model, for mergers that require it.
         statistics: Returns statistics of a task, for mergers that require them.
         images: Training images of the task in batches, for ``buffers="re-estimated"``.
+        bank: Where every task vector will lie once it is folded in, under the index of its task. Mergers that need all
+            of them read them there, one parameter at a time, instead of keeping copies.
 
     Attributes:
         mergers: The mergers by name.
@@ -68,6 +78,7 @@ class RunningMerge:
         score: Callable[[LightningModule], float] | None = None,
         statistics: Callable[[LightningModule], Statistics] | None = None,
         images: Callable[[LightningModule], Iterable[Tensor]] | None = None,
+        bank: TaskVectorBank | None = None,
     ) -> None:
         self.mergers = name_mergers(mergers)
         check_choice("buffers", buffers, get_args(Buffers))
@@ -84,6 +95,7 @@ class RunningMerge:
         self.score = score
         self.statistics = statistics
         self.images = images
+        self.bank = bank
         self.num_tasks = 0
         self.update_seconds: dict[str, float] = {}
         self.base: dict[str, Tensor] = {}
@@ -275,6 +287,7 @@ class RunningMerge:
         *,
         task: int | None = None,
         given: Statistics | None = None,
+        store: Callable[[State], None] | None = None,
     ) -> None:
         """Fold one task vector into every merger, with the statistics they require; every ``fit`` calls this itself.
 
@@ -285,6 +298,7 @@ class RunningMerge:
             model: The model with the task's running statistics and head, if any.
             task: Index of the task, which seeds random rules; default the number of tasks merged so far.
             given: Known statistics; ``statistics=`` measures the others.
+            store: Puts the vector into the bank, once every merger has folded it in.
 
         Raises:
             RuntimeError: If the vector holds NaN or Inf.
@@ -296,7 +310,9 @@ class RunningMerge:
                     f"expected finite weights to merge, got NaN or Inf in {name!r} of the weights of task {task}; "
                     "the merged models are unchanged: lower the learning rate, or clip gradients"
                 )
-        tau = CheckedVector(tau)
+        tau = tau if isinstance(tau, CheckedVector) else CheckedVector(tau)
+        if self.bank is not None and tau.stored is None:
+            tau.stored = BankVector(self.bank, task, tau.sha256)
         measured = dict(given or {})
         if self.statistics is not None and self.required_statistics - measured.keys():
             with swapped(model, self.weights_with(tau, model)):
@@ -308,6 +324,8 @@ class RunningMerge:
             merger.update(tau, task=task, base=self.base_fingerprint, score=score, statistics=measured)
             self.update_seconds[name] = time.perf_counter() - started
         self.num_tasks += 1
+        if store is not None:
+            store(tau)
         if self.buffers == "re-estimated":
             for name in self.mergers:
                 with swapped(model, self.weights_with(self.merged_vector(name), model)):
@@ -343,7 +361,10 @@ class RunningMerge:
             "buffers": dict(self._buffers),
             "tied": {name: list(others) for name, others in self._tied.items()},
             "estimated": {name: dict(tensors) for name, tensors in self._estimated.items()},
-            "mergers": {name: merger.state_dict() for name, merger in self.mergers.items()},
+            # The bank beside which a state is saved is not named, so that a run folder can be moved.
+            "mergers": {
+                name: relocated(merger.state_dict(), self._folder, "") for name, merger in self.mergers.items()
+            },
         }
 
     def load_accumulators(self, state: Mapping[str, Any]) -> None:
@@ -365,7 +386,7 @@ class RunningMerge:
                 f"accumulated against {found[:12]}: task vectors of different bases cannot be merged"
             )
         for name, merger in self.mergers.items():
-            merger.load_state_dict(state["mergers"][name])
+            merger.load_state_dict(relocated(state["mergers"][name], "", self._folder))
         self.num_tasks = int(state["num_tasks"])
         if state["base"]:
             self.base = dict(state["base"])
@@ -373,6 +394,10 @@ class RunningMerge:
         self._buffers = dict(state["buffers"])
         self._tied = dict(state.get("tied", {}))  # missing in states of older versions of clmerge
         self._estimated = {name: dict(tensors) for name, tensors in state.get("estimated", {}).items()}
+
+    @property
+    def _folder(self) -> str:
+        return "" if self.bank is None else str(self.bank.folder.resolve())
 
     def _set_base(self, base: dict[str, Tensor]) -> None:
         self.base = base

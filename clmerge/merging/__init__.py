@@ -57,7 +57,7 @@ from clmerge.merging.spectral.knots import KnOTS
 from clmerge.merging.spectral.opcm import OPCM
 from clmerge.merging.spectral.tsvm import TSVM
 from clmerge.merging.step import Score, Statistics
-from clmerge.merging.stored import Stored
+from clmerge.merging.stored import Stored, relocated
 
 __all__ = [
     "BECAME",
@@ -128,6 +128,7 @@ __all__ = [
     "mean_of_factors",
     "negate_adapter",
     "registered_mergers",
+    "relocated",
     "sum_adapters",
     "truncate_adapter",
 ]

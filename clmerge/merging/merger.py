@@ -20,7 +20,6 @@ from clmerge.merging.scope import Scope, Scoped, Tally
 from clmerge.merging.sparsify.sparsifier import Sparsifier
 from clmerge.merging.state import Accumulator, listed
 from clmerge.merging.step import PIECE, Score, Statistics, Step
-from clmerge.weights.bank import TaskVectorBank
 from clmerge.weights.task_vector import State, TaskVector
 
 
@@ -48,7 +47,7 @@ class Merger(Accumulator, Scoped):
         task_views: Whether every task has its own merged model (``task_view``), so that prediction needs the task of
             each image; ``compute()`` returns the model for images of unknown task.
         ignored_by_views: Names of the settings that views do not depend on.
-        keeps_vectors: Whether every task vector is kept, in memory or in a bank (``use_bank``).
+        keeps_vectors: Whether every task vector is kept, in memory or as a reference to where it lies.
         reading_bytes: Bytes per parameter that ``compute()`` of such a rule takes, in addition to the result and the
             task vectors of one parameter.
         requires: Names of the statistics that ``update`` needs in addition to the vector.
@@ -255,16 +254,6 @@ class Merger(Accumulator, Scoped):
                     "down or use float64"
                 )
         return merged
-
-    def use_bank(self, bank: TaskVectorBank) -> None:
-        """Read task vectors from a bank instead of keeping copies; no effect on rules that keep no vectors.
-
-        State and checkpoints then hold only fingerprints of the vectors. The caller stores every vector in the bank,
-        under the task index of its ``update``, before the next ``compute()``.
-
-        Args:
-            bank: The bank that holds the vectors.
-        """
 
     # How it works inside
 

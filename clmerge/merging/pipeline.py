@@ -16,7 +16,6 @@ from clmerge.merging.merger import Merger
 from clmerge.merging.scope import widest
 from clmerge.merging.sparsify.sparsifier import Sparsified, Sparsifier
 from clmerge.merging.step import Score, Step
-from clmerge.weights.bank import TaskVectorBank
 from clmerge.weights.task_vector import State, TaskVector
 
 
@@ -101,10 +100,6 @@ class Pipeline(Merger):
     @override
     def matrices(self, shapes: Shapes) -> list[str]:
         return self._inner.matrices(shapes)
-
-    @override
-    def use_bank(self, bank: TaskVectorBank) -> None:
-        self._inner.use_bank(bank)
 
     @override
     def to(self, device: torch.device | str) -> Self:

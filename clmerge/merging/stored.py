@@ -1,5 +1,6 @@
 """Rules whose state grows with the number of tasks: every task vector is kept, in memory or as a reference."""
 
+import os
 from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any, NamedTuple, Self
@@ -15,7 +16,7 @@ from clmerge.merging.sparsify.quantise import Quantise
 from clmerge.merging.sparsify.sparsifier import Sparsified, Sparsifier
 from clmerge.merging.step import Step
 from clmerge.weights.bank import BankVector, TaskVectorBank
-from clmerge.weights.task_vector import LazyVector, State, fingerprint
+from clmerge.weights.task_vector import CheckedVector, LazyVector, State
 
 
 class _Kept(NamedTuple):
@@ -29,8 +30,8 @@ class _Kept(NamedTuple):
 class Stored(Merger):
     """Keep every task vector, in order of arrival, and read them parameter by parameter.
 
-    The vectors stay in memory, packed after ``Quantise``. With a bank (``use_bank``), or if ``update`` is given a
-    ``LazyVector``, the rule keeps references instead and sparsifies the vectors again at every read.
+    The vectors stay in memory, packed after ``Quantise``. Of a vector that knows where it lies, a ``LazyVector`` or a
+    ``CheckedVector`` that is ``stored``, the rule keeps that reference and sparsifies the vector again at every read.
     """
 
     exact_online = False
@@ -40,7 +41,6 @@ class Stored(Merger):
         super().__init__()
         self._kept: list[_Kept] = []
         self._wide: frozenset[str] = frozenset()  # names of float64 parameters
-        self._bank: TaskVectorBank | None = None
         self._sparsifiers: list[Sparsifier] = []
 
     # What rules use
@@ -71,10 +71,6 @@ class Stored(Merger):
     # How vectors are kept
 
     @override
-    def use_bank(self, bank: TaskVectorBank) -> None:
-        self._bank = bank
-
-    @override
     def to(self, device: torch.device | str) -> Self:
         super().to(device)
         self._kept = [self._moved(kept) for kept in self._kept]
@@ -88,7 +84,7 @@ class Stored(Merger):
             shapes: Shapes of the merged parameters by name.
             num_tasks: Number of merged task vectors.
         """
-        if self._bank is not None or any(kept.reference is not None for kept in self._kept):
+        if any(kept.reference is not None for kept in self._kept):
             return 0
         packing = self._packing
         if packing is None:
@@ -119,10 +115,9 @@ class Stored(Merger):
         plan = self._plan(vector, step)
         if not self._kept:
             self._wide = frozenset(name for name in vector if vector[name].dtype == torch.float64)
-        if self._bank is not None and not isinstance(vector, LazyVector):
-            vector = BankVector(self._bank, step.task, fingerprint(vector))
-        if isinstance(vector, LazyVector):
-            kept = _Kept(step.task, None, self._sparsified(vector, step.task))
+        stored = vector.stored if isinstance(vector, CheckedVector) else vector
+        if isinstance(stored, LazyVector):
+            kept = _Kept(step.task, None, self._sparsified(stored, step.task))
         else:
             kept = _Kept(step.task, self._parts(vector, step.task))
         self._kept = [*self._kept, kept]
@@ -174,11 +169,8 @@ class Stored(Merger):
             raise TypeError(
                 f"expected task vectors in memory or in a bank to save {self!r}, got {type(vector).__name__}"
             )
-        folder = vector.bank.folder.resolve()
-        own = self._bank is not None and folder == self._bank.folder.resolve()
-        # The merger's own bank is not named, so that a run folder can be moved.
-        where = {"folder": "" if own else str(folder), "stored": vector.task, "sha256": vector.sha256}
-        return {"task": kept.task, **where}
+        folder = str(vector.bank.folder.resolve())
+        return {"task": kept.task, "folder": folder, "stored": vector.task, "sha256": vector.sha256}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -188,8 +180,8 @@ class Stored(Merger):
             state: State from ``state_dict`` of a merger of the same class and settings.
 
         Raises:
-            ValueError: If it belongs to another rule or other settings, tensors are missing, or task vectors are in
-                a bank that the merger was not given. The state is then unchanged.
+            ValueError: If it belongs to another rule or other settings, tensors are missing, or it does not say where
+                its task vectors lie; ``relocated`` says it. The state is then unchanged.
         """
         packing = self._packing
         wanted = {
@@ -199,10 +191,10 @@ class Stored(Merger):
         for kept in state.get("extras", {}).get("kept", {}).values():
             parts = kept.get("parts")
             if parts is None:
-                if not kept["folder"] and self._bank is None:
+                if not kept["folder"]:
                     raise ValueError(
-                        f"expected {self!r} to know the bank with the task vectors of this state, got none; call "
-                        "use_bank() before load_state_dict()"
+                        f"expected the folder of the bank with the task vectors in the state of {self!r}, got none, as "
+                        "it was saved beside them; name it: MergeCallback(bank=...), or relocated(state, '', folder)"
                     )
             elif {name: {part: tuple(t.shape) for part, t in slots.items()} for name, slots in parts.items()} != wanted:
                 raise ValueError(
@@ -222,10 +214,27 @@ class Stored(Merger):
         if "parts" in described:
             with torch.inference_mode(False):
                 return _Kept(task, copied(described["parts"], self._device))
-        bank = TaskVectorBank(described["folder"]) if described["folder"] else self._bank
-        assert bank is not None
-        vector = BankVector(bank, described["stored"], described["sha256"])
+        vector = BankVector(TaskVectorBank(described["folder"]), described["stored"], described["sha256"])
         return _Kept(task, None, self._sparsified(vector, task))
+
+
+def relocated(state: Any, old: str | os.PathLike[str], new: str | os.PathLike[str]) -> Any:
+    """Return a saved state with its kept task vectors in another folder: the bank was moved.
+
+    Args:
+        state: State of one merger, or of several in dictionaries; it is not changed.
+        old: Folder that the state names: an absolute path, or ``""`` for the bank it was saved beside.
+        new: Folder of the bank now.
+
+    Example:
+        >>> relocated({"kept": {"0": {"task": 0, "folder": "/old", "stored": 0, "sha256": "ab"}}}, "/old", "/new")
+        {'kept': {'0': {'task': 0, 'folder': '/new', 'stored': 0, 'sha256': 'ab'}}}
+    """
+    if not isinstance(state, dict):
+        return state
+    if state.keys() == {"task", "folder", "stored", "sha256"}:
+        return state | {"folder": str(new)} if state["folder"] == str(old) else state
+    return {key: relocated(value, old, new) for key, value in state.items()}
 
 
 class _Shelves(Mapping[str, Slots]):

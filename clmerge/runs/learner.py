@@ -23,6 +23,7 @@ from clmerge.runs.resume import restore
 from clmerge.results.run_folder import RunFolder
 from clmerge.runs.task_training import TaskTraining
 from clmerge.runs.trainers import TrainerFactory, Trainers
+from clmerge.weights import TaskVectorBank
 
 
 class Learner(LearnerParts):
@@ -66,7 +67,7 @@ class Learner(LearnerParts):
         self.data.setup_stream(self.stream, backbone.train_transform, backbone.eval_transform)
         self.module.begin_stream(len(self.stream.class_names), self.prompts)
         if self.keep_task_vectors:
-            self.merge.use_bank(run.bank)
+            self.merge.bank = TaskVectorBank(run.bank)
         results = restore(self, run)
         if run.writes:
             matrices = matrix_lines(self.module, self.mergers) if self.mergers else ()  # a frozen backbone has none

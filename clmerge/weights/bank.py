@@ -215,21 +215,21 @@ class BankVector(LazyVector):
     Args:
         bank: The bank that holds the vector when it is read.
         task: Index of the task.
-        sha256: Fingerprint of the vector, by which a replaced vector is detected.
+        sha256: Fingerprint of the vector, by which a replaced vector is detected. Default: that of the stored one.
 
     Example:
         >>> import tempfile, torch
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     bank = TaskVectorBank(folder)
         ...     bank.append(0, {"w": torch.ones(2)})
-        ...     BankVector(bank, 0, bank.metadata(0)["sha256"])["w"]
+        ...     BankVector(bank, 0)["w"]
         tensor([1., 1.])
     """
 
-    def __init__(self, bank: TaskVectorBank, task: int, sha256: str) -> None:
+    def __init__(self, bank: TaskVectorBank, task: int, sha256: str | None = None) -> None:
         self.bank = bank
         self.task = task
-        self.sha256 = sha256
+        self.sha256 = bank.metadata(task)["sha256"] if sha256 is None else sha256
 
     @override
     def names(self) -> list[str]:

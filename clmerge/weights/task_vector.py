@@ -21,9 +21,12 @@ class CheckedVector(dict[str, Tensor]):
 
     Attributes:
         examined: Cached result of ``clmerge.merging.identity.examine``.
+        stored: A reference to where the vector lies, or will lie before it is next read. Rules that keep every vector
+            keep it in place of a copy.
     """
 
     examined: Any = None
+    stored: "LazyVector | None" = None
 
     @cached_property
     def sha256(self) -> str:

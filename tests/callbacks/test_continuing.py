@@ -174,7 +174,7 @@ def test_a_bank_of_another_stream_is_refused_before_training(tmp_path, other):
     merge = MergeCallback(MagMax(), base=base)
     if other != "more tasks":
         new_trainer(merge).fit(model, toy_loader(3))
-    merge.use_bank(tmp_path)
+    merge.bank = TaskVectorBank(tmp_path)
     _Counted.steps = 0
     message = {
         "more tasks": r"got .*task_000\.safetensors after 0 merged tasks; use a new folder, or go on",

@@ -607,7 +607,7 @@ def test_mergers_that_need_all_vectors_read_them_from_the_bank(model, tmp_path):
         make_trainer(callback).fit(module, toy_loader(3))
     assert same(resumed.merged_state("pcb"), copies.merged_state("pcb"))
     without = MergeCallback([PCB(0.5), MagMax()])
-    with pytest.raises(ValueError, match=r"use_bank\(\)"):
+    with pytest.raises(ValueError, match=r"MergeCallback\(bank="):
         without.load_accumulators(merge.accumulators())
 
 
@@ -657,6 +657,17 @@ def test_running_statistics_are_estimated_again_for_every_merged_model():
     again = MergeCallback([MagMax(), WeightAverage()], buffers="re-estimated")
     again.load_state_dict(merge.state_dict())
     assert all(same(again.merged_state(name), merge.merged_state(name)) for name in merge.mergers)
+
+
+def test_running_statistics_of_a_model_that_is_read_from_the_bank(tmp_path):
+    found = []
+    for bank in (None, tmp_path):
+        torch.manual_seed(0)
+        model, merge = Callable(batch_norm=True), MergeCallback(PCB(0.5), buffers="re-estimated", bank=bank)
+        for task in range(2):
+            make_trainer(merge).fit(model, toy_loader(task))
+        found.append(merge.merged_state())
+    assert same(*found)
 
 
 class Convolutional(LightningModule):

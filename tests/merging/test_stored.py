@@ -18,8 +18,9 @@ from clmerge.merging import (
     RandomDrop,
     TrimModel,
     TunableMagMax,
+    relocated,
 )
-from clmerge.weights import BankVector, TaskVectorBank
+from clmerge.weights import BankVector, CheckedVector, TaskVectorBank
 
 SHAPES = {"matrix": (4, 5), "bias": (5,), "scalar": (), "empty": (0, 3)}
 GENERATOR = torch.Generator().manual_seed(0)
@@ -47,13 +48,14 @@ def tensors_in(state):
 
 
 def update(merger, bank, task):
-    merger.update(VECTORS[task], task=task)
+    vector = CheckedVector(VECTORS[task])
+    vector.stored = BankVector(bank, task, vector.sha256)
+    merger.update(vector, task=task)
     bank.append(task, VECTORS[task])
 
 
 def filled(rule, bank, tasks=range(4)):
     merger = RULES[rule]()
-    merger.use_bank(bank)
     for task in tasks:
         update(merger, bank, task)
     return merger
@@ -73,7 +75,6 @@ def same(left, right):
 @each_rule
 def test_reading_from_a_bank_gives_the_same_bits_after_every_task(rule, tmp_path):
     memory, banked, bank = RULES[rule](), RULES[rule](), TaskVectorBank(tmp_path)
-    banked.use_bank(bank)
     for task in range(4):
         memory.update(VECTORS[task], task=task)
         update(banked, bank, task)
@@ -95,12 +96,12 @@ def test_resuming_from_references(rule, tmp_path):
     torch.save(filled(rule, bank, range(2)).state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    with pytest.raises(ValueError, match=r"use_bank\(\)"):
-        RULES[rule]().load_state_dict(state)
+    beside = relocated(state, bank.folder.resolve(), "")  # as it is saved beside its bank
+    with pytest.raises(ValueError, match=r"bank=\.\.\.\), or relocated\(state"):
+        RULES[rule]().load_state_dict(beside)
     (tmp_path / "bank").rename(tmp_path / "moved")
     resumed, moved = RULES[rule](), TaskVectorBank(tmp_path / "moved")
-    resumed.use_bank(moved)
-    resumed.load_state_dict(state)
+    resumed.load_state_dict(relocated(beside, "", moved.folder))
     for task in (2, 3):
         update(resumed, moved, task)
     assert same(resumed.compute(), in_memory(rule).compute())
@@ -114,7 +115,6 @@ def test_joining_references_and_copies(rule, tmp_path):
     left.merge_state(in_memory(rule, (3,)))
     assert same(left.compute(), in_memory(rule).compute())
     resumed = RULES[rule]()
-    resumed.use_bank(TaskVectorBank(tmp_path / "left"))
     resumed.load_state_dict(left.state_dict())
     assert same(resumed.compute(), in_memory(rule).compute())
 
@@ -123,11 +123,11 @@ def test_a_stored_vector_may_be_given_in_place_of_a_copy(tmp_path):
     bank, merger = TaskVectorBank(tmp_path), PCB(0.5)
     for task, vector in enumerate(VECTORS):
         bank.append(task, vector)
-        merger.update(BankVector(bank, task, bank.metadata(task)["sha256"]))
+        merger.update(BankVector(bank, task))
     assert not tensors_in(merger.state_dict())
     assert same(merger.compute(), in_memory("pcb").compute())
     streaming = MagMax()
-    streaming.update(BankVector(bank, 0, bank.metadata(0)["sha256"]))
+    streaming.update(BankVector(bank, 0))
     assert torch.equal(streaming.compute()["bias"], VECTORS[0]["bias"] / 2)
 
 

@@ -46,7 +46,7 @@ class PCB(Stored):
     Where the kept scores of a task are all equal the code divides 0 by 0; here each weighs 1, or 0 if not positive.
 
     Scores change with every further task, so all task vectors are kept. State: 4 bytes per parameter and task, or none
-    with a bank (``use_bank``); ``compute()`` takes 24 bytes per parameter more, and time that grows with the square of
+    with a bank; ``compute()`` takes 24 bytes per parameter more, and time that grows with the square of
     the number of tasks.
 
     Args:

@@ -79,7 +79,7 @@ class TALL(_Masked):
     ``compute()``, for inputs of unknown task, is the plain sum times ``scale``, that is task arithmetic.
 
     Masks change with every further task, so all task vectors are kept. State: 4 bytes per parameter and task, or none
-    with a bank (``use_bank``).
+    with a bank.
 
     Args:
         threshold: Smallest magnitude of an entry, relative to the sum of the other tasks; one number, or one per task
@@ -137,7 +137,7 @@ class Consensus(_Masked):
     entry; the released code returns zeros then.
 
     Masks change with every further task, so all task vectors are kept. State: 4 bytes per parameter and task, or none
-    with a bank (``use_bank``).
+    with a bank.
 
     Args:
         k: Number of tasks that must use an entry; 2 in the paper.

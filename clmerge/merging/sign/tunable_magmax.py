@@ -83,7 +83,7 @@ class TunableMagMax(Stored):
     The paper measures the preference on a little target data; here it is an argument. The draws depend only on seed,
     task and parameter name. Between equal magnitudes the earlier task wins.
 
-    All task vectors are kept. State: 4 bytes per parameter and task, or none with a bank (``use_bank``).
+    All task vectors are kept. State: 4 bytes per parameter and task, or none with a bank.
 
     Args:
         preference: Positive numbers, one per task index, with any sum. Default: the same for every task.

@@ -22,7 +22,7 @@ class IsoCTS(Spectral, Stored):
     as in ``TSVM``, and all singular values are replaced by their mean. Other parameters are averaged.
 
     The common space depends on all tasks, so the task vectors are kept. State: 4 bytes per parameter and task, or none
-    with a bank (``use_bank``); reading costs ``T + 3`` decompositions per matrix, in float64. ``IsoC`` needs neither.
+    with a bank; reading costs ``T + 3`` decompositions per matrix, in float64. ``IsoC`` needs neither.
 
     Directions that are zero to rounding are left out; the official code fills them with arbitrary ones. The mean is
     over ``r`` values in both.

@@ -26,7 +26,7 @@ class KnOTS(Spectral, Stored):
     TIES merges the coordinates with the singular values multiplied in, as in the authors' configurations.
 
     The basis changes with every task, so the task vectors are kept. State: 4 bytes per parameter and task, or none
-    with a bank (``use_bank``); reading costs one decomposition of ``(m, T n)`` per matrix, in float64, and about 50
+    with a bank; reading costs one decomposition of ``(m, T n)`` per matrix, in float64, and about 50
     bytes per parameter.
 
     Args:

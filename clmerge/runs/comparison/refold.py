@@ -15,6 +15,7 @@ from clmerge.runs.comparison.stored_run import Split, StoredRun
 from clmerge.merging import Merger, Statistics
 from clmerge.names import tell
 from clmerge.deploy.predictors import Predictor
+from clmerge.weights import BankVector, CheckedVector
 from clmerge.weights.parametrization import own_names
 from clmerge.weights.swap import swapped
 
@@ -36,11 +37,8 @@ class Refold:
     def __init__(self, run: StoredRun, mergers: Mapping[str, Merger]) -> None:
         self.run = run
         self.order: list[int] = []
-        fresh = {name: with_values(merger, {}) for name, merger in mergers.items()}
-        for merger in fresh.values():
-            merger.use_bank(run.bank)  # rules that keep every vector read them there
         self.merge = RunningMerge(
-            fresh,
+            {name: with_values(merger, {}) for name, merger in mergers.items()},
             base=run.base,
             buffers=run.config["learner"]["buffers"],
             score=lambda module: run.score(self.order),
@@ -59,7 +57,9 @@ class Refold:
         """
         self.run.enter(task)
         self.order.append(task)
-        self.merge.fold(self.run.bank[task], self.run.module, task=task, given={"weights": self.run.base})
+        vector = CheckedVector(self.run.bank[task])
+        vector.stored = BankVector(self.run.bank, task)  # rules that keep every vector read it there
+        self.merge.fold(vector, self.run.module, task=task, given={"weights": self.run.base})
 
     def _statistics(self, module: LightningModule) -> Statistics:
         task = self.order[-1]
