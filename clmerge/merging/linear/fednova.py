@@ -60,7 +60,7 @@ class FedNova(WeightedSum):
 
     @override
     def _read(self, name: str, slots: Slots, overview: Any) -> Tensor:
-        total = self._totals[name]
+        total = self._total(name)
         weights = total.value * math.exp(total.offset)
         # The average divides by the sum of n / s, FedNova by the sum of n.
         return super()._read(name, slots, overview).mul_(weights * self._sample_steps / self._samples**2)

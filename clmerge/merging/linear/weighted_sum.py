@@ -2,9 +2,10 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import astuple, dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 from typing_extensions import override
@@ -41,18 +42,18 @@ class Share:
     mass: float
 
 
-@dataclass(frozen=True)
-class _Total:
-    """Sum of the ``count`` weights above 0 of one parameter, ``value * e^offset``, and bounds on the sum's rounding.
+class _Total(NamedTuple):
+    """Sum of the weights of one parameter, ``value * e^offset``, and bounds on the rounding of the weighted sum.
 
     Attributes:
+        tasks: Number of tasks with a weight above 0.
         mass: Bound on the entries of the weighted sum.
         error: Bound on their rounding error.
     """
 
     offset: float = -math.inf
     value: float = 0.0
-    count: int = 0
+    tasks: float = 0
     mass: float = 0.0
     error: float = 0.0
 
@@ -61,7 +62,7 @@ class _Total:
             return Share(counts=False, offset=self.offset, rescale=1.0, weight=0.0, mass=0.0)
         offset = max(self.offset, _OFFSET_STEP * round(log_weight / _OFFSET_STEP))
         rescale = math.exp(self.offset - offset)
-        if not self.count:  # after the removal of all tasks, the remainder is rounding error
+        if not self.tasks:  # after the removal of all tasks, the remainder is rounding error
             rescale = 1.0 if self.offset == -math.inf else 0.0
         weight = math.exp(log_weight - offset)
         return Share(counts=True, offset=offset, rescale=rescale, weight=weight, mass=weight * largest)
@@ -72,17 +73,30 @@ class _Total:
         return _Total(
             offset=share.offset,
             value=self.value * share.rescale + sign * share.weight,
-            count=self.count + sign * share.counts,
+            tasks=self.tasks + sign * share.counts,
             mass=max(held + sign * share.mass, 0.0),
             error=self.error * share.rescale + 3 * unit * max(held, held + sign * share.mass),
         )
 
+    def plus(self, other: "_Total", unit: float) -> "_Total":
+        """Return the total of both tasks' weights, which are at one offset."""
+        return _Total(
+            offset=self.offset,
+            value=self.value + other.value,
+            tasks=self.tasks + other.tasks,
+            mass=self.mass + other.mass,
+            error=self.error + other.error + unit * (self.mass + other.mass),
+        )
+
 
 class WeightedSum(Removable):
-    """Keep ``sum(w_t * tau_t)`` and ``sum(w_t)`` of positive weights; the result is their quotient.
+    """Base of weighted averages: ``scale * sum(w_t * tau_t) / sum(w_t)`` with a positive weight per task and parameter.
 
-    A subclass computes the logarithms of the weights. Weights are summed as in a streaming softmax, relative to an
-    offset that grows with the largest weight.
+    A rule computes the logarithms of the weights. They are summed as in a streaming softmax, relative to an offset
+    that grows with the largest weight. Tasks can be taken out again.
+
+    Args:
+        scale: Scaling coefficient; 1 is the plain average.
     """
 
     scope: Scope = "parameter"
@@ -90,7 +104,11 @@ class WeightedSum(Removable):
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
         self.scale = scale
-        self._totals: dict[str, _Total] = {}
+        self._totals: dict[str, list[float]] = {}  # by parameter, the numbers of a _Total
+        self._keep("_totals", join=self._joined_totals)
+
+    def _total(self, name: str) -> _Total:
+        return _Total(*self._totals.get(name, ()))
 
     @abstractmethod
     def _log_weights(self, vector: State, step: Step) -> dict[str, float]:
@@ -104,9 +122,7 @@ class WeightedSum(Removable):
     def _plan(self, vector: State, step: Step) -> dict[str, Share]:
         logs = self._log_weights(vector, step)
         return {
-            name: self._totals.get(name, _Total()).share(
-                log, step.largest[name] if name in step.largest else magnitude(vector[name])
-            )
+            name: self._total(name).share(log, step.largest[name] if name in step.largest else magnitude(vector[name]))
             for name, log in logs.items()
         }
 
@@ -118,11 +134,12 @@ class WeightedSum(Removable):
     def _uncertain(self, before: dict[str, Slots], extras: dict[str, Any], plan: dict[str, Share]) -> float:
         error = largest = lost = 0.0
         for name, slots in self._slots.items():
-            total = self._totals[name].after(plan[name], -1, self._unit())
-            if total.count:
+            before_it = self._total(name)
+            total = before_it.after(plan[name], -1, self._unit())
+            if total.tasks:
                 error = max(error, share_of(total.error, total.value))
                 largest = max(largest, share_of(magnitude(slots["sum"]), total.value))
-                lost = max(lost, share_of(4 * _UNIT64 * self._totals[name].value, total.value))
+                lost = max(lost, share_of(4 * _UNIT64 * before_it.value, total.value))
         return share_of(error, largest) + lost
 
     @override
@@ -140,58 +157,40 @@ class WeightedSum(Removable):
     def _after_update(self, step: Step, plan: dict[str, Share]) -> None:
         unit = self._unit()
         for name, share in plan.items():
-            self._totals[name] = self._totals.get(name, _Total()).after(share, step.sign, unit)
+            self._totals[name] = [*self._total(name).after(share, step.sign, unit)]
 
     @override
     def _read(self, name: str, slots: Slots, overview: Any) -> Tensor:
-        total = self._totals[name]
-        return slots["sum"] * (self.scale / total.value if total.count else 0.0)
+        total = self._total(name)
+        return slots["sum"] * (self.scale / total.value if total.tasks else 0.0)
 
     @override
     def _join(self, other: Self) -> None:
-        theirs = other._totals
-        if self.num_tasks and any(total.offset != theirs[name].offset for name, total in self._totals.items()):
-            other = self._aligned(other)
+        if self.num_tasks:
+            offsets = {name: max(self._total(name).offset, other._total(name).offset) for name in self._totals}
+            if not other._is_at(offsets):
+                other = deepcopy(other)
+            for stream in (self, other):
+                stream._rescale(offsets)
         super()._join(other)
 
-    def _aligned(self, other: Self) -> Self:
-        """Return a copy of ``other``, after rescaling both streams to the same offsets."""
-        copy = deepcopy(other)
-        for name, mine in self._totals.items():
-            offset = max(mine.offset, copy._totals[name].offset)
-            for stream in (self, copy):
-                total = stream._totals[name]
-                if total.offset < offset:
-                    factor = math.exp(total.offset - offset)
-                    stream._slots[name]["sum"].mul_(factor)
-                    stream._totals[name] = replace(
-                        total,
-                        offset=offset,
-                        value=total.value * factor,
-                        mass=total.mass * factor,
-                        error=total.error * factor,
-                    )
-        return copy
+    def _is_at(self, offsets: Mapping[str, float]) -> bool:
+        return all(self._total(name).offset == offset for name, offset in offsets.items())
 
-    @override
-    def _extras(self) -> dict[str, Any]:
-        return super()._extras() | {"totals": {name: list(astuple(total)) for name, total in self._totals.items()}}
+    def _rescale(self, offsets: Mapping[str, float]) -> None:
+        """Hold the weights relative to other offsets, none of them smaller."""
+        for name, offset in offsets.items():
+            total = self._total(name)
+            if total.offset < offset:
+                factor = math.exp(total.offset - offset)
+                self._slots[name]["sum"].mul_(factor)
+                scaled = {"value": total.value * factor, "mass": total.mass * factor, "error": total.error * factor}
+                self._totals[name] = [*total._replace(offset=offset, **scaled)]
 
-    @override
-    def _load_extras(self, extras: dict[str, Any]) -> None:
-        super()._load_extras(extras)
-        self._totals = {name: _Total(*numbers) for name, numbers in extras.get("totals", {}).items()}
-
-    @override
-    def _join_extras(self, other: Self) -> None:
-        super()._join_extras(other)
-        unit = self._unit()
-        for name, total in self._totals.items():
-            theirs = other._totals[name]
-            self._totals[name] = replace(
-                total,
-                value=total.value + theirs.value,
-                count=total.count + theirs.count,
-                mass=total.mass + theirs.mass,
-                error=total.error + theirs.error + unit * (total.mass + theirs.mass),
-            )
+    def _joined_totals(self, ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> dict[str, list[float]]:
+        """Return the totals of the sum of two accumulators, at the same offsets."""
+        unit, joined = self._unit(), {}
+        for name in ours:
+            total, other = _Total(*ours[name]), _Total(*theirs[name])
+            joined[name] = [*total.plus(other, unit)]
+        return joined

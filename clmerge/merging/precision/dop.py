@@ -12,9 +12,6 @@ from clmerge.merging.checks import checked_share, checked_steps
 from clmerge.merging.spectral.decomposition import Spectral
 from clmerge.merging.step import Step
 
-_BETAS = (0.9, 0.999)  # of Adam, like _EPSILON
-_EPSILON = 1e-8
-
 
 class DOP(Spectral):
     """Merge continually by dual orthogonal projection (DOP, Yang et al., NeurIPS 2025; OpenReview zD5cUX67b9).
@@ -96,8 +93,8 @@ class DOP(Spectral):
         spaces = [_scaled_spaces(model, self.energy) for model in models]
         x = (models[0] + models[1]) / 2
         weight = self.alpha
-        mean, square = torch.zeros_like(x), torch.zeros_like(x)
-        for step in range(1, self.num_steps + 1):
+        optimizer = torch.optim.Adam([x], lr=self.lr, fused=x.device.type in ("cpu", "cuda"))
+        for _ in range(self.num_steps):
             losses, gradients = zip(
                 *(_loss(x - model, *space) for model, space in zip(models, spaces, strict=True)), strict=True
             )
@@ -105,11 +102,8 @@ class DOP(Spectral):
                 gradient / loss if loss > 0 else gradient for loss, gradient in zip(losses, gradients, strict=True)
             ]
             weight = self.beta * weight + (1 - self.beta) * shortest(*normalised)
-            gradient = weight * gradients[0] + (1 - weight) * gradients[1]
-            mean.lerp_(gradient, 1 - _BETAS[0])
-            square.lerp_(gradient.square(), 1 - _BETAS[1])
-            root = (square / (1 - _BETAS[1] ** step)).sqrt_().add_(_EPSILON)
-            x.addcdiv_(mean, root, value=-self.lr / (1 - _BETAS[0] ** step))
+            x.grad = weight * gradients[0] + (1 - weight) * gradients[1]
+            optimizer.step()
         return x
 
     @override
