@@ -195,6 +195,7 @@ PYTHON = {
     ("diagnostics.md", 0): (in_a_run, lambda found: found["found"]["vectors"]["whole"]["cosine"][0][0] is not None),
     ("linearized.md", 0): (in_a_module, lambda found: found["MyModule"]()),
     ("mergers.md", 0): (dict, lambda found: found["here"].tasks == (0,)),
+    ("removing.md", 0): (in_a_project, lambda found: found["merge"].mergers["magmax"].tasks == (1,)),
     ("tuning.md", 0): (in_a_module, lambda found: found["MyModule"]()),
 }
 # The first defines a merger, which would be one in all tests that follow: it has a process of its own.
@@ -206,8 +207,9 @@ ELSEWHERE = {
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"{block[0]}-{block[1]}")
-def test_python_runs(block, request, monkeypatch):
+def test_python_runs(block, request, monkeypatch, tmp_path):
     page, index = block
+    monkeypatch.chdir(tmp_path)
     prepare, holds = PYTHON[block]
     if prepare is in_a_run:
         request.getfixturevalue("place")(page)

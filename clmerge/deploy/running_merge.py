@@ -326,6 +326,10 @@ class RunningMerge:
         self.num_tasks += 1
         if store is not None:
             store(tau)
+        self._estimate_all(model)
+
+    def _estimate_all(self, model: LightningModule) -> None:
+        """Estimate the running statistics of every merged model, if they are."""
         if self.buffers == "re-estimated":
             for name in self.mergers:
                 with swapped(model, self.weights_with(self.merged_vector(name), model)):

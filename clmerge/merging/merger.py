@@ -43,7 +43,7 @@ class Merger(Accumulator, Scoped):
         source: arXiv id of the paper.
         exact_online: Whether ``compute()`` equals the batch rule at every t with a state that does not grow.
         removable: Whether a task can be removed again: ``downdate`` inverts ``update``. Such a rule multiplies what it
-            adds to its accumulators by ``step.sign``.
+            adds to its accumulators by ``step.sign``, or keeps every vector.
         task_views: Whether every task has its own merged model (``task_view``), so that prediction needs the task of
             each image; ``compute()`` returns the model for images of unknown task.
         ignored_by_views: Names of the settings that views do not depend on.

@@ -78,6 +78,11 @@ class Accumulator(Configured, ABC):
         return tuple(self._identities)
 
     @property
+    def identities(self) -> dict[int, str]:
+        """Hashes of what was merged, by task: of the vector and the statistics that the rule requires."""
+        return dict(self._identities)
+
+    @property
     def num_tasks(self) -> int:
         """Number of merged tasks."""
         return len(self._identities)

@@ -32,9 +32,11 @@ class Stored(Merger):
 
     The vectors stay in memory, packed after ``Quantise``. Of a vector that knows where it lies, a ``LazyVector`` or a
     ``CheckedVector`` that is ``stored``, the rule keeps that reference and sparsifies the vector again at every read.
+    A task that is taken out leaves nothing behind.
     """
 
     exact_online = False
+    removable = True
     keeps_vectors = True
 
     def __init__(self) -> None:
@@ -113,6 +115,9 @@ class Stored(Merger):
     @override
     def _fold_in(self, vector: State, shapes: Shapes, step: Step) -> Any:
         plan = self._plan(vector, step)
+        if step.sign < 0:
+            self._kept = [kept for kept in self._kept if kept.task != step.task]
+            return plan
         if not self._kept:
             self._wide = frozenset(name for name in vector if vector[name].dtype == torch.float64)
         stored = vector.stored if isinstance(vector, CheckedVector) else vector
