@@ -106,7 +106,8 @@ class CheckpointMerge:
         def is_wanted(name: str) -> bool:
             return name not in left and not is_left_out(name, include, exclude)
 
-        self.notes = fit_positions(self.base, self.models, is_wanted)
+        self.notes = _twice(self.tasks, self.models)
+        self.notes += fit_positions(self.base, self.models, is_wanted)
         self.buffers = MergedBuffers(self.base, self.models, buffers, is_wanted)
         self.notes += self.buffers.notes
         self.estimation = estimation
@@ -350,6 +351,16 @@ def remaining_tasks(names: Sequence[str], without: Sequence[str]) -> list[int]:
     if not left:
         raise ValueError(f"expected a task that is left, got all {len(names)} to leave out")
     return list(left)
+
+
+def _twice(tasks: Sequence[int], models: Sequence[Checkpoint]) -> list[str]:
+    """Return lines about models that are merged already: runs that are joined may share tasks."""
+    first: dict[str, int] = {}
+    lines = []
+    for task, model in zip(tasks, models, strict=True):
+        if (other := first.setdefault(model.identity, task)) != task:
+            lines.append(f"twice   task {task} is the same as task {other}: it counts twice, --without {task} drops it")
+    return lines
 
 
 class _Cast(LazyVector):

@@ -60,6 +60,7 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         rest_is_zero: Whether a task vector is zero for tensors that it lacks, as for an adapter.
         task: Name of the task, if the file holds it.
         base: Fingerprint of the base model of a task vector, if the file holds it.
+        identity: By which the same file, or the same vector in another bank, is recognised.
         counts: Counts in the header of a task vector: ``samples`` and ``steps``.
         weights: Name of the set of weights that is read, if the file names it.
         sets: Names of all sets of weights in the file.
@@ -78,6 +79,7 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         self.rest_is_zero = False
         self.task = ""
         self.base: str | None = None
+        self.identity = str(source.resolve())
         self.counts: dict[str, float] = {}
         self.weights = ""
         self.sets: list[str] = []

@@ -89,6 +89,7 @@ class SafetensorsCheckpoint(Checkpoint):
             self.kind = "task vector"
             self.task = self.metadata["name"]
             self.base = self.metadata["base"] or None
+            self.identity = self.metadata["sha256"]
             self.counts = {
                 name: float(count)
                 for name in ("samples", "steps")

@@ -75,3 +75,18 @@ def test_what_cannot_be_left_out_is_refused(bank, tmp_path, capsys, without, mes
     assert merge(tmp_path, "--merger", "MagMax", "--without", *without, "--out", tmp_path / "out.safetensors") == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_task_that_two_banks_share_is_named_and_can_be_dropped(bank, tmp_path, capsys):
+    base, taus = bank
+    other = TaskVectorBank(tmp_path / "other")
+    other.append(0, taus[2], name="birds again", base=fingerprint(base))
+    other.append(1, {name: tau + 1 for name, tau in taus[0].items()}, name="fish", base=fingerprint(base))
+    both = ["--models", tmp_path / "bank", tmp_path / "other", "--merger", "MagMax"]
+    assert merge(tmp_path, *both, "--dry-run") == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("twice")]
+    assert said == ["twice   task 4 is the same as task 2: it counts twice, --without 4 drops it"]
+    assert merge(tmp_path, *both, "--without", "4", "--dry-run") == 0
+    assert "twice" not in capsys.readouterr().out
+    assert merge(tmp_path, "--models", tmp_path / "bank", tmp_path / "bank", "--merger", "MagMax", "--dry-run") == 0
+    assert capsys.readouterr().out.count("\ntwice ") == 4
