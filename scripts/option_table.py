@@ -4,6 +4,7 @@ scripts/update_generated.py writes it to clmerge/cli/options.json.
 """
 
 import inspect
+import itertools
 import types
 from collections.abc import Callable
 from importlib import import_module, metadata
@@ -11,9 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
-import yaml
 
-from clmerge.cli import COMMANDS
+from clmerge.cli import COMMANDS, command_module
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "methods"
 # Packages whose classes and Trainer are in the table, too; of other versions than these, it refuses nothing.
@@ -80,7 +80,7 @@ def options_of(parser: Any) -> dict[str, dict[str, Any]]:
         elif type(action).__name__ == "_ActionConfigLoad":
             option["type"] = "group"
         elif hint is None:
-            option["type"] = "flag"
+            option["type"] = "flag" if action.nargs == 0 else "str"
         else:
             option["type"] = type_of(hint)
             if action.nargs == "+":
@@ -91,8 +91,9 @@ def options_of(parser: Any) -> dict[str, dict[str, Any]]:
 
 
 def positionals_of(parser: Any) -> list[str]:
-    """Return what a command is given without an option."""
-    return [str(action.metavar or action.dest) for action in parser._actions if not action.option_strings]
+    """Return what a command is given without an option; in brackets what may be left out."""
+    found = [action for action in parser._actions if not action.option_strings]
+    return [f"[{a.metavar}]" if a.nargs in ("?", "*") else str(a.metavar) for a in found]
 
 
 def class_options(kind: type) -> dict[str, Any]:
@@ -158,12 +159,11 @@ def summary_of(kind: type) -> str:
 
 
 def methods() -> dict[str, str]:
-    """Return the first line of every file of a method."""
+    """Return the first sentence of every file of a method."""
     found = {}
     for file in sorted(CONFIGS.glob("*.yaml")):
-        lines = file.read_text(encoding="utf-8").splitlines()
-        assert yaml.safe_load("\n".join(lines))
-        found[file.stem] = lines[0].removeprefix("# ")
+        comment = itertools.takewhile(lambda line: line.startswith("# "), file.read_text("utf-8").splitlines())
+        found[file.stem] = " ".join(line.removeprefix("# ") for line in comment).partition(". ")[0]
     return found
 
 
@@ -171,10 +171,7 @@ def option_table() -> dict[str, Any]:
     """Return the table."""
     commands: dict[str, Any] = {}
     for command in COMMANDS:
-        module = import_module(f"clmerge.cli.{command}")
-        if not hasattr(module, "build_parser"):
-            continue
-        parser = module.build_parser()
+        parser = command_module(command).build_parser()
         commands[command] = {"positionals": positionals_of(parser), "options": options_of(parser)}
     by_kind = {name: subclasses(base) for name, base in kinds().items()}
     classes = {kind: import_path(kind) for members in by_kind.values() for kind in members}

@@ -11,13 +11,12 @@ import json
 import os
 import re
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from option_table import option_table
 
-from clmerge.cli import COMMANDS
+from clmerge.cli import COMMANDS, command_module
 from clmerge.cli.option_table import FILE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +31,7 @@ def plain(text: str) -> str:
 def command_help(command: str, **options: Any) -> str:
     """Return the help of a command at a width of 100 columns."""
     os.environ["COLUMNS"] = "100"
-    return plain(import_module(f"clmerge.cli.{command}").build_parser(**options).format_help())
+    return plain(command_module(command).build_parser(**options).format_help())
 
 
 def merger_table() -> str:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import clmerge
 from clmerge.cli.option_table import nearest
@@ -15,8 +16,13 @@ COMMANDS = {
     "fit": "train a stream of tasks, merge after every task, evaluate all tasks after every task",
     "compare": "merge a finished run's task vectors again with any mergers, without training",
     "merge": "merge checkpoints of any size into one safetensors file",
+    "inspect": "show what is in a checkpoint, an adapter, a bank, a merged file or a run",
+    "list": "show what there is to choose from: mergers, sources, backbones, methods ...",
     "report": "show on one page which merger is best and why",
 }
+
+# Modules that are not called as their command is: in this package, their names would hide Python's own.
+_MODULES = {"inspect": "inspection", "list": "listing"}
 
 HELP = f"""\
 usage: clmerge COMMAND [options]
@@ -31,6 +37,11 @@ options:
   -h, --help   show this text; clmerge COMMAND --help shows a command's options
   --version    show the version
 """
+
+
+def command_module(command: str) -> ModuleType:
+    """Import the module of a command, which has ``build_parser`` and ``main``."""
+    return import_module(f"clmerge.cli.{_MODULES.get(command, command)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OptionError as error:
             tell(f"clmerge {command}: {error}")
             raise SystemExit(2) from error
-        found: int = import_module(f"clmerge.cli.{command}").main(words)
+        found: int = command_module(command).main(words)
         return found
 
     try:

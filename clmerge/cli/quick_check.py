@@ -77,8 +77,9 @@ class _WordCheck(ValueCheck):
                 self._need_value(name, following > position)
                 self._word(name, kind, words[position], appended=appended)
                 position += 1
-        if self.positionals and not stray and not asks:
-            first = self.positionals[0]
+        needed = [name for name in self.positionals if not name.startswith("[")]
+        if len(needed) > stray and not asks:
+            first = needed[stray]
             raise OptionError(f"expected a {first} after clmerge {self.command}, got none")
 
     def _stray(self, word: str) -> NoReturn:

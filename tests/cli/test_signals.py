@@ -105,6 +105,7 @@ def test_another_thread_keeps_the_handlers():
 
 
 ARGUMENT = {"fit": "--seed=1", "merge": "--threads=1"}  # the others take names of runs
+IMPORTED = {"inspect": "torch", "list": "argparse"}
 AT_IMPORT = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
@@ -121,7 +122,7 @@ sys.exit(main(sys.argv[3:]))
 @pytest.mark.parametrize(
     ("command", "module", "number"),
     [
-        *((command, "jsonargparse", signal.SIGINT) for command in COMMANDS),
+        *((command, IMPORTED.get(command, "jsonargparse"), signal.SIGINT) for command in COMMANDS),
         ("merge", "torch.nn.modules", signal.SIGTERM),
     ],
 )
