@@ -18,13 +18,11 @@ class Median3(Merger):
     summary = "median of the last three changes"
     order_free = False
     exact_online = False
+    slots = ("newest", "middle", "oldest")
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
         self.scale = scale
-
-    def _slot_dtypes(self, num_tasks: int) -> dict[str, torch.dtype | None]:
-        return {"newest": None, "middle": None, "oldest": None}
 
     def _fold_block(self, slots: dict[str, Tensor], tau: Tensor, step: Any, plan: Any) -> None:
         slots["oldest"].copy_(slots["middle"])

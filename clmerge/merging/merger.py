@@ -33,7 +33,7 @@ class Merger(Accumulator, Scoped):
     """Merge task vectors as a streaming reduction with constant memory.
 
     ``compute()`` after t updates returns the rule applied to tasks 1..t, for every t. A subclass keeps its
-    constructor arguments under their own names, declares the accumulators of a parameter, and defines two
+    constructor arguments under their own names, declares the accumulators of a parameter (``slots``), and defines two
     short functions: ``_fold_block`` folds in a piece of a task vector, ``_read_block`` reads the merged piece.
     Subclasses are the registry: ``registered_mergers`` finds every class with a name.
 

@@ -8,7 +8,6 @@ from typing import Any, Self
 import torch
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes
 from clmerge.merging.checks import Shapes
 from clmerge.merging.finish.finisher import Finisher
 from clmerge.merging.linear.arithmetic import TaskArithmetic
@@ -116,10 +115,6 @@ class Pipeline(Merger):
         own = [] if self.sparsifier is None else [self.sparsifier]
         self._handed_down = self._inner._sparsify_with([*sparsifiers, *own])
         return self._handed_down
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {}
 
     def _parts(self) -> list[Merger]:
         """Return the mergers that hold the state."""

@@ -1,6 +1,6 @@
 """The state of a merger: accumulators by parameter, additional values, and identities of the merged task vectors."""
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -15,13 +15,15 @@ from clmerge.settings import Configured
 class Accumulator(Configured, ABC):
     """The state of a merger, with its size, saving, loading, resetting, moving and joining.
 
-    A rule declares the accumulators of a parameter with ``_slot_dtypes`` and any additional state with ``_keep``.
+    A rule declares the accumulators of a parameter with ``slots`` and any additional state with ``_keep``.
 
     Attributes:
+        slots: Names of the accumulators of a parameter, tensors of its shape: float32, or float64 for float64 vectors.
         order_free: Whether the result is independent of the order of tasks; only then can accumulators be joined.
         base: Fingerprint of the base model, once known.
     """
 
+    slots: tuple[str, ...] = ()
     order_free: bool = True
 
     def __init__(self) -> None:
@@ -32,9 +34,9 @@ class Accumulator(Configured, ABC):
         self._slots: dict[str, Slots] = {}
         self._kept_beside: dict[str, tuple[Any, Join]] = {}
 
-    @abstractmethod
     def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
         """Return the dtypes of a parameter's accumulators after ``num_tasks`` tasks, by slot name."""
+        return dict.fromkeys(self.slots)
 
     def _join_block(self, slots: Slots, other: Slots) -> None:
         """Join the accumulators of two streams; by default they are added."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots, copied
+from clmerge.merging.accumulators import Slots, copied
 from clmerge.merging.checks import Shapes, num_entries
 from clmerge.merging.merger import Merger
 from clmerge.merging.sparsify.quantise import Quantise
@@ -103,10 +103,6 @@ class Stored(Merger):
     def _sparsify_with(self, sparsifiers: list[Sparsifier]) -> bool:
         self._sparsifiers = sparsifiers
         return True
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {}
 
     @override
     def _float_dtypes(self) -> dict[str, torch.dtype]:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from clmerge.merging import TIES, MagMax, Merger, TaskArithmetic, WeightAverage
-from clmerge.merging.accumulators import SlotDtypes
 
 
 class _Latest(Merger):
@@ -14,9 +13,7 @@ class _Latest(Merger):
 
     name = "latest"
     order_free = False
-
-    def _slot_dtypes(self, num_tasks) -> SlotDtypes:
-        return {"latest": None}
+    slots = ("latest",)
 
     def _fold_block(self, slots, tau, step, plan):
         slots["latest"].copy_(tau)

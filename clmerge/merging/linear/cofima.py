@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.accumulators import Slots
 from clmerge.merging.precision.informed import Informed
 from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
@@ -45,6 +45,7 @@ class CoFiMA(Informed):
     source = "2312.08977"
     order_free = False
     scope = "parameter"
+    slots: tuple[str, ...] = ("merged", "fisher")
 
     def __init__(
         self,
@@ -65,11 +66,7 @@ class CoFiMA(Informed):
         self.clip = clip
         self.floor = floor
         if not use_fisher:
-            self.requires = frozenset()
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {"merged": None, "fisher": None} if self.use_fisher else {"merged": None}
+            self.slots, self.requires = ("merged",), frozenset()
 
     @override
     def _plan(self, vector: State, step: Step) -> tuple[State, Any]:

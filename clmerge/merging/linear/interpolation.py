@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.accumulators import Slots
 from clmerge.merging.checks import checked_share
 from clmerge.merging.linear.soup import measured
 from clmerge.merging.merger import Merger
@@ -20,10 +20,7 @@ class _Interpolation(Merger):
     """Move towards the newest task vector: ``m_t = (1 - alpha) m_(t-1) + alpha tau_t``, ``m_0 = 0``."""
 
     order_free = False
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {"merged": None}
+    slots = ("merged",)
 
     @override
     def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: float) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots, slot_blocks
+from clmerge.merging.accumulators import Slots, slot_blocks
 from clmerge.merging.merger import Merger
 from clmerge.merging.step import Step
 from clmerge.seeds import seeded_uniform
@@ -36,15 +36,12 @@ class RandomMix(Merger):
     summary = "every entry from one task, at random (baseline)"
     source = "2407.06322"
     order_free = False
+    slots = ("pick",)
 
     def __init__(self, scale: float = 1.0, *, seed: int = 0) -> None:
         super().__init__()
         self.scale = scale
         self.seed = seed
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {"pick": None}
 
     @override
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots, slot_blocks
+from clmerge.merging.accumulators import Slots, slot_blocks
 from clmerge.merging.checks import checked_share
 from clmerge.merging.merger import Merger
 from clmerge.merging.norms import inner_product, squared_norm
@@ -70,15 +70,12 @@ class SLERP(Merger):
     summary = "spherical interpolation with the newest task vector, for each parameter"
     source = "2403.13257"
     order_free = False
+    slots = ("merged",)
 
     def __init__(self, t: float | None = None, *, scale: float = 1.0) -> None:
         super().__init__()
         self.t = None if t is None else checked_share("t", t)
         self.scale = scale
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {"merged": None}
 
     @override
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.accumulators import Slots
 from clmerge.merging.merger import Merger
 from clmerge.merging.step import Score, Step
 from clmerge.weights.task_vector import State, TaskVector
@@ -66,16 +66,13 @@ class GreedySoup(Merger):
     exact_online = False
     order_free = False
     requires_score = True
+    slots = ("sum",)
 
     def __init__(self, strict: bool = False) -> None:
         super().__init__()
         self.strict = strict
         self.num_kept = 0
         self._keep("num_kept")
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {"sum": None}
 
     @override
     def _plan(self, vector: State, step: Step) -> _Decision:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots, slot_blocks
+from clmerge.merging.accumulators import Slots, slot_blocks
 from clmerge.merging.norms import squared_norm
 from clmerge.merging.removal import Removable
 from clmerge.merging.step import Step
@@ -63,16 +63,13 @@ class ModelStock(Removable):
     name = "model_stock"
     summary = "the average, shortened by the angle between the task vectors"
     source = "2403.19522"
+    slots = ("sum", "unit_sum")
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
         self.scale = scale
         self._directions: dict[str, int] = {}
         self._keep("_directions", join="sum")
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {"sum": None, "unit_sum": None}
 
     @override
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:

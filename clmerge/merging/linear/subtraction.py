@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots, float_dtype
+from clmerge.merging.accumulators import Slots, float_dtype
 from clmerge.merging.checks import checked_choice
 from clmerge.merging.merger import Merger
 from clmerge.merging.orientation import from_output_rows, output_rows
@@ -50,15 +50,12 @@ class ExtSub(Merger):
     summary = "subtract from the first task what the others do not share with it"
     source = "2308.08090"
     order_free = False
+    slots = ("expert", "deficiency")
 
     def __init__(self, strength: float = 1.0, *, shared: Shared = "both") -> None:
         super().__init__()
         self.strength = strength
         self.shared: Shared = checked_choice("shared", shared, Shared)
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {"expert": None, "deficiency": None}
 
     @override
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:

@@ -3,7 +3,7 @@
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.accumulators import Slots
 from clmerge.merging.removal import Removable, largest_entry
 from clmerge.merging.scope import Scope
 from clmerge.merging.step import Step
@@ -20,6 +20,7 @@ class Sum(Removable):
     """
 
     scope: Scope = "entry"
+    slots = ("sum",)
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
@@ -28,10 +29,6 @@ class Sum(Removable):
     def _weight(self, step: Step) -> float:
         """Return the weight of a task."""
         return 1.0
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {"sum": None}
 
     @override
     def _plan(self, vector: State, step: Step) -> float:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.accumulators import Slots
 from clmerge.merging.removal import Removable, magnitude, share_of
 from clmerge.merging.scope import Scope
 from clmerge.merging.step import Step
@@ -100,6 +100,7 @@ class WeightedSum(Removable):
     """
 
     scope: Scope = "parameter"
+    slots = ("sum",)
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
@@ -113,10 +114,6 @@ class WeightedSum(Removable):
     @abstractmethod
     def _log_weights(self, vector: State, step: Step) -> dict[str, float]:
         """Return the logarithm of the task's weight for every parameter; -inf is weight 0."""
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {"sum": None}
 
     @override
     def _plan(self, vector: State, step: Step) -> dict[str, Share]:

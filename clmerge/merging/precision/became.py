@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots, device_of, slot_blocks
+from clmerge.merging.accumulators import Slots, device_of, slot_blocks
 from clmerge.merging.precision.informed import Informed
 from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
@@ -34,10 +34,7 @@ class BECAME(Informed):
     summary = "interpolation with the merged model by the Fisher information along the line"
     source = "2504.02666"
     order_free = False
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {"merged": None, "fisher": None}
+    slots = ("merged", "fisher")
 
     @override
     def _plan(self, vector: State, step: Step) -> tuple[State, float]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.accumulators import Slots
 from clmerge.merging.checks import checked_share, checked_steps
 from clmerge.merging.spectral.decomposition import Spectral
 from clmerge.merging.step import Step
@@ -50,6 +50,7 @@ class DOP(Spectral):
     name = "dop"
     summary = "optimise the merged matrix in the spaces of old and new model"
     order_free = False
+    slots = ("merged",)
 
     def __init__(
         self,
@@ -71,10 +72,6 @@ class DOP(Spectral):
         self.alpha = checked_share("alpha", alpha)
         self.beta = checked_share("beta", beta)
         self.energy = checked_share("energy", energy)
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {"merged": None}
 
     @override
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:

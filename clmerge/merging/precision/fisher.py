@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots, slot_blocks
+from clmerge.merging.accumulators import Slots, slot_blocks
 from clmerge.merging.checks import checked_choice
 from clmerge.merging.orientation import IN_OUT, from_output_rows, output_rows
 from clmerge.merging.precision.informed import Informed
@@ -28,6 +28,7 @@ class _Precision(Informed, Removable):
     """
 
     prior: float = 0.0  # Fisher information before any task
+    slots = ("weighted", "fisher")
 
     def __init__(self, statistic: str) -> None:
         super().__init__(statistic)
@@ -35,10 +36,6 @@ class _Precision(Informed, Removable):
         self._largest = 0.0  # entry of any task vector that was merged
         self._keep("_error", join=max)
         self._keep("_largest", join=max)
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {"weighted": None, "fisher": None}
 
     @override
     def _fold_informed(self, slots: Slots, tau: Tensor, information: Tensor, step: Step, plan: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots, device_of, float_dtype, slot_blocks
+from clmerge.merging.accumulators import Slots, device_of, float_dtype, slot_blocks
 from clmerge.merging.checks import Shapes
 from clmerge.merging.kept_beside import added
 from clmerge.merging.orientation import IN_OUT, outputs_first
@@ -35,6 +35,8 @@ class Gram(Removable):
     Raises:
         ValueError: If ``ridge`` is not positive.
     """
+
+    slots = ("sum",)
 
     def __init__(self, ridge: float = 1e-8, *, transposed: Sequence[str] = IN_OUT, scale: float = 1.0) -> None:
         super().__init__()
@@ -70,10 +72,6 @@ class Gram(Removable):
     def _oriented(self, name: str, tensor: Tensor) -> Tensor:
         """Transpose a parameter that is stored as (in, out); return others unchanged."""
         return outputs_first(name, tensor, self.transposed)
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {"sum": None}
 
     @override
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:

@@ -1,15 +1,16 @@
 """EMR: one unified vector of elected signs and largest magnitudes, with a mask and a factor per task."""
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots, device_of, float_dtype, slot_blocks
+from clmerge.merging.accumulators import Slots, device_of, float_dtype, slot_blocks
 from clmerge.merging.bits import BitWriter, unpack_bits
 from clmerge.merging.checks import Shapes, num_entries
+from clmerge.merging.kept_beside import duplicate
 from clmerge.merging.merger import Merger
 from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State, TaskVector
@@ -18,8 +19,7 @@ Rescaler = Literal["l1", "tensor_mean"]
 Undecided = Literal["zero", "negative"]
 
 
-@dataclass(frozen=True)
-class _Record:
+class _Record(TypedDict):
     """State kept per task: two bits per entry (above zero, below zero) and the size of the task vector."""
 
     task: int
@@ -74,6 +74,7 @@ class EMR(Merger):
     task_views = True
     ignored_by_views = ("scale",)
     scope = "parameter"  # that of compute(); the factors of task views are the whole model's
+    slots = ("total", "pos_max", "neg_max")
 
     def __init__(self, scale: float = 1.0, *, rescale: Rescaler = "l1", undecided: Undecided = "zero") -> None:
         if rescale not in ("l1", "tensor_mean"):
@@ -84,11 +85,9 @@ class EMR(Merger):
         self.scale = scale
         self.rescale: Rescaler = rescale
         self.undecided: Undecided = undecided
-        self._records: list[_Record] = []
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {"total": None, "pos_max": None, "neg_max": None}
+        # Numbered instead of listed, so that tensors are found in the state like all others.
+        self._records: dict[str, _Record] = {}
+        self._keep("_records", join=self._joined)
 
     @override
     def state_size(self, shapes: Shapes, num_tasks: int) -> int:
@@ -119,7 +118,10 @@ class EMR(Merger):
     @override
     def _after_update(self, step: Step, plan: _Scratch) -> None:
         positive, negative = plan.positive.packed(), plan.negative.packed()
-        self._records.append(_Record(step.task, positive, negative, plan.l1, plan.tensor_means))
+        record = _Record(
+            task=step.task, positive=positive, negative=negative, l1=plan.l1, tensor_means=plan.tensor_means
+        )
+        self._records |= {str(len(self._records)): record}
 
     @override
     def _read_block(self, slots: Slots, overview: Any) -> Tensor:
@@ -135,14 +137,14 @@ class EMR(Merger):
         """Return ``lambda_t * M_t * tau_uni``, the vector to add to theta0 for one task.
 
         Args:
-            task: Index of the task, as given to ``update``; the last one with that index.
+            task: Index of the task, as given to ``update``.
 
         Raises:
             ValueError: If no such task is merged.
         """
-        record = next((record for record in reversed(self._records) if record.task == task), None)
+        record = next((record for record in self._records.values() if record["task"] == task), None)
         if record is None:
-            raise ValueError(f"expected one of the merged tasks {[r.task for r in self._records]}, got {task}")
+            raise ValueError(f"expected one of the merged tasks {list(self.tasks)}, got {task}")
         with torch.inference_mode(False), torch.no_grad():
             masked, kept, start = {}, 0.0, 0
             for name, slots in self._slots.items():
@@ -151,38 +153,16 @@ class EMR(Merger):
                 for block, (out,) in slot_blocks(slots, masked[name]):
                     unified = self._unified(block)
                     count = unified.numel()
-                    positive = unpack_bits(record.positive, start, count).to(unified.device)
-                    negative = unpack_bits(record.negative, start, count).to(unified.device)
+                    positive = unpack_bits(record["positive"], start, count).to(unified.device)
+                    negative = unpack_bits(record["negative"], start, count).to(unified.device)
                     out.copy_(unified.clamp(min=0).mul_(positive).add_(unified.clamp(max=0).mul_(negative)))
                     size += float(out.abs().sum(dtype=torch.float64))
                     start += count
                 kept += size / (max(masked[name].numel(), 1) if self.rescale == "tensor_mean" else 1)
-            wanted = record.tensor_means if self.rescale == "tensor_mean" else record.l1
+            wanted = record["tensor_means" if self.rescale == "tensor_mean" else "l1"]
             return {name: tensor.mul_(wanted / kept if kept else 0.0) for name, tensor in masked.items()}
 
-    @override
-    def to(self, device: torch.device | str) -> Self:
-        super().to(device)
-        self._records = [self._moved(record) for record in self._records]
-        return self
-
-    @override
-    def _extras(self) -> dict[str, Any]:
-        # Numbered instead of listed, so that tensors are found in the state like all others.
-        return {"records": {str(index): dict(vars(self._moved(r))) for index, r in enumerate(self._records)}}
-
-    @override
-    def _load_extras(self, extras: dict[str, Any]) -> None:
-        records = extras.get("records", {})
-        self._records = [self._moved(_Record(**records[str(index)])) for index in range(len(records))]
-
-    @override
-    def _join_extras(self, other: Self) -> None:
-        self._records = self._records + [self._moved(record) for record in other._records]
-
-    def _moved(self, record: _Record) -> _Record:
-        """Return a copy of a task's record on the accumulators' device."""
-        positive, negative = (
-            bits.to(self._device or bits.device, copy=True) for bits in (record.positive, record.negative)
-        )
-        return replace(record, positive=positive, negative=negative)
+    def _joined(self, ours: dict[str, _Record], theirs: dict[str, _Record]) -> dict[str, _Record]:
+        """Return the records of two streams, numbered on."""
+        both = [*ours.values(), *theirs.values()]
+        return {str(index): duplicate(record, self._device) for index, record in enumerate(both)}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.accumulators import Slots
 from clmerge.merging.merger import Merger
 from clmerge.merging.step import Step
 
@@ -58,14 +58,11 @@ class MagMax(Merger):
     summary = "the change of largest magnitude, entry by entry"
     source = "2407.06322"
     scope = "entry"
+    slots = ("winner",)
 
     def __init__(self, scale: float = 0.5) -> None:
         super().__init__()
         self.scale = scale
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {"winner": None}
 
     @override
     def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.accumulators import Slots
 from clmerge.merging.checks import checked_share
 from clmerge.merging.norms import vector_norm
 from clmerge.merging.removal import Removable
@@ -55,6 +55,7 @@ class Ethos(Spectral, Removable):
     summary = "negate what is large in the base model's basis"
     source = "2403.08994"
     requires = frozenset({"weights"})
+    slots = ("sum",)
 
     def __init__(
         self,
@@ -68,10 +69,6 @@ class Ethos(Spectral, Removable):
         super().__init__(include=include, exclude=exclude, split_qkv=split_qkv)
         self.threshold = checked_share("threshold", threshold)
         self.strength = strength
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {"sum": None}
 
     @override
     def _plan(self, vector: State, step: Step) -> State:

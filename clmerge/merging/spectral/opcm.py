@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots
+from clmerge.merging.accumulators import Slots
 from clmerge.merging.checks import checked_choice, checked_share
 from clmerge.merging.norms import squared_norm, vector_norm
 from clmerge.merging.spectral.decomposition import Spectral, live_svd
@@ -58,6 +58,7 @@ class OPCM(Spectral):
     summary = "add what is orthogonal to the merged model, at constant length"
     source = "2501.09522"
     order_free = False
+    slots = ("sum",)
 
     def __init__(
         self,
@@ -75,10 +76,6 @@ class OPCM(Spectral):
         self.scope = "model"  # one length for all parameters
         self._length = 0.0  # summed over the task vectors
         self._keep("_length")
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        return {"sum": None}
 
     @override
     def _plan(self, vector: State, step: Step) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.merging.accumulators import SlotDtypes, Slots, float_dtype
+from clmerge.merging.accumulators import Slots, float_dtype
 from clmerge.merging.spectral.decomposition import Spectral, polar, tolerance
 from clmerge.merging.step import Step
 
@@ -41,13 +41,10 @@ class TSVM(Spectral):
     name = "tsvm"
     summary = "leading singular vectors of every task, whitened and recombined"
     source = "2412.00081"
-
-    @override
-    def _slot_dtypes(self, num_tasks: int) -> SlotDtypes:
-        # Of a wide matrix (m <= n), "left" has the left singular vectors in its first m columns, and the rows of
-        # "right" are the right ones times their singular values; of a tall one both are transposed. Of what is no
-        # matrix, "right" is the sum.
-        return {"left": None, "right": None}
+    # Of a wide matrix (m <= n), "left" has the left singular vectors in its first m columns, and the rows of
+    # "right" are the right ones times their singular values; of a tall one both are transposed. Of what is no
+    # matrix, "right" is the sum.
+    slots = ("left", "right")
 
     @override
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
