@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from functools import cached_property
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from torch import Tensor
 from typing_extensions import override
 
 from clmerge.deploy.forgetting import all_without
 from clmerge.deploy.running_merge import RunningMerge
 from clmerge.merging import Statistics
 from clmerge.merging.state import listed
-from clmerge.weights import BankVector, CheckedVector, State, fingerprint
+from clmerge.weights import BankVector, CheckedVector, State
 
 
 class RecordedMerge(RunningMerge):
@@ -27,17 +26,8 @@ class RecordedMerge(RunningMerge):
         return []
 
     @override
-    def fold(
-        self,
-        tau: Mapping[str, Tensor],
-        model: LightningModule,
-        *,
-        task: int | None = None,
-        given: Statistics | None = None,
-        store: Callable[[State], None] | None = None,
-    ) -> None:
-        super().fold(tau, model, task=task, given=given, store=store)
-        self.vectors.append(fingerprint(tau))
+    def _folded(self, tau: CheckedVector) -> None:
+        self.vectors.append(tau.sha256)
 
     @cached_property
     def forgotten(self) -> list[int]:

@@ -324,14 +324,18 @@ class RunningMerge:
             merger.update(tau, task=task, base=self.base_fingerprint, score=score, statistics=measured)
             self.update_seconds[name] = time.perf_counter() - started
         self.num_tasks += 1
+        self._folded(tau)
         if store is not None:
             store(tau)
         self._estimate_all(model)
 
+    def _folded(self, tau: CheckedVector) -> None:
+        """Record a vector that every merger has folded in."""
+
     def _estimate_all(self, model: LightningModule) -> None:
-        """Estimate the running statistics of every merged model, if they are."""
+        """Estimate the running statistics of every merged model, if ``buffers`` says so."""
         if self.buffers == "re-estimated":
-            for name in self.mergers:
+            for name in [name for name, merger in self.mergers.items() if merger.num_tasks]:
                 with swapped(model, self.weights_with(self.merged_vector(name), model)):
                     self._estimated[name] = self._estimate(model)
 

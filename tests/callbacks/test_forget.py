@@ -181,6 +181,9 @@ def test_running_statistics_are_estimated_again_without_the_task():
     never = merged(model, [TaskArithmetic()], tasks=(0, 2), **options)
     for key, tensor in merge.merged_state().items():
         torch.testing.assert_close(tensor, never.merged_state()[key])
+    for task in (0, 2):
+        merge.forget(task, model, vector=vector(model, task))
+    assert merge.mergers["task_arithmetic"].tasks == ()
 
 
 def test_a_trainer_evaluates_the_model_without_the_task(tmp_path):
