@@ -1,8 +1,8 @@
-"""Pictures of a run: accuracy matrices, forgetting curves, average accuracy, final accuracy.
+"""Charts as data, and one way of drawing them: as Matplotlib figures, pictures, and SVG inside a page.
 
 Figures are made through Matplotlib's object interface, so a program's own ``pyplot`` state, backend and open
-figures stay unchanged. All axes show percent on a fixed range from 0 to 100, so that pictures of different runs can
-be compared.
+figures stay unchanged. The pictures of a run show percent on a fixed range from 0 to 100, so that those of different
+runs can be compared.
 """
 
 import io
@@ -10,8 +10,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from clmerge.figures.curves import plot_average_accuracy, plot_final_accuracy, plot_forgetting_curves
-from clmerge.figures.matrices import plot_matrices, plot_matrix
+from clmerge.figures.accuracy import (
+    plot_average_accuracy,
+    plot_final_accuracy,
+    plot_forgetting_curves,
+    plot_matrices,
+    plot_matrix,
+)
 from clmerge.names import file_name
 from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Results, Setting
 from clmerge.weights import write_bytes_atomic

@@ -11,16 +11,18 @@ from clmerge.names import shorten
 _NO_GLYPH = "\N{WHITE SQUARE}"
 
 
-def label(name: str, length: int) -> str:
+def label(name: str, length: int, *, on_page: bool = False) -> str:
     r"""Escape a name so that Matplotlib draws it literally, and cut it to ``length`` characters.
 
-    Letters that no installed font has are replaced by squares.
+    Letters that no installed font has are replaced by squares, except on pages, whose readers have other fonts.
 
     Example:
         >>> print(label("$x^2$", 10))
         \$x^2\$
     """
-    text = "".join(letter if _font_of(letter) is not None else _NO_GLYPH for letter in shorten(name, length))
+    text = shorten(name, length)
+    if not on_page:
+        text = "".join(letter if _font_of(letter) is not None else _NO_GLYPH for letter in text)
     return text.replace("$", r"\$")
 
 

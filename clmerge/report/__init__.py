@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from clmerge.figures import to_png
+from clmerge.figures.drawing import draw
 from clmerge.report.charts import Figure
 from clmerge.report.diagnostics import diagnostic_figures
 from clmerge.report.figures import common_figures
 from clmerge.report.page import make_views, render_page
-from clmerge.report.png import draw
 from clmerge.report.runs import read_runs
 from clmerge.report.study import Study, make_study
 from clmerge.report.tables import paper_table

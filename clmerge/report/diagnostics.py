@@ -4,7 +4,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from clmerge.report.charts import Figure, Grid, HeatChart, Line, LineChart, Panel, Unit
+from clmerge.figures.charts import Grid, HeatChart, Line, LineChart, Panel, Value
+from clmerge.figures.numbers import Unit
+from clmerge.report.charts import Figure, line_of
 from clmerge.report.runs import number
 from clmerge.report.study import EXPERT, Entry, Spread, Study
 
@@ -149,7 +151,7 @@ def _curves(found: Mapping[str, Any], study: Study, start: str, end: str | None)
     lines = []
     for model, curves in by_end.items():
         points = list(zip(found["positions"], map(_spread, _mean_rows(curves)), strict=True))
-        lines.append(Line(_entry(study, model), points))
+        lines.append(line_of(_entry(study, model), points))
     return lines
 
 
@@ -162,7 +164,7 @@ def _by_tasks(
     grids: Mapping[str, Rows], tasks: Sequence[str], name: str, span: tuple[float, float], unit: Unit = "number"
 ) -> HeatChart:
     labels = tasks[: len(next(iter(grids.values())))]
-    cells = [Grid(title, [[_spread(value) for value in row] for row in rows]) for title, rows in grids.items()]
+    cells = [Grid(title, _values(rows)) for title, rows in grids.items()]
     return HeatChart(cells, "task", "other task", labels, labels, name, span, unit, diagonal=False)
 
 
@@ -175,8 +177,13 @@ def _by_layer(
     what: str = "layer",
     unit: Unit = "number",
 ) -> HeatChart:
-    cells = [Grid("", [[_spread(value) for value in row] for row in rows])]
-    return HeatChart(cells, what, "task", names, tasks[: len(rows[0])], name, span, unit, diagonal=False)
+    return HeatChart(
+        [Grid("", _values(rows))], what, "task", names, tasks[: len(rows[0])], name, span, unit, diagonal=False
+    )
+
+
+def _values(rows: Rows) -> list[list[Value]]:
+    return [[Value(number(value)) for value in row] for row in rows]
 
 
 def _spread(value: float | None) -> Spread:

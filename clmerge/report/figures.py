@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-from clmerge.report.charts import Figure, Grid, HeatChart, Line, LineChart, Panel
+from clmerge.figures.accuracy import Model, forgetting_chart
+from clmerge.figures.charts import Grid, HeatChart, LineChart, Panel
+from clmerge.figures.numbers import plural
+from clmerge.report.charts import Figure, line_of, look, values_of
 from clmerge.report.searches import order_figures, search_figures
 from clmerge.report.study import EXPERT, ZERO_SHOT, Entry, Spread, Study
-from clmerge.report.text import plural
 from clmerge.results.results import Setting
 
 
@@ -31,11 +33,11 @@ def ranked(study: Study, setting: Setting) -> list[Entry]:
 def _average_accuracy(study: Study, setting: Setting) -> Iterable[Figure]:
     order = ranked(study, setting)
     lines = [
-        Line(entry, _by_task(entry.series("average_accuracy", setting)), faint=_is_faint(order, entry))
+        line_of(entry, _by_task(entry.series("average_accuracy", setting)), faint=_is_faint(order, entry))
         for entry in order
     ]
     panels = [Panel("All models", lines, y_range=(0.0, 1.0))]
-    if mergers := [line for line in lines if line.entry.is_merger]:
+    if mergers := [line for entry, line in zip(order, lines, strict=True) if entry.is_merger]:
         panels.append(Panel("The mergers, enlarged", mergers))
     spread = f" Of more than {MOST_LINES} mergers the best are in front." if len(study.mergers) > MOST_LINES else ""
     spread += f" Bands are one standard deviation over {plural(len(study.runs), 'run')}." if len(study.runs) > 1 else ""
@@ -62,7 +64,7 @@ def _matrices(study: Study, setting: Setting) -> Iterable[Figure]:
         "remembered, and outlined cells are the task just learned. The expert is the model as it was fine-tuned, "
         "without merging.",
         HeatChart(
-            [Grid(entry.name, entry.matrix(setting)) for entry in shown],
+            [Grid(entry.name, values_of(entry.matrix(setting))) for entry in shown],
             "after task",
             "on task",
             after,
@@ -74,30 +76,21 @@ def _matrices(study: Study, setting: Setting) -> Iterable[Figure]:
 
 def _forgetting_curves(study: Study, setting: Setting) -> Iterable[Figure]:
     order = ranked(study, setting)
-    panels = []
-    for task, name in enumerate(study.tasks[: study.num_finished]):
-        lines = [
-            Line(
-                entry,
-                _by_task([row[task] for row in entry.matrix(setting)]),
-                known_from=task + 1,
-                faint=_is_faint(order, entry),
-            )
-            for entry in order
-        ]
-        panels.append(Panel(name, lines, rule=task + 1, y_range=(0.0, 1.0)))
+    models = [
+        Model(entry.name, look(entry), values_of(entry.matrix(setting)), _is_faint(order, entry)) for entry in order
+    ]
     yield Figure(
         "forgetting_curves",
         "What happens to each task",
         "One panel a task, its accuracy after every task: the vertical line is when it was learned, and a fall after "
         "that is forgetting.",
-        LineChart(panels, "after task", "accuracy"),
+        forgetting_chart(models, study.tasks[: study.num_finished]),
     )
 
 
 def _bytes(study: Study, setting: Setting) -> Iterable[Figure]:
     dots = [
-        Line(entry, [(kept[-1].mean, entry.figure("average_accuracy", setting))])
+        line_of(entry, [(kept[-1].mean, entry.figure("average_accuracy", setting))])
         for entry in ranked(study, setting)
         if entry.model != EXPERT and _defined(kept := entry.bytes_kept()) and kept[-1].mean > 0
     ]
@@ -112,7 +105,7 @@ def _bytes(study: Study, setting: Setting) -> Iterable[Figure]:
 
 
 def _growth(study: Study) -> Iterable[Figure]:
-    lines = [Line(entry, _by_task(kept)) for entry in study.entries if _defined(kept := entry.bytes_kept())]
+    lines = [line_of(entry, _by_task(kept)) for entry in study.entries if _defined(kept := entry.bytes_kept())]
     if lines and study.num_finished > 1:
         yield Figure(
             "bytes_growth",
@@ -123,7 +116,7 @@ def _growth(study: Study) -> Iterable[Figure]:
 
 
 def _seconds(study: Study) -> Iterable[Figure]:
-    lines = [Line(entry, _by_task(taken)) for entry in study.entries if _defined(taken := entry.merge_seconds())]
+    lines = [line_of(entry, _by_task(taken)) for entry in study.entries if _defined(taken := entry.merge_seconds())]
     if lines:
         yield Figure(
             "merge_seconds",

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from clmerge.checkpoints.ledger import versions
+from clmerge.figures.numbers import show
 from clmerge.report.runs import Run
 from clmerge.report.study import Entry, Study
-from clmerge.report.text import show
 
 
 @dataclass(frozen=True)

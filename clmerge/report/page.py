@@ -10,20 +10,20 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
 
-from clmerge.report import svg
-from clmerge.report.charts import Figure, HeatChart, LineChart
+from clmerge.figures.charts import HeatChart
+from clmerge.figures.drawing import draw_key, draw_panels, draw_strip
+from clmerge.figures.looks import css_gradient, css_variables
+from clmerge.figures.numbers import percent, plural, show
+from clmerge.names import visible
+from clmerge.report.charts import Figure, look
 from clmerge.report.citations import bibtex
 from clmerge.report.diagnostics import measured_on
 from clmerge.report.figures import make_figures, ranked
-from clmerge.report.heat import draw_grid
 from clmerge.report.ledger import merged_of, report_versions, sources_of
 from clmerge.report.searches import chosen_of
 from clmerge.report.study import REFERENCES, Entry, Study
 from clmerge.report.tables import Column, best_of, columns, table_csv
-from clmerge.report.text import percent, plural, show
 from clmerge.report.verdict import Verdict, judge
 from clmerge.results.results import Setting
 
@@ -89,7 +89,7 @@ def render_page(
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
-        finalize=svg.legible,
+        finalize=_legible,
     )
     environment.filters["data_uri"] = lambda text: f"data:text/csv;charset=utf-8,{quote(text)}"
     script = (_FOLDER / "page.js").read_text(encoding="utf-8")
@@ -109,14 +109,15 @@ def render_page(
         bibtex=bibtex(source for entry in study.mergers if entry.rule for source in entry.rule.sources),
         folder=folder,
         # Package files, which are the only text that is not escaped.
-        style=Markup((_FOLDER / "page.css").read_text(encoding="utf-8")),
+        style=Markup(css_variables() + (_FOLDER / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        draw=_draw,
-        key=svg.key,
-        look=svg.look,
-        strip=svg.draw_strip,
-        colour_bar=_colour_bar,
+        draw=draw_panels,
+        key=draw_key,
+        look=look,
+        strip=draw_strip,
+        ends=_ends,
+        gradient=css_gradient(),
     )
 
 
@@ -156,20 +157,14 @@ def _subtitle(study: Study) -> str:
     return f"{plural(len(study.mergers), 'merger')} on {plural(len(study.runs), 'run')} over {tasks}{samples}."
 
 
-def _draw(chart: LineChart | HeatChart) -> list[tuple[str, Markup]]:
-    """Return the parts of a chart with their titles."""
-    if isinstance(chart, LineChart):
-        return [(panel.title, svg.draw_panel(chart, panel)) for panel in chart.panels]
-    return [(grid.title, draw_grid(chart, grid)) for grid in chart.grids]
+def _ends(chart: HeatChart) -> list[str]:
+    """Return the ends of a chart's colour scale as text."""
+    return [percent(value, 0) + " %" if chart.unit == "share" else show(value, "number") for value in chart.value_range]
 
 
-def _colour_bar(chart: HeatChart) -> Markup:
-    colors = ", ".join(to_hex(colormaps["viridis"](step / 8)) for step in range(9))
-    ends = [percent(value, 0) + " %" if chart.unit == "share" else show(value, "number") for value in chart.value_range]
-    return svg.tag(
-        "div",
-        svg.tag("span", f"{chart.value_name} {ends[0]}"),
-        svg.tag("span", style=f"background:linear-gradient(90deg, {colors})"),
-        svg.tag("span", ends[1]),
-        class_="bar-legend",
-    )
+def _legible(value: object) -> object:
+    """Return text with control characters and marks that change the direction of writing as escapes.
+
+    Markup and values that are not text are returned unchanged.
+    """
+    return visible(value, keep="\n\t") if isinstance(value, str) and not isinstance(value, Markup) else value

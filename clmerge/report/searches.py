@@ -4,11 +4,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from clmerge.figures.charts import Line, LineChart, Panel
+from clmerge.figures.numbers import show
 from clmerge.names import file_name
-from clmerge.report.charts import Figure, Line, LineChart, Panel
+from clmerge.report.charts import Figure, line_of
 from clmerge.report.runs import Run, number
 from clmerge.report.study import UNDEFINED, Entry, Spread, Study
-from clmerge.report.text import show
 from clmerge.results.results import Setting
 
 _SENTENCE = (
@@ -56,7 +57,7 @@ def order_figures(study: Study, setting: Setting) -> Iterable[Figure]:
             points = [
                 (float(i + 1), Spread(tuple(map(number, each)))) for i, each in enumerate(zip(*values, strict=False))
             ]
-            lines.append(Line(entry, points))
+            lines.append(line_of(entry, points))
     if lines:
         yield Figure(
             "orders",
@@ -101,7 +102,7 @@ def _curve(entry: Entry, parameter: str, searches: list[Mapping[str, Any]]) -> L
     common = sorted(set.intersection(*map(set, scores)))
     chosen = {search["chosen"][parameter] for search in searches}
     points = [(float(x), Spread(tuple(score[x] for score in scores))) for x in common]
-    return Line(entry, points, chosen=[index for index, x in enumerate(common) if x in chosen])
+    return line_of(entry, points, chosen=[index for index, x in enumerate(common) if x in chosen])
 
 
 def _dots(entry: Entry, searches: list[Mapping[str, Any]]) -> Iterable[Figure]:
@@ -112,7 +113,7 @@ def _dots(entry: Entry, searches: list[Mapping[str, Any]]) -> Iterable[Figure]:
     for parameter in searches[0]["parameters"]:
         if all(_is_number(point["values"].get(parameter)) for point in points):
             dots = [(float(p["values"][parameter]), Spread((number(p["score"]),))) for p in points]
-            panels.append(Panel(parameter, [Line(entry, dots, chosen=chosen)]))
+            panels.append(Panel(parameter, [line_of(entry, dots, chosen=chosen)]))
     if panels:
         chart = LineChart(panels, "value", "accuracy", dots=True)
         yield Figure(
@@ -129,7 +130,7 @@ def _rules(study: Study) -> Iterable[Figure]:
             values = [rule[key] for rule in rules]
             if values:
                 spreads = [Spread(tuple(map(number, each))) for each in zip(*values, strict=False)]
-                lines.append(Line(entry, [(float(task + 1), spread) for task, spread in enumerate(spreads)]))
+                lines.append(line_of(entry, [(float(task + 1), spread) for task, spread in enumerate(spreads)]))
     if any(panels.values()):
         yield Figure(
             "scale_by_task",

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from clmerge.figures.charts import numbers_of, to_csv
+from clmerge.figures.numbers import MISSING, Unit, percent, show
 from clmerge.names import visible
-from clmerge.report.charts import Unit, numbers_of, to_csv
+from clmerge.report.charts import value_of
 from clmerge.report.figures import ranked
 from clmerge.report.searches import order_spread
 from clmerge.report.study import UNDEFINED, Entry, Spread, Study
-from clmerge.report.text import MISSING, percent, show
 from clmerge.results.results import Setting
 from clmerge.results.table import told_note
 
@@ -149,7 +150,7 @@ def table_csv(study: Study, setting: Setting) -> str:
     for entry in ranked(study, setting):
         row = [entry.name]
         for column in wanted:
-            row += numbers_of(column.of(entry))[:2]
+            row += numbers_of(value_of(column.of(entry)))[:2]
         rows.append([*row, str(len(entry.runs))])
     return to_csv([*heading, "runs"], rows)
 

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from clmerge.figures.numbers import percent, plural, points, show
 from clmerge.report.study import EXPERT, ZERO_SHOT, Entry, Spread, Study
-from clmerge.report.text import percent, plural, points, show, show_spread
 from clmerge.results.results import Setting
 from clmerge.results.table import told_note
 
@@ -99,7 +99,7 @@ def _reasons(study: Study, setting: Setting, ranking: Sequence[Entry]) -> Iterab
     average = best.figure("average_accuracy", setting)
     done = study.num_finished
     yield (
-        f"After {plural(done, 'task')}, {best.name} classifies {show_spread(average)} of the test images right, "
+        f"After {plural(done, 'task')}, {best.name} classifies {_shown(average)} of the test images right, "
         f"averaged over the tasks."
     )
     if len(ranking) > 1:
@@ -119,7 +119,7 @@ def _against_references(study: Study, best: Entry, setting: Setting) -> Iterable
         if entry is not None and entry.figure("average_accuracy", setting).is_defined:
             ends[what] = entry.figure("average_accuracy", setting)
     if ends:
-        shown = " and ".join(f"{what} at {show_spread(spread)}" for what, spread in ends.items())
+        shown = " and ".join(f"{what} at {_shown(spread)}" for what, spread in ends.items())
         yield f"Without merging, {shown.replace(' at ', ' ends at ', 1)}."
     average = best.figure("average_accuracy", setting).mean
     if better := [what for what, spread in ends.items() if spread.mean > average]:
@@ -234,3 +234,7 @@ def _last(spreads: Sequence[Spread]) -> Spread:
 
 def _or_inf(value: float) -> float:
     return math.inf if math.isnan(value) else value
+
+
+def _shown(share: Spread) -> str:
+    return show(share.mean, std=share.std)

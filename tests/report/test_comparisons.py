@@ -4,12 +4,12 @@ import pytest
 from support.comparisons import make_diagnostics, write_comparison
 from support.run_folders import write_run
 
+from clmerge.figures.drawing import draw, draw_panels
 from clmerge.report import read_study
 from clmerge.report.diagnostics import diagnostic_figures
 from clmerge.report.figures import common_figures, make_figures
 from clmerge.report.ledger import merged_of, sources_of
 from clmerge.report.page import make_views, render_page
-from clmerge.report.png import draw
 from clmerge.report.searches import chosen_of, order_spread
 
 
@@ -66,12 +66,8 @@ def test_searches_are_drawn_with_what_was_chosen(tmp_path):
     figures = figures_of(study)
     (panel,) = figures["searches"].chart.panels
     (line,) = panel.lines
-    assert (panel.title, line.entry.name, list(line.chosen)) == ("scale", "magmax", [2])
-    assert [(x, spread.values) for x, spread in line.points] == [
-        (0.1, (0.5, 0.5)),
-        (0.5, (0.6, 0.6)),
-        (1.0, (0.7, 0.7)),
-    ]
+    assert (panel.title, line.name, list(line.chosen)) == ("scale", "magmax", [2])
+    assert line.points == [(0.1, (0.5, 0, 2)), (0.5, (0.6, 0, 2)), (1.0, (0.7, 0, 2))]
     dots = figures["search_ties"].chart.panels
     assert [panel.title for panel in dots] == ["scale", "density"]
     assert [list(panel.lines[0].chosen) for panel in dots] == [[3, 7], [3, 7]]  # the best point of either run
@@ -115,11 +111,12 @@ def test_diagnostics_are_drawn_as_they_are(tmp_path):
     assert figures["layers_cosine"].chart.rows == ["blocks.0", "blocks.1"]
     assert figures["layers_cosine"].chart.grids[0].cells[0][0].mean == 0.25  # the undefined one is no zero
     barriers = figures["barriers"].chart.panels
-    assert [panel.lines[0].entry.name for panel in barriers] == ["expert", "magmax", "expert"]
+    assert [panel.lines[0].name for panel in barriers] == ["expert", "magmax", "expert"]
     assert [spread.mean for _, spread in barriers[0].lines[0].points] == [0.25, 0.5625, 0.0]
     assert figures["disagreement"].chart.rows == ["base", "magmax"]
     for figure in figures.values():
         draw(figure.chart).canvas.draw()
+        assert all("<svg" in drawing for _, drawing in draw_panels(figure.chart))
 
 
 def test_everything_is_on_the_page(tmp_path):

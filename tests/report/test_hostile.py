@@ -13,7 +13,6 @@ import clmerge.report
 from clmerge.cli import main
 from clmerge.figures import save_plots
 from clmerge.report import paper_table, read_study, write_report
-from clmerge.report.charts import to_csv
 from clmerge.report.tables import escape_latex, escape_markdown
 from clmerge.results.table import render_text
 
@@ -100,31 +99,6 @@ def test_markdown_and_latex_are_text(tmp_path):
     table = paper_table(read_study([tmp_path / "run"]), "task_agnostic", "latex")
     assert "\\input" not in table
     assert not re.search(r"\\(\\|midrule|toprule)\s*\[", table)
-
-
-@pytest.mark.parametrize(
-    ("cell", "kept"),
-    [
-        ("=1+1", False),
-        ("+1-1", False),
-        ("-2+3", False),
-        ("@SUM(A1)", False),
-        ("\uff1d1+1", False),
-        ("-0.25", True),
-        ("-1e-05", True),
-        ("1", True),
-        ("", True),
-        ("magmax", True),
-    ],
-)
-def test_cells_that_begin_like_formulas_are_text(cell, kept):
-    (found,) = list(csv.reader(io.StringIO(to_csv(["a"], [[cell, ""]]))))[1][:1]
-    assert found == (cell if kept else f"'{cell}")
-
-
-@pytest.mark.parametrize("cell", ["\t=1", "\r=1", "\n=1"])
-def test_cells_that_begin_with_a_control_character_show_it(cell):
-    assert to_csv(["a"], [[cell]]).splitlines()[1] == repr(cell)[1:-1]
 
 
 def test_configurations_of_odd_keys_are_compared_in_little_memory(tmp_path):

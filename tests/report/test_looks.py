@@ -38,9 +38,9 @@ def test_tuned_rows_stand_beside_the_runs_own(folders):
     assert average(study, "magmax (tuned)") == 0.75
     assert average(study, "magmax") == own["models"]["magmax"]["task_agnostic"]["average_accuracy"][-1]
     searches = next(figure for figure in common_figures(study) if figure.name == "searches")
-    assert [line.entry.name for panel in searches.chart.panels for line in panel.lines] == ["magmax (tuned)"]
+    assert [line.name for panel in searches.chart.panels for line in panel.lines] == ["magmax (tuned)"]
     (barriers,) = [figure for figure in diagnostic_figures(study) if figure.name == "barriers"]
-    assert "magmax (tuned)" in {entry.name for entry in barriers.chart.entries}
+    assert "magmax (tuned)" in {line.name for line in barriers.chart.models}
 
 
 def test_the_order_of_the_folders_changes_nothing(folders):

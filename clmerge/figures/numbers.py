@@ -1,34 +1,40 @@
 """Format numbers for readers: percent, points, megabytes, seconds."""
 
 import math
-
-from clmerge.report.charts import Unit
-from clmerge.report.study import Spread
+from typing import Literal, TypeAlias
 
 MISSING = "-"
 
+Unit: TypeAlias = Literal["share", "bytes", "seconds", "number"]
+"""A share is shown in percent."""
 
-def show(value: float, unit: Unit = "share", *, digits: int = 1) -> str:
-    """Return a number with its unit.
+
+def show(value: float, unit: Unit = "share", *, std: float = math.nan, digits: int = 1) -> str:
+    """Return a number with its unit, and with its standard deviation if that is known.
 
     Args:
         value: The number; NaN is shown as a dash.
         unit: Its unit; a share is shown in percent.
+        std: Its standard deviation, NaN if unknown.
         digits: Decimals of percentages.
 
     Example:
         >>> show(0.93846), show(2_801_664, "bytes"), show(0.042, "seconds"), show(0.30000000000000004, "number")
         ('93.8 %', '2.8 MB', '42 ms', '0.3')
+        >>> show(0.91, std=0.014)
+        '91.0 ± 1.4 %'
     """
     if math.isnan(value):
         return MISSING
     if unit == "share":
-        return f"{percent(value, digits)} %"
+        around = "" if math.isnan(std) else f" ± {percent(std, digits)}"
+        return f"{percent(value, digits)}{around} %"
+    around = "" if math.isnan(std) else f" ± {show(std, unit)}"
     if unit == "bytes":
-        return _bytes(value)
+        return _bytes(value) + around
     if unit == "seconds":
-        return f"{value:.3g} s" if value >= 1 or value == 0 else f"{1000 * value:.3g} ms"
-    return f"{value:.4g}"
+        return (f"{value:.3g} s" if value >= 1 or value == 0 else f"{1000 * value:.3g} ms") + around
+    return f"{value:.4g}{around}"
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -44,6 +50,17 @@ def percent(value: float, digits: int = 1) -> str:
     return text[1:] if text.startswith("-") and not text.strip("-0.") else text
 
 
+def named(name: str, unit: Unit) -> str:
+    """Return the name of an axis or a scale with its unit.
+
+    Example:
+        >>> named("accuracy, task-aware", "share"), named("bytes kept", "bytes")
+        ('accuracy in %, task-aware', 'bytes kept')
+    """
+    what, comma, which = name.partition(",")
+    return f"{what} in %{comma}{which}" if unit == "share" else name
+
+
 def points(value: float, *, signed: bool = False) -> str:
     """Return a difference of shares in percentage points.
 
@@ -55,21 +72,6 @@ def points(value: float, *, signed: bool = False) -> str:
     return f"+{text}" if signed and value > 0 and text not in (MISSING, "0.0") else text
 
 
-def show_spread(spread: Spread, unit: Unit = "share", *, digits: int = 1) -> str:
-    """Return a mean, with the standard deviation over runs if there are several.
-
-    Example:
-        >>> show_spread(Spread((0.9, 0.92))), show_spread(Spread((0.9,)))
-        ('91.0 ± 1.4 %', '90.0 %')
-    """
-    text = show(spread.mean, unit, digits=digits)
-    if math.isnan(spread.std):
-        return text
-    if unit == "share":
-        return f"{percent(spread.mean, digits)} ± {percent(spread.std, digits)} %"
-    return f"{text} ± {show(spread.std, unit)}"
-
-
 def plural(count: int, noun: str) -> str:
     """Return a count with its noun.
 
@@ -78,16 +80,6 @@ def plural(count: int, noun: str) -> str:
         ('1 run', '2 runs')
     """
     return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def of_runs(count: int) -> str:
-    """Return the number of runs in brackets; empty for one run.
-
-    Example:
-        >>> of_runs(1), of_runs(3)
-        ('', ' (3 runs)')
-    """
-    return f" ({plural(count, 'run')})" if count > 1 else ""
 
 
 def _bytes(value: float) -> str:

@@ -1,9 +1,8 @@
-import itertools
-
 import matplotlib
 import numpy as np
 import pytest
 from made_up import make_results
+from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
 from clmerge.figures import (
@@ -14,20 +13,31 @@ from clmerge.figures import (
     plot_matrix,
     save_plots,
 )
-from clmerge.figures.curves import _spread
-from clmerge.figures.style import ink_on, look
+from clmerge.figures.looks import HEAT, look_of
 
 
 def texts(panel):
     return [text.get_text() for text in panel.texts]
 
 
+def dots(panel, model, results):
+    """The heights of the dots of one model, from left to right."""
+    look = look_of(model, results.mergers.index(model) if model in results.mergers else None)
+    lines = [line for line in panel.lines if line.get_marker() == look.marker and line.get_color() == look.color]
+    points = sorted(point for line in lines for point in zip(*line.get_data(), strict=True))
+    return [height for _, height in points]
+
+
 def test_matrix_shows_every_number_in_percent():
     results = make_results(3)
-    panel = plot_matrix(results, "expert").axes[0]
-    expected = [f"{100 * value:.1f}" for value in results.matrix("expert").ravel()]
-    assert texts(panel) == expected
-    assert panel.images[0].get_clim() == (0, 100)
+    figure = plot_matrix(results, "expert")
+    panel, scale = figure.axes
+    matrix = results.matrix("expert")
+    assert texts(panel) == [f"{100 * value:.1f}" for value in matrix.ravel()]
+    colors = panel.collections[0].to_rgba(panel.collections[0].get_array()).reshape(-1, 4)
+    assert list(map(to_hex, colors)) == [to_hex(HEAT(value)) for value in matrix.ravel()]
+    assert scale.get_ylim() == (0, 1)
+    assert scale.get_ylabel() == "accuracy in %,\ntask-agnostic"
     assert [label.get_text() for label in panel.get_xticklabels()] == results.tasks
     assert [label.get_text() for label in panel.get_yticklabels()] == ["1", "2", "3"]
 
@@ -40,8 +50,8 @@ def test_matrix_of_many_tasks_rounds_and_marks_what_is_undefined():
 
 def test_matrices_share_one_scale():
     figure = plot_matrices(make_results(3), ["magmax", "expert"], setting="task_aware")
-    assert [panel.get_title() for panel in figure.axes[:2]] == ["magmax", "expert"]
-    assert figure.axes[2].get_ylabel() == "accuracy in %, task-aware"
+    assert [panel.get_title(loc="left") for panel in figure.axes[:2]] == ["magmax", "expert"]
+    assert figure.axes[2].get_ylabel() == "accuracy in %,\ntask-aware"
     with pytest.raises(ValueError, match="one or more models"):
         plot_matrices(make_results(3), [])
     with pytest.raises(ValueError, match="got 'tise'"):
@@ -50,37 +60,37 @@ def test_matrices_share_one_scale():
 
 def test_forgetting_curves_hold_the_columns_of_every_matrix():
     results = make_results(7, finished=4)
-    panels = [panel for panel in plot_forgetting_curves(results).axes if panel.get_visible()]
-    assert [panel.get_title() for panel in panels] == results.tasks
+    panels = plot_forgetting_curves(results).axes
+    assert [panel.get_title(loc="left") for panel in panels] == results.tasks
     for task, panel in enumerate(panels):
-        drawn = [line.get_ydata() for line in panel.lines[1:]]
-        for index, model in enumerate(reversed(results.models)):
-            column = results.matrix(model)[:, task] * 100
-            np.testing.assert_array_equal(drawn[2 * index], column)
-            np.testing.assert_array_equal(drawn[2 * index + 1], column[task:])
-        assert panel.get_ylim() == (-2, 102)
+        assert panel.lines[0].get_xdata() == [task + 1, task + 1]
+        for model in results.models:
+            np.testing.assert_array_equal(dots(panel, model, results), results.matrix(model)[:, task])
+        assert panel.get_ylim() == (0, 1)
 
 
-def test_average_accuracy_labels_its_lines():
+def test_average_accuracy_says_where_its_lines_end():
     results = make_results(4)
-    panel = plot_average_accuracy(results).axes[0]
+    figure = plot_average_accuracy(results)
     finals = {model: results.figures(model)["average_accuracy"][-1] for model in results.models}
-    assert sorted(texts(panel)) == sorted(f"{model} {100 * value:.1f}" for model, value in finals.items())
-    styles = {line.get_linestyle() for line in panel.lines if line.get_ydata()[-1] == 100 * finals["zero_shot"]}
-    assert styles == {"--"}
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == [f"{model} {100 * value:.1f}" for model, value in finals.items()]
+    for model in results.models:
+        assert dots(figure.axes[0], model, results) == results.figures(model)["average_accuracy"]
 
 
-@pytest.mark.parametrize(("num_tasks", "bars"), [(3, True), (20, False)])
-def test_final_accuracy_is_bars_or_dots(num_tasks, bars):
+@pytest.mark.parametrize("num_tasks", [3, 20])
+def test_final_accuracy_has_every_model_beside_every_task(num_tasks):
     results = make_results(num_tasks)
     panel = plot_final_accuracy(results).axes[0]
-    if bars:
-        heights = [patch.get_height() for container in panel.containers for patch in container]
-    else:
-        assert not panel.containers
-        heights = [height for line in panel.lines[: len(results.models)] for height in line.get_ydata()]
-    expected = [100 * value for model in results.models for value in results.matrix(model)[-1]]
-    assert heights == pytest.approx(expected)
+    assert [label.get_text() for label in panel.get_xticklabels()] == results.tasks
+    for model in results.models:
+        assert dots(panel, model, results) == list(results.matrix(model)[-1])
+    places = sorted(
+        {round(x, 6) for line in panel.lines if len(line.get_xdata()) == num_tasks for x in line.get_xdata()}
+    )
+    assert len(places) == num_tasks * len(results.models)
+    assert [round(place) for place in places] == sorted([*range(1, num_tasks + 1)] * len(results.models))
 
 
 def test_save_plots_writes_pngs_and_leaves_pyplot_alone(tmp_path):
@@ -106,9 +116,12 @@ def test_save_plots_writes_pngs_and_leaves_pyplot_alone(tmp_path):
     assert (matplotlib.get_backend(), pyplot.get_fignums()) == (backend, figures)
 
 
-def test_labels_lie_inside_the_picture():
-    results = make_results(5, names="digits {0} and {0} again")
+@pytest.mark.parametrize("names", ["digits {0} and {0} again", "{}"])
+@pytest.mark.parametrize("num_tasks", [1, 2, 5, 30])
+def test_labels_lie_inside_the_picture(num_tasks, names):
+    results = make_results(num_tasks, names=names)
     for figure in (
+        plot_matrix(results, "magmax"),
         plot_matrices(results, ["magmax", "expert"]),
         plot_forgetting_curves(results),
         plot_average_accuracy(results),
@@ -126,23 +139,3 @@ def test_labels_lie_inside_the_picture():
 def test_nothing_to_draw_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="at least one finished task"):
         save_plots(make_results(finished=0), tmp_path)
-
-
-def test_models_look_the_same_everywhere_and_different_from_each_other():
-    results = make_results(1, tuple(f"merger{i}" for i in range(20)))
-    looks = [look(results, model)[:2] for model in results.models]
-    assert len(set(looks)) == len(looks)
-
-
-def test_spread_keeps_the_order_and_a_gap():
-    spread = _spread({"a": 50.0, "b": 51.0, "c": 20.0, "d": 50.5}, gap=5.0)
-    assert sorted(spread, key=spread.__getitem__) == ["c", "a", "d", "b"]
-    heights = sorted(spread.values())
-    assert all(high - low >= 5 - 1e-9 for low, high in itertools.pairwise(heights))
-    assert spread["c"] == 20
-    assert spread["d"] == pytest.approx(50.5)
-
-
-def test_ink_contrasts_with_its_background():
-    assert ink_on((1.0, 1.0, 0.0, 1.0)) == "black"
-    assert ink_on((0.2, 0.0, 0.3, 1.0)) == "white"

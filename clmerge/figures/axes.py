@@ -1,0 +1,49 @@
+"""Names and tick labels of axes, in sizes of pixels: a picture has 72 of them to the inch."""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+
+from clmerge.figures.lettering import label
+from clmerge.figures.looks import SOFT
+
+SIZE = 11  # of letters
+LETTER = 6.6  # mean width of a letter
+LONGEST = 14  # letters of a tick label
+
+
+def name_axes(axes: Axes, across: str, up: str) -> None:
+    """Name both axes, and set the sizes and colours of their labels."""
+    axes.patch.set_visible(False)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=SIZE, labelcolor=SOFT, pad=6)
+    axes.set_xlabel(across, fontsize=SIZE, color=SOFT, labelpad=6)
+    axes.set_ylabel(up, fontsize=SIZE, color=SOFT, labelpad=6)
+
+
+def name_columns(axes: Axes, names: Sequence[str], start: float, *, on_page: bool) -> None:
+    """Write names below the horizontal axis, slanted if they are wider than their room, some if there are too many.
+
+    Args:
+        axes: The axes.
+        names: One name for each position.
+        start: Position of the first name; the others are one apart.
+        on_page: Whether they are for a page.
+    """
+    room = axes.bbox.width / len(names)
+    step = 1 if room >= 12 else 5
+    texts = [label(name, LONGEST, on_page=on_page) for name in names]
+    axes.set_xticks([start + index for index in range(len(names))][::step], texts[::step])
+    if slant(names, room):
+        for tick in axes.get_xticklabels():
+            tick.set(rotation=45, ha="right", rotation_mode="anchor")
+
+
+def slant(names: Sequence[str], room: float) -> float:
+    """Return how much higher names are when they are slanted because they are wider than their room, else 0."""
+    return 0.75 * widest(names) if widest(names) > room else 0.0
+
+
+def widest(names: Sequence[str]) -> float:
+    """Return the width of the widest name in pixels."""
+    return LETTER * min(LONGEST, max(map(len, names), default=0))
