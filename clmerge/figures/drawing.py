@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -102,10 +102,18 @@ def draw_strip(values: Sequence[float], best: float, look: Look) -> Markup:
     low, high = min(known, default=0.0), max(known, default=0.0)
     figure = _page_figure(200, 16)
     figure.add_artist(Line2D([0.01, 0.99], [0.5, 0.5], color=LINE, linewidth=1))
-    others = [value for value in known if value != best]
-    for shown, color, size in ((others, SOFT, 6), ([] if math.isnan(best) else [best], look.color, 10)):
-        places = [0.03 + 0.94 * ((value - low) / (high - low) if high > low else 0.5) for value in shown]
-        figure.add_artist(Line2D(places, [0.5] * len(places), color=color, marker="o", linestyle="", markersize=size))
+    places = {value: 0.03 + 0.94 * ((value - low) / (high - low) if high > low else 0.5) for value in known}
+    others = [places[value] for value in known if value != best]
+    own = [places[best]] if best in places else []
+    for place, color, size, alpha in ((others, SOFT, 6, 0.55), (own, look.color, 10, 1.0)):
+        style: dict[str, Any] = {
+            "linestyle": "",
+            "marker": "o",
+            "markersize": size,
+            "markeredgewidth": 0,
+            "alpha": alpha,
+        }
+        figure.add_artist(Line2D(place, [0.5] * len(place), color=color, **style))
     return to_svg(figure, Marks(), kind="strip")
 
 

@@ -63,10 +63,12 @@ def _draw_line(axes: Axes, chart: LineChart, panel: Panel, line: Line, layer: fl
         before = [point for point in points if point[0] <= line.known_from]
         for piece, width, strength in ((before, 1.0, 0.55), (after, 2.0, 1.0)):
             if len(piece) > 1:
-                axes.plot(*_curve(piece), line.look.dash, linewidth=width, alpha=front * strength, **style)
+                style |= {"linestyle": line.look.dash, "linewidth": width, "alpha": front * strength}
+                axes.plot(*_curve(piece), **style)
     for size in sorted(set(sizes.values())):
         curve = _curve([line.points[index] for index in order if sizes[index] == size])
-        axes.plot(*curve, linestyle="", markersize=size, alpha=front, clip_on=False, **(style | line.look.style))
+        style |= line.look.style | {"linestyle": "", "markersize": size, "alpha": front, "clip_on": False}
+        axes.plot(*curve, **style)
 
 
 def _size(chart: LineChart, line: Line, index: int) -> float:

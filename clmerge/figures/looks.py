@@ -12,7 +12,7 @@ INK, SOFT, LINE, CARD = "#1c1d1f", "#5d6166", "#e3e4e6", "#ffffff"
 ALWAYS_WHITE = "#fefefe"  # one step from CARD, which is dark on a dark page
 HEAT = colormaps["viridis"].with_extremes(bad=LINE)
 
-Dash: TypeAlias = Literal["-", "--", "-.", ":"]
+Dash: TypeAlias = Literal["-", "--", ":"] | tuple[float, tuple[float, ...]]
 # After the palette of Okabe and Ito, distinguishable with any kind of colour blindness: on white, and on a dark page.
 _MERGERS = {
     "#0072b2": "#4da6e8",
@@ -26,7 +26,7 @@ _MERGERS = {
 }
 _DARK = {INK: "#ececee", SOFT: "#a3a7ad", LINE: "#33363b", CARD: "#1c1e21", **_MERGERS}
 _NAMES = dict(zip(_DARK, ("ink", "soft", "line", "card", *(f"c{index}" for index in range(8))), strict=True))
-_DASHES: tuple[Dash, ...] = ("-", "-.", ":")
+_DASHES: tuple[Dash, ...] = ("-", (0.0, (4.0, 1.0, 1.0, 1.0)), ":")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Look:
 
     Attributes:
         color: Its colour on white.
-        dash: Its line style.
+        dash: Its line style, as Matplotlib has it.
         marker: Its marker, as Matplotlib names it.
         is_hollow: Whether its marker is an outline.
     """

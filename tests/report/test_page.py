@@ -169,13 +169,18 @@ def test_a_browser_opens_the_page_without_an_error_and_sorts(page, tmp_path, wid
     probe = """<script>
       const sortable = document.querySelector(".task_agnostic .sortable");
       sortable.querySelectorAll("thead button")[2].click();
+      const figure = document.getElementById("task_agnostic-average_accuracy");
+      figure.querySelector(".legend button").click();
+      figure.querySelector(".line .dot").dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
       document.title = JSON.stringify({
         ready: document.documentElement.dataset.ready,
         order: [...sortable.tBodies[0].rows].map((row) => row.cells[0].dataset.value),
         shown: [...document.querySelectorAll("section svg")].filter((svg) => svg.clientWidth > 0).length,
         wide: document.documentElement.scrollWidth > innerWidth,
+        focused: [...figure.querySelectorAll(".line.focus")].map((line) => line.dataset.entry),
+        last: [...figure.querySelectorAll("svg.chart")].map((svg) => svg.lastChild.dataset.entry),
+        tip: document.getElementById("tip").textContent,
       });
-      document.querySelector(".legend button").click();
     </script>"""
     # The page's own policy allows its own script alone; the probe is let in.
     text = re.sub(r"script-src 'sha256-[^']+'", "script-src 'unsafe-inline'", text)
@@ -193,4 +198,6 @@ def test_a_browser_opens_the_page_without_an_error_and_sorts(page, tmp_path, wid
     assert found["ready"] == "true"
     assert found["order"] == sorted(forgetting, key=forgetting.get, reverse=True)
     assert found["shown"] > 10
+    assert found["focused"] == found["last"] == ["magmax", "magmax"]  # in both panels, and in front
+    assert re.fullmatch(r"\w+, after task 1: \d+\.\d\d %", found["tip"])
     assert not found["wide"]
