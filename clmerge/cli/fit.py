@@ -153,6 +153,7 @@ def spread_mergers(argv: Sequence[str]) -> list[str]:
 
 def _run(arguments: Sequence[str], resume: str | None) -> int:
     from clmerge.cli.failures import is_foreseen
+    from clmerge.cli.preflight import check_run
     from clmerge.cli.resume import give_hint, open_run, record_changes
     from clmerge.results.run_folder import RunFolder
     from clmerge.streams.data_check import RECORD
@@ -170,6 +171,8 @@ def _run(arguments: Sequence[str], resume: str | None) -> int:
         if config.stream is None:
             parser.error("expected --stream or a --config that has one, got neither")
         learner, logging, check = _build(parser, config, run)
+        build = trainer_factory(config)
+        check_run(learner, build)
         if run is None:
             default = f"runs/{file_name(config.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
             run = RunFolder.create(
@@ -186,7 +189,7 @@ def _run(arguments: Sequence[str], resume: str | None) -> int:
                 check.save(run.path / RECORD)
             for line in stream_lines(learner.stream):
                 tell(line)
-        _fit(learner, logging, config, run)
+        _fit(learner, logging, config, run, build)
     except Exception as error:
         hint = ""
         if run is not None and not run.is_untrained:
@@ -220,7 +223,6 @@ def _build(
 ) -> "tuple[Learner, Logging, DataCheck | None]":
     from lightning.pytorch import seed_everything
 
-    from clmerge.cli.preflight import check_run
     from clmerge.runs.learner import Learner
     from clmerge.runs.trainers import require_whole
 
@@ -240,7 +242,6 @@ def _build(
         tell(f"backbone  {read}", file=sys.stdout)
     if objects.logging.artifacts:
         learner.require_task_vectors()
-    check_run(learner, trainer_factory(config))
     return learner, objects.logging, check
 
 
@@ -267,7 +268,7 @@ def leave_unreadable_out(stream: "Stream", config: Any, run: Path | None) -> "Da
     return check
 
 
-def _fit(learner: "Learner", logging: Logging, config: Any, run: "RunFolder") -> None:
+def _fit(learner: "Learner", logging: Logging, config: Any, run: "RunFolder", build: Any) -> None:
     from clmerge.loggers import describe_run
 
     facts = describe_run(
@@ -275,7 +276,7 @@ def _fit(learner: "Learner", logging: Logging, config: Any, run: "RunFolder") ->
     )
     results = learner.fit(
         run,
-        trainer=trainer_factory(config),
+        trainer=build,
         loggers=build_loggers(logging, config.logging.extra, facts, run),
         report=_print_table if run.writes else None,
         progress=config.trainer.enable_progress_bar,

@@ -26,6 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from clmerge.loggers.metrics import PREFIXES, TASK_KEY, part_of_key
 from clmerge.loggers.steady import SteadyRun
+from clmerge.loggers.without_launch import without_launch
 from clmerge.results.results import Results
 from clmerge.results.run_folder import RunFolder
 from clmerge.weights import TaskVectorBank, load_metadata, write_json_atomic
@@ -109,7 +110,8 @@ def build_wandb_logger(
         )
 
     try:
-        run = start(mode)
+        with without_launch():
+            run = start(mode)
     except UsageError as error:
         raise ValueError(f"expected a project of W&B in logging.project, got {project!r}: {error}") from error
     except CommError as error:
