@@ -63,6 +63,7 @@ def test_pictures_of_it_are_in_the_folder_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "write_bytes_atomic", shown.__setitem__)
     figures.save_plots(two_readings(), tmp_path)
     assert {file.parent for file in shown} == {tmp_path, tmp_path / "task_agnostic"}
+    assert figures.plot_files(two_readings(), tmp_path) == list(shown)
     for folder, expected in ((tmp_path, "task-aware"), (tmp_path / "task_agnostic", "task-agnostic")):
         assert expected in shown[folder / "final_accuracy.png"].axes[0].get_ylabel()
     assert "task-aware" in shown[tmp_path / "matrix_first.png"].axes[-1].get_ylabel()

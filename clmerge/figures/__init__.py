@@ -6,6 +6,8 @@ runs can be compared.
 """
 
 import io
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -55,27 +57,8 @@ def save_plots(results: Results, folder: str | Path) -> list[Path]:
     """
     if not results.num_finished:
         raise ValueError("expected results with at least one finished task, got none; add rows first")
-    moving = _moving(results)
-    own: dict[str, Setting] = {
-        model: "task_aware" if results.needs_task(model) else results.evaluation for model in moving
-    }
-    pictures = {
-        Path(folder, f"matrix_{file_name(model)}.png"): plot_matrix(results, model, setting=own[model])
-        for model in moving
-    }
-    for setting in SETTINGS:
-        best = results.best_merger(setting)
-        pair = [model for model in (best, EXPERT) if model is not None and model in moving]
-        figures = {
-            "matrices": plot_matrices(results, pair or moving, setting=setting),
-            "forgetting_curves": plot_forgetting_curves(results, setting=setting),
-            "average_accuracy": plot_average_accuracy(results, setting=setting),
-            "final_accuracy": plot_final_accuracy(results, setting=setting),
-        }
-        target = Path(folder) if setting == results.evaluation else Path(folder, setting)
-        pictures |= {target / f"{name}.png": figure for name, figure in figures.items()}
     # Draw all before writing the first, so that a folder never holds only some of them.
-    drawn = {file: to_png(figure) for file, figure in pictures.items()}
+    drawn = {file: to_png(draw()) for file, draw in _plots(results, Path(folder)).items()}
     for file, data in drawn.items():
         write_bytes_atomic(file, data)
     return list(drawn)
@@ -95,12 +78,21 @@ def plot_files(results: Results, folder: str | Path) -> list[Path]:
         results: Results of the run.
         folder: Folder of the pictures.
     """
-    names = ("matrices", "forgetting_curves", "average_accuracy", "final_accuracy")
-    whole = [*(f"matrix_{file_name(model)}" for model in _moving(results)), *names]
-    return [Path(folder, f"{name}.png") for name in whole] + [
-        Path(folder, setting, f"{name}.png") for setting in SETTINGS if setting != "task_agnostic" for name in names
-    ]
+    return list(_plots(results, Path(folder)))
 
 
-def _moving(results: Results) -> list[str]:
-    return [model for model in results.models if model != ZERO_SHOT]
+def _plots(results: Results, folder: Path) -> dict[Path, Callable[[], Figure]]:
+    """Return what draws every picture, by its file."""
+    moving = [model for model in results.models if model != ZERO_SHOT]
+    plots: dict[Path, Callable[[], Figure]] = {}
+    for model in moving:
+        own: Setting = "task_aware" if results.needs_task(model) else results.evaluation
+        plots[folder / f"matrix_{file_name(model)}.png"] = partial(plot_matrix, results, model, setting=own)
+    for setting in SETTINGS:
+        target = folder if setting == results.evaluation else folder / setting
+        pair = [model for model in (results.best_merger(setting), EXPERT) if model in moving] or moving
+        plots[target / "matrices.png"] = partial(plot_matrices, results, pair, setting=setting)
+        plots[target / "forgetting_curves.png"] = partial(plot_forgetting_curves, results, setting=setting)
+        plots[target / "average_accuracy.png"] = partial(plot_average_accuracy, results, setting=setting)
+        plots[target / "final_accuracy.png"] = partial(plot_final_accuracy, results, setting=setting)
+    return plots

@@ -1,8 +1,10 @@
-"""Names and tick labels of axes, in sizes of pixels: a picture has 72 of them to the inch."""
+"""Axes with their names and tick labels, in sizes of pixels: 72 to the inch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from clmerge.figures.lettering import label
 from clmerge.figures.looks import SOFT
@@ -10,6 +12,24 @@ from clmerge.figures.looks import SOFT
 SIZE = 11  # of letters
 LETTER = 6.6  # mean width of a letter
 LONGEST = 14  # letters of a tick label
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Size of a panel in pixels, and its margins, which hold the names and tick labels of its axes."""
+
+    width: float
+    height: float
+    left: float
+    below: float
+    above: float = 10
+    right: float = 14
+
+    def axes(self, figure: Figure, x: float = 0, below: float = 0) -> Axes:
+        """Add axes to a figure, in a panel at a distance in pixels from its left and lower end."""
+        width, height = figure.get_size_inches() * 72
+        inner = (self.width - self.left - self.right) / width, (self.height - self.below - self.above) / height
+        return figure.add_axes(((x + self.left) / width, (below + self.below) / height, *inner))
 
 
 def name_axes(axes: Axes, across: str, up: str) -> None:

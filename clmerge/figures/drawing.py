@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Protocol
 
@@ -13,9 +13,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from clmerge.figures.axes import LETTER, SIZE, name_axes, slant
+from clmerge.figures.axes import LETTER, SIZE, Frame, name_axes, slant
 from clmerge.figures.charts import Chart, HeatChart, LineChart
-from clmerge.figures.heatmaps import cells_of, draw_heatmap
+from clmerge.figures.heatmaps import draw_heatmap, heat_frame
 from clmerge.figures.lettering import label, lettered
 from clmerge.figures.lines import draw_lines, formatter
 from clmerge.figures.looks import CARD, HEAT, INK, LINE, SOFT, Look
@@ -24,24 +24,6 @@ from clmerge.figures.svg import Marks, to_svg
 
 NAME_LENGTH = 40  # largest length of a model's name in a legend
 _TITLE, _LEGEND_LINE, _SCALE = 24, 17, 84  # in pixels: heights of a title and of a line of a legend, width of a scale
-
-
-@dataclass(frozen=True)
-class Frame:
-    """Size of a panel in pixels, and its margins, which hold the names and tick labels of its axes."""
-
-    width: float
-    height: float
-    left: float
-    below: float
-    above: float = 10
-    right: float = 14
-
-    def axes(self, figure: Figure, x: float = 0, below: float = 0) -> Axes:
-        """Add axes to a figure, in a panel at a distance in pixels from its left and lower end."""
-        width, height = figure.get_size_inches() * 72
-        inner = (self.width - self.left - self.right) / width, (self.height - self.below - self.above) / height
-        return figure.add_axes(((x + self.left) / width, (below + self.below) / height, *inner))
 
 
 def draw(chart: Chart) -> Figure:
@@ -135,9 +117,7 @@ def _page_figure(width: float, height: float) -> Figure:
 def _frame(chart: Chart, count: int | None) -> Frame:
     """Return the size of panels: those of a page if ``count`` is None, else of a picture with so many of them."""
     if isinstance(chart, HeatChart):
-        cells = cells_of(chart, on_page=count is None)
-        width, height = cells.width * len(chart.columns), cells.height * len(chart.rows)
-        return Frame(cells.left + width + 14, height + cells.below + 10, cells.left, cells.below)
+        return heat_frame(chart, on_page=count is None)
     left = 50 if chart.y_unit == "share" else 74
     if chart.x_labels:
         width = max(460.0, 30.0 * len(chart.x_labels))

@@ -1,35 +1,25 @@
 """Draw one heatmap into axes."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 
-from clmerge.figures.axes import LONGEST, SIZE, name_axes, name_columns, slant, widest
+from clmerge.figures.axes import LONGEST, SIZE, Frame, name_axes, name_columns, slant, widest
 from clmerge.figures.charts import Grid, HeatChart
 from clmerge.figures.lettering import label
 from clmerge.figures.looks import ALWAYS_WHITE, CARD, HEAT, SOFT, ink_on
 from clmerge.figures.numbers import percent
-from clmerge.figures.svg import CELLS, Marks
+from clmerge.figures.svg import CELLS, Mark, Marks
 
 
-@dataclass(frozen=True)
-class Cells:
-    """Sizes of the cells of a chart in pixels, and of what is left of them and below them."""
-
-    width: float
-    height: float
-    left: float
-    below: float
-
-
-def cells_of(chart: HeatChart, *, on_page: bool) -> Cells:
-    """Lay out the cells of a chart: large ones for few, small ones for many, and on a page for phones."""
+def heat_frame(chart: HeatChart, *, on_page: bool) -> Frame:
+    """Return the size of a heatmap: large cells for few, small ones for many, and on a page for phones."""
     width = max(6.0 if on_page else 24.0, min(50.0, 280 / len(chart.columns)))
     height = min(width, max(13.0, 420 / len(chart.rows)))
-    return Cells(width, height, 30 + widest(chart.rows), 38 + slant(chart.columns, width))
+    left, below = 30 + widest(chart.rows), 38 + slant(chart.columns, width)
+    return Frame(left + width * len(chart.columns) + 14, 10 + height * len(chart.rows) + below, left, below)
 
 
 def draw_heatmap(axes: Axes, chart: HeatChart, grid: Grid, marks: Marks | None = None) -> None:
@@ -41,14 +31,15 @@ def draw_heatmap(axes: Axes, chart: HeatChart, grid: Grid, marks: Marks | None =
         grid: One of its heatmaps.
         marks: Where to note the tips of the cells, for a page; None for a picture.
     """
-    cells, scale = cells_of(chart, on_page=marks is not None), Normalize(*chart.value_range)
+    width, height = axes.bbox.width / len(chart.columns), axes.bbox.height / len(chart.rows)
+    scale = Normalize(*chart.value_range)
     means = np.array([[value.mean for value in row] for row in grid.cells], dtype=float)
     mesh = axes.pcolormesh(np.ma.masked_invalid(means), cmap=HEAT, norm=scale, edgecolors=CARD, linewidth=0.6)
     if marks is not None:
-        tips = [chart.tip(grid, row, column) for row, column in np.ndindex(means.shape)]
-        mesh.set_gid(marks.add(CELLS, tips))
-    if cells.width >= 24 and cells.height >= 13 and len(chart.columns) <= 25:
-        digits = 1 if cells.width >= 32 else 0
+        mesh.set_gid("cells")
+        marks["cells"] = Mark(CELLS, (chart.tip(grid, row, column) for row, column in np.ndindex(means.shape)))
+    if min(width, 2 * height) >= 24 and len(chart.columns) <= 25:
+        digits = 1 if width >= 32 else 0
         for (row, column), value in np.ndenumerate(means):
             ink = SOFT if math.isnan(value) else ink_on(HEAT(scale(value)))
             is_share = chart.unit == "share" or math.isnan(value)
@@ -63,6 +54,6 @@ def draw_heatmap(axes: Axes, chart: HeatChart, grid: Grid, marks: Marks | None =
     axes.spines[:].set_visible(False)
     name_axes(axes, chart.column_name, chart.row_name)
     name_columns(axes, chart.columns, 0.5, on_page=marks is not None)
-    step = 1 if cells.height >= 12 else 5
+    step = 1 if height >= 12 else 5
     labels = [label(name, LONGEST, on_page=marks is not None) for name in chart.rows]
     axes.set_yticks([row + 0.5 for row in range(len(labels))][::step], labels[::step])

@@ -11,7 +11,7 @@ from clmerge.figures.axes import name_axes, name_columns
 from clmerge.figures.charts import Line, LineChart, Panel, Value
 from clmerge.figures.looks import LINE, SOFT
 from clmerge.figures.numbers import Unit, named, show
-from clmerge.figures.svg import Marks
+from clmerge.figures.svg import Mark, Marks
 
 Points = Sequence[tuple[float, Value]]
 
@@ -51,8 +51,10 @@ def _draw_line(axes: Axes, chart: LineChart, panel: Panel, line: Line, layer: fl
     style: dict[str, Any] = {"color": line.look.color, "zorder": layer}
     front = 0.25 if line.faint else 1.0
     if marks is not None:
-        kind, front = ("line faint" if line.faint else "line"), 1.0  # its style sheet makes lines faint
-        style["gid"] = marks.add(kind, [chart.tip(line, index) for index in order], line.name)
+        front = 1.0  # its style sheet makes lines faint
+        style["gid"] = str(len(marks))
+        tips = (chart.tip(line, index) for index in order)
+        marks[style["gid"]] = Mark("line faint" if line.faint else "line", tips, line.name)
     points = [line.points[index] for index in known]
     if chart.dots:
         _draw_deviations(axes, points, style)

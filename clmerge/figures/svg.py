@@ -3,9 +3,9 @@
 Matplotlib's own SVG files hold fonts, identifiers and styles for a page of their own, and are several times as large.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -30,7 +30,7 @@ _COMMANDS = {int(Path.MOVETO): "M", int(Path.LINETO): "L", int(Path.CURVE3): "Q"
 
 @dataclass(frozen=True)
 class Mark:
-    """What a page knows about the shapes of one artist or of several.
+    """What a page knows about the shapes of some artists.
 
     Attributes:
         kind: Their class in the style sheet.
@@ -43,17 +43,8 @@ class Mark:
     entry: str = ""
 
 
-@dataclass
-class Marks:
-    """The marks of one figure; artists refer to them by their group identifier."""
-
-    marks: dict[str, Mark] = field(default_factory=dict)
-
-    def add(self, kind: str, tips: Sequence[str], entry: str = "") -> str:
-        """Add a mark; return the identifier for :meth:`matplotlib.artist.Artist.set_gid`."""
-        name = str(len(self.marks))
-        self.marks[name] = Mark(kind, iter(tips), entry)
-        return name
+Marks: TypeAlias = dict[str, Mark]
+"""What is known about artists, by :meth:`matplotlib.artist.Artist.get_gid`."""
 
 
 def to_svg(figure: Figure, marks: Marks, *, kind: str, label: str = "") -> Markup:
@@ -66,7 +57,7 @@ def to_svg(figure: Figure, marks: Marks, *, kind: str, label: str = "") -> Marku
         label: What it shows, for readers who do not see it; empty for ornaments.
     """
     width, height = (float(inches) * 72 for inches in figure.get_size_inches())
-    renderer = _Renderer(marks.marks, width, height)
+    renderer = _Renderer(marks, width, height)
     figure.draw(renderer)
     about = {"role": "img", "aria-label": label} if label else {"aria-hidden": "true"}
     box = f"0 0 {_short(width)} {_short(height)}"
@@ -76,7 +67,7 @@ def to_svg(figure: Figure, marks: Marks, *, kind: str, label: str = "") -> Marku
 class _Renderer(RendererBase):
     """Collects what Matplotlib draws as elements of SVG."""
 
-    def __init__(self, marks: Mapping[str, Mark], width: float, height: float) -> None:
+    def __init__(self, marks: Marks, width: float, height: float) -> None:
         super().__init__()
         self._marks = marks
         self._size = width, height

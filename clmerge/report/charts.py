@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clmerge.figures.charts import Chart, HeatChart, Line, LineChart, Value
+from clmerge.figures.charts import Chart, Line, Value
 from clmerge.figures.looks import Look, look_of
 from clmerge.report.study import Entry, Spread
 
@@ -24,16 +24,6 @@ class Figure:
     title: str
     sentence: str
     chart: Chart
-
-    @property
-    def lines(self) -> LineChart | None:
-        """The chart, if it is a line chart."""
-        return self.chart if isinstance(self.chart, LineChart) else None
-
-    @property
-    def heat(self) -> HeatChart | None:
-        """The chart, if it consists of heatmaps."""
-        return self.chart if isinstance(self.chart, HeatChart) else None
 
 
 def value_of(spread: Spread) -> Value:

@@ -6,9 +6,9 @@ from typing import Any
 
 from clmerge.figures.charts import Grid, HeatChart, Line, LineChart, Panel, Value
 from clmerge.figures.numbers import Unit
-from clmerge.report.charts import Figure, line_of
+from clmerge.report.charts import Figure, look
 from clmerge.report.runs import number
-from clmerge.report.study import EXPERT, Entry, Spread, Study
+from clmerge.report.study import EXPERT, Entry, Study
 
 Rows = Sequence[Sequence[float | None]]
 
@@ -150,8 +150,9 @@ def _curves(found: Mapping[str, Any], study: Study, start: str, end: str | None)
             by_end.setdefault(segment["to"], []).append(segment["error"])
     lines = []
     for model, curves in by_end.items():
-        points = list(zip(found["positions"], map(_spread, _mean_rows(curves)), strict=True))
-        lines.append(line_of(_entry(study, model), points))
+        entry = _entry(study, model)
+        (values,) = _values([_mean_rows(curves)])
+        lines.append(Line(entry.name, look(entry), list(zip(found["positions"], values, strict=True))))
     return lines
 
 
@@ -184,10 +185,6 @@ def _by_layer(
 
 def _values(rows: Rows) -> list[list[Value]]:
     return [[Value(number(value)) for value in row] for row in rows]
-
-
-def _spread(value: float | None) -> Spread:
-    return Spread((number(value),))
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
