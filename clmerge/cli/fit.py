@@ -101,6 +101,13 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     parser.add_argument("--check_data", "--check-data", action="store_true", help=check_help)
     skip_help = "Open every image before the first task and leave out, count and record those that cannot be read."
     parser.add_argument("--skip_unreadable", type=bool, default=False, help=skip_help)
+    dry_help = (
+        "Show what the run would be (classes, images, model, device, bytes, time after a few measured steps), decode "
+        "images of every task, and write nothing."
+    )
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help=dry_help)
+    fast_help = "Go the whole path with one batch of images of every task, in a folder that is removed afterwards."
+    parser.add_argument("--fast_dev_run", "--fast-dev-run", action="store_true", help=fast_help)
     parser.add_subclass_arguments(Stream, "stream", help="The tasks.")
     parser.add_class_arguments(ContinualClassifier, "model")
     parser.add_argument("--mergers", type=list[Merger], help="Mergers that ride on the run, by class name.")
@@ -154,6 +161,7 @@ def spread_mergers(argv: Sequence[str]) -> list[str]:
 def _run(arguments: Sequence[str], resume: str | None) -> int:
     from clmerge.cli.failures import is_foreseen
     from clmerge.cli.preflight import check_run
+    from clmerge.cli.rehearsal import fast_dev_config
     from clmerge.cli.resume import give_hint, open_run, record_changes
     from clmerge.results.run_folder import RunFolder
     from clmerge.streams.data_check import RECORD
@@ -170,9 +178,13 @@ def _run(arguments: Sequence[str], resume: str | None) -> int:
         config = parser.parse_args(list(arguments))
         if config.stream is None:
             parser.error("expected --stream or a --config that has one, got neither")
+        if config.fast_dev_run:
+            fast_dev_config(config)
         learner, logging, check = _build(parser, config, run)
         build = trainer_factory(config)
         check_run(learner, build)
+        if config.dry_run or config.fast_dev_run:
+            return _rehearse(learner, build, config)
         if run is None:
             default = f"runs/{file_name(config.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
             run = RunFolder.create(
@@ -209,6 +221,25 @@ def _run(arguments: Sequence[str], resume: str | None) -> int:
     except Stopped as stop:
         give_hint(stop, run)
         raise
+    return 0
+
+
+def _rehearse(learner: "Learner", build: Any, config: Any) -> int:
+    """Do a dry run, or a fast one in a folder that is removed."""
+    import tempfile
+
+    from clmerge.cli.rehearsal import dry_run, fast_dev_run, shrink
+    from clmerge.results.run_folder import RunFolder
+
+    if config.dry_run:
+        without = config.clone()
+        without.trainer.callbacks = None  # which may write
+        dry_run(learner, trainer_factory(without), config)
+        return 0
+    shrink(learner.stream, learner.data.batch_size)
+    with tempfile.TemporaryDirectory(prefix="clmerge-") as folder:
+        run = RunFolder.create(f"{folder}/run", writes=_is_main())
+        fast_dev_run(learner, build, run)
     return 0
 
 
@@ -288,7 +319,7 @@ def _fit(learner: "Learner", logging: Logging, config: Any, run: "RunFolder", bu
 
 def _config_text(parser: "CommandParser", config: Any) -> str:
     kept = config.clone()
-    for key in ("config", "run_dir", "resume", "check_data"):
+    for key in ("config", "run_dir", "resume", "check_data", "dry_run", "fast_dev_run"):
         kept.pop(key, None)
     header = "# The configuration of this run; `clmerge fit --config FILE` with this file runs it again.\n"
     return header + str(parser.dump(kept, skip_validation=True))
