@@ -1,7 +1,6 @@
 """Greedy soup: average the task vectors that do not lower a held-out metric."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -27,11 +26,6 @@ def measured(score: Score, vector: TaskVector) -> float:
     if math.isnan(value):
         raise ValueError("expected a number from the held-out metric, got NaN; check the held-out data")
     return value
-
-
-@dataclass(frozen=True)
-class _Decision:
-    keep: bool
 
 
 class GreedySoup(Merger):
@@ -75,29 +69,30 @@ class GreedySoup(Merger):
         self._keep("num_kept")
 
     @override
-    def _plan(self, vector: State, step: Step) -> _Decision:
+    def _plan(self, vector: State, step: Step) -> bool:
+        """Return whether the vector is kept."""
         if not self.num_kept or step.score is None:
-            return _Decision(keep=True)
+            return True
         without = measured(step.score, self.compute())
         with_it = measured(step.score, self._average_with(vector))
-        return _Decision(keep=with_it > without or (with_it == without and not self.strict))
+        return with_it > without or (with_it == without and not self.strict)
 
     def _average_with(self, vector: State) -> TaskVector:
         count = self.num_kept + 1
         return {name: (slots["sum"] + vector[name].to(slots["sum"])) / count for name, slots in self._slots.items()}
 
     @override
-    def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: _Decision) -> None:
-        if plan.keep:
+    def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: bool) -> None:
+        if plan:
             super()._fold(name, slots, tau, step, plan)
 
     @override
-    def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: _Decision) -> None:
+    def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: bool) -> None:
         slots["sum"].add_(tau)
 
     @override
-    def _after_update(self, step: Step, plan: _Decision) -> None:
-        self.num_kept += plan.keep
+    def _after_update(self, step: Step, plan: bool) -> None:
+        self.num_kept += plan
 
     @override
     def _read_block(self, slots: Slots, overview: Any) -> Tensor:

@@ -66,10 +66,8 @@ def truncate_adapter(adapter: Adapter, rank: int) -> dict[str, Product]:
         left, inner_left = torch.linalg.qr(found.b.double() * found.scale)
         right, inner_right = torch.linalg.qr(found.a.double().mT)
         u, values, vh = torch.linalg.svd(inner_left @ inner_right.mT, full_matrices=False)
-        roots = values[..., :rank].sqrt()
-        b = left @ (u[..., :rank] * roots.unsqueeze(-2))
-        a = (roots.unsqueeze(-1) * vh[..., :rank, :]) @ right.mT
-        truncated[name] = Product(a.to(dtype), b.to(dtype), 1.0)
+        a, b = _halves(u, values, vh, rank)
+        truncated[name] = Product((a @ right.mT).to(dtype), (left @ b).to(dtype), 1.0)
     return truncated
 
 
@@ -134,11 +132,16 @@ def adapter_of(vector: State, rank: int) -> dict[str, Product]:
             matrix = tensor.double()
             pieces = torch.stack(matrix.chunk(3)) if name.endswith("in_proj_weight") else matrix
             u, values, vh = torch.linalg.svd(pieces, full_matrices=False)
-            roots = values[..., :rank].sqrt()
-            a, b = roots.unsqueeze(-1) * vh[..., :rank, :], u[..., :rank] * roots.unsqueeze(-2)
+            a, b = _halves(u, values, vh, rank)
             dtype = accumulator_dtype(tensor)
             adapter[name] = Product(a.to(dtype), b.to(dtype), 1.0)
     return adapter
+
+
+def _halves(u: Tensor, values: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A and B of the leading singular triplets, each with the square roots of the singular values."""
+    roots = values[..., :rank].sqrt()
+    return roots.unsqueeze(-1) * vh[..., :rank, :], u[..., :rank] * roots.unsqueeze(-2)
 
 
 def _by_weight(adapters: Sequence[Adapter]) -> dict[str, list[tuple[int, Product]]]:
