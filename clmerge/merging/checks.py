@@ -1,6 +1,6 @@
 """Checks of a task vector that run before the merger's state changes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from math import prod
 from typing import Any, TypeVar, get_args
@@ -12,6 +12,7 @@ from clmerge.weights.task_vector import State
 
 Shapes = dict[str, tuple[int, ...]]
 Choice = TypeVar("Choice")
+Entry = TypeVar("Entry")
 
 MOST_STEPS = 100_000  # of solvers; published settings are 100 to 1,000
 
@@ -162,6 +163,22 @@ def checked_choice(name: str, value: Choice, allowed: Any) -> Choice:
         *others, last = map(repr, get_args(allowed))
         raise ValueError(f"expected {name} {', '.join(others)} or {last}, got {value!r}")
     return value
+
+
+def of_task(name: str, entries: Sequence[Entry], task: int) -> Entry:
+    """Return a task's entry of a setting that has one for every task.
+
+    Args:
+        name: Name of the setting.
+        entries: Its entries, by task index.
+        task: Index of the task.
+
+    Raises:
+        ValueError: If there is none for the task.
+    """
+    if not 0 <= task < len(entries):
+        raise ValueError(f"expected an entry of {name} for task {task}, got {len(entries)} entries; give one per task")
+    return entries[task]
 
 
 def checked_steps(steps: int, least: int = 1, *, name: str = "steps") -> int:

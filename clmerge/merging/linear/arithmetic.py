@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots
+from clmerge.merging.checks import of_task
 from clmerge.merging.linear.sum import Sum
 from clmerge.merging.step import Step
 
@@ -76,26 +77,8 @@ class TaskArithmetic(Sum):
 
     @override
     def _weight(self, step: Step) -> float:
-        return 1.0 if self.weights is None else task_weight(self.weights, step)
+        return 1.0 if self.weights is None else of_task("weights", self.weights, step.task)
 
     @override
     def _read_block(self, slots: Slots, overview: Any) -> Tensor:
         return slots["sum"] * self.scale
-
-
-def task_weight(weights: Sequence[float], step: Step) -> float:
-    """Return the weight of a task.
-
-    Args:
-        weights: Weights by task index.
-        step: The update of the task.
-
-    Raises:
-        ValueError: If there is no weight for the task.
-    """
-    if not 0 <= step.task < len(weights):
-        raise ValueError(
-            f"expected a weight for every task, got {len(weights)} weights and task {step.task}; "
-            "give as many weights as there are tasks"
-        )
-    return weights[step.task]

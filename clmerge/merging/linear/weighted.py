@@ -6,8 +6,7 @@ from typing import Literal
 
 from typing_extensions import override
 
-from clmerge.merging.checks import checked_choice
-from clmerge.merging.linear.arithmetic import task_weight
+from clmerge.merging.checks import checked_choice, of_task
 from clmerge.merging.linear.weighted_sum import WeightedSum
 from clmerge.merging.norms import vector_norm
 from clmerge.merging.required import number_of, positive_number_of
@@ -89,5 +88,8 @@ class WeightedAverage(WeightedSum):
             return math.log(positive_number_of(step, "samples"))
         if self.by == "loss":
             return -number_of(step, "loss") / self.temperature
-        weight = 1 / (vector_norm(vector) or math.inf) if self.weights is None else task_weight(self.weights, step)
+        if self.weights is None:
+            weight = 1 / (vector_norm(vector) or math.inf)
+        else:
+            weight = of_task("weights", self.weights, step.task)
         return math.log(weight) if weight else -math.inf

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots, device_of, float_dtype, slot_blocks
 from clmerge.merging.bits import BitWriter, unpack_bits
-from clmerge.merging.checks import Shapes, num_entries
+from clmerge.merging.checks import Shapes, checked_choice, num_entries
 from clmerge.merging.kept_beside import duplicate
 from clmerge.merging.merger import Merger
 from clmerge.merging.step import Step
@@ -77,14 +77,10 @@ class EMR(Merger):
     slots = ("total", "pos_max", "neg_max")
 
     def __init__(self, scale: float = 1.0, *, rescale: Rescaler = "l1", undecided: Undecided = "zero") -> None:
-        if rescale not in ("l1", "tensor_mean"):
-            raise ValueError(f"expected rescale 'l1' or 'tensor_mean', got {rescale!r}")
-        if undecided not in ("zero", "negative"):
-            raise ValueError(f"expected undecided 'zero' or 'negative', got {undecided!r}")
         super().__init__()
         self.scale = scale
-        self.rescale: Rescaler = rescale
-        self.undecided: Undecided = undecided
+        self.rescale: Rescaler = checked_choice("rescale", rescale, Rescaler)
+        self.undecided: Undecided = checked_choice("undecided", undecided, Undecided)
         # Numbered instead of listed, so that tensors are found in the state like all others.
         self._records: dict[str, _Record] = {}
         self._keep("_records", join=self._joined)

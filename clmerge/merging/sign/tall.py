@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots, device_of, float_dtype, slot_blocks
+from clmerge.merging.checks import of_task
 from clmerge.merging.step import Step
 from clmerge.merging.stored import Stored
 from clmerge.weights.task_vector import State, TaskVector
@@ -52,9 +53,7 @@ class _Masked(Stored):
     def _threshold(self, task: int) -> float:
         if isinstance(self.threshold, int | float):
             return self.threshold
-        if not 0 <= task < len(self.threshold):
-            raise ValueError(f"expected a threshold for task {task}, got {list(self.threshold)}; give one per task")
-        return self.threshold[task]
+        return of_task("threshold", self.threshold, task)
 
     def _total(self, slots: Slots) -> Tensor:
         """Return the sum of the task vectors in float64."""

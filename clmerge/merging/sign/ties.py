@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, float_dtype, slot_blocks
-from clmerge.merging.linear.arithmetic import task_weight
+from clmerge.merging.checks import checked_choice, of_task
 from clmerge.merging.merger import Merger
 from clmerge.merging.scope import Scope, Tally
 from clmerge.merging.sparsify.sparsifier import Sparsifier, TrimModel, TrimTensor, keep_from
@@ -111,16 +111,12 @@ class TIES(Merger):
         weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if trim not in ("model", "tensor"):
-            raise ValueError(f"expected trim 'model' or 'tensor', got {trim!r}")
-        if merge not in ("mean", "sum", "max"):
-            raise ValueError(f"expected merge 'mean', 'sum' or 'max', got {merge!r}")
         if weights is not None and min(weights, default=-1) < 0:
             raise ValueError(f"expected weights of 0 or more, got {list(weights)}")
         self._sparsifier: Sparsifier = TrimModel(density) if trim == "model" else TrimTensor(density)
         self.density = density
-        self.trim: Trim = trim
-        self.merge: MergeKind = merge
+        self.trim: Trim = checked_choice("trim", trim, Trim)
+        self.merge: MergeKind = checked_choice("merge", merge, MergeKind)
         self.scale = scale
         self.weights = None if weights is None else list(weights)
         if trim == "tensor" and self.scope == "thresholds":  # a rule derived from this one may see more
@@ -163,7 +159,7 @@ class TIES(Merger):
     @override
     def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: float) -> None:
         tau = keep_from(tau, plan)
-        weight = 1 if self.weights is None else task_weight(self.weights, step)
+        weight = 1 if self.weights is None else of_task("weights", self.weights, step.task)
         if weight != 1:
             tau = tau * weight
         if self.merge == "max":

@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots
+from clmerge.merging.checks import of_task
 from clmerge.merging.step import Step
 from clmerge.merging.stored import Stored
 from clmerge.seeds import seeded_uniform
@@ -115,15 +116,15 @@ class TunableMagMax(Stored):
 
     @override
     def _plan(self, vector: State, step: Step) -> None:
-        if self.preference is not None and not 0 <= step.task < len(self.preference):
-            raise ValueError(
-                f"expected a preference for task {step.task}, got {list(self.preference)}; give one per task"
-            )
+        self._preferred(step.task)
+
+    def _preferred(self, task: int) -> float:
+        return 1.0 if self.preference is None else of_task("preference", self.preference, task)
 
     @override
     def _read(self, name: str, slots: Slots, overview: Any) -> Tensor:
         taus = torch.stack(self._taus(slots)).view(self.num_tasks, -1)
-        given = [1.0 if self.preference is None else self.preference[task] for task in self.tasks]
+        given = [self._preferred(task) for task in self.tasks]
 
         def lots(position: int) -> Tensor:
             task = self.tasks[position]

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
+from clmerge.merging.checks import of_task
 from clmerge.merging.scope import Scope, widest
 from clmerge.merging.sparsify.sparsifier import Sparsifier
 from clmerge.weights.task_vector import State
@@ -34,13 +35,8 @@ class ByTask(Sparsifier):
 
     @override
     def plan(self, vector: State, task: int) -> Any:
-        return self._part(task).plan(vector, task)
+        return of_task("parts", self.parts, task).plan(vector, task)
 
     @override
     def sparsify(self, name: str, tau: Tensor, task: int, plan: Any) -> Tensor:
-        return self._part(task).sparsify(name, tau, task, plan)
-
-    def _part(self, task: int) -> Sparsifier:
-        if not 0 <= task < len(self.parts):
-            raise ValueError(f"expected a sparsifier for every task, got {len(self.parts)} and task {task}; give more")
-        return self.parts[task]
+        return of_task("parts", self.parts, task).sparsify(name, tau, task, plan)

@@ -70,6 +70,6 @@ def test_weights_belong_to_task_indices():
 def test_a_task_without_a_weight_is_refused():
     merger = TaskArithmetic(scale=1.0, weights=[1.0, -1.0])
     merged(merger, 3.0, 2.0)
-    with pytest.raises(ValueError, match="2 weights and task 2"):
+    with pytest.raises(ValueError, match="weights for task 2, got 2 entries"):
         merger.update({"w": torch.tensor([4.0])})
     assert merger.compute()["w"].item() == 1.0

@@ -87,7 +87,7 @@ def test_preferences_are_those_of_the_task_index():
     assert merger.compute()["w"].tolist() == [8.0]  # the only one so far
     merger.update({"w": torch.tensor([4.0])}, task=0)
     assert merger.compute()["w"].tolist() == [7.0]
-    with pytest.raises(ValueError, match="3 weights and task 3"):
+    with pytest.raises(ValueError, match="weights for task 3, got 3 entries"):
         merger.update({"w": torch.tensor([4.0])}, task=3)
     assert merger.num_tasks == 2
 
