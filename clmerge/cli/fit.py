@@ -125,9 +125,12 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
 
 def main(argv: Sequence[str]) -> int:
     """Run ``clmerge fit``; return the exit code."""
-    from clmerge.cli.resume import split_resume
+    from clmerge.cli.resume import complete_line, split_resume
 
     resumed, arguments = split_resume(spread_mergers(argv))
+    if resumed is not None and not arguments and (line := complete_line(resumed)):
+        tell(line, file=sys.stdout)
+        return 0
     return _run(arguments, resumed)
 
 

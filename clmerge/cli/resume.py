@@ -1,6 +1,7 @@
 """``clmerge fit --resume``: open the run to resume, and record options that change from the next task on."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clmerge.names import tell
@@ -89,6 +90,37 @@ def open_run(folder: str, options: Sequence[str], *, writes: bool) -> "tuple[Run
     return run, [] if list(options) == in_force[len(in_force) - len(options) :] else list(options)
 
 
+def complete_line(folder: str) -> str | None:
+    """Return that a run is complete, without importing Lightning; None if there is anything left to do or to report.
+
+    Args:
+        folder: The run folder.
+    """
+    from clmerge.bounded_yaml import load_yaml
+    from clmerge.figures import plot_files
+    from clmerge.names import file_name
+    from clmerge.results.results import Results
+    from clmerge.results.run_manifest import check_config, read_manifest
+    from clmerge.weights.checksums import MANIFEST, verify_files
+
+    path = Path(folder)
+    try:
+        manifest = read_manifest(path / MANIFEST)
+        if not manifest.finished:
+            return None
+        verify_files(path, manifest.files)
+        check_config(path / "config.yaml", manifest.config)
+        options = (load_yaml(manifest.config, MANIFEST) or {}).get("logging") or {}
+        results = Results.from_dict(manifest.results)
+    except (OSError, ValueError):
+        return None  # opening the run says why
+    models = [path / "model" / f"{file_name(name)}.safetensors" for name in results.mergers]
+    views = [path / "results.json", *models, *plot_files(results, path / "plots")]
+    if options.get("artifacts") or not all(file.is_file() for file in views):
+        return None
+    return f"{folder} is complete: {len(results.tasks)} of {len(results.tasks)} tasks; its results are in {views[0]}"
+
+
 def record_changes(run: "RunFolder", changes: Sequence[str]) -> None:
     """Record options for the tasks to come; a task that was begun without them restarts, and a message says so.
 
@@ -103,9 +135,11 @@ def record_changes(run: "RunFolder", changes: Sequence[str]) -> None:
 
 
 def give_hint(stop: "Stopped", run: "RunFolder | None") -> None:
-    """Add to the message of a stopped command how to resume the run."""
+    """Add to the message of a stopped command where the run stands and how to resume it."""
     if run is not None and run.path.is_dir() and not run.manifest.finished:
-        stop.hint = f"resume with clmerge fit --resume {run.path}"
+        tasks = len(run.manifest.stream.get("tasks", ()))
+        done = f"{run.manifest.trained} of {tasks} tasks are trained and merged; " if tasks else ""
+        stop.hint = f"{done}resume with clmerge fit --resume {run.path}"
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from wandb_reader import find_runs
 from clmerge.callbacks.progress import EpochLines
 from clmerge.cli import main
 from clmerge.cli.fit import spread_mergers
-from clmerge.cli.resume import split_resume
+from clmerge.cli.resume import complete_line, split_resume
 from clmerge.results.run_folder import RunFolder
 from clmerge.runs.task_training import TaskTraining
 
@@ -415,7 +416,8 @@ def test_sigterm_in_training_ends_with_143_and_the_run_resumes_to_the_same_bits(
         patch.setattr(EpochLines, "on_train_batch_start", terminated_in_the_second_task)
         assert main(["fit", "--config", str(config), "--run_dir", str(run), "--logging.wandb=false"]) == 143
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told == f"clmerge fit: stopped by SIGTERM; resume with clmerge fit --resume {run}"
+    stands = "1 of 2 tasks are trained and merged; resume with clmerge fit --resume"
+    assert told == f"clmerge fit: stopped by SIGTERM; {stands} {run}"
     assert json.loads((run / "manifest.json").read_text())["trained"] == 1
     assert main(["fit", "--resume", str(run)]) == 0
     for name in ("model/magmax.safetensors", "model/ties.safetensors", "bank/task_001.safetensors"):
@@ -425,6 +427,25 @@ def test_sigterm_in_training_ends_with_143_and_the_run_resumes_to_the_same_bits(
 def terminated_in_the_second_task(self, trainer, module, batch, batch_idx):
     if trainer.datamodule.task == 1 and batch_idx == 1:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_complete_run_says_so_at_once(finished, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    config = (run / "config.yaml").read_text().replace("artifacts: true", "artifacts: false")
+    manifest = json.loads((run / "manifest.json").read_text()) | {"config": config}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    (run / "config.yaml").write_text(config)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    monkeypatch.setattr("clmerge.cli.fit.build_parser", None)  # nothing is loaded
+    assert main(["fit", "--resume", str(run)]) == 0
+    told = capsys.readouterr().out
+    assert told == f"{run} is complete: 2 of 2 tasks; its results are in {run / 'results.json'}\n"
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert complete_line(str(finished)) is None, "artifacts may be missing, which only W&B knows"
+    vector = run / "bank" / "task_001.safetensors"
+    vector.write_bytes(vector.read_bytes()[:-1] + b"x")
+    assert complete_line(str(run)) is None, "opening the run says what is wrong with it"
 
 
 def test_a_start_that_fails_leaves_no_folder(config, tmp_path, monkeypatch, capsys):
