@@ -3,14 +3,16 @@
 python scripts/bench_merge.py [--tasks 2 8] [--blocks 12] [--only TEXT ...] [--folder DIR] [--rounds 1]
 
 Makes synthetic checkpoints of a ViT-B/32 image tower (87.8 M float32 parameters; --blocks makes it smaller), runs the
-contenders one after another, and prints a Markdown table. "read and write" imports torch, reads every input once and
-writes one output: no merge can cost less; "read, hash and write" computes the SHA-256 of all files, too, as clmerge
-does for its ledger. Contenders that are not installed are skipped and named. FusionBench's TIES holds all models
-several times over: eight of full size take more than 24 GB.
+contenders one after another, --rounds times over, and prints medians as a Markdown table. "read and write" imports
+torch, reads every input once and writes one output: no merge can cost less; "read, hash and write" computes the SHA-256
+of all files, too, as clmerge does for its ledger. Ratios to them are medians of the ratios within a round, because the
+speed of a shared machine drifts. Contenders that are not installed are skipped and named. FusionBench's TIES holds all
+models several times over: eight of full size take more than 24 GB.
 """
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -22,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from safetensors.torch import save_file
@@ -123,6 +126,7 @@ def contenders() -> tuple[list[Contender], list[str]]:
     ties = ("--merger", "TIES", "--merger.density=0.2")
     rules = {
         "TaskArithmetic": ("--merger", "TaskArithmetic"),
+        "WeightAverage": ("--merger", "WeightAverage"),
         "MagMax": ("--merger", "MagMax"),
         "TIES, trim=tensor": (*ties, "--merger.trim=tensor"),
         "TIES, trim=model": ties,
@@ -228,16 +232,20 @@ def watched(pid: int) -> Iterator[list[int]]:
         thread.join()
 
 
-def table(rows: list[tuple[str, int, Cost]]) -> str:
-    """Return the measurements as Markdown; ratios are to reading and writing with as many models."""
-    floor = {tasks: cost.cpu for name, tasks, cost in rows if name == "read and write"}
-    lines = [
-        "| contender | models | CPU s | of read and write | wall s | peak anonymous GiB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, tasks, cost in rows:
-        ratio = f"{cost.cpu / floor[tasks]:.2f}" if tasks in floor else ""
-        lines.append(f"| {name} | {tasks} | {cost.cpu:.2f} | {ratio} | {cost.wall:.2f} | {cost.peak:.2f} |")
+FLOORS = ("read and write", "read, hash and write")
+
+
+def table(rows: dict[tuple[str, int], list[Cost]]) -> str:
+    """Return the medians over the rounds as Markdown; ratios are to the floors with as many models."""
+    ratios = " | ".join(f"of {floor}" for floor in FLOORS)
+    lines = [f"| contender | models | CPU s | {ratios} | wall s | peak anonymous GiB |", "|---" * 7 + "|"]
+    for (name, tasks), costs in rows.items():
+        cells = [name, str(tasks), f"{median(cost.cpu for cost in costs):.2f}"]
+        for floor in FLOORS:
+            found = [cost.cpu / least.cpu for cost, least in zip(costs, rows.get((floor, tasks), []), strict=False)]
+            cells.append(f"{median(found):.2f}" if found else "")
+        cells += [f"{median(cost.wall for cost in costs):.2f}", f"{median(cost.peak for cost in costs):.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -249,26 +257,23 @@ def main() -> None:
         "--only", nargs="+", default=[""], help="only contenders whose name has one of these texts, and read and write"
     )
     parser.add_argument("--folder", type=Path, help="where checkpoints are made and kept (default: a temporary folder)")
-    parser.add_argument("--rounds", type=int, default=1, help="runs of which the one with the least CPU counts")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of every contender, in turn (default: 1)")
     parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of every contender (default: 1)")
     options = parser.parse_args()
     chosen, absent = contenders()
     chosen = [one for one in chosen if any(text in one.name for text in options.only) or one.name == "read and write"]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
-    rows = []
+    rows: dict[tuple[str, int], list[Cost]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         base, models = make_checkpoints(folder, max(options.tasks), options.blocks)
-        for tasks in options.tasks:
-            for one in chosen:
-                costs = []
-                for _ in range(options.rounds):
-                    with tempfile.TemporaryDirectory(dir=folder) as output:
-                        out = Path(output) / "merged.safetensors"
-                        costs.append(measure(one.arguments(out, base, models[:tasks]), environment))
-                rows.append((one.name, tasks, min(costs, key=lambda cost: cost.cpu)))
-                print(f"{one.name}, {tasks} models: {rows[-1][2]}", file=sys.stderr, flush=True)
+        for tasks, _, one in itertools.product(options.tasks, range(options.rounds), chosen):
+            with tempfile.TemporaryDirectory(dir=folder) as output:
+                out = Path(output) / "merged.safetensors"
+                cost = measure(one.arguments(out, base, models[:tasks]), environment)
+            rows.setdefault((one.name, tasks), []).append(cost)
+            print(f"{one.name}, {tasks} models: {cost}", file=sys.stderr, flush=True)
     print(table(rows))
     if absent:
         print(f"\nSkipped, not installed: {', '.join(absent)}")

@@ -52,7 +52,8 @@ def kth_largest_magnitude(tensors: Sequence[Tensor], k: int) -> Threshold:
     flat = [tensor.detach().reshape(-1) for tensor in tensors]
     dtype = accumulator_dtype(*flat)
     if total <= _SMALL:
-        return _selected(torch.cat([tensor.to(dtype).abs() for tensor in flat]), k)
+        magnitudes = [tensor.to(dtype).abs() for tensor in flat]
+        return _selected(magnitudes[0] if len(magnitudes) == 1 else torch.cat(magnitudes), k)
     step = sample_step(total)
     return kth_of_pieces(flat, [tensor[::step] for tensor in flat], dtype, total, k)
 

@@ -1,6 +1,7 @@
 """EMR: one unified vector of elected signs and largest magnitudes, with a mask and a factor per task."""
 
 from dataclasses import dataclass, field
+from operator import gt, lt
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots, device_of, float_dtype, slot_blocks
-from clmerge.merging.bits import BitWriter, unpack_bits
+from clmerge.merging.bits import BitWriter, compared, unpack_bits
 from clmerge.merging.checks import Shapes, checked_choice, num_entries
 from clmerge.merging.kept_beside import duplicate
 from clmerge.merging.merger import Merger
@@ -73,7 +74,7 @@ class EMR(Merger):
     source = "2405.17461"
     task_views = True
     ignored_by_views = ("scale",)
-    scope = "parameter"  # that of compute(); the factors of task views are the whole model's
+    scope = "entry"  # that of compute(); the factors of task views are the whole model's
     slots = ("total", "pos_max", "neg_max")
 
     def __init__(self, scale: float = 1.0, *, rescale: Rescaler = "l1", undecided: Undecided = "zero") -> None:
@@ -99,8 +100,10 @@ class EMR(Merger):
         for block, (piece,) in slot_blocks(slots, tau):
             piece = piece.to(dtype)
             self._join_block(block, {"total": piece, "pos_max": piece, "neg_max": piece})
-            plan.positive.write(piece > 0)
-            plan.negative.write(piece < 0)
+            if step.is_piece:  # of a vector that is not known as a whole, so nobody asks for the task's view
+                continue
+            plan.positive.write(compared(piece, gt, 0))
+            plan.negative.write(compared(piece, lt, 0))
             size += float(piece.abs().sum(dtype=torch.float64))
         plan.l1 += size
         plan.tensor_means += size / max(tau.numel(), 1)
@@ -113,6 +116,8 @@ class EMR(Merger):
 
     @override
     def _after_update(self, step: Step, plan: _Scratch) -> None:
+        if step.is_piece:
+            return
         positive, negative = plan.positive.packed(), plan.negative.packed()
         record = _Record(
             task=step.task, positive=positive, negative=negative, l1=plan.l1, tensor_means=plan.tensor_means

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from copy import copy
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -43,9 +43,9 @@ def keep_from(tau: Tensor, threshold: float) -> Tensor:
     return torch.hardshrink(tau, _next_smaller(threshold, tau.dtype))
 
 
-@lru_cache(maxsize=64)  # asked for every block
 def _next_smaller(value: float, dtype: torch.dtype) -> float:
-    return float(torch.tensor(value, dtype=dtype).nextafter(torch.zeros((), dtype=dtype)))
+    number = np.float64 if dtype == torch.float64 else np.float32
+    return float(np.nextafter(number(value), number(0)))
 
 
 def keep_largest(tau: Tensor, threshold: Threshold) -> Tensor:

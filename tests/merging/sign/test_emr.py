@@ -113,3 +113,11 @@ def test_unknown_tasks_and_settings_are_refused():
 
 def test_two_bits_per_entry_and_task():
     assert EMR().state_size({"w": (1000,)}, 5) - EMR().state_size({"w": (1000,)}, 4) == 250
+
+
+def test_pieces_of_vectors_leave_no_masks_behind():
+    merger = EMR()
+    merger.update_piece({"w": torch.tensor([1.0, -2.0])}, 0)
+    assert merger.compute()["w"].tolist() == [1.0, -2.0]
+    with pytest.raises(ValueError, match="one of the merged tasks"):
+        merger.task_view(0)
