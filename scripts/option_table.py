@@ -17,7 +17,7 @@ from clmerge.cli import COMMANDS, command_module
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "methods"
 # Packages whose classes and Trainer are in the table, too; of other versions than these, it refuses nothing.
-PACKAGES = ("torch", "lightning", "wandb")
+PACKAGES = ("torch", "lightning", "torchvision", "wandb")
 
 
 def kinds() -> dict[str, type]:
@@ -25,6 +25,7 @@ def kinds() -> dict[str, type]:
     from lightning.pytorch import Callback
     from lightning.pytorch.loggers import Logger
     from torch.optim import Optimizer
+    from torchvision.transforms.v2 import Transform
 
     from clmerge.deploy.calibration import Calibration
     from clmerge.merging import Finisher, Merger, Sparsifier
@@ -33,7 +34,7 @@ def kinds() -> dict[str, type]:
     from clmerge.training.regularizers import Regularizer
 
     own = (Merger, Sparsifier, Finisher, Stream, DataSource, SourceGroup, Backbone, Head, Tuning, Regularizer)
-    return {base.__name__: base for base in (*own, Calibration, Optimizer, Callback, Logger)}
+    return {base.__name__: base for base in (*own, Calibration, Optimizer, Transform, Callback, Logger)}
 
 
 def type_of(hint: Any) -> Any:

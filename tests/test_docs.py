@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from streams.tiny_layouts import write_tree
 from support.tiny import ForeignModule, toy_loader
 
 from clmerge.cli import main
@@ -89,6 +90,8 @@ def place(tmp_path, monkeypatch, request):
         r"(?:^    .*\n)+", PAGES["merge.md"].read_text(encoding="utf-8").split("## Recipes")[1], re.M
     )[:1]
     Path("recipe.yaml").write_text(recipe, encoding="utf-8")
+    write_tree(tmp_path / "photos", ["ant", "bee", "cat", "dog"], 10)
+    Path("own.yaml").write_text(blocks_of("images.md", "yaml")[0], encoding="utf-8")
 
     def runs(page):
         code = "\n".join([*commands_of(page), *blocks_of(page, "python")])

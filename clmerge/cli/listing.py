@@ -17,6 +17,7 @@ TOPICS = {
     "tunings": ("Tuning",),
     "regularizers": ("Regularizer",),
     "optimizers": ("Optimizer",),
+    "augmentations": ("Transform",),
     "calibrations": ("Calibration",),
     "sparsifiers": ("Sparsifier",),
     "finishers": ("Finisher",),

@@ -1,6 +1,7 @@
 """Image encoders by name: open_clip and timm models, from their hubs, from a file or from a local folder."""
 
 import difflib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -78,6 +79,7 @@ class OpenClip(Backbone):
             Default none, which for a plain model name means random weights. ``nano``, local folders and hub
             models include weights; a checkpoint file replaces them.
         cache_dir: Folder for open_clip's downloads; default its own choice.
+        image_size: Side of the square input in pixels; default the model's own. Positions are resampled to it.
         weights: Which set to read from a checkpoint file that holds several, as for
             ``clmerge.checkpoints.open_checkpoint``; default the averaged one if there is one.
 
@@ -102,6 +104,7 @@ class OpenClip(Backbone):
         *,
         pretrained: str | None = None,
         cache_dir: str | None = None,
+        image_size: int | None = None,
         weights: str | None = None,
     ) -> None:
         super().__init__()
@@ -110,18 +113,22 @@ class OpenClip(Backbone):
         source = f"local-dir:{NANO}" if name == "nano" else name
         folder = Path(source.removeprefix("local-dir:")) if source.startswith("local-dir:") else None
         file = pretrained if pretrained is not None and Path(pretrained).is_file() else None
+        if image_size is not None and pretrained is None and folder is not None:
+            file = _weights_in(folder)  # read here in float32: open_clip cannot resample positions in half precision
         if not source.startswith(_SOURCES):
             _check_name(name, ["nano", *open_clip.list_models()], "open_clip")
         if pretrained is not None and file is None:
             _check_tag(name, pretrained)
         _check_weights(weights, file)
-        with _naming(name, file or source):
+        with _naming(name, file or source), _loading_later():
             self.model, self.train_transform, self.eval_transform = open_clip.create_model_and_transforms(
                 source,
                 pretrained=pretrained if file is None else None,
                 pretrained_text=file is None,
                 cache_dir=cache_dir,
+                force_image_size=image_size,
                 require_pretrained=source.startswith(_SOURCES) and file is None,
+                load_weights=image_size is None or file is None,
             )
             if file is not None:
                 self._load(file, weights)
@@ -265,6 +272,21 @@ class Timm(Backbone):
 
 
 @contextmanager
+def _loading_later() -> Iterator[None]:
+    """Keep back open_clip's notice that a model has no weights yet; ``starts_random`` says so where it stays so."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("No pretrained weights loaded")
+
+    root = logging.getLogger()
+    root.addFilter(is_other)
+    try:
+        yield
+    finally:
+        root.removeFilter(is_other)
+
+
+@contextmanager
 def _naming(name: str, origin: str) -> Iterator[None]:
     """Add the model's name and origin to errors of the libraries."""
     try:
@@ -283,6 +305,12 @@ def _weights_of(file: str, model: nn.Module, weights: str | None) -> tuple[dict[
     if weights is not None and opened.weights != weights:
         raise ValueError(f"expected a checkpoint that holds weights {weights!r}, got {file} ({opened.kind})")
     return dict(opened), describe(opened)
+
+
+def _weights_in(folder: Path) -> str | None:
+    """Return the file with the weights of a local folder of open_clip; None if only open_clip can find them."""
+    file = folder / "open_clip_model.safetensors"
+    return str(file) if file.is_file() else None
 
 
 def _check_weights(weights: str | None, file: str | None) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from clmerge.streams.augmentation import Augmentation
 from clmerge.streams.cache import CachedImages, TaskImages, cached
 from clmerge.streams.images import ImageDataset, subset
 from clmerge.streams.plan import Split, Transform
@@ -18,6 +19,9 @@ from clmerge.streams.replay import Images, Replay, ReplaySampler, replay_memory
 from clmerge.streams.samplers import EpochSampler, SeededDataset, ShardSampler, even_steps_batch_size
 from clmerge.streams.splits import dealt, derived_seed
 from clmerge.streams.stream import Stream
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 
 class StreamDataModule(LightningDataModule):
@@ -40,6 +44,8 @@ class StreamDataModule(LightningDataModule):
             shared evenly by the classes seen, and every batch has as many from memory as from the task (experience
             replay). ``all`` keeps every image and shuffles them with the task's (joint training on all data so far).
             Not possible with a loss over the ``current`` classes.
+        augmentation: torchvision's v2 transforms of training images, from pictures to pictures, after which the
+            backbone's transform for evaluation follows. Default: the backbone's own mild augmentation.
 
     Attributes:
         part: ``(index, count)``: train on one of ``count`` class-balanced parts of the task's images.
@@ -58,6 +64,7 @@ class StreamDataModule(LightningDataModule):
         cache_eval: bool = True,
         cache_mb: int = 64,
         replay: Replay = 0,
+        augmentation: list[v2.Transform] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
@@ -73,6 +80,7 @@ class StreamDataModule(LightningDataModule):
         self.cache_eval = cache_eval
         self.cache_mb = cache_mb
         self.replay: Replay = replay
+        self.augmentation = augmentation
         self._stream: Stream | None = None
         self._train_transform: Transform | None = None
         self._eval_transform: Transform | None = None
@@ -86,11 +94,12 @@ class StreamDataModule(LightningDataModule):
 
         Args:
             stream: the stream.
-            train_transform: applied to training images, may be random.
+            train_transform: applied to training images, may be random; unused with ``augmentation``.
             eval_transform: applied to validation and test images, must not be random.
         """
         self._stream = stream
-        self._train_transform = train_transform
+        own = self.augmentation
+        self._train_transform = train_transform if own is None else Augmentation(own, eval_transform)
         self._eval_transform = eval_transform
         self._task = 0
         self._cache.clear()

@@ -429,6 +429,24 @@ def test_train_transforms_vary_and_eval_transforms_do_not(tiny, kind, size):
     assert len({tuple(backbone.train_transform(image).flatten().tolist()) for _ in range(8)}) > 1
 
 
+def test_clip_takes_images_of_another_size(tiny, caplog):
+    own, larger = OpenClip(tiny), OpenClip(tiny, image_size=16)
+    assert larger.eval_transform(picture()).shape == (3, 16, 16)
+    assert larger(torch.zeros(2, 3, 16, 16)).shape == own(torch.zeros(2, 3, 8, 8)).shape
+    before, after = own.model.state_dict(), larger.model.state_dict()
+    changed = {name for name, tensor in before.items() if tensor.shape != after[name].shape}
+    assert changed == {"visual.positional_embedding"}
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items() if name not in changed)
+    assert caplog.text == ""
+    same = OpenClip(tiny, image_size=8).model.state_dict()
+    assert all(torch.equal(tensor, same[name]) for name, tensor in before.items())
+
+
+def test_the_embedded_clip_takes_images_of_another_size():
+    backbone = OpenClip("nano", image_size=56)  # whose weights are in half precision
+    assert backbone(torch.zeros(1, 3, 56, 56)).isfinite().all()
+
+
 def test_timm_training_images_are_not_flipped_or_recoloured():
     backbone = Timm("test_vit", image_size=32)
     ramp = Image.linear_gradient("L").rotate(90).resize((64, 64)).convert("RGB")  # dark on one side

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torchvision import transforms
+from torchvision.transforms import v2
 
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
 
@@ -110,6 +111,37 @@ def test_transforms_are_separate_for_training_and_evaluation():
     assert all(float(images.max()) <= 1 for images, _ in data.val_dataloader())
     assert all(float(batch[0].max()) <= 1 for batch in data.test_dataloader())
     assert all(float(batch[0].max()) <= 1 for batch in data.eval_dataloader("train", [0]))
+
+
+def test_augmentation_stands_before_the_evaluation_transform_of_training_images_alone():
+    plain, turned = data_module(), data_module(augmentation=[v2.RandomVerticalFlip(p=1.0), v2.Identity()])
+    first = [next(iter(data.train_dataloader()))[0] for data in (plain, turned)]
+    assert first[0].min() >= 1, "the backbone's own"
+    assert first[1].max() <= 1, "that for evaluation"
+    order = [next(iter(data.train_dataloader()))[1] for data in (plain, turned)]
+    assert torch.equal(*order)
+    images = turned.stream.dataset(0, "train", lambda image: transforms.functional.to_tensor(image))
+    batch, _ = next(iter(turned.train_dataloader()))
+    flipped = {
+        tuple(image.flip(1)[:, :6, :6].flatten().tolist()) for image, _ in (images[i] for i in range(len(images)))
+    }
+    assert all(tuple(image.flatten().tolist()) in flipped for image in batch)
+    test = [next(iter(data.test_dataloader()))[0] for data in (plain, turned)]
+    assert torch.equal(*test)
+
+
+def test_random_augmentation_is_a_function_of_seed_task_and_epoch():
+    steps = [v2.RandomResizedCrop(8, scale=(0.3, 1.0)), v2.ColorJitter(brightness=0.5)]
+    batches = [next(iter(data_module(workers, augmentation=steps).train_dataloader()))[0] for workers in (0, 0, 2)]
+    assert torch.equal(batches[0], batches[1])
+    assert torch.equal(batches[0], batches[2])
+    other = next(iter(data_module(augmentation=steps, seed=1).train_dataloader()))[0]
+    assert not torch.equal(batches[0], other)
+
+
+def test_a_step_that_makes_no_picture_is_named():
+    with pytest.raises(TypeError, match="returns a picture, got a Image from ToImage"):
+        next(iter(data_module(augmentation=[v2.ToImage()]).train_dataloader()))
 
 
 def test_evaluation_images_are_transformed_once():
