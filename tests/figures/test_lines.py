@@ -48,7 +48,7 @@ def test_ticks_of_tasks_are_whole_and_shares_are_in_percent():
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [
-        (1e3, 1e9, ["1 kB", "100 kB", "10 MB", "1 GB"]),
+        (1e3, 1e6, ["1 kB", "10 kB", "100 kB", "1 MB"]),
         (2e6, 3e7, ["3 MB", "10 MB", "30 MB"]),
         (2e6, 8e6, ["2 MB", "4 MB", "6 MB", "8 MB"]),
     ],
