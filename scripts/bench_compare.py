@@ -28,9 +28,9 @@ from clmerge.deploy.predictors import Merged
 from clmerge.lightning_compat import quiet_lightning
 from clmerge.merging import DARE, TIES, TSVM, Breadcrumbs, IsoC, MagMax, TaskArithmetic, WeightAverage
 from clmerge.runs.comparison.compare import Request, compare_run
-from clmerge.runs.comparison.ledger import Ledger
 from clmerge.runs.comparison.refold import Refold
-from clmerge.runs.comparison.stored_run import StoredRun
+from clmerge.runs.comparison.row_cache import RowCache
+from clmerge.runs.stored_run import StoredRun
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 MERGERS = (MagMax, TIES, WeightAverage, TaskArithmetic, DARE, Breadcrumbs, TSVM, IsoC)
@@ -94,7 +94,7 @@ def measure() -> dict[str, float]:
                 run, _ = open_run(str(path), name="run")
                 Path(folder, "scratch").mkdir()
                 run.use_scratch(Path(folder, "scratch"), image_memory=1024)
-                compare_run(run, request, Ledger(Path(folder, "rows.json")))
+                compare_run(run, request, RowCache(Path(folder, "rows.json")))
 
             found["compare"] = seconds(compare)
             found["train"] = sum(times)

@@ -1,11 +1,11 @@
 """Every shipped config is parsed, built and run on stand-ins: a tiny CLIP, and data in the real layout."""
 
-import json
 from pathlib import Path
 
 import pytest
 import yaml
 from streams import tiny_layouts as layouts
+from support.records import record
 from support.tiny import tiny_clip
 
 from clmerge.cli import main
@@ -82,7 +82,7 @@ def test_config_runs_on_stand_in_data(name, tmp_path, monkeypatch, capsys):
     arguments += ["--trainer.max_epochs=1", "--learner.keep_task_vectors=false"]
     monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])  # drawn elsewhere; seconds each
     assert main(arguments) == 0
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    results = record(tmp_path / "run")
     assert len(results["tasks"]) == num_tasks
     mergers = [name for name in results["models"] if name not in ("expert", "zero_shot")]
     assert len(mergers) == len(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["mergers"])

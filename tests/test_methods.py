@@ -1,10 +1,10 @@
 """Every named method runs on the quickstart's stream, with a tiny CLIP in place of the nano model."""
 
-import json
 from pathlib import Path
 
 import pytest
 import yaml
+from support.records import record
 from support.tiny import tiny_clip
 
 from clmerge.cli import main
@@ -37,7 +37,7 @@ def test_method_runs_on_the_quickstart_stream(method, clip, tmp_path, monkeypatc
     arguments += ["--logging.csv=false", "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
     arguments += ["--learner.statistics_images=8"]
     assert main(arguments) == 0
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    results = record(tmp_path / "run")
     mergers = yaml.safe_load((CONFIGS / "methods" / f"{method}.yaml").read_text()).get("mergers", [])
     models = [name for name in results["models"] if name not in ("expert", "zero_shot")]
     assert len([name for name in models if "+" not in name]) == len(mergers)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.comparisons import write_comparison
+from support.records import record, without_times
 from support.tiny import tiny_clip
 from torch import nn
 
@@ -19,8 +20,9 @@ from clmerge.report import read_study
 from clmerge.report.page import make_views
 from clmerge.results.results import Results
 from clmerge.results.table import render_text
-from clmerge.runs.comparison import search
-from clmerge.runs.comparison.search import Search, search_all
+from clmerge.runs.comparison import searches
+from clmerge.runs.comparison.searches import search_all
+from clmerge.search.search import Search
 from clmerge.streams import ClassIncremental, DomainIncremental, TaskIncremental
 
 
@@ -90,7 +92,8 @@ def test_the_summary_of_wandb_names_it(monkeypatch):
 def test_a_comparison_and_its_report_show_it_first(tmp_path):
     write_comparison(tmp_path)
     file = tmp_path / "compare" / "results.json"
-    document = json.loads(file.read_text()) | {"evaluation": "task_aware"}
+    document = json.loads(file.read_text())
+    document["runs"][0]["evaluation"] = "task_aware"
     file.write_text(json.dumps(document))
     study = read_study([file.parent])
     assert study.settings == ("task_aware", "task_agnostic")
@@ -109,10 +112,10 @@ def test_a_search_goes_by_it(monkeypatch, evaluation, chosen):
             for name, merger in mergers.items()
         }
 
-    monkeypatch.setattr(search, "sweep", sweep)
+    monkeypatch.setattr(searches, "sweep", sweep)
     run = SimpleNamespace(has_validation=True, tasks=[0, 1], base={}, name="run", evaluation=evaluation)
-    found = Search(run, "task_arithmetic", TaskArithmetic(), {"scale": [0.2, 0.8]})
-    search_all([found], None, 0)
+    found = Search("task_arithmetic", TaskArithmetic(), {"scale": [0.2, 0.8]}, check=lambda merger: None)
+    search_all(run, [found], None, 0)
     assert found.chosen == {"scale": chosen}
 
 
@@ -143,12 +146,12 @@ def test_fit_and_compare_go_by_what_the_stream_is(tmp_path, monkeypatch, capsys)
     config.write_text(CONFIG.format(backbone=tiny_clip(tmp_path / "clip")))
     assert main(["fit", "--config", str(config), "--run_dir", str(run)]) == 0
     assert "after task 2 of 2, task-aware\n" in capsys.readouterr().out
-    fitted = json.loads((run / "results.json").read_text())
+    fitted = record(run)
     assert fitted["evaluation"] == "task_aware"
     assert main(["compare", str(run), "--mergers", "PAINT", "MagMax", "--scale", "0.5,1.0"]) == 0
     assert "After task 2 of 2, task-aware\n" in capsys.readouterr().out
-    found = json.loads((run / "compare" / "results.json").read_text())
+    found = record(run / "compare")
     assert found["evaluation"] == "task_aware"
-    assert found["models"]["paint"] == fitted["models"]["paint"]  # scored alike
+    assert without_times(found)["models"]["paint"] == without_times(fitted)["models"]["paint"]  # scored alike
     assert main(["compare", str(run), "--mergers", "MagMax", "--evaluation", "task_agnostic"]) == 0
     assert "After task 2 of 2, task-agnostic\n" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,8 @@ from clmerge.names import tell
 
 if TYPE_CHECKING:
     from clmerge.cli.parser import CommandParser
-    from clmerge.results.results import Setting
-    from clmerge.runs.comparison.stored_run import StoredRun
+    from clmerge.results.results import Results, Setting
+    from clmerge.runs.stored_run import StoredRun
 
 EPILOG = """\
 examples:
@@ -107,16 +107,21 @@ def _compare(config: Any, mergers: Any) -> int:
 
     from clmerge.deploy.naming import name_mergers
     from clmerge.lightning_compat import quiet_lightning
-    from clmerge.runs.comparison.compare import Comparison, Request, check_request, compare_run
-    from clmerge.runs.comparison.document import build_document, check_alike
-    from clmerge.runs.comparison.ledger import Ledger
+    from clmerge.loggers import wandb_sync_command
+    from clmerge.report.groups import group_labels
+    from clmerge.report.runs import Run
+    from clmerge.report.study import make_study
+    from clmerge.results.results import Results, to_document
+    from clmerge.runs.comparison.compare import Request, check_alike, check_request, compare_run
+    from clmerge.runs.comparison.row_cache import RowCache
     from clmerge.runs.comparison.table import print_comparison
     from clmerge.weights import write_json_atomic
 
     quiet_lightning()
     names = _run_names(config.runs)
     out = Path(config.out) if config.out is not None else _default_out(config.runs)
-    found: list[Comparison] = []
+    found: list[Results] = []
+    configs: list[Mapping[str, Any]] = []
 
     def request(mergers: Any) -> Request:
         return Request(
@@ -144,40 +149,41 @@ def _compare(config: Any, mergers: Any) -> int:
             check_request(run, request(mergers), joint)
             results[name] = run.results
         check_alike(results)
-    ledger: Ledger | None = None
+    cache: RowCache | None = None
     with ExitStack() as ending:
         for path, name in zip(config.runs, names, strict=True):
             run, own = opened(path, name)
             mergers = mergers or own
-            if ledger is None:  # from here on, no other process writes to the folder
-                ledger = Ledger(out / "rows.json")
-                ending.callback(ledger.close)
+            if cache is None:  # from here on, no other process writes to the folder
+                cache = RowCache(out / "rows.json")
+                ending.callback(cache.close)
             with _scratch_folder(out) as scratch:
                 run.use_scratch(scratch, image_memory=config.image_memory)
-                found.append(compare_run(run, request(mergers), ledger, joint))
-        document = build_document(found, orders_seed=config.orders_seed)
+                found.append(compare_run(run, request(mergers), cache, joint))
+                configs.append(run.config)
+                if config.wandb:
+                    _log_to_wandb(run, found[-1], out)
+        for one, label in zip(found, group_labels(configs, names), strict=True):
+            one.group = label
+        document = to_document(found)
         write_json_atomic(out / "results.json", document)
-    command = _log_to_wandb(found[0].run, document, out, config.runs) if config.wandb else None
+    command = wandb_sync_command(out / "logs") if config.wandb else None
     if config.json:
         print(json.dumps(document, indent=2))
     else:
-        print_comparison(document)
+        runs = zip(config.runs, found, configs, strict=True)
+        print_comparison(make_study([Run(Path(path).resolve(), each, config=own) for path, each, own in runs]))
         tell(f"results   {out / 'results.json'}", file=sys.stdout)
         if command:
             tell(f"W&B       {command}", file=sys.stdout)
     return 0
 
 
-def _log_to_wandb(run: "StoredRun", document: dict[str, Any], out: Path, paths: Sequence[str]) -> str | None:
-    """Log a comparison as a W&B run of its own; return the command that uploads it if it is offline."""
-    from clmerge.loggers import build_wandb_logger, describe_run, finish_loggers, log_comparison, wandb_sync_command
+def _log_to_wandb(run: "StoredRun", results: "Results", out: Path) -> None:
+    """Log a comparison of one run as a W&B run of its own, in the group of that run."""
+    from clmerge.loggers import build_wandb_logger, describe_run, finish_loggers, log_comparison
 
-    facts = describe_run(
-        run.config,
-        stream=run.stream.name,
-        num_tasks=len(run.tasks),
-        mergers=list(document["compare"]["settings"]),
-    )
+    facts = describe_run(run.config, stream=run.stream.name, num_tasks=len(run.tasks), mergers=results.mergers)
     options = run.config["logging"]
     logger = build_wandb_logger(
         out / "logs",
@@ -186,12 +192,11 @@ def _log_to_wandb(run: "StoredRun", document: dict[str, Any], out: Path, paths: 
         group=options["group"] or facts.group,
         tags=["compare", *facts.tags],
         job_type="compare",
-        config={**facts.settings, "runs": list(paths)},
+        config={**facts.settings, "run": str(run.folder.path)},
         online=options["online"],
     )
-    log_comparison([logger], document)
+    log_comparison([logger], results)
     finish_loggers([logger])
-    return wandb_sync_command(out / "logs")
 
 
 @contextmanager
@@ -228,7 +233,7 @@ def open_run(
     from clmerge.cli.fit import build_parser as build_fit_parser
     from clmerge.cli.fit import trainer_factory
     from clmerge.results.run_folder import RunFolder
-    from clmerge.runs.comparison.stored_run import StoredRun
+    from clmerge.runs.stored_run import StoredRun
     from clmerge.streams.data_check import RECORD, DataCheck, leave_out
 
     folder = RunFolder.open(path, writes=False)
@@ -249,7 +254,7 @@ def open_run(
         trainer=trainer_factory(config),
         config=config.as_dict(),
         name=name,
-        evaluation=evaluation or objects.learner.evaluation or objects.stream.evaluation,
+        evaluation=evaluation,
         progress=sys.stderr.isatty(),
     )
     return run, objects.mergers

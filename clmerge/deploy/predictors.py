@@ -128,3 +128,52 @@ class PerTask(Predictor):
         for task in known[1:]:
             found = torch.where((tasks == task).unsqueeze(1), compute(self._of(task)), found)
         return found
+
+
+class Ensemble(Predictor):
+    """Mean probability of several members, added one at a time (arXiv 1612.01474).
+
+    Every pass over the images must be over the same batches in the same order, in one process: each runs the newest
+    member alone, and adds its probabilities to the sums that earlier passes left.
+
+    Example:
+        >>> ensemble, tasks = Ensemble(), torch.tensor([0])
+        >>> for weight in (0.0, 1.0):
+        ...     ensemble.add({"w": torch.tensor([[weight, 0.0]])})
+        ...     _ = ensemble.prepare(lambda make: make())
+        ...     scores = ensemble.scores(lambda state: state["w"], tasks)
+        >>> scores / 2
+        tensor([[0.6155, 0.3845]])
+    """
+
+    def __init__(self) -> None:
+        self._newest: State = {}
+        self._placed: State = {}
+        self._sums: list[Tensor] = []
+        self._position = 0
+
+    def add(self, state: State) -> None:
+        """Add a member; the next pass over the images runs it.
+
+        Args:
+            state: Weights by the module's names.
+        """
+        self._newest = state
+
+    @override
+    def prepare(self, place: Place) -> Set[str]:
+        self._placed = place(lambda: self._newest)
+        self._position = 0
+        return set(self._placed)
+
+    @override
+    def scores(self, compute: Compute, tasks: Tensor) -> Tensor:
+        """Score a batch by the sum of the members' probabilities, which ranks classes as their mean does."""
+        found = compute(self._placed).softmax(dim=1).cpu()
+        if self._position < len(self._sums):
+            found = self._sums[self._position] + found
+            self._sums[self._position] = found
+        else:
+            self._sums.append(found)
+        self._position += 1
+        return found.to(tasks.device)

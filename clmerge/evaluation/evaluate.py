@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -18,9 +18,9 @@ from clmerge.results.metrics import TaskAccuracy
 from clmerge.streams import StreamDataModule
 from clmerge.weights.exchange import Exchange
 from clmerge.weights.modes import eval_mode
-from clmerge.weights.swap import swapped
 
 Rows = dict[str, dict[str, list[float]]]
+Split: TypeAlias = Literal["val", "test"]
 
 
 class Evaluator(LightningModule):
@@ -134,7 +134,7 @@ def evaluate(
     *,
     task_classes: Sequence[Sequence[int]],
     num_classes: int,
-    split: Literal["val", "test"] = "test",
+    split: Split = "test",
 ) -> Rows:
     """Return the accuracy of every predictor on every task, from one ``trainer.test``.
 
@@ -163,38 +163,6 @@ def evaluate(
     finally:
         evaluator.restore()
     return evaluator.rows()
-
-
-class _Probabilities(LightningModule):
-    def __init__(self, module: Classifier) -> None:
-        super().__init__()
-        self.module = module
-
-    @override
-    def predict_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
-        images, labels, tasks = batch
-        return self.module(images).float().softmax(dim=1).cpu(), labels.cpu(), tasks.cpu()
-
-
-def probabilities(
-    trainer: Trainer, module: Classifier, weights: Mapping[str, Tensor], data: StreamDataModule
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return one model's class probabilities for every test image of the stream, in one process.
-
-    Args:
-        trainer: A Trainer without a MergeCallback.
-        module: The classifier; unchanged afterwards.
-        weights: Weights by the module's names; the module's own are used for missing names.
-        data: Provides the test images of all tasks.
-
-    Returns:
-        Probabilities ``(num_images, num_classes)``, labels and tasks ``(num_images,)``, on the CPU.
-    """
-    with swapped(module, weights):
-        found = trainer.predict(_Probabilities(module), dataloaders=data.eval_dataloader("test"))
-    assert found is not None
-    beliefs, labels, tasks = zip(*found, strict=True)
-    return torch.cat(beliefs), torch.cat(labels), torch.cat(tasks)
 
 
 @torch.no_grad()

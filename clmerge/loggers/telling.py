@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -111,23 +111,19 @@ def log_summary(loggers: Sequence[Logger], results: Results, *, deployed: str | 
 
 
 @rank_zero_only
-def log_comparison(loggers: Sequence[Logger], document: Mapping[str, Any]) -> None:
-    """Log a comparison to every logger: each model's figures after every task, and searches as tables.
+def log_comparison(loggers: Sequence[Logger], results: Results) -> None:
+    """Log a comparison of one run to every logger: each model's figures after every task, and searches as tables.
 
     Args:
         loggers: Any Lightning loggers.
-        document: The ``results.json`` of a comparison (docs/compare.md).
-
-    Raises:
-        ValueError: If it is no ``results.json``.
+        results: Results of the run under the compared mergers.
     """
-    results = Results.from_dict(document)
     for task in range(results.num_finished):
         log_task(loggers, results, task, images=task == results.num_finished - 1)
     log_summary(loggers, results)
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            weights_and_biases.log_searches(logger.experiment, document.get("compare", {}).get("searches", []))
+            weights_and_biases.log_searches(logger.experiment, results.searches)
 
 
 @rank_zero_only

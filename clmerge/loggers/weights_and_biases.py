@@ -204,14 +204,13 @@ def log_searches(run: "Run", searches: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         run: The run.
-        searches: ``compare.searches`` of a comparison's ``results.json`` (docs/compare.md).
+        searches: ``searches`` of a run's record in ``results.json`` (docs/compare.md).
     """
     import wandb
 
     for search in searches:
         columns = list(search["parameters"])
         rows = [[*(point["values"][name] for name in columns), point["score"]] for point in search["points"]]
-        # Two searches of one merger belong to different runs; their models have different names.
         key = f"cl_search/{part_of_key(search['model'])}"
         run.log({key: wandb.Table(columns=[*columns, "validation_score"], data=rows)})
         summarise(run, {f"{key}/{name}": value for name, value in search["chosen"].items()})

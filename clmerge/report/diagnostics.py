@@ -15,7 +15,7 @@ Rows = Sequence[Sequence[float | None]]
 
 def diagnostic_figures(study: Study) -> list[Figure]:
     """Draw the diagnostics of the first run that has any."""
-    found = study.diagnosed.diagnostics if study.diagnosed else None
+    found = study.diagnosed.results.diagnostics if study.diagnosed else None
     if not found:
         return []
     figures: list[Figure] = []
@@ -28,7 +28,7 @@ def diagnostic_figures(study: Study) -> list[Figure]:
 
 def measured_on(study: Study) -> str:
     """Describe the images that the diagnostics were measured on; empty if none were needed."""
-    found = ((study.diagnosed.diagnostics if study.diagnosed else None) or {}).get("models")
+    found = ((study.diagnosed.results.diagnostics if study.diagnosed else None) or {}).get("models")
     if not found:
         return ""
     split = {"val": "validation ", "test": "test "}.get(found.get("split"), "")

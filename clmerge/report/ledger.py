@@ -76,9 +76,9 @@ def _merged(entry: Entry) -> Merged:
 def _facts(run: Run) -> Iterable[tuple[str, str]]:
     if not run.path.is_dir():
         yield "Folder", f"{run.path}, which is not there: neither its configuration nor its task vectors can be shown"
-    yield "Tasks", f"{run.num_finished} of {len(run.tasks)}"
-    if run.seed is not None:
-        yield "Seed", str(run.seed)
+    yield "Tasks", f"{run.num_finished} of {run.results.num_tasks}"
+    if run.results.seed is not None:
+        yield "Seed", str(run.results.seed)
     if stream := run.section("stream"):
         yield "Stream", _class(stream)
     if backbone := run.section("model").get("backbone"):
@@ -91,7 +91,7 @@ def _facts(run: Run) -> Iterable[tuple[str, str]]:
         yield "Base model", base
     if run.num_parameters is not None:
         yield "Merged parameters", f"{run.num_parameters:,}"
-    for key, seconds in run.seconds.items():
+    for key, seconds in run.results.seconds.items():
         yield f"Time: {key}", show(seconds, "seconds")
 
 

@@ -26,7 +26,7 @@ def join_looks(looks: Sequence[Run]) -> list[Run]:
     """
     joined: dict[Path, Run] = {run.path: run for run in reversed(looks)}
     found: dict[Path, Run] = {}
-    for look in sorted(_told_apart(looks), key=lambda look: (look.is_comparison, str(look.files[0]))):
+    for look in sorted(_told_apart(looks), key=lambda look: (look.is_comparison, [str(file) for file in look.files])):
         found[look.path] = found[look.path].joined(look) if look.path in found else look
     return [found[path] for path in reversed(joined)]
 

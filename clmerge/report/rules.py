@@ -1,13 +1,11 @@
-"""The merge rules of a run: their settings, accumulator sizes and sources."""
+"""The merge rules of a run: their settings and sources."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from clmerge.checkpoints.ledger import configured_from
-from clmerge.deploy.naming import name_mergers
 from clmerge.merging import Merger
-from clmerge.merging.checks import Shapes
 
 
 @dataclass(frozen=True)
@@ -30,39 +28,20 @@ class Rule:
         """The arXiv ids of the rule and of its parts."""
         return list(dict.fromkeys(_sources(self.merger)))
 
-    def bytes_kept(self, shapes: Shapes, num_tasks: int) -> int:
-        """Return the size of the accumulators in bytes."""
-        return self.merger.state_size(shapes, num_tasks)
-
 
 def rule_of(setting: Mapping[str, Any]) -> Rule | None:
-    """Return the rule of one model of ``clmerge compare``, None if this version of clmerge lacks it.
+    """Return the rule of one model in ``results.json``, None if this version of clmerge lacks it.
 
     Only classes that are already imported are found; nothing that a file names is imported.
     """
     specification = {"class_path": setting["merger"], "init_args": setting.get("init_args")}
     try:
-        return Rule(configured_from(_plain(specification)))
+        return Rule(configured_from(plain(specification)))
     except (ValueError, TypeError):
         return None
 
 
-def configured_rules(config: Mapping[str, Any]) -> dict[str, Rule]:
-    """Return the rules of a run's configuration by their names in its results.
-
-    Returns no rules if one of them is unknown, since the names of the others may depend on it.
-    """
-    specifications = config.get("mergers")
-    if not isinstance(specifications, list):
-        return {}
-    try:
-        mergers = [configured_from(_plain(specification)) for specification in specifications]
-    except (ValueError, TypeError):
-        return {}
-    return {name: Rule(merger) for name, merger in name_mergers(mergers).items()} if mergers else {}
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Convert a part of a configuration to the form in a ledger: bare class names, arguments always present."""
     if isinstance(value, Mapping) and "class_path" in value:
         arguments = value.get("init_args") or {}
@@ -70,9 +49,9 @@ def _plain(value: Any) -> Any:
             raise TypeError(f"expected the arguments of a class by name, got {arguments!r}")
         return {
             "class_path": str(value["class_path"]).rpartition(".")[2],
-            "init_args": {key: _plain(item) for key, item in arguments.items()},
+            "init_args": {key: plain(item) for key, item in arguments.items()},
         }
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+    return [plain(item) for item in value] if isinstance(value, list) else value
 
 
 def _sources(value: Any) -> Iterable[str]:

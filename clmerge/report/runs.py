@@ -11,9 +11,8 @@ from clmerge.bounded_yaml import read_yaml
 from clmerge.files import parse_json
 from clmerge.merging.checks import Shapes, num_entries
 from clmerge.names import shown
-from clmerge.report.rules import Rule, configured_rules, rule_of
-from clmerge.results.comparison_contract import validate_comparison
-from clmerge.results.results import SETTINGS, ZERO_SHOT, Results, Setting, validate
+from clmerge.report.rules import Rule, rule_of
+from clmerge.results.results import Results, validate
 from clmerge.results.run_manifest import check_config
 from clmerge.weights import TaskVectorBank
 from clmerge.weights.checksums import verify_part
@@ -28,42 +27,19 @@ class Run:
 
     Attributes:
         path: Its run folder, even if only a comparison of it was given; the folder may no longer exist.
+        results: The accuracies of its models, and what a comparison found about them.
         files: Files that were read.
-        tasks: Names of the tasks of the stream.
-        samples: Test images of every task; None if not recorded.
-        models: Figures by model and setting, as in ``results.json``; None where undefined.
-        seconds: Seconds by activity.
         config: Its ``config.yaml``; empty if missing.
         is_finished: Whether the run is complete.
-        rules: Known merge rules by model.
-        compared: Further results of ``clmerge compare``, by kind and model: ``bytes_kept``, ``merge_seconds``,
-            ``figures`` and ``orders``.
-        searches: Its searches.
-        group: Name that ``clmerge compare`` gave to the runs that differ from it only in seeds; None if unknown.
-        seed: Its seed.
-        diagnostics: Document of ``clmerge.evaluation.diagnostics`` about it; None if there is none.
         is_comparison: Whether it was read from a folder of ``clmerge compare``.
-        tuned: Models whose settings a search chose.
-        evaluation: Its default reading of the logits.
     """
 
     path: Path
-    files: tuple[Path, ...]
-    tasks: tuple[str, ...]
-    samples: tuple[int, ...] | None
-    models: Mapping[str, Mapping[str, Any]]
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    results: Results
+    files: tuple[Path, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     is_finished: bool = True
-    rules: Mapping[str, Rule] = field(default_factory=dict)
-    compared: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    searches: tuple[Mapping[str, Any], ...] = ()
-    group: str | None = None
-    seed: int | None = None
-    diagnostics: Mapping[str, Any] | None = None
     is_comparison: bool = False
-    tuned: frozenset[str] = frozenset()
-    evaluation: Setting = "task_agnostic"
 
     @property
     def name(self) -> str:
@@ -71,9 +47,14 @@ class Run:
         return shown(self.path.name)
 
     @property
+    def models(self) -> list[str]:
+        """Names of its models."""
+        return self.results.models
+
+    @property
     def num_finished(self) -> int:
         """Number of tasks after which all models were evaluated."""
-        return max((len(settings[SETTINGS[0]]["R"]) for settings in self.models.values()), default=0)
+        return self.results.num_finished
 
     @property
     def bank(self) -> TaskVectorBank:
@@ -86,82 +67,42 @@ class Run:
         return found if isinstance(found, dict) else {}
 
     @cached_property
-    def shapes(self) -> Shapes | None:
-        """Shapes of the merged parameters by name, None if no task vector was kept."""
+    def rules(self) -> Mapping[str, Rule]:
+        """Merge rules by model, as far as this version of clmerge has them."""
+        records = {model: self.results.model(model).rule for model in self.models}
+        found = {model: rule_of(record) for model, record in records.items() if record is not None}
+        return {model: rule for model, rule in found.items() if rule is not None}
+
+    @property
+    def tuned(self) -> frozenset[str]:
+        """Models whose settings a search chose."""
+        records = {model: self.results.model(model).rule or {} for model in self.models}
+        searched = {search["model"] for search in self.results.searches}
+        return frozenset({model for model, rule in records.items() if rule.get("search") is not None} | searched)
+
+    @cached_property
+    def num_parameters(self) -> int | None:
+        """Number of entries of one task vector, None if none was kept."""
         if not self.bank.tasks:
             return None
         with TensorFile(self.bank.path(self.bank.tasks[0])) as file:
-            return {name: tuple(file.shape(name)) for name in file.names()}
-
-    @property
-    def num_parameters(self) -> int | None:
-        """Number of entries of one task vector, None if none was kept."""
-        return None if self.shapes is None else num_entries(self.shapes)
-
-    def numbers(self, model: str, setting: Setting) -> Mapping[str, Any]:
-        """Return the figures of one model."""
-        found: Mapping[str, Any] = self.models[model][setting]
-        return found
+            shapes: Shapes = {name: tuple(file.shape(name)) for name in file.names()}
+        return num_entries(shapes)
 
     def until(self, num_finished: int) -> "Run":
         """Return the run as it was after an earlier task."""
         if num_finished == self.num_finished:
             return self
-        zero_shot = self.models.get(ZERO_SHOT)
-        document = {
-            "schema": 1,
-            "tasks": list(self.tasks),
-            "classes": [[] for _ in self.tasks],
-            "samples": None if self.samples is None else list(self.samples),
-            "baseline": zero_shot and {setting: zero_shot[setting]["R"][0] for setting in SETTINGS},
-            "models": self.models,
-            "seconds": {},
-        }
-        earlier = Results.from_dict(document).until(num_finished).to_dict()
-        # Further results of a comparison describe the end of the run, and are left out.
-        return replace(self, models=earlier["models"], compared={}, searches=(), diagnostics=None)
+        return replace(self, results=self.results.until(num_finished))
 
     def joined(self, other: "Run") -> "Run":
         """Return the run with the models of another folder about it; if both have a model, this one's is kept."""
-        kinds = {kind: {**other.compared.get(kind, {}), **found} for kind, found in self.compared.items()}
-        return replace(
-            self,
-            files=tuple(dict.fromkeys(self.files + other.files)),
-            models={**other.models, **self.models},
-            seconds={**other.seconds, **self.seconds},
-            rules={**other.rules, **self.rules},
-            compared={**other.compared, **kinds},
-            searches=self.searches + tuple(search for search in other.searches if search not in self.searches),
-            group=other.group if self.group is None else self.group,
-            diagnostics=self.diagnostics or other.diagnostics,
-            tuned=self.tuned | other.tuned,
-        )
+        files = tuple(dict.fromkeys(self.files + other.files))
+        return replace(self, files=files, results=self.results.joined(other.results))
 
     def renamed(self, names: Mapping[str, str]) -> "Run":
-        """Return the run with some models renamed in all of its fields."""
-        if not names:
-            return self
-
-        def by_model(found: Mapping[str, Any]) -> dict[str, Any]:
-            return {names.get(model, model): value for model, value in found.items()}
-
-        diagnostics = self.diagnostics
-        if diagnostics and (measured := diagnostics.get("models")):
-            ends = ("from", "to")
-            segments = [{**s, **{end: names.get(s[end], s[end]) for end in ends}} for s in measured["segments"]]
-            measured = {**measured, "models": by_model(measured["models"]), "segments": segments}
-            diagnostics = {**diagnostics, "models": measured}
-        return replace(
-            self,
-            models=by_model(self.models),
-            rules=by_model(self.rules),
-            compared={kind: by_model(found) for kind, found in self.compared.items()},
-            searches=tuple(
-                {**search, "model": names.get(search["model"], search["model"])} for search in self.searches
-            ),
-            diagnostics=diagnostics,
-            tuned=frozenset(names.get(model, model) for model in self.tuned),
-        )
+        """Return the run with some models renamed wherever they occur."""
+        return replace(self, results=self.results.renamed(names)) if names else self
 
 
 def read_runs(folder: str | Path) -> list[Run]:
@@ -190,14 +131,11 @@ def read_runs(folder: str | Path) -> list[Run]:
         raise FileNotFoundError(f"expected a run folder, got {path}, which {what}")
     advice = f"; clmerge fit --resume {path} writes it anew" if started else "; run clmerge compare again"
     document = _read_json(file, advice)
-    compared = document.get("compare") is not None
     try:
         validate(document)
-        if compared:
-            validate_comparison(document)
     except ValueError as error:
         raise ValueError(f"expected the results of a run in {file}, got something else: {error}{advice}") from error
-    runs = _compared(file, document) if compared else [_fitted(file, document)]
+    runs = [_compared(file, found) if found.get("path") else _fitted(file, found) for found in document["runs"]]
     if not all(run.num_finished for run in runs):
         raise ValueError(f"expected a run with at least one finished task, got {path}, which has none yet")
     return runs
@@ -219,76 +157,16 @@ def _fitted(file: Path, document: Mapping[str, Any]) -> Run:
             f"expected the results in {file} that the run has committed, got others: they were changed; clmerge fit "
             f"--resume {path} writes them anew"
         )
-    config = _read_yaml(path / CONFIG)
-    run = Run(
-        path,
-        (file, path / CONFIG),
-        tuple(document["tasks"]),
-        _samples(document),
-        document["models"],
-        document["seconds"],
-        config,
-        rules=configured_rules(config),
-        seed=_seed(config),
-        evaluation=document.get("evaluation", SETTINGS[0]),
-    )
-    return replace(run, is_finished=run.num_finished == len(run.tasks) and bool(manifest.get("finished", True)))
+    results = Results.from_dict(document)
+    finished = results.num_finished == results.num_tasks and bool(manifest.get("finished", True))
+    return Run(path, results, (file, path / CONFIG), _read_yaml(path / CONFIG), finished)
 
 
-def _compared(file: Path, document: Mapping[str, Any]) -> list[Run]:
-    """Split a comparison into its runs, each with its own models under their plain names."""
-    compare = document["compare"]
-    runs = []
-    for entry in compare["runs"]:
-        # In a comparison of several runs, models are named NAME@RUN.
-        suffix = f"@{entry['name']}" if len(compare["runs"]) > 1 else ""
-        own = {model: model.removesuffix(suffix) for model in document["models"] if model.endswith(suffix)}
-        settings = compare["settings"]
-        path = Path(entry["path"]).resolve()
-        config = _read_yaml(path / CONFIG)
-        kinds = {kind: compare.get(kind) or {} for kind in ("bytes_kept", "merge_seconds", "figures")}
-        kinds["orders"] = (compare.get("orders") or {}).get("models", {})
-        searches = tuple(
-            {**search, "model": search["model"].removesuffix(suffix)}
-            for search in compare["searches"]
-            if search["run"] == entry["name"]
-        )
-        searched = frozenset(search["model"] for search in searches)
-        run = Run(
-            path,
-            (file, path / CONFIG),
-            tuple(entry["tasks"]),
-            _samples(document),
-            {name: document["models"][model] for model, name in own.items()},
-            document["seconds"],
-            config,
-            rules={own[m]: rule for m in own if m in settings and (rule := rule_of(settings[m])) is not None},
-            compared={kind: {own[m]: found[m] for m in own if m in found} for kind, found in kinds.items()},
-            searches=searches,
-            group=entry["group"],
-            seed=entry["seed"],
-            is_comparison=True,
-            tuned=frozenset(own[m] for m in own if m in settings and settings[m].get("search") is not None) | searched,
-            evaluation=document.get("evaluation", SETTINGS[0]),
-        )
-        diagnosed = compare.get("diagnostics") or {}
-        runs.append(
-            replace(
-                run,
-                is_finished=run.num_finished == len(run.tasks),
-                diagnostics=diagnosed if diagnosed.get("run") == entry["name"] else None,
-            )
-        )
-    return runs
-
-
-def _seed(config: Mapping[str, Any]) -> int | None:
-    seed = config.get("seed")
-    return seed if isinstance(seed, int) else None
-
-
-def _samples(document: Mapping[str, Any]) -> tuple[int, ...] | None:
-    return None if document.get("samples") is None else tuple(document["samples"])
+def _compared(file: Path, document: Mapping[str, Any]) -> Run:
+    path = Path(document["path"]).resolve()
+    results = Results.from_dict(document)
+    finished = results.num_finished == results.num_tasks
+    return Run(path, results, (file, path / CONFIG), _read_yaml(path / CONFIG), finished, is_comparison=True)
 
 
 def _read_json(file: Path, advice: str) -> Mapping[str, Any]:

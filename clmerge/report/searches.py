@@ -50,7 +50,7 @@ def order_figures(study: Study, setting: Setting) -> Iterable[Figure]:
     """Draw the final average accuracy when the same experts are merged in other orders."""
     lines = []
     for entry in study.mergers:
-        found = [run.compared["orders"][entry.model] for run in entry.runs if entry.model in _orders(run)]
+        found = [_orders(run)[entry.model] for run in entry.runs if entry.model in _orders(run)]
         values = [order[setting]["average_accuracy"] for order in found]
         # Rules that do not depend on the order are evaluated in one order only.
         if values and max(map(len, values)) > 1:
@@ -69,7 +69,7 @@ def order_figures(study: Study, setting: Setting) -> Iterable[Figure]:
 
 def order_spread(entry: Entry, setting: Setting) -> Spread:
     """Return the final average accuracy in every tried order, over all runs; undefined for a single order."""
-    found = [run.compared["orders"][entry.model] for run in entry.runs if entry.model in _orders(run)]
+    found = [_orders(run)[entry.model] for run in entry.runs if entry.model in _orders(run)]
     values = [[number(value) for value in order[setting]["average_accuracy"]] for order in found]
     if not values or max(map(len, values)) < 2:
         return UNDEFINED
@@ -93,7 +93,7 @@ def chosen_of(study: Study) -> list[Chosen]:
 
 
 def _searches(entry: Entry) -> list[tuple[Run, Mapping[str, Any]]]:
-    return [(run, search) for run in entry.runs for search in run.searches if search["model"] == entry.model]
+    return [(run, search) for run in entry.runs for search in run.results.searches if search["model"] == entry.model]
 
 
 def _curve(entry: Entry, parameter: str, searches: list[Mapping[str, Any]]) -> Line:
@@ -161,4 +161,4 @@ def _plain(value: object) -> str:
 
 
 def _orders(run: Run) -> Mapping[str, Any]:
-    return run.compared.get("orders", {})
+    return run.results.orders["models"] if run.results.orders else {}

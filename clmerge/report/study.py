@@ -1,19 +1,17 @@
 """Combine several runs into one study: group repetitions by seed, and collect every model's figures over them."""
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from clmerge.names import shown
+from clmerge.report.groups import group_labels
 from clmerge.report.looks import join_looks
 from clmerge.report.rules import Rule
 from clmerge.report.runs import Run, number
-from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Setting, needs_task
+from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Setting
 
 # Models that are not merged (bounds and baselines), with descriptions.
 REFERENCES = {
@@ -23,8 +21,6 @@ REFERENCES = {
     "joint": "One model trained on all classes together.",
     ZERO_SHOT: "The model before the first task.",
 }
-# Settings in which repetitions of a run may differ.
-_FREE = {"name", "seed", "run_dir", "resume", "logging", "mergers"}
 
 
 @dataclass(frozen=True)
@@ -82,43 +78,37 @@ class Entry:
 
     def figure(self, key: str, setting: Setting) -> Spread:
         """Return one figure of ``results.json``; for a list with one number per row, its last number."""
-        return Spread(tuple(_last_number(run.numbers(self.model, setting)[key]) for run in self.runs))
+        return Spread(tuple(_last_number(figures[key]) for figures in self._figures(setting)))
 
     def series(self, key: str, setting: Setting) -> list[Spread]:
         """Return a figure that is a list of numbers, one per row or task."""
-        return _spreads([run.numbers(self.model, setting)[key] for run in self.runs])
+        return _spreads([figures[key] for figures in self._figures(setting)])
 
     @property
     def needs_task(self) -> bool:
         """Whether it must be told the task of every image, and so has task-aware accuracies alone."""
-        return all(needs_task(*(run.numbers(self.model, setting)["R"] for setting in SETTINGS)) for run in self.runs)
+        return all(run.results.model(self.model).needs_task for run in self.runs)
+
+    @property
+    def data(self) -> str:
+        """The images that it was adapted to; ``none`` if it used no images."""
+        return " or ".join(dict.fromkeys(run.results.model(self.model).data for run in self.runs))
 
     def matrix(self, setting: Setting) -> list[list[Spread]]:
         """Return the accuracy matrix R, rows by columns."""
-        matrices = [run.numbers(self.model, setting)["R"] for run in self.runs]
+        matrices = [figures["R"] for figures in self._figures(setting)]
         return [_spreads(rows) for rows in zip(*matrices, strict=True)]
-
-    def worst_task(self, setting: Setting) -> Spread:
-        """Return the lowest accuracy among the tasks seen so far, after the last one."""
-        return Spread(tuple(_worst_task(run, self.model, setting) for run in self.runs))
-
-    def gap_to_experts(self, setting: Setting) -> Spread:
-        """Return the mean over tasks of the accuracy of the task's expert, just trained, minus the final accuracy."""
-        return Spread(tuple(_gap_to_experts(run, self.model, setting) for run in self.runs))
 
     def bytes_kept(self) -> list[Spread]:
         """Return the bytes kept beside the base model after every task; empty if unknown."""
-        return _spreads([self._bytes_of(run) for run in self.runs])
+        return _known([run.results.model(self.model).bytes_kept for run in self.runs])
 
     def merge_seconds(self) -> list[Spread]:
         """Return the seconds a merge takes after every task; empty if unknown."""
-        return _spreads([run.compared.get("merge_seconds", {}).get(self.model, []) for run in self.runs])
+        return _known([run.results.model(self.model).merge_seconds for run in self.runs])
 
-    def _bytes_of(self, run: Run) -> Sequence[float | None]:
-        known: Sequence[float | None] = run.compared.get("bytes_kept", {}).get(self.model, [])
-        if not known and self.rule is not None and run.shapes is not None:
-            known = [self.rule.bytes_kept(run.shapes, t + 1) for t in range(run.num_finished)]
-        return known
+    def _figures(self, setting: Setting) -> list[Mapping[str, Any]]:
+        return [run.results.figures(self.model, setting) for run in self.runs]
 
 
 @dataclass(frozen=True)
@@ -157,14 +147,13 @@ class Study:
     @property
     def samples(self) -> list[int] | None:
         """Number of test images of every task, if all runs agree."""
-        found = {run.samples for run in self.runs}
-        samples = found.pop()
-        return None if found or samples is None else list(samples)
+        samples = self.runs[0].results.samples
+        return samples if all(run.results.samples == samples for run in self.runs) else None
 
     @property
     def diagnosed(self) -> Run | None:
         """The first run that has diagnostics."""
-        return next((run for run in self.runs if run.diagnostics), None)
+        return next((run for run in self.runs if run.results.diagnostics), None)
 
     def ranking(self, setting: Setting) -> list[Entry]:
         """Return the mergers by average accuracy after the last task, best first; undefined ones left out."""
@@ -193,7 +182,7 @@ def make_study(runs: Sequence[Run]) -> Study:
     """
     if not runs:
         raise ValueError("expected at least one run, got none")
-    lengths = {str(run.path): len(run.tasks) for run in runs}
+    lengths = {str(run.path): run.results.num_tasks for run in runs}
     if len(set(lengths.values())) > 1:
         raise ValueError(
             f"expected runs over the same stream, got different numbers of tasks: {lengths}; make one report for each"
@@ -203,9 +192,9 @@ def make_study(runs: Sequence[Run]) -> Study:
     cut = tuple(join_looks([run.until(common) for run in runs]))
     groups = _groups(cut)
     tasks, note = _task_names(cut)
-    if len({run.evaluation for run in runs}) > 1:
-        notes.append(f"the runs go by different accuracies; {runs[0].evaluation} is shown first")
-    return Study(cut, tuple(_entries(groups)), tuple(tasks), tuple(notes + note), runs[0].evaluation)
+    if len({run.results.evaluation for run in runs}) > 1:
+        notes.append(f"the runs go by different accuracies; {runs[0].results.evaluation} is shown first")
+    return Study(cut, tuple(_entries(groups)), tuple(tasks), tuple(notes + note), runs[0].results.evaluation)
 
 
 def _entries(groups: Mapping[str, Sequence[Run]]) -> Iterable[Entry]:
@@ -228,98 +217,45 @@ def _entries(groups: Mapping[str, Sequence[Run]]) -> Iterable[Entry]:
 
 
 def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Group repetitions; name every group by the settings in which it differs from the others."""
-    if not all(run.config for run in runs) and all(run.group is not None for run in runs):
-        return {
-            group: [run for run in runs if run.group == group] for group in dict.fromkeys(r.group or "" for r in runs)
-        }
-    nested = [_settled(run.config) for run in runs]
-    groups: dict[str, list[int]] = {}
-    for index, config in enumerate(nested):
-        # Without a configuration it is unknown whether two runs are repetitions.
-        key = json.dumps(config, default=str) if config else str(runs[index].path)
-        groups.setdefault(key, []).append(index)
-    if len(groups) == 1:
-        return {"": list(runs)}
-    settled = [_flat(config) for config in nested]
-    first = [members[0] for members in groups.values()]
-    differing = sorted(
-        {key for i in first for key in settled[i] if any(settled[j].get(key) != settled[i][key] for j in first)}
-    )
-    found: dict[str, list[Run]] = {}
-    for members in groups.values():
-        config = settled[members[0]]
-        parts = [f"{key[-1]}={config[key]}" for key in differing if key in config]
-        label = ", ".join(parts) if parts and len(differing) <= 2 else runs[members[0]].name
-        while label in found:
-            label += "'"
-        found[label] = [runs[index] for index in members]
-    return found
-
-
-def _settled(value: Any, depth: int = 0) -> Any:
-    """Remove the settings in which repetitions may differ: the free settings at the top, and seeds everywhere."""
-    if isinstance(value, Mapping):
-        free = _FREE if depth == 0 else {"seed"}
-        kept = {str(key): item for key, item in value.items() if key not in free}
-        return {key: _settled(kept[key], depth + 1) for key in sorted(kept)}
-    return [_settled(item, depth + 1) for item in value] if isinstance(value, list) else value
-
-
-def _flat(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    if isinstance(value, Mapping):
-        return {k: v for key, item in value.items() for k, v in _flat(item, (*path, key)).items()}
-    return {path: value}
+    """Group repetitions by their configurations, or as the comparison did whose runs' folders are gone."""
+    if not all(run.config for run in runs) and all(run.results.group is not None for run in runs):
+        labels = [run.results.group or "" for run in runs]
+    else:
+        labels = group_labels([run.config for run in runs], [run.name for run in runs])
+    return {
+        label: [run for run, own in zip(runs, labels, strict=True) if own == label] for label in dict.fromkeys(labels)
+    }
 
 
 def _unfinished(runs: Sequence[Run], common: int) -> Iterable[str]:
     for run in runs:
         if not run.is_finished:
-            yield f"{run.name} is not finished: {run.num_finished} of {len(run.tasks)} tasks were evaluated."
+            yield f"{run.name} is not finished: {run.num_finished} of {run.results.num_tasks} tasks were evaluated."
     if any(run.num_finished != common for run in runs):
         yield f"So that all can be compared, everything below is after task {common}."
 
 
 def _task_names(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
-    names = list(runs[0].tasks)
-    if all(list(run.tasks) == names for run in runs):
+    names = runs[0].results.tasks
+    if all(run.results.tasks == names for run in runs):
         return [shown(name) for name in names], []
     numbered = [f"task {index + 1}" for index in range(len(names))]
     return numbered, ["The runs have different tasks, or call them differently: tasks are numbered below."]
 
 
-def _worst_task(run: Run, model: str, setting: Setting) -> float:
-    if found := _compared(run, model, setting, "worst_task"):
-        return _last_number(found)
-    seen = run.numbers(model, setting)["R"][-1][: run.num_finished]
-    return math.nan if None in seen else float(min(seen))
-
-
-def _gap_to_experts(run: Run, model: str, setting: Setting) -> float:
-    if found := _compared(run, model, setting, "gap_to_experts"):
-        return _last_number(found)
-    if EXPERT not in run.models or model == EXPERT:
-        return math.nan
-    experts = run.numbers(EXPERT, setting)["R"]
-    last = run.numbers(model, setting)["R"][-1]
-    gaps = [number(experts[task][task]) - number(last[task]) for task in range(run.num_finished)]
-    return float(np.mean(gaps))
-
-
-def _compared(run: Run, model: str, setting: Setting, key: str) -> Sequence[float | None]:
-    found: Sequence[float | None] = run.compared.get("figures", {}).get(model, {}).get(setting, {}).get(key, [])
-    return found
-
-
 def _last_number(value: Any) -> float:
-    if isinstance(value, list):
-        return number(value[-1]) if value else math.nan
-    return number(value)
+    last = value[-1] if isinstance(value, list) and value else math.nan if isinstance(value, list) else value
+    return float(last)
+
+
+def _known(lists: Sequence[Sequence[float | None]]) -> list[Spread]:
+    spreads = _spreads(lists)
+    return spreads if any(spread.is_defined for spread in spreads) else []
 
 
 def _spreads(lists: Sequence[Sequence[float | None]]) -> list[Spread]:
     """Turn one list per run into one spread per position; positions that a run lacks are left out."""
-    return [Spread(tuple(map(number, values))) for values in zip(*lists, strict=False)]
+    return [Spread(tuple(map(number, column))) for column in zip(*lists, strict=False)]
 
 
 __all__ = ["EXPERT", "UNDEFINED", "ZERO_SHOT", "Entry", "Spread", "Study", "make_study"]

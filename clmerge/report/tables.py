@@ -87,7 +87,7 @@ def columns(study: Study, setting: Setting) -> list[Column]:
             "Gap",
             "How far the average is below the experts', each on its own task when just trained; lower is better.",
             "share",
-            lambda entry: entry.gap_to_experts(setting),
+            figure("gap_to_experts"),
             "low",
         ),
         Column(
@@ -102,7 +102,7 @@ def columns(study: Study, setting: Setting) -> list[Column]:
             "Worst task",
             "Lowest accuracy among the tasks seen so far, after the last one.",
             "share",
-            lambda entry: entry.worst_task(setting),
+            figure("worst_task"),
         ),
         Column(
             "orders",

@@ -82,7 +82,7 @@ def _tiles(study: Study, setting: Setting, ranking: Sequence[Entry]) -> Iterable
     yield tile("Average accuracy", average, "%", f"highest of {plural(len(ranking), 'merger')}")
     forgetting = {entry.name: entry.figure("forgetting", setting) for entry in ranking}
     yield tile("Forgetting", forgetting, "points", _rank_low(best, forgetting))
-    gap = {entry.name: entry.gap_to_experts(setting) for entry in ranking}
+    gap = {entry.name: entry.figure("gap_to_experts", setting) for entry in ranking}
     yield tile("Gap to the experts", gap, "points", "each expert on its own task")
     kept = {entry.name: _last(entry.bytes_kept()) for entry in ranking}
     first, last = _first(best.bytes_kept()), kept[best.name]
@@ -141,7 +141,7 @@ def _forgetting(setting: Setting, ranking: Sequence[Entry]) -> Iterable[str]:
 
 def _caution(study: Study, setting: Setting, ranking: Sequence[Entry]) -> Iterable[str]:
     best = ranking[0]
-    seeds = sorted({run.seed for run in best.runs if run.seed is not None})
+    seeds = sorted({run.results.seed for run in best.runs if run.results.seed is not None})
     named = f" (seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})" if seeds else ""
     if len(best.runs) == 1:
         yield f"One run{named}: how much another seed would change is not known."

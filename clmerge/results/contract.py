@@ -1,13 +1,15 @@
-"""The contract of ``results.json``: its keys and their values."""
+"""The contract of ``results.json``: a list of runs, each with the figures of its models; checked before it is read."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
+from clmerge.results.diagnostics_contract import validate_diagnostics
 from clmerge.shapes import (
     Check,
     amount,
     anything,
     count,
+    flag,
     keyed,
     listed,
     maybe,
@@ -22,9 +24,12 @@ from clmerge.shapes import (
 )
 
 Setting: TypeAlias = Literal["task_agnostic", "task_aware"]
+Kind: TypeAlias = Literal["merged", "per_task", "calibrated", "ensemble", "unmerged"]
 
-SCHEMA = 1
+SCHEMA = 2
 SETTINGS: tuple[Setting, ...] = ("task_agnostic", "task_aware")
+KINDS: tuple[Kind, ...] = ("merged", "per_task", "calibrated", "ensemble", "unmerged")
+DATA_FREE = "none"
 
 
 def validate(document: Any) -> None:
@@ -38,46 +43,96 @@ def validate(document: Any) -> None:
     """
     schema = document.get("schema") if isinstance(document, Mapping) else None
     if type(schema) is not int or schema != SCHEMA:
+        how = "; python scripts/convert_results.py RUN converts the files of a run or comparison" if schema == 1 else ""
         raise ValueError(
             f"expected results with schema {SCHEMA}, got {schema!r}; they were written by another version of clmerge"
+            + how
         )
-    record(dict.fromkeys(("tasks", "classes", "models", "seconds"), anything))(document, "")
-    listed(text, filled=True)(document["tasks"], "tasks")
-    tasks = document["tasks"]
+    record({"runs": listed(validate_run, filled=True)})(document, "")
+    names = [run["name"] for run in document["runs"]]
+    if len(set(names)) < len(names):
+        refuse("runs", "different names", names)
+
+
+def validate_run(run: Any, where: str = "") -> None:
+    """Check the record of one run.
+
+    Args:
+        run: The record.
+        where: Its place in the document.
+
+    Raises:
+        ValueError: As for :func:`validate`.
+    """
+    record(dict.fromkeys(("tasks", "classes", "models", "seconds"), anything))(run, where)
+    listed(text, filled=True)(run["tasks"], place(where, "tasks"))
+    tasks = run["tasks"]
     if twice := [name for name in tasks if tasks.count(name) > 1]:
-        refuse("tasks", "different names", twice)
-    _contract(len(tasks))(document, "")
-    matrices = {
-        f"{place('models', model)}.{setting}.R": settings[setting]["R"]
-        for model, settings in document["models"].items()
-        for setting in SETTINGS
-    }
-    same_length(matrices, "finished task")
+        refuse(place(where, "tasks"), "different names", twice)
+    _run(len(tasks))(run, where)
+    models = place(where, "models")
+    lists: dict[str, list[Any]] = {}
+    for model, found in run["models"].items():
+        at = place(models, model)
+        lists |= {f"{at}.{setting}.R": found[setting]["R"] for setting in SETTINGS if found[setting] is not None}
+        lists |= {f"{at}.{key}": found[key] for key in ("bytes_kept", "merge_seconds") if found.get(key) is not None}
+    same_length(lists, "finished task")
+    for index, search in enumerate(run.get("searches", ())):
+        if search["model"] not in run["models"]:
+            refuse(f"{place(where, 'searches')}[{index}].model", "one of the models", search["model"])
 
 
-def _contract(num_tasks: int) -> Check:
+def _run(num_tasks: int) -> Check:
     row = listed(maybe(share), num_tasks)
+    order = record({"average_accuracy": listed(maybe(share), filled=True)})
+    orders = record({"models": keyed(record(dict.fromkeys(SETTINGS, order)))})
     return record(
         {
+            "name": text,
             "classes": listed(listed(text), num_tasks),
-            "models": keyed(record({setting: _figures(num_tasks) for setting in SETTINGS})),
+            "models": keyed(_model(num_tasks)),
             "seconds": keyed(amount),
         },
         {
+            "seed": maybe(_whole),
+            "path": maybe(text),
+            "group": maybe(text),
             "evaluation": one_of(SETTINGS),
             "samples": maybe(listed(count, num_tasks)),
             "baseline": maybe(record({setting: row for setting in SETTINGS})),
             "bytes": keyed(count),
             "options": listed(listed(text)),
+            "searches": listed(_search),
+            "orders": maybe(orders),
+            "diagnostics": maybe(validate_diagnostics),
+        },
+    )
+
+
+def _model(num_tasks: int) -> Check:
+    rule = record(
+        {"merger": text, "init_args": maybe(keyed(anything))},
+        {"requires": listed(text), "order_free": flag, "exact_online": flag, "search": maybe(count)},
+    )
+    probe = record({}, {"per_task": listed(maybe(number), num_tasks), "values": keyed(maybe(number)), "n": anything})
+    figures = _figures(num_tasks)
+    return record(
+        {"kind": one_of(KINDS), "data": text, "task_agnostic": maybe(figures), "task_aware": figures},
+        {
+            "rule": maybe(rule),
+            "probes": keyed(probe),
+            "bytes_kept": maybe(listed(maybe(count), at_most=num_tasks)),
+            "merge_seconds": maybe(listed(maybe(amount), at_most=num_tasks)),
         },
     )
 
 
 def _figures(num_tasks: int) -> Check:
     figure = maybe(number)
+    per_row = ("average_accuracy", "merge_gap", "worst_task", "gap_to_experts")
     required = {
         "R": listed(listed(maybe(share), num_tasks), at_most=num_tasks),
-        "average_accuracy": listed(figure),
+        **dict.fromkeys(per_row, listed(figure)),
         "average_incremental_accuracy": figure,
         "average_incremental_accuracy_by_samples": figure,
         "forgetting": figure,
@@ -89,11 +144,40 @@ def _figures(num_tasks: int) -> Check:
         "average": figure,
         "last": figure,
         "normalised_accuracy": figure,
-        "merge_gap": listed(figure),
     }
 
     def checked(value: Any, where: str) -> None:
         record(required)(value, where)
-        same_length({f"{where}.{key}": value[key] for key in ("R", "average_accuracy", "merge_gap")}, "finished task")
+        same_length({f"{where}.{key}": value[key] for key in ("R", *per_row)}, "finished task")
 
     return checked
+
+
+def _whole(value: Any, where: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        refuse(where, "a whole number", value)
+
+
+def _search(value: Any, where: str) -> None:
+    by_task = listed(maybe(number))
+    point = record({"values": keyed(_setting), "score": maybe(number)})
+    record(
+        {
+            "model": text,
+            "method": text,
+            "parameters": keyed(anything),
+            "points": listed(point, filled=True),
+            "chosen": keyed(_setting),
+            "score": maybe(number),
+        },
+        {"rule": maybe(record({"chosen": by_task, "used": by_task}))},
+    )(value, where)
+    given = {f"{where}.points[{index}].values": point["values"] for index, point in enumerate(value["points"])}
+    for at, values in {**given, f"{where}.chosen": value["chosen"]}.items():
+        record(dict.fromkeys(value["parameters"], anything))(values, at)
+
+
+def _setting(value: Any, where: str) -> None:
+    """Accept any value of a parameter, except numbers that a chart cannot show."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        number(value, where)

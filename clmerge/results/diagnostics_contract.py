@@ -17,7 +17,7 @@ def validate_diagnostics(document: Any, where: str) -> None:
     """
     record({"tasks": listed(text, filled=True)})(document, where)
     size = len(document["tasks"])
-    record({}, {"run": text, "vectors": maybe(_vectors(size)), "models": maybe(_models(size))})(document, where)
+    record({}, {"vectors": maybe(_vectors(size)), "models": maybe(_models(size))})(document, where)
 
 
 def _vectors(size: int) -> Check:

@@ -1,14 +1,14 @@
-"""The results of a run: the accuracy matrices of all models, their figures, and ``results.json``."""
+"""The results of a run: the accuracy matrices of all models, their figures, and its record in ``results.json``."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from clmerge.results.contract import SCHEMA, SETTINGS, Setting, validate
+from clmerge.results.contract import DATA_FREE, SCHEMA, SETTINGS, Kind, Setting, validate, validate_run
 from clmerge.results.metrics.continual import Array, Row
 from clmerge.results.metrics.matrix import AccuracyMatrix, Figures, check_row
+from clmerge.results.model_record import ModelRecord, to_json
 
 EXPERT = "expert"
 ZERO_SHOT = "zero_shot"
@@ -28,7 +28,7 @@ __all__ = [
     "Results",
     "Setting",
     "is_reference",
-    "needs_task",
+    "to_document",
     "validate",
 ]
 
@@ -37,30 +37,28 @@ def is_reference(model: str) -> bool:
     """Return whether a model is a reference that mergers are compared with, such as ``expert``, not a merger.
 
     Example:
-        >>> is_reference("expert"), is_reference("expert@seed1"), is_reference("ties@seed1")
-        (True, True, False)
+        >>> is_reference("expert"), is_reference("ties")
+        (True, False)
     """
-    return model.partition("@")[0] in REFERENCES
+    return model in REFERENCES
 
 
-def needs_task(agnostic: Sequence[Sequence[float | None]], aware: Sequence[Sequence[float | None]]) -> bool:
-    """Return whether a model has task-aware accuracies alone, because it serves every task with a view of its own.
+def to_document(runs: "Sequence[Results]") -> dict[str, Any]:
+    """Return the ``results.json`` document of one or several runs: JSON types, full precision, null where undefined.
 
     Args:
-        agnostic: Its task-agnostic matrix R, None or NaN where undefined.
-        aware: Its task-aware one.
+        runs: Their results, with different names.
     """
-    undefined, known = (np.isnan(np.array(matrix, dtype=float)) for matrix in (agnostic, aware))
-    return bool(undefined.all() and not known.all())
+    return {"schema": SCHEMA, "runs": [run.to_dict() for run in runs]}
 
 
 class Results:
-    """Collect accuracies after every task and turn them into the ``results.json`` document.
+    """Collect the accuracies of a run's models after every task, and turn them into its record in ``results.json``.
 
     A model is a merger's label, ``expert`` (the un-merged model after each task) or ``zero_shot`` (the model
     before the first task). The zero-shot model never changes, so its row is given once and repeated for every
-    finished task; it is also the baseline of forward transfer. The expert is the reference of normalised accuracy
-    and merge gap.
+    finished task; it is also the baseline of forward transfer. The expert is the reference of normalised accuracy,
+    merge gap and gap to the experts.
 
     Args:
         tasks: Names of all tasks of the stream, in order.
@@ -68,10 +66,18 @@ class Results:
         samples: Number of test samples of each task, for sample-weighted averages. Can be given later
             (:meth:`set_samples`).
         evaluation: Default reading of the logits, by which models are ranked.
+        name: Name of the run.
+        seed: Its seed.
 
     Attributes:
+        path: The run folder, if the results are stored elsewhere.
+        group: Name that a comparison gave to the runs that differ from it only in seeds; None if unknown.
+        seconds: Seconds by activity.
         bytes: Bytes that a method keeps from task to task beside the mergers' accumulators, by name.
         options: Options that were changed when the run was resumed, per task as on the command line; empty if none.
+        searches: Searches of settings, each with the ``model`` that has the chosen values (docs/compare.md).
+        orders: Accuracies of the same experts merged in other orders: ``seed`` and ``models``; None if not computed.
+        diagnostics: The document of ``clmerge.evaluation.diagnostics``; None if not computed.
 
     Raises:
         ValueError: If there is no task, a name occurs twice, or a length differs from the number of tasks.
@@ -93,10 +99,13 @@ class Results:
         classes: Sequence[Sequence[str]],
         samples: Sequence[int] | None = None,
         evaluation: Setting = "task_agnostic",
+        name: str = "",
+        seed: int | None = None,
     ) -> None:
         if evaluation not in SETTINGS:
             raise ValueError(f"expected evaluation to be one of {list(SETTINGS)}, got {evaluation!r}")
         self.evaluation: Setting = evaluation
+        self.name, self.seed = name, seed
         self.tasks = [str(name) for name in tasks]
         self.classes = [[str(name) for name in names] for names in classes]
         if not self.tasks:
@@ -107,10 +116,15 @@ class Results:
         if len(self.classes) != self.num_tasks:
             raise ValueError(f"expected class names for {self.num_tasks} tasks, got {len(self.classes)} lists")
         self.samples: list[int] | None = None
+        self.path: str | None = None
+        self.group: str | None = None
         self.seconds: dict[str, float] = {}
         self.bytes: dict[str, int] = {}
         self.options: list[list[str]] = []
-        self._rows: dict[str, dict[Setting, AccuracyMatrix]] = {}
+        self.searches: list[dict[str, Any]] = []
+        self.orders: dict[str, Any] | None = None
+        self.diagnostics: dict[str, Any] | None = None
+        self._models: dict[str, ModelRecord] = {}
         self._zero_shot: dict[Setting, list[float]] | None = None
         if samples is not None:
             self.set_samples(samples)
@@ -123,17 +137,17 @@ class Results:
     @property
     def num_finished(self) -> int:
         """Number of finished tasks: rows of the longest matrix."""
-        return max((len(matrices[SETTINGS[0]]) for matrices in self._rows.values()), default=0)
+        return max(map(len, self._models.values()), default=0)
 
     @property
     def mergers(self) -> list[str]:
         """Names of the models that are mergers, in the order in which they were added."""
-        return [name for name in self._rows if not is_reference(name)]
+        return [name for name, model in self._models.items() if len(model) and not is_reference(name)]
 
     @property
     def models(self) -> list[str]:
         """Names of all models: mergers first, then the references."""
-        references = [name for name in self._rows if is_reference(name)]
+        references = [name for name, model in self._models.items() if len(model) and is_reference(name)]
         return self.mergers + references + [ZERO_SHOT] * (self._zero_shot is not None)
 
     def set_samples(self, samples: Sequence[int]) -> None:
@@ -162,14 +176,38 @@ class Results:
         rows: tuple[tuple[Setting, Row], ...] = (("task_agnostic", task_agnostic), ("task_aware", task_aware))
         self._zero_shot = {setting: check_row(row, self.num_tasks).tolist() for setting, row in rows}
 
-    def add_row(self, model: str, task_agnostic: Row, task_aware: Row) -> None:
+    def describe(
+        self, model: str, *, kind: Kind = "merged", rule: Mapping[str, Any] | None = None, data: str = DATA_FREE
+    ) -> None:
+        """Describe a model, before or after its rows are added.
+
+        Args:
+            model: A merger's label, or a reference other than ``zero_shot``.
+            kind: How it answers: ``merged``, ``per_task``, ``calibrated``, ``ensemble`` or ``unmerged``.
+            rule: Its merge rule with settings; None if it is not merged.
+            data: The images that it was adapted to.
+        """
+        record = self._models.setdefault(model, ModelRecord.blank(self.num_tasks))
+        record.kind, record.rule, record.data = kind, rule, data
+
+    def add_row(
+        self,
+        model: str,
+        task_agnostic: Row,
+        task_aware: Row,
+        *,
+        bytes_kept: int | None = None,
+        merge_seconds: float | None = None,
+    ) -> None:
         """Add the accuracies of one model after one more finished task.
 
         Args:
-            model: A merger's label, or ``expert``.
+            model: A merger's label, or a reference other than ``zero_shot``.
             task_agnostic: Accuracy in [0, 1] on every task, all classes competing, ``(num_tasks,)``; NaN or
                 None where it is not defined.
             task_aware: The same with only the task's own classes competing.
+            bytes_kept: Bytes that the model keeps beside the base model; None if unknown.
+            merge_seconds: Seconds that the merge took; None if unknown.
 
         Raises:
             ValueError: If the model is ``zero_shot``, a row is malformed, or every task has its row already.
@@ -177,9 +215,12 @@ class Results:
         if model == ZERO_SHOT:
             raise ValueError("expected a merger or 'expert', got 'zero_shot'; give its one row to set_zero_shot")
         rows = [check_row(row, self.num_tasks) for row in (task_agnostic, task_aware)]
-        matrices = self._rows.setdefault(model, {setting: AccuracyMatrix(self.num_tasks) for setting in SETTINGS})
-        for setting, row in zip(SETTINGS, rows, strict=True):
-            matrices[setting].add_row(row)
+        record = self._models.get(model)
+        if record is None:
+            record = ModelRecord.blank(self.num_tasks)
+            record.kind = "unmerged" if is_reference(model) else "merged"
+            self._models[model] = record
+        record.add_row(rows, bytes_kept=bytes_kept, merge_seconds=merge_seconds)
 
     def add_seconds(self, key: str, value: float) -> None:
         """Add to the seconds spent on an activity.
@@ -195,6 +236,25 @@ class Results:
             raise ValueError(f"expected a finite, non-negative number of seconds for {key!r}, got {value}")
         self.seconds[key] = self.seconds.get(key, 0.0) + float(value)
 
+    def model(self, model: str) -> ModelRecord:
+        """Return the record of a model.
+
+        Args:
+            model: One of :attr:`models`.
+
+        Raises:
+            ValueError: If there is no such model.
+        """
+        if model == ZERO_SHOT and self._zero_shot is not None:
+            record = ModelRecord.blank(self.num_tasks)
+            record.kind = "unmerged"
+            for _ in range(self.num_finished):
+                record.add_row([self._zero_shot[setting] for setting in SETTINGS], bytes_kept=0)
+            return record
+        if model not in self.models:
+            raise ValueError(f"expected one of the models {self.models}, got {model!r}")
+        return self._models[model]
+
     def matrix(self, model: str, setting: Setting = "task_agnostic") -> Array:
         """Return the accuracy matrix R of a model.
 
@@ -208,15 +268,7 @@ class Results:
         Raises:
             ValueError: If there is no such model.
         """
-        return self._matrix(model, setting).values
-
-    def needs_task(self, model: str) -> bool:
-        """Return whether a model has task-aware accuracies alone.
-
-        Args:
-            model: One of :attr:`models`.
-        """
-        return needs_task(*(self.matrix(model, setting).tolist() for setting in SETTINGS))
+        return self.model(model).matrices[setting].values
 
     def figures(self, model: str, setting: Setting = "task_agnostic") -> Figures:
         """Return every figure of one model (see :meth:`clmerge.results.metrics.AccuracyMatrix.summary`).
@@ -231,15 +283,12 @@ class Results:
         Raises:
             ValueError: If there is no such model.
         """
-        matrix = self._matrix(model, setting)
-        run = model.removeprefix(model.partition("@")[0])
-        expert = self._rows[EXPERT + run][setting] if EXPERT + run in self._rows else None
-        zero_shot = self._matrix(ZERO_SHOT + run, setting).values if ZERO_SHOT + run in self.models else None
-        return matrix.summary(
-            baseline=None if zero_shot is None or not len(zero_shot) else zero_shot[0],
-            expert=expert if expert is not None and len(expert) == len(matrix) else None,
-            samples=self.samples,
-        )
+        matrix = self.model(model).matrices[setting]
+        expert: AccuracyMatrix | None = None
+        if EXPERT in self._models and len(self._models[EXPERT]) == len(matrix):
+            expert = self._models[EXPERT].matrices[setting]
+        baseline = None if self._zero_shot is None or not len(matrix) else self._zero_shot[setting]
+        return matrix.summary(baseline=baseline, expert=expert, samples=self.samples)
 
     def best_merger(self, setting: Setting | None = None) -> str | None:
         """Return the merger with the highest average accuracy after the latest task; the first of equals.
@@ -258,52 +307,89 @@ class Results:
         return max(scores, key=scores.__getitem__) if scores else None
 
     def until(self, num_finished: int) -> "Results":
-        """Return the results as they were after an earlier task, without the seconds.
+        """Return the results as they were after an earlier task, without what describes the end of the run.
 
         Args:
             num_finished: Number of finished tasks wanted.
 
         Returns:
-            A copy with the first rows of every matrix.
+            A copy with the first rows of every matrix, and without searches, orders and diagnostics.
 
         Raises:
             ValueError: If fewer tasks are finished.
         """
         if not 0 <= num_finished <= self.num_finished:
             raise ValueError(f"expected at most {self.num_finished} finished tasks, got {num_finished}")
-        earlier = Results(self.tasks, classes=self.classes, samples=self.samples, evaluation=self.evaluation)
-        if self._zero_shot is not None:
-            earlier.set_zero_shot(*(self._zero_shot[setting] for setting in SETTINGS))
-        for model, matrices in self._rows.items():
-            values = (matrices[setting].values[:num_finished] for setting in SETTINGS)
-            for rows in zip(*values, strict=True):
-                earlier.add_row(model, *rows)
+        earlier = copy.copy(self)
+        earlier._models = {name: model.until(num_finished) for name, model in self._models.items()}
+        earlier.searches, earlier.orders, earlier.diagnostics = [], None, None
         return earlier
 
+    def joined(self, other: "Results") -> "Results":
+        """Return the results with the models of another look at the same run; if both have a model, this one's."""
+        merged = copy.copy(self)
+        merged._models = {**other._models, **self._models}
+        if merged._zero_shot is None:
+            merged._zero_shot = other._zero_shot
+        merged.seconds = {**other.seconds, **self.seconds}
+        merged.searches = self.searches + [search for search in other.searches if search not in self.searches]
+        orders = [one.orders["models"] for one in (other, self) if one.orders]
+        merged.orders = {"models": {name: part for part in orders for name, part in part.items()}} if orders else None
+        merged.group = other.group if self.group is None else self.group
+        merged.diagnostics = self.diagnostics or other.diagnostics
+        return merged
+
+    def renamed(self, names: Mapping[str, str]) -> "Results":
+        """Return the results with some models renamed wherever they occur."""
+        if not names:
+            return self
+
+        def by_model(found: Mapping[str, Any]) -> dict[str, Any]:
+            return {names.get(model, model): value for model, value in found.items()}
+
+        found = copy.copy(self)
+        found._models = by_model(self._models)
+        found.searches = [{**each, "model": names.get(each["model"], each["model"])} for each in self.searches]
+        if self.orders:
+            found.orders = {**self.orders, "models": by_model(self.orders["models"])}
+        if self.diagnostics and (measured := self.diagnostics.get("models")):
+            ends = ("from", "to")
+            segments = [
+                {**each, **{end: names.get(each[end], each[end]) for end in ends}} for each in measured["segments"]
+            ]
+            measured = {**measured, "models": by_model(measured["models"]), "segments": segments}
+            found.diagnostics = {**self.diagnostics, "models": measured}
+        return found
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the ``results.json`` document: JSON types, full precision, null where undefined.
+        """Return the run's record in ``results.json``: JSON types, full precision, null where undefined.
 
         Raises:
             RuntimeError: If a model lacks the row of a task that another model has.
         """
-        for name, matrices in self._rows.items():
-            num_rows = len(matrices[SETTINGS[0]])
-            if num_rows != self.num_finished:
+        for name in self.models:
+            if (num_rows := len(self.model(name))) != self.num_finished:
                 raise RuntimeError(
                     f"expected every model to have {self.num_finished} rows, got {num_rows} for {name!r}; "
                     "add the rows of all models before writing the results of a task"
                 )
-        models = {
-            model: {setting: _to_json(self.figures(model, setting)) for setting in SETTINGS} for model in self.models
-        }
         return {
-            "schema": SCHEMA,
+            "name": self.name,
+            "path": self.path,
+            "group": self.group,
+            "seed": self.seed,
             "evaluation": self.evaluation,
             "tasks": list(self.tasks),
             "classes": [list(names) for names in self.classes],
             "samples": None if self.samples is None else list(self.samples),
-            "baseline": None if self._zero_shot is None else _to_json(self._zero_shot),
-            "models": models,
+            "baseline": None if self._zero_shot is None else to_json(self._zero_shot),
+            "models": {
+                model: self.model(model).to_dict({setting: self.figures(model, setting) for setting in SETTINGS})
+                for model in self.models
+            },
+            "searches": to_json(self.searches),
+            "orders": to_json(self.orders),
+            "diagnostics": to_json(self.diagnostics),
             "seconds": dict(self.seconds),
             "bytes": dict(self.bytes),
             **({"options": [list(options) for options in self.options]} if self.options else {}),
@@ -311,7 +397,7 @@ class Results:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "Results":
-        """Rebuild the object that a document was made from, so that a resumed run can add to it.
+        """Rebuild the object that a record was made from, so that a resumed run can add to it.
 
         Args:
             document: The result of :meth:`to_dict`, or the same read back from JSON.
@@ -320,43 +406,30 @@ class Results:
             Results whose ``to_dict()`` equals the document.
 
         Raises:
-            ValueError: If the document breaks the contract.
+            ValueError: If the record breaks the contract.
         """
-        validate(document)
+        validate_run(document)
         results = cls(
             document["tasks"],
             classes=document["classes"],
             samples=document.get("samples"),
             evaluation=document.get("evaluation", SETTINGS[0]),
+            name=document["name"],
+            seed=document.get("seed"),
         )
         baseline = document.get("baseline")
         if baseline is not None:
             results.set_zero_shot(*(baseline[setting] for setting in SETTINGS))
-        for model, settings in document["models"].items():
-            if model != ZERO_SHOT:
-                for rows in zip(*(settings[setting]["R"] for setting in SETTINGS), strict=True):
-                    results.add_row(model, *rows)
+        results._models = {
+            model: ModelRecord.from_dict(found, results.num_tasks)
+            for model, found in document["models"].items()
+            if model != ZERO_SHOT
+        }
         for key, value in document["seconds"].items():
             results.add_seconds(key, value)
+        results.path, results.group = document.get("path"), document.get("group")
         results.bytes = dict(document.get("bytes", {}))
         results.options = [list(options) for options in document.get("options", [])]
+        results.searches = list(document.get("searches") or [])
+        results.orders, results.diagnostics = document.get("orders"), document.get("diagnostics")
         return results
-
-    def _matrix(self, model: str, setting: Setting) -> AccuracyMatrix:
-        if model == ZERO_SHOT and self._zero_shot is not None:
-            matrix = AccuracyMatrix(self.num_tasks)
-            for _ in range(self.num_finished):
-                matrix.add_row(self._zero_shot[setting])
-            return matrix
-        if model not in self._rows:
-            raise ValueError(f"expected one of the models {self.models}, got {model!r}")
-        return self._rows[model][setting]
-
-
-def _to_json(value: Any) -> Any:
-    """Replace NaN, at any depth, by None."""
-    if isinstance(value, Mapping):
-        return {key: _to_json(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_to_json(item) for item in value]
-    return None if math.isnan(value) else value

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clmerge.names import file_name, tell
 from clmerge.results.checkpoint_files import damage
+from clmerge.results.contract import SCHEMA
 from clmerge.results.run_lock import LOCK, hold_lock
 from clmerge.results.run_manifest import Manifest, check_config, read_manifest
 from clmerge.weights import checksum, load_tensors, save_tensors, save_torch, write_json_atomic, write_text_atomic
@@ -218,7 +219,7 @@ class RunFolder:
         if self.writes:
             write_json_atomic(self.path / MANIFEST, asdict(self.manifest))
             if self.manifest.results:
-                write_json_atomic(self.results, self.manifest.results)
+                write_json_atomic(self.results, {"schema": SCHEMA, "runs": [self.manifest.results]})
 
     def commit_state(self, task: int, module: Mapping[str, Tensor], accumulators: Mapping[str, Any]) -> None:
         """Commit a task that was trained and merged.
@@ -302,7 +303,7 @@ class RunFolder:
         if self.manifest.config and not self.config.is_file():
             write_text_atomic(self.config, self.manifest.config)
         if self.manifest.results:
-            write_json_atomic(self.results, self.manifest.results)
+            write_json_atomic(self.results, {"schema": SCHEMA, "runs": [self.manifest.results]})
 
     def _is_free(self) -> bool:
         """Whether a run may start in the folder: it is empty, or holds a run that has trained nothing."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import clmerge
 from clmerge.files import parse_json
-from clmerge.results.results import validate
+from clmerge.results.contract import SCHEMA as RESULTS_SCHEMA
+from clmerge.results.contract import validate_run
 from clmerge.shapes import anything, count, flag, keyed, listed, maybe, record, text
 from clmerge.weights.checksums import MANIFEST
 
@@ -28,7 +29,7 @@ class Manifest:
         task_epochs: ``epochs`` when the current task began.
         branch: Committed fits of the current task, if tasks are trained in branches.
         wandb_id: Identity of the run in W&B, kept when the run is resumed.
-        results: The results so far, in the form of ``results.json``.
+        results: The results so far, as the record of ``results.json``.
         finished: Whether the run is complete.
         config: The text of ``config.yaml``; empty for a run that was started from Python.
         options: Options that were changed when the run was resumed: ``task``, the first task trained with them, and
@@ -93,6 +94,11 @@ def read_manifest(file: Path) -> Manifest:
             f"expected manifest schema {SCHEMA} in {file}, got {schema!r}; "
             "resume with the version of clmerge that wrote it"
         )
+    if isinstance(found.get("results"), dict) and "schema" in found["results"]:
+        raise ValueError(
+            f"expected results with schema {RESULTS_SCHEMA} in {file}, got {found['results']['schema']!r}: an older "
+            f"version of clmerge wrote them; convert them with python scripts/convert_results.py {file.parent}"
+        )
     if unknown := sorted(set(found) - {f.name for f in fields(Manifest)}):
         raise ValueError(
             f"expected a manifest of clmerge {clmerge.__version__}, got unknown entries {unknown} in {file}; "
@@ -135,7 +141,7 @@ def _contradiction(found: Mapping[str, Any]) -> str | None:
         return str(error).removeprefix("expected ")
     if results := found.get("results"):
         try:
-            validate(results)
+            validate_run(results, "results")
         except ValueError as error:
             return f"results, got others ({error})"
     trained, evaluated = found.get("trained", 0), found.get("evaluated", 0)

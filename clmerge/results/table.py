@@ -129,7 +129,7 @@ def _cells(results: Results, setting: Setting, width: int) -> _Cells:
     figures = [_latest_figures(results, model, setting) for model in models]
     notes = [_HINTS[setting], *(["* best merger by average accuracy"] if best else [])]
 
-    if told := [model for model in results.mergers if results.needs_task(model)]:
+    if told := [model for model in results.mergers if results.model(model).needs_task]:
         notes.append(told_note(told))
 
     tasks = [shorten(name, _NAME_LENGTH) for name in results.tasks[:done]]

@@ -1,6 +1,5 @@
 """The outer loop over a stream: train a task, merge, evaluate, commit; resumes after an interruption."""
 
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,19 +8,20 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 
 from clmerge.callbacks.progress import matrix_lines, trainable_line
-from clmerge.evaluation.evaluate import Rows, evaluate
 from clmerge.runs.final_models import save_models
 from clmerge.runs.learner_parts import LearnerParts
 from clmerge.lightning_compat import quiet_lightning
 from clmerge.loggers import finish_loggers, log_artifacts, log_summary, log_task
+from clmerge.merging.checks import num_entries
 from clmerge.names import tell
 from clmerge.runs.notices import add_place, notices, view_lines
 from clmerge.figures import plot_files, save_plots
 from clmerge.deploy.predictors import Merged, Predictor
-from clmerge.results.results import EXPERT, ZERO_SHOT, Results
+from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Results
 from clmerge.runs.resume import restore
 from clmerge.results.run_folder import RunFolder
 from clmerge.runs.task_training import TaskTraining
+from clmerge.search.grid import with_values
 from clmerge.runs.trainers import TrainerFactory, Trainers
 from clmerge.weights import TaskVectorBank
 
@@ -116,7 +116,13 @@ class Learner(LearnerParts):
 
     def _evaluate(self, run: RunFolder, trainers: Trainers, results: Results, task: int) -> None:
         started = time.perf_counter()
-        predictors: dict[str, Predictor] = {name: self.merge.predictor(name, self.module) for name in self.mergers}
+        predictors: dict[str, Predictor] = {}
+        seconds: dict[str, float | None] = {}
+        for name in self.mergers:
+            begun = time.perf_counter()
+            predictors[name] = self.merge.predictor(name, self.module)
+            update = self.merge.update_seconds.get(name)  # none if the run was interrupted between merge and evaluation
+            seconds[name] = None if update is None else update + time.perf_counter() - begun
         if self.calibrated:
             merged = {name: one.state for name, one in predictors.items() if isinstance(one, Merged)}
             calibrated = self.calibrated.models(merged, task, trainers.device)
@@ -124,12 +130,11 @@ class Learner(LearnerParts):
         # Evaluate theta_0 + tau, as compare does from the bank, so that both have the same bits.
         expert = self.merge.weights_with(self.merge.task_vector(self.module), self.module)
         predictors[EXPERT] = Merged(expert)
-        rows = self._rows(trainers, f"evaluating {len(predictors)} models", predictors)
+        rows = self.evaluate(trainers.for_evaluation(f"evaluating {len(predictors)} models"), predictors, task)
+        kept = self._bytes_kept(task)
         for name, row in rows.items():
-            # A head that grows has no logits for the classes of later tasks.
-            known = len(self.tasks) if self.module.head.open_vocabulary else task + 1
-            unknown = [math.nan] * (len(self.tasks) - known)
-            results.add_row(name, row["task_agnostic"][:known] + unknown, row["task_aware"][:known] + unknown)
+            accuracies = (row[setting] for setting in SETTINGS)
+            results.add_row(name, *accuracies, bytes_kept=kept[name], merge_seconds=seconds.get(name))
         results.add_seconds("evaluate", time.perf_counter() - started)
         run.manifest.evaluated = task + 1
         run.manifest.results = results.to_dict()
@@ -138,7 +143,8 @@ class Learner(LearnerParts):
     def _evaluate_zero_shot(self, run: RunFolder, trainers: Trainers, results: Results) -> None:
         started = time.perf_counter()
         if self.module.head.open_vocabulary:
-            row = self._rows(trainers, "evaluating zero-shot", {ZERO_SHOT: Merged()})[ZERO_SHOT]
+            trainer = trainers.for_evaluation("evaluating zero-shot")
+            row = self.evaluate(trainer, {ZERO_SHOT: Merged()}, 0)[ZERO_SHOT]
             results.set_zero_shot(row["task_agnostic"], row["task_aware"])
         results.add_seconds("evaluate", time.perf_counter() - started)
         run.manifest.results = results.to_dict()
@@ -158,12 +164,15 @@ class Learner(LearnerParts):
         run.manifest.results = results.to_dict()
         run.commit()
 
-    def _rows(self, trainers: Trainers, label: str, predictors: Mapping[str, Predictor]) -> Rows:
-        return evaluate(
-            trainers.for_evaluation(label),
-            self.module,
-            predictors,
-            self.data,
-            task_classes=[task.classes for task in self.tasks],
-            num_classes=len(self.stream.class_names),
-        )
+    def _bytes_kept(self, task: int) -> dict[str, int]:
+        """Return the bytes that every model keeps beside the base model after a task."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.merge.base.items()} if self.mergers else {}
+        # Vectors that a rule keeps count wherever they are: a fresh merger does not know of the bank.
+        fresh = {name: with_values(merger, {}) for name, merger in self.mergers.items()}
+        kept = {name: merger.state_size(shapes, task + 1) for name, merger in fresh.items()}
+        more = {
+            f"{name}+{kind}": kept[name] + one.nbytes(self.data, task)
+            for name in self.mergers
+            for kind, one in self.calibrated.calibrations.items()
+        }
+        return {**kept, **more, EXPERT: 4 * num_entries(shapes)}

@@ -1,9 +1,8 @@
 """The arguments of a learner, and the checks of them before anything is trained or written."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
@@ -11,17 +10,16 @@ from clmerge.deploy.calibration import CalibratedModels, Calibration
 from clmerge.callbacks import MergeCallback
 from clmerge.deploy.naming import check_names, check_settings
 from clmerge.statistics.provided import PROVIDED
-from clmerge.evaluation.evaluate import accuracy_on
 from clmerge.merging import Merger, Statistics, WeightAverage
 from clmerge.training.module import ContinualClassifier
 from clmerge.training.regularized_tasks import RegularizedTasks
 from clmerge.streams import Stream, StreamDataModule
-from clmerge.statistics.measure import measure, training_images
+from clmerge.runs.session import Session
 from clmerge.weights.buffers import Buffers
 from clmerge.weights.parametrization import merged_parameters, running_statistics
 
 
-class LearnerParts:
+class LearnerParts(Session):
     """The model, stream, mergers and policies of a learner.
 
     Args:
@@ -81,19 +79,15 @@ class LearnerParts:
         calibrations: list[Calibration] | None = None,
         seed: int = 0,
     ) -> None:
-        self.stream = stream
-        self.tasks = stream.tasks  # reads the labels, so that missing data is an error before anything is written
-        self.prompts = stream.class_prompts if module.head.open_vocabulary else []  # and missing templates
-        self.module = module
-        self.data = data
-        self.seed = seed
+        super().__init__(
+            stream, module, data, seed=seed, evaluation=evaluation, statistics_images=statistics_images
+        )
+        self.prompts = stream.class_prompts if module.head.open_vocabulary else []  # missing templates are an error
         self.epochs = epochs
         self.branches, self.rounds = branches, rounds
         self.branch_merger = branch_merger or WeightAverage()
         self.branch_steps: int | None = None
         self.keep_task_vectors = keep_task_vectors
-        self.statistics_images = statistics_images
-        self.evaluation = evaluation or stream.evaluation
         self.merge = MergeCallback(
             mergers,
             start_policy=start_policy,
@@ -102,9 +96,9 @@ class LearnerParts:
             include=module.trained_names,
             buffers=buffers,
             device=accumulators,
-            score=self._validation_score,
+            score=lambda module: self.score(range(self.merge.num_tasks + 1)),
             statistics=self._statistics,
-            images=self._images,
+            images=lambda module: self.images(self.data.task),
             seed=seed,
             save_state=False,  # the run folder keeps the accumulators; every epoch's checkpoint need not hold them
         )
@@ -127,7 +121,7 @@ class LearnerParts:
         if not self.mergers:
             return
         needy = [name for name, merger in self.mergers.items() if merger.requires_score]
-        if needy and not all(len(self.stream.dataset(task.index, "val")) for task in self.tasks):
+        if needy and not self.has_validation:
             raise ValueError(
                 f"expected validation images for merger {needy[0]!r}, got a stream that holds none out; "
                 "set stream.val_fraction above 0"
@@ -191,24 +185,6 @@ class LearnerParts:
 
     def _statistics(self, module: LightningModule) -> Statistics:
         """Measure the statistics that mergers require of the task that was just trained."""
-        assert isinstance(module, ContinualClassifier)
-        return measure(
-            self.merge.required_statistics - PROVIDED,
-            module,
-            self.data,
-            self.data.task,
-            base=self.merge.base,
-            num_steps=module.trainer.global_step if self.branch_steps is None else self.branch_steps,
-            num_images=self.statistics_images,
-            seed=self.seed,
-        )
-
-    def _images(self, module: LightningModule) -> Iterator[Tensor]:
-        num_images = self.statistics_images
-        return training_images(self.module, self.data, self.data.task, num_images=num_images, seed=self.seed)
-
-    @torch.no_grad()
-    def _validation_score(self, module: LightningModule) -> float:
-        assert isinstance(module, ContinualClassifier)
-        own = [task.classes for task in self.tasks] if self.evaluation == "task_aware" else None
-        return accuracy_on(module, self.data.eval_dataloader("val", range(self.merge.num_tasks + 1)), own)
+        steps = module.trainer.global_step if self.branch_steps is None else self.branch_steps
+        needed = self.merge.required_statistics - PROVIDED
+        return self.measure(needed, self.data.task, base=self.merge.base, num_steps=steps)

@@ -3,7 +3,8 @@
 from typing import Any
 
 from clmerge.runs.learner_parts import LearnerParts
-from clmerge.results.results import ZERO_SHOT, Results
+from clmerge.deploy.describe import describe_merger
+from clmerge.results.results import EXPERT, ZERO_SHOT, Results
 from clmerge.results.run_folder import RunFolder
 from clmerge.streams.identity import check_stream, stream_identity
 
@@ -22,13 +23,7 @@ def restore(learner: LearnerParts, run: RunFolder) -> Results:
         ValueError: If seed, mergers, policies or data differ from those that the run began with.
     """
     tasks = learner.tasks
-    samples = [len(learner.stream.dataset(task.index, "test")) for task in tasks]
-    fresh = Results(
-        [t.name for t in tasks],
-        classes=[t.class_names for t in tasks],
-        samples=samples,
-        evaluation=learner.evaluation,
-    )
+    fresh = learner.new_results(run.path.name)
     found = run.manifest
     results = Results.from_dict(found.results) if found.results else fresh
     if results.tasks != fresh.tasks or results.classes != fresh.classes:
@@ -39,6 +34,7 @@ def restore(learner: LearnerParts, run: RunFolder) -> Results:
         check_stream(learner.stream, found.stream, str(run.path), trained=run.tasks_begun, tested=tested)
     else:
         found.stream = stream_identity(learner.stream)
+    _describe(learner, results)
     results.options = found.options_by_task(len(tasks)) if found.options else []
     if found.trained:
         weights, accumulators = run.load_state()
@@ -58,3 +54,13 @@ def _check_settings(run: RunFolder, settings: dict[str, Any]) -> None:
                 "setting of it; begin a new run"
             )
     run.manifest.settings = run.manifest.settings or settings
+
+
+def _describe(learner: LearnerParts, results: Results) -> None:
+    """Describe the run's models in its results."""
+    for name, merger in learner.mergers.items():
+        results.describe(name, **describe_merger(merger))
+    for name, merger in learner.mergers.items():
+        for kind, one in learner.calibrated.calibrations.items():
+            results.describe(f"{name}+{kind}", **describe_merger(merger, calibrated_on=one.data))
+    results.describe(EXPERT, kind="unmerged")

@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from support.locks import end, other_process
+from support.records import record, without_times
 from support.tiny import tiny_clip
 from wandb_reader import find_runs
 
@@ -14,7 +15,7 @@ from clmerge.report import read_study
 from clmerge.report.diagnostics import diagnostic_figures
 from clmerge.report.figures import common_figures
 from clmerge.results.results import Results, validate
-from clmerge.weights import load_tensors
+from clmerge.weights import TaskVectorBank, load_tensors
 
 CONFIG = """
 name: small
@@ -76,21 +77,23 @@ def compare(*arguments):
 def document(folder):
     found = json.loads((folder / "results.json").read_text())
     validate(found)
-    return found
+    return found["runs"][0]
 
 
-def without_seconds(found):
-    return {**found, "seconds": {}, "compare": {**found["compare"], "merge_seconds": {}}}
+def alike(one, other):
+    """Whether two models of results were computed alike."""
+    assert {**one, "merge_seconds": None} == {**other, "merge_seconds": None}
+    return True
 
 
 def test_models_that_fit_evaluated_come_out_with_the_same_bits(run, capsys):
     """Also those whose statistics, scores and counts are taken anew; without --mergers they are the run's own."""
     compare(run)
-    fitted = json.loads((run / "results.json").read_text())
+    fitted = record(run)
     found = document(run / "compare")
     assert len(fitted["models"]) == 12
     for model, figures in fitted["models"].items():
-        assert found["models"][model] == figures, model
+        assert alike(found["models"][model], figures), model
     assert fitted["models"]["fisher"] != fitted["models"]["regmean"]
     shown = capsys.readouterr()
     assert "magmax" in shown.out
@@ -105,9 +108,9 @@ def test_growing_heads_and_running_statistics_are_those_of_their_task(tmp_path, 
     assert len(kept[0]["head.known"]) < len(kept[1]["head.known"])
     assert not torch.equal(*(state["backbone.model.2.running_mean"] for state in kept))
     compare(run, "--mergers", "PAINT", "Fisher", "MagMax", "--allow", "support")
-    fitted, found = json.loads((run / "results.json").read_text()), document(run / "compare")
+    fitted, found = record(run), document(run / "compare")
     for model in ("magmax", "fisher", "paint", "expert"):
-        assert found["models"][model] == fitted["models"][model]
+        assert alike(found["models"][model], fitted["models"][model])
     assert found["baseline"] is None
     rows = found["models"]["ensemble"]["task_agnostic"]["R"]
     assert [[value is None for value in row] for row in rows] == [
@@ -121,9 +124,9 @@ def test_growing_heads_and_running_statistics_are_those_of_their_task(tmp_path, 
 def test_every_mode_of_tuning_is_evaluated_as_it_was_trained(tmp_path, mode):
     run = make_run(tmp_path, "--mergers", "TIES", "Fisher", f"--model.tuning={mode}")
     compare(run)
-    fitted, found = json.loads((run / "results.json").read_text()), document(run / "compare")
+    fitted, found = record(run), document(run / "compare")
     for model in ("ties", "fisher", "expert", "zero_shot"):
-        assert found["models"][model] == fitted["models"][model]
+        assert alike(found["models"][model], fitted["models"][model])
 
 
 def test_the_document_has_what_its_page_says(run):
@@ -140,41 +143,44 @@ def test_the_document_has_what_its_page_says(run):
         "zero_shot",
     ]
     assert list(found["models"]) == models
-    compared = found["compare"]
-    assert set(compared["bytes_kept"]) == set(compared["figures"]) == set(models)
-    assert set(compared["settings"]) == set(compared["merge_seconds"]) == set(models[:4])
-    sizes = [path.stat().st_size for path in sorted((run / "bank").iterdir())]
-    assert compared["bytes_kept"]["task_oracle"] == [sum(sizes[:t]) for t in (1, 2, 3)]
-    assert compared["bytes_kept"]["magmax"] == [4 * compared["runs"][0]["num_parameters"]] * 3
     results = Results.from_dict(found)
+    assert {model for model in models if results.model(model).rule} == set(models[:4])
+    assert all(None not in results.model(model).bytes_kept for model in models)
+    assert {model for model in models if None not in results.model(model).merge_seconds} == set(models[:4])
+    assert {results.model(model).data for model in models[:4]} == {"val"}
+    assert [results.model(model).kind for model in models[4:]] == ["unmerged", "per_task", "ensemble", "unmerged"]
+    sizes = [path.stat().st_size for path in sorted((run / "bank").iterdir())]
+    assert results.model("task_oracle").bytes_kept == [sum(sizes[:t]) for t in (1, 2, 3)]
+    num_parameters = sum(map(torch.numel, TaskVectorBank(run / "bank")[0].values()))
+    assert results.model("magmax").bytes_kept == [4 * num_parameters] * 3
     assert results.best_merger() in models[:4]
     for model in models:
         R, expert = results.matrix(model), results.matrix("expert").diagonal()
-        own = compared["figures"][model]["task_agnostic"]
-        assert own["worst_task"][-1] == min(R[-1])
-        assert own["gap_to_experts"][1] == pytest.approx((expert[:2] - R[1, :2]).mean())
-        assert own["normalised_accuracy"][-1] == results.figures(model)["normalised_accuracy"]
-    oracle = results.matrix("task_oracle")
-    assert oracle[-1].tolist() == results.matrix("expert").diagonal().tolist()
+        own = results.figures(model)
+        assert own["worst_task"][-1] == pytest.approx(min(R[-1]), nan_ok=True)
+        assert own["gap_to_experts"][1] == pytest.approx((expert[:2] - R[1, :2]).mean(), nan_ok=True)
+    oracle = results.matrix("task_oracle", "task_aware")
+    assert oracle[-1].tolist() == results.matrix("expert", "task_aware").diagonal().tolist()
+    assert found["models"]["task_oracle"]["task_agnostic"] is None  # it needs the task of every image
 
-    search = compared["searches"][0]
+    search = found["searches"][0]
     assert [point["values"] for point in search["points"]] == [{"scale": 0.3}, {"scale": 0.6}, {"scale": 0.9}]
     best = max(search["points"], key=lambda point: point["score"])
     assert search["chosen"] == best["values"]
-    assert compared["settings"]["magmax"]["init_args"]["scale"] == best["values"]["scale"]
+    assert found["models"]["magmax"]["rule"]["init_args"]["scale"] == best["values"]["scale"]
     assert search["rule"]["used"][1] == search["rule"]["chosen"][0]
-    orders = compared["orders"]["models"]
+    orders = found["orders"]["models"]
     assert (orders["magmax"]["order_free"], len(orders["magmax"]["permutations"])) == (True, 1)
     assert (orders["opcm"]["order_free"], len(orders["opcm"]["permutations"])) == (False, 3)
     assert orders["opcm"]["task_agnostic"]["accuracy"][0] == found["models"]["opcm"]["task_agnostic"]["R"][-1]
 
 
 def test_a_comparison_that_was_interrupted_goes_on(run, monkeypatch, capsys):
-    from clmerge.runs.comparison.ledger import Ledger
+    from clmerge.runs.comparison.row_cache import RowCache
 
     arguments = ["compare", str(run), "--mergers", "MagMax", "Fisher", "--scale=0.5,1.0"]
     assert main([*arguments, "--out", str(run / "whole")]) == 0
-    add, calls = Ledger.add, []
+    add, calls = RowCache.add, []
 
     def killed(self, rows):
         add(self, rows)
@@ -182,7 +188,7 @@ def test_a_comparison_that_was_interrupted_goes_on(run, monkeypatch, capsys):
         if len(calls) == 3:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Ledger, "add", killed)
+    monkeypatch.setattr(RowCache, "add", killed)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is ignored
     try:
         assert main([*arguments, "--out", str(run / "killed")]) == 130
@@ -191,18 +197,18 @@ def test_a_comparison_that_was_interrupted_goes_on(run, monkeypatch, capsys):
     gc.collect()  # the end of the process would take back the lock
     (run / "killed" / ".rows.json.abc.tmp").write_text("what a kill in the middle of a write leaves")
     (run / "killed" / ".scratch").mkdir()
-    monkeypatch.setattr(Ledger, "add", add)
+    monkeypatch.setattr(RowCache, "add", add)
     capsys.readouterr()
     assert main([*arguments, "--out", str(run / "killed")]) == 0
     assert "settings of" not in capsys.readouterr().err, "what was found is not computed again"
-    assert without_seconds(document(run / "killed")) == without_seconds(document(run / "whole"))
+    assert without_times(document(run / "killed")) == without_times(document(run / "whole"))
     assert {p.name for p in (run / "killed").iterdir()} == {"results.json", "rows.json"}
 
 
 def test_groups_that_fit_the_memory_give_the_same(run):
     compare(run, "--out", run / "together")
     compare(run, "--out", run / "single", "--memory=1e-6", "--image-memory=0")
-    assert without_seconds(document(run / "single")) == without_seconds(document(run / "together"))
+    assert without_times(document(run / "single")) == without_times(document(run / "together"))
 
 
 def test_runs_are_told_apart_and_aggregated(run, tmp_path, capsys):
@@ -212,33 +218,25 @@ def test_runs_are_told_apart_and_aggregated(run, tmp_path, capsys):
     capsys.readouterr()
     compare(run, tmp_path / "seed1", tmp_path / "base", "--mergers", "MagMax", "--out", tmp_path / "out", "--json")
     found = json.loads(capsys.readouterr().out)
-    assert found == document(tmp_path / "out")
-    assert [r["name"] for r in found["compare"]["runs"]] == ["run", "seed1", "base"]
-    assert {r["group"] for r in found["compare"]["runs"]} == {
-        "learner.start_policy=previous",
-        "learner.start_policy=base",
-    }
-    fitted = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "seed1", "base")}
-    for name, results in fitted.items():
-        assert found["models"][f"magmax@{name}"] == results["models"]["magmax"]
-    entry = found["compare"]["aggregates"][0]
-    assert (entry["model"], entry["num_runs"], entry["models"]) == ("magmax", 2, ["magmax@run", "magmax@seed1"])
+    assert found == json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [each["name"] for each in found["runs"]] == ["run", "seed1", "base"]
+    assert [each["group"] for each in found["runs"]] == ["start_policy=previous"] * 2 + ["start_policy=base"]
+    fitted = {name: record(tmp_path / name) for name in ("run", "seed1", "base")}
+    for each in found["runs"]:
+        assert alike(each["models"]["magmax"], fitted[each["name"]]["models"]["magmax"])
+        assert Results.from_dict(each).to_dict() == each
     a, b = (fitted[name]["models"]["magmax"]["task_agnostic"]["average_accuracy"][-1] for name in ("run", "seed1"))
-    assert entry["task_agnostic"]["average_accuracy"]["mean"][-1] == pytest.approx((a + b) / 2)
-    assert entry["task_agnostic"]["average_accuracy"]["std"][-1] == pytest.approx(abs(a - b) / 2**0.5)
-    assert Results.from_dict(found).to_dict()["models"] == found["models"]
     study = read_study([tmp_path / "out"])  # the page says the same
     assert [e.name for e in study.mergers] == ["magmax (start_policy=previous)", "magmax (start_policy=base)"]
     shown = study.mergers[0].figure("average_accuracy", "task_agnostic")
-    aggregate = entry["task_agnostic"]["average_accuracy"]
-    assert (shown.mean, shown.std) == (aggregate["mean"][-1], aggregate["std"][-1])
+    assert (shown.mean, shown.std) == (pytest.approx((a + b) / 2), pytest.approx(abs(a - b) / 2**0.5))
 
 
 def test_a_joint_run_is_a_reference(run, tmp_path):
     config = ["--config", str(run / "config.yaml"), "--stream.num_tasks=1", "--mergers", "MagMax"]
     assert main(["fit", *config, "--run_dir", str(tmp_path / "joint")]) == 0
     compare(run, "--mergers", "MagMax", "--joint", tmp_path / "joint")
-    found, joint = document(run / "compare"), json.loads((tmp_path / "joint" / "results.json").read_text())
+    found, joint = document(run / "compare"), record(tmp_path / "joint")
     row = found["models"]["joint"]["task_agnostic"]["R"][0]
     right = sum(accuracy * count for accuracy, count in zip(row, found["samples"], strict=True))
     assert right / sum(found["samples"]) == pytest.approx(joint["models"]["expert"]["task_agnostic"]["R"][0][0])
@@ -308,13 +306,13 @@ def test_help_is_static(capsys):
 def test_diagnose_says_why_with_the_chosen_settings(run, capsys):
     compare(run, "--mergers", "MagMax", "TaskArithmetic", "--scale", "0.3,0.9", "--diagnose")
     found = document(run / "compare")
-    diagnosed = found["compare"]["diagnostics"]
-    assert (diagnosed["run"], diagnosed["tasks"]) == (run.name, found["tasks"])
+    diagnosed = found["diagnostics"]
+    assert diagnosed["tasks"] == found["tasks"]
     assert diagnosed["models"]["split"] == "val"
     assert list(diagnosed["models"]["models"]) == ["base", "expert", "magmax", "task_arithmetic"]
     assert len(diagnosed["vectors"]["whole"]["cosine"]) == 3
     # Validation images of all tasks are few enough here to be all: the errors are those that the search saw.
-    for search in found["compare"]["searches"]:
+    for search in found["searches"]:
         (chosen,) = [point for point in search["points"] if point["values"] == search["chosen"]]
         errors = diagnosed["models"]["models"][search["model"]]["error"]
         assert [1 - error for error in errors] == pytest.approx(chosen["accuracy"])
@@ -333,17 +331,19 @@ def test_a_comparison_goes_to_wandb_when_asked(run, tmp_path, monkeypatch, capsy
     (logged,) = find_runs(run / "compare")
     assert logged.run.job_type == "compare"
     assert logged.run.display_name == "compare small magmax+task_arithmetic full previous s0"
-    assert logged.config["runs"] == [str(run)]
+    assert logged.config["run"] == str(run)
     for model, settings in found["models"].items():
+        if settings["task_agnostic"] is None:
+            continue
         averages = settings["task_agnostic"]["average_accuracy"]
         assert logged.rows(f"cl_average_accuracy/{model}") == [(t + 1, value) for t, value in enumerate(averages)]
-    assert logged.summary["cl_search/magmax/scale"] == found["compare"]["searches"][0]["chosen"]["scale"]
+    assert logged.summary["cl_search/magmax/scale"] == found["searches"][0]["chosen"]["scale"]
     assert "wandb sync" in capsys.readouterr().out
 
 
 def test_without_diagnose_there_are_no_diagnostics(run):
     compare(run, "--mergers", "MagMax")
-    assert document(run / "compare")["compare"]["diagnostics"] is None
+    assert document(run / "compare")["diagnostics"] is None
 
 
 def test_a_scale_that_views_do_not_depend_on_is_not_searched(tmp_path, capsys):
@@ -353,7 +353,7 @@ def test_a_scale_that_views_do_not_depend_on_is_not_searched(tmp_path, capsys):
     told = capsys.readouterr()
     assert "emr: scale is not searched: its views for the tasks do not depend on it" in told.err
     found = document(run / "compare")
-    assert [search["merger"] for search in found["compare"]["searches"]] == ["MagMax"]
+    assert [search["merger"] for search in found["searches"]] == ["MagMax"]
     assert "emr: must be told the task of every image, so task-aware only" in told.out
     capsys.readouterr()
     assert main(["compare", str(run), "--grid", "EMR.scale=0.5,1.0"]) == 1

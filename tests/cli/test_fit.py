@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from streams.tiny_layouts import write_tree
+from support.records import record
 from support.tiny import tiny_clip
 from wandb_reader import find_runs
 
@@ -66,7 +67,7 @@ def finished(config, tmp_path_factory):
 
 
 def test_results_keep_the_contract(finished):
-    results = json.loads((finished / "results.json").read_text())
+    results = record(finished)
     assert results["schema"] == 1
     assert results["tasks"] == ["zero-one-and-3", "five-six-and-3"]
     assert [len(names) for names in results["classes"]] == [5, 5]
@@ -98,7 +99,7 @@ def test_the_saved_config_runs_again(finished, config, tmp_path):
     again = tmp_path / "again"
     arguments = ["--config", str(finished / "config.yaml"), "--run_dir", str(again), "--logging.wandb=false"]
     assert main(["fit", *arguments]) == 0
-    first, second = (json.loads((run / "results.json").read_text())["models"] for run in (finished, again))
+    first, second = (record(run)["models"] for run in (finished, again))
     assert first == second
 
 
@@ -122,7 +123,7 @@ def test_wandb_has_the_figures_by_name_and_one_continuous_axis(finished):
     runs = find_runs(finished / "logs")
     first = runs[0]
     rows = [row for row in first.history if "cl/average_accuracy" in row]
-    results = json.loads((finished / "results.json").read_text())["models"]["magmax"]["task_agnostic"]
+    results = record(finished)["models"]["magmax"]["task_agnostic"]
     assert [row["cl/average_accuracy"] for row in rows][:2] == results["average_accuracy"]
     assert [row["cl/task"] for row in rows][:2] == [1, 2]
     losses = [row["trainer/global_step"] for row in first.history if "train/loss" in row]
@@ -143,7 +144,7 @@ def test_wandb_knows_what_the_run_is(finished):
     assert {key: run.config[key] for key in wanted} == wanted
     assert run.config["run_dir"] == str(finished)
     assert {"base", "task-vector", "merged-model"} <= {artifact.type for artifact in run.artifacts}
-    results = json.loads((finished / "results.json").read_text())["models"]["magmax"]["task_agnostic"]
+    results = record(finished)["models"]["magmax"]["task_agnostic"]
     assert run.summary["cl/average_accuracy"] == results["average_accuracy"][-1]
     assert run.summary["cl/forgetting"] == results["forgetting"]
     assert "method: magmax+ties" in (finished / "logs" / "csv" / "version_0" / "hparams.yaml").read_text()
@@ -391,7 +392,7 @@ def test_options_of_a_resume_are_on_record_and_edited_files_are_refused(config, 
     assert {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()} == whole
 
     assert main(["fit", "--resume", str(run), "--trainer.max_epochs", "2", "--trainer.limit_train_batches=2"]) == 0
-    results = json.loads((run / "results.json").read_text())
+    results = record(run)
     assert results["options"] == [[], ["--trainer.max_epochs=2", "--trainer.limit_train_batches=2"]]
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["options"] == [{"task": 1, "options": results["options"][1]}]
@@ -548,12 +549,12 @@ def test_unreadable_images_are_left_out_of_a_run_and_of_its_comparison(spoilt, c
         " all     13    2     5",
     ]
     assert len(json.loads((run / "data_check.json").read_text())["unreadable"]) == 2
-    results = json.loads((run / "results.json").read_text())
+    results = record(run)
     assert results["samples"] == [3, 2]
     assert results["tasks"] == ["кот", "щит"]
     monkeypatch.delenv("CLMERGE_RUN_DIR")
     assert main(["compare", str(run), "--mergers", "MagMax"]) == 0
-    compared = json.loads((run / "compare" / "results.json").read_text())
+    compared = record(run / "compare")
     assert compared["models"]["magmax"] == results["models"]["magmax"]
 
 
@@ -571,6 +572,6 @@ def test_two_processes_write_one_run(config, tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert found.returncode == 0, found.stderr[-3000:]
-    results = json.loads((run / "results.json").read_text())
+    results = record(run)
     assert [len(row) for row in results["models"]["ties"]["task_agnostic"]["R"]] == [2, 2]
     assert found.stdout.count("results   ") == 1

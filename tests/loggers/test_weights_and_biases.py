@@ -340,7 +340,8 @@ def test_a_comparison_is_told_like_a_run(wandb_home):
         "chosen": {"scale": 1.0},
     }
     logger = build_wandb_logger(wandb_home / "compared", run_id="c1", job_type="compare")
-    log_comparison([logger], {**results.to_dict(), "compare": {"schema": 1, "searches": [search]}})
+    results.searches = [search]
+    log_comparison([logger], results)
     finish_loggers([logger])
     (run,) = find_runs(wandb_home / "compared")
     assert run.run.job_type == "compare"

@@ -23,10 +23,11 @@ def test_a_comparison_of_one_run_keeps_its_numbers(tmp_path):
     assert [entry.name for entry in study.entries] == ["magmax", "ties", "opcm", "expert", "task_oracle", "zero_shot"]
     assert [entry.name for entry in study.mergers] == ["magmax", "ties", "opcm"]
     magmax = study.mergers[0]
-    assert magmax.gap_to_experts("task_aware").mean == 0.125
-    assert magmax.worst_task("task_aware").mean == 0.5
-    assert [spread.mean for spread in magmax.bytes_kept()] == document["compare"]["bytes_kept"]["magmax"]
-    assert [spread.mean for spread in magmax.merge_seconds()] == document["compare"]["merge_seconds"]["magmax"]
+    found = document["runs"][0]["models"]["magmax"]
+    assert magmax.figure("gap_to_experts", "task_aware").mean == found["task_aware"]["gap_to_experts"][-1]
+    assert magmax.figure("worst_task", "task_aware").mean == min(found["task_aware"]["R"][-1])
+    assert [spread.mean for spread in magmax.bytes_kept()] == found["bytes_kept"]
+    assert [spread.mean for spread in magmax.merge_seconds()] == found["merge_seconds"]
     assert study.runs[0].num_parameters == 23  # the run it was made from is still there
 
 
@@ -34,9 +35,9 @@ def test_runs_of_a_comparison_are_repetitions(tmp_path):
     document = write_comparison(tmp_path, num_runs=2)
     study = read_study([tmp_path / "compare"])
     magmax = study.mergers[0]
-    wanted = [document["models"][f"magmax@run{i}"]["task_agnostic"]["average_accuracy"][-1] for i in range(2)]
+    wanted = [document["runs"][i]["models"]["magmax"]["task_agnostic"]["average_accuracy"][-1] for i in range(2)]
     assert magmax.figure("average_accuracy", "task_agnostic").values == tuple(wanted)
-    assert [run.seed for run in magmax.runs] == [0, 1]
+    assert [run.results.seed for run in magmax.runs] == [0, 1]
     assert study.reference(magmax, "zero_shot").runs == magmax.runs
     assert merged_of(study)[0].settings == {"scale": "0.5 or 1.5"}
 
@@ -134,6 +135,6 @@ def test_everything_is_on_the_page(tmp_path):
 def test_half_a_comparison_is_refused(tmp_path):
     write_run(tmp_path / "run")
     file = tmp_path / "run" / "results.json"
-    file.write_text(file.read_text().replace('"schema": 1,', '"schema": 1, "compare": {"runs": [{"name": "a"}]},', 1))
+    file.write_text(file.read_text().replace('"runs": [', '"runs": [{"name": "a"}, ', 1))
     with pytest.raises(ValueError, match="expected the results of a run in"):
         read_study([tmp_path / "run"])

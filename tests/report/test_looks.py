@@ -5,6 +5,7 @@ import json
 
 import pytest
 from support.comparisons import make_diagnostics, write_comparison
+from support.records import record
 from support.run_folders import config_of, write_run
 
 from clmerge.report import paper_table, read_study
@@ -18,7 +19,7 @@ def folders(tmp_path):
     """A run, and a comparison that searched the scale of two of its mergers and found other accuracies."""
     document = write_comparison(tmp_path, diagnostics=make_diagnostics())
     for setting in ("task_agnostic", "task_aware"):
-        figures = document["models"]["magmax"][setting]
+        figures = document["runs"][0]["models"]["magmax"][setting]
         figures["average_accuracy"] = [0.75, 0.75, 0.75]
         figures["R"] = [[0.75] * 3] * 3
     (tmp_path / "compare" / "results.json").write_text(json.dumps(document))
@@ -31,7 +32,7 @@ def average(study, name):
 
 
 def test_tuned_rows_stand_beside_the_runs_own(folders):
-    own = json.loads((folders / "run0" / "results.json").read_text())
+    own = record(folders / "run0")
     study = read_study([folders / "run0", folders / "compare"])
     names = [entry.name for entry in study.mergers]
     assert sorted(names) == ["magmax", "magmax (tuned)", "opcm", "ties", "ties (tuned)"]

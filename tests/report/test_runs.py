@@ -12,8 +12,8 @@ from clmerge.weights.factored import Product
 def test_a_run_is_read_with_what_lies_beside_its_results(tmp_path):
     document = write_run(tmp_path / "run")
     (run,) = read_runs(tmp_path / "run")
-    assert (run.name, run.seed, run.num_finished, run.is_finished) == ("run", 0, 3, True)
-    assert run.models == document["models"]
+    assert (run.name, run.results.seed, run.num_finished, run.is_finished) == ("run", 0, 3, True)
+    assert run.results.to_dict() == document
     assert run.num_parameters == 23
     assert repr(run.rules["ties"].merger).startswith("TIES(density=0.1")
 
@@ -45,7 +45,7 @@ def test_an_unfinished_run_is_one(tmp_path):
     [
         (lambda folder: (folder / "results.json").write_text("{"), ValueError, "damaged.*--resume .* writes it anew"),
         (lambda folder: (folder / "results.json").write_text("[]"), ValueError, "a JSON object .*got list"),
-        (lambda folder: (folder / "results.json").write_text('{"schema": 7}'), ValueError, "schema 1, got 7"),
+        (lambda folder: (folder / "results.json").write_text('{"schema": 7}'), ValueError, "schema 2, got 7"),
         (lambda folder: (folder / "results.json").unlink(), FileNotFoundError, "not evaluated anything yet"),
         (lambda folder: (folder / "config.yaml").write_text("a: [1"), ValueError, r"got .*config.yaml: .* at line \d"),
         (lambda folder: (folder / "config.yaml").write_text("!!python/object:a.B {}"), ValueError, "config.yaml"),
@@ -61,7 +61,7 @@ def test_damage_is_named_with_its_place_and_a_way_out(tmp_path, damage, error, m
 @pytest.mark.parametrize("change", [{"models": 3}, {"tasks": None}, {"models": {"a": {"task_agnostic": 1}}}])
 def test_results_of_another_shape_are_refused(tmp_path, change):
     document = write_run(tmp_path / "run")
-    (tmp_path / "run" / "results.json").write_text(json.dumps(document | change))
+    (tmp_path / "run" / "results.json").write_text(json.dumps({"schema": 2, "runs": [document | change]}))
     with pytest.raises(ValueError, match=r"expected the results of a run in .*results\.json"):
         read_runs(tmp_path / "run")
 
@@ -92,7 +92,7 @@ def test_what_a_run_has_committed_is_what_is_shown(tmp_path):
         "files": {"bank/task_001.safetensors": checksum(vector)},
     }
     (run / "manifest.json").write_text(json.dumps(manifest))
-    assert read_runs(run)[0].models == document["models"]
+    assert read_runs(run)[0].results.to_dict() == document
     whole = vector.read_bytes()
     vector.write_bytes(whole[:-1] + bytes([whole[-1] ^ 64]))
     with pytest.raises(ValueError, match=f"expected {vector} as the run has committed it"):
@@ -105,6 +105,6 @@ def test_what_a_run_has_committed_is_what_is_shown(tmp_path):
         read_runs(run)
     (run / "config.yaml").write_text(config)
     document["models"]["ties"]["task_agnostic"]["forgetting"] = 0.0
-    (run / "results.json").write_text(json.dumps(document))
+    (run / "results.json").write_text(json.dumps({"schema": 2, "runs": [document]}))
     with pytest.raises(ValueError, match=r"expected the results in .*results\.json that the run has committed"):
         read_runs(run)

@@ -70,14 +70,14 @@ def test_streams_of_other_lengths_are_refused_and_other_names_are_numbered(tmp_p
         read_study([])
 
 
-def test_figures_that_results_do_not_hold_follow_from_the_matrices(tmp_path):
+def test_figures_follow_from_the_matrices(tmp_path):
     document = write_run(tmp_path / "a")
     study = read_study([tmp_path / "a"])
     magmax, ties = study.mergers
     experts, merged = (document["models"][name]["task_aware"]["R"] for name in ("expert", "magmax"))
     gap = statistics.fmean(experts[t][t] - merged[2][t] for t in range(3))
-    assert magmax.gap_to_experts("task_aware").mean == pytest.approx(gap, abs=1e-15)
-    assert magmax.worst_task("task_aware").mean == min(merged[2])
+    assert magmax.figure("gap_to_experts", "task_aware").mean == pytest.approx(gap, abs=1e-15)
+    assert magmax.figure("worst_task", "task_aware").mean == min(merged[2])
     assert [spread.mean for spread in ties.bytes_kept()] == [
         TIES(density=0.1).state_size({"w": (23,)}, t + 1) for t in range(3)
     ]

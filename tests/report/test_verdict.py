@@ -37,8 +37,8 @@ def test_the_sampling_error_is_that_of_independent_binomials(tmp_path):
 
 def test_a_reference_that_is_better_is_named(tmp_path):
     document = write_run(tmp_path / "run")
-    document["models"]["zero_shot"]["task_agnostic"]["average_accuracy"] = [0.5, 0.5, 1.0]
-    (tmp_path / "run" / "results.json").write_text(json.dumps(document))
+    document["baseline"]["task_agnostic"] = [1.0, 1.0, 1.0]
+    (tmp_path / "run" / "results.json").write_text(json.dumps({"schema": 2, "runs": [document]}))
     study = read_study([tmp_path / "run"])
     reasons = " ".join(judge(study, "task_agnostic").reasons)
     expert = document["models"]["expert"]["task_agnostic"]["average_accuracy"][-1]

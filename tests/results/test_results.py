@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from made_up import make_results
 
+from clmerge.results.contract import validate_run
 from clmerge.results.metrics import continual
-from clmerge.results.results import Results, validate
+from clmerge.results.results import SETTINGS, Results, to_document, validate
 
 
 def document(**changes):
@@ -15,13 +16,13 @@ def document(**changes):
 
 def test_the_document_keeps_the_contract():
     found = document()
-    assert found["schema"] == 1
     assert found["tasks"] == ["task 1", "task 2", "task 3"]
     assert found["classes"][1] == ["class 2", "class 3"]
     assert set(found["models"]) == {"magmax", "ties_density0.1", "expert", "zero_shot"}
     for model in found["models"].values():
-        assert set(model) == {"task_agnostic", "task_aware"}
-        for figures in model.values():
+        assert (model["data"], model["rule"], model["probes"]) == ("none", None, {})
+        assert model["kind"] in ("merged", "unmerged")
+        for figures in (model[setting] for setting in SETTINGS):
             assert np.shape(figures["R"]) == (3, 3)
             assert len(figures["average_accuracy"]) == 3
             for name in (
@@ -37,7 +38,8 @@ def test_the_document_keeps_the_contract():
                 "normalised_accuracy",
             ):
                 assert isinstance(figures[name], float), name
-            assert len(figures["merge_gap"]) == 3
+            for name in ("merge_gap", "worst_task", "gap_to_experts"):
+                assert len(figures[name]) == 3
             assert figures["forgetting_per_task"][-1] is None
 
 
@@ -192,8 +194,18 @@ def broken(path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["schema"], 2, "schema 1, got 2"),
-        (["models", "magmax"], {"task_agnostic": {}}, r"models\.magmax to have task_aware, missing"),
+        (["name"], None, "name to be text, got None"),
+        (["seed"], 0.5, "seed to be a whole number"),
+        (
+            ["models", "magmax"],
+            {"kind": "merged", "data": "none", "task_agnostic": None},
+            r"models\.magmax to have task_aware, missing",
+        ),
+        (["models", "magmax", "kind"], "molten", r"models\.magmax\.kind to be one of .*'molten'"),
+        (["models", "magmax", "rule"], {"merger": 3, "init_args": None}, r"models\.magmax\.rule\.merger to be text"),
+        (["models", "magmax", "bytes_kept"], [1, 2], r"magmax\.bytes_kept to have 3 items"),
+        (["models", "magmax", "probes"], {"ece": {"per_task": [0.5]}}, r"probes\.ece\.per_task to be a list of 3"),
+        (["models", "magmax", "task_aware"], None, r"magmax\.task_aware to be an object, got None"),
         (["models", "magmax", "task_agnostic", "R", 1], [0.5], r"models\.magmax\.task_agnostic\.R"),
         (
             ["models", "magmax", "task_agnostic", "forgetting"],
@@ -230,9 +242,7 @@ def broken(path, value):
     ],
 )
 def test_validate_names_the_place(path, value, message):
-    validate(document())
-    with pytest.raises(ValueError, match=message):
-        validate(broken(path, value))
+    validate_run(document())
     with pytest.raises(ValueError, match=message):
         Results.from_dict(broken(path, value))
 
@@ -241,11 +251,64 @@ def test_validate_names_missing_keys():
     found = document()
     del found["models"], found["seconds"]
     with pytest.raises(ValueError, match="the document to have models and seconds, missing"):
-        validate(found)
-    del found["schema"]
-    with pytest.raises(ValueError, match="schema 1, got None"):
-        validate(found)
+        validate_run(found)
     aware = document()
     del aware["models"]["expert"]["task_aware"]
     with pytest.raises(ValueError, match=r"models\.expert to have task_aware, missing"):
-        validate(aware)
+        validate_run(aware)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": 3}, "schema 2, got 3; they were written by another version of clmerge$"),
+        ({"schema": 1}, "schema 2, got 1; .*; python scripts/convert_results.py RUN converts"),
+        ({"schema": True}, "schema 2, got True"),
+        ({"runs": []}, "runs to be a list of one or more"),
+        ({"runs": [document(), document()]}, r"runs to be different names, got \['', ''\]"),
+        ({"runs": [document(tasks=3)]}, r"expected runs\[0\]\.tasks to be a list, got 3"),
+    ],
+)
+def test_documents_are_refused_with_the_place(changes, message):
+    found = to_document([Results.from_dict(document())])
+    validate(found)
+    with pytest.raises(ValueError, match=message):
+        validate(found | changes)
+
+
+def test_what_a_model_is_survives_the_file():
+    results = make_results()
+    rule = {"merger": "TIES", "init_args": {"density": 0.1}, "requires": [], "order_free": True, "exact_online": True}
+    results.describe("magmax", kind="calibrated", rule=rule, data="buffer(10 per class)")
+    results.model("magmax").probes["ece"] = {"per_task": [0.1, None, 0.3], "n": [10, 0, 10]}
+    results.searches = [{"model": "magmax"}]
+    again = Results.from_dict({**json.loads(json.dumps(results.to_dict())), "searches": []}).model("magmax")
+    assert (again.kind, again.rule, again.data) == ("calibrated", rule, "buffer(10 per class)")
+    assert again.probes == results.model("magmax").probes
+    renamed = results.renamed({"magmax": "best"})
+    assert "best" in renamed.models
+    assert renamed.searches == [{"model": "best"}]
+    assert results.mergers[0] == "magmax", "the original is unchanged"
+
+
+def test_a_model_that_needs_the_task_has_no_task_agnostic_figures():
+    results = Results(["a", "b"], classes=[["0"], ["1"]])
+    results.add_row("emr", [math.nan, math.nan], [1.0, math.nan], bytes_kept=10, merge_seconds=0.5)
+    found = json.loads(json.dumps(results.to_dict()))
+    assert found["models"]["emr"]["task_agnostic"] is None
+    again = Results.from_dict(found)
+    assert again.model("emr").needs_task
+    assert again.to_dict() == found
+
+
+def test_two_looks_at_a_run_are_joined_with_the_first_one_preferred():
+    one, other = make_results(models=("magmax", "expert")), make_results(models=("ties", "magmax", "expert"))
+    one.model("magmax").data = "mine"
+    one.orders = {"seed": 0, "models": {"magmax": 1}}
+    other.orders = {"seed": 0, "models": {"ties": 2, "magmax": 3}}
+    other.diagnostics, other.group = {"tasks": []}, "g"
+    joined = one.joined(other)
+    assert sorted(joined.mergers) == ["magmax", "ties"]
+    assert joined.model("magmax").data == "mine"
+    assert joined.orders["models"] == {"magmax": 1, "ties": 2}
+    assert (joined.diagnostics, joined.group) == ({"tasks": []}, "g")

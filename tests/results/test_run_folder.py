@@ -132,7 +132,7 @@ def test_what_was_committed_is_found_again(run):
     )
     run.commit()
     assert RunFolder.open(run.path, writes=False).manifest == run.manifest
-    assert json.loads(run.results.read_text()) == found
+    assert json.loads(run.results.read_text()) == {"schema": 2, "runs": [found]}
 
 
 def test_the_version_that_began_a_run_stays_on_record(run):
@@ -156,7 +156,7 @@ def test_a_commit_that_fails_keeps_the_old_manifest(run, monkeypatch):
     with pytest.raises(OSError, match="the disk is gone"):
         run.commit()
     assert (run.path / "manifest.json").read_bytes() == before
-    assert json.loads(run.results.read_text()) == found_results(1)
+    assert json.loads(run.results.read_text())["runs"] == [found_results(1)]
     assert RunFolder.open(run.path, writes=False).manifest.trained == 0
 
 
@@ -313,14 +313,14 @@ def test_a_finished_run_keeps_no_checkpoint(run):
         {"trained": True},
         {"stream": {"tasks": 3}},
         {"stream": {"tasks": [{"name": 2}]}},
-        {"results": {"schema": 1, "tasks": 3, "classes": [], "models": {}, "seconds": {}}},
-        {"results": {"schema": 1, "tasks": ["a"], "classes": [[]], "models": {}, "seconds": {}, "options": 3}},
+        {"results": {"name": "", "tasks": 3, "classes": [], "models": {}, "seconds": {}}},
+        {"results": {"name": "", "tasks": ["a"], "classes": [[]], "models": {}, "seconds": {}, "options": 3}},
         {"trained": -1},
         {"trained": 2, "evaluated": 2},
         {"evaluated": 3},
         {"state": "../../nowhere"},
         {"state": None},
-        {"results": {"schema": 1}},
+        {"results": {"name": ""}},
         {"results": []},
         {"files": {"a": 1}},
         {"options": [3]},
@@ -481,7 +481,7 @@ def test_results_that_a_kill_left_behind_the_manifest_are_written_again(run):
     run.commit()
     run.results.write_text(json.dumps(found_results(1)))
     RunFolder.open(run.path)
-    assert json.loads(run.results.read_text()) == found_results(2)
+    assert json.loads(run.results.read_text())["runs"] == [found_results(2)]
 
 
 def test_processes_that_do_not_write_change_nothing(run, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from support.kill_driver import POINTS
 from support.tiny import tiny_clip
+from support.records import record, without_times
 
 DRIVER = Path(__file__).parents[1] / "support" / "kill_driver.py"
 CONFIG = """
@@ -57,8 +58,7 @@ def more_runs(tmp_path_factory):
 
 def contents(run):
     """The results without seconds, and the hashes of all weights."""
-    results = json.loads((run / "results.json").read_text())
-    results.pop("seconds")
+    results = without_times(record(run))
     files = sorted([*run.glob("model/*"), *run.glob("bank/*")])
     return results, {f"{f.parent.name}/{f.name}": hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 

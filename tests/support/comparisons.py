@@ -5,48 +5,28 @@ import json
 from made_up import make_results
 from support.run_folders import config_of, write_run
 
+from clmerge.deploy.describe import describe_merger
 from clmerge.merging import TIES, MagMax
-from clmerge.results.results import SETTINGS, Results
+from clmerge.results.results import SETTINGS, Results, to_document
 
 MODELS = ("magmax", "ties", "opcm", "expert", "task_oracle")
 
 
 def write_comparison(folder, *, num_runs=1, num_tasks=3, diagnostics=None):
     """Write runs ``run0`` ... and the folder ``compare`` beside them; return the document."""
-    suffixes = [f"@run{index}" if num_runs > 1 else "" for index in range(num_runs)]
+    runs = []
     for index in range(num_runs):
         write_run(folder / f"run{index}", num_tasks=num_tasks, config=config_of(seed=index), shift=0.1 * index)
-    joined = _joined(num_tasks, suffixes) if num_runs > 1 else make_results(num_tasks, MODELS)
-    per_task = list(range(1, num_tasks + 1))
-    compare = {
-        "schema": 1,
-        "runs": [
-            {
-                "name": f"run{index}",
-                "path": str(folder / f"run{index}"),
-                "group": "",
-                "seed": index,
-                "start_policy": "previous",
-                "tasks": joined.tasks,
-                "num_parameters": 23,
-                "bank_bytes": 1000,
-            }
-            for index in range(num_runs)
-        ],
-        "settings": {
-            f"{name}{suffix}": {"merger": type(rule).__name__, "init_args": rule.settings(), "run": f"run{index}"}
-            for index, suffix in enumerate(suffixes)
-            for name, rule in (("magmax", MagMax(0.5 + index)), ("ties", TIES()))
-        },
-        "bytes_kept": {f"{m}{s}": [92 * t for t in per_task] for m in MODELS for s in suffixes},
-        "merge_seconds": {f"{m}{s}": [0.01 * t for t in per_task] for m in MODELS[:3] for s in suffixes},
-        "figures": {model: {setting: _own(num_tasks) for setting in SETTINGS} for model in joined.models},
-        "searches": [_search(model, f"run{i}", s) for i, s in enumerate(suffixes) for model in ("magmax", "ties")],
-        "orders": {"seed": 0, "models": {f"{m}{s}": _order(m, num_tasks) for m in MODELS[:3] for s in suffixes}},
-        "aggregates": [],
-        "diagnostics": diagnostics,
-    }
-    document = {**joined.to_dict(), "compare": compare}
+        results = _results(num_tasks, index)
+        results.name, results.seed, results.group = f"run{index}", index, ""
+        results.path = str(folder / f"run{index}")
+        results.searches = [_search(model) for model in ("magmax", "ties")]
+        results.orders = {"seed": 0, "models": {model: _order(model, num_tasks) for model in MODELS[:3]}}
+        results.diagnostics = None if index else diagnostics
+        results.describe("magmax", **describe_merger(MagMax(0.5 + index), search=0))
+        results.describe("ties", **describe_merger(TIES(), search=1))
+        runs.append(results)
+    document = to_document(runs)
     (folder / "compare").mkdir()
     (folder / "compare" / "results.json").write_text(json.dumps(document))
     return document
@@ -61,7 +41,6 @@ def make_diagnostics(num_tasks=3, models=("base", "expert", "magmax")):
     ends = [("base", "expert"), ("expert", "magmax"), ("expert", "expert")]
     return {
         "schema": 1,
-        "run": "run0",
         "tasks": [f"task {t + 1}" for t in range(num_tasks)],
         "vectors": {
             "tasks": ["" for _ in row],
@@ -97,35 +76,28 @@ def make_diagnostics(num_tasks=3, models=("base", "expert", "magmax")):
     }
 
 
-def _joined(num_tasks, suffixes):
-    """Results of several runs, every model as NAME@RUN and no baseline."""
+def _results(num_tasks, index):
+    """Results whose accuracies fall with the index of the run."""
     one = make_results(num_tasks, MODELS)
-    joined = Results(one.tasks, classes=one.classes, samples=one.samples)
-    for index, suffix in enumerate(suffixes):
-        for model in one.models:
-            for rows in zip(*(one.matrix(model, setting) for setting in SETTINGS), strict=True):
-                joined.add_row(f"{model}{suffix}", *(row * (1 - 0.1 * index) for row in rows))
-    return joined
+    found = Results(one.tasks, classes=one.classes, samples=one.samples)
+    found.set_zero_shot(*(one.matrix("zero_shot", setting)[0] * (1 - 0.1 * index) for setting in SETTINGS))
+    for model in MODELS:
+        for task, rows in enumerate(zip(*(one.matrix(model, setting) for setting in SETTINGS), strict=True)):
+            merge_seconds = 0.01 * (task + 1) if model in MODELS[:3] else None
+            scaled = (row * (1 - 0.1 * index) for row in rows)
+            found.add_row(model, *scaled, bytes_kept=92 * (task + 1), merge_seconds=merge_seconds)
+    return found
 
 
-def _own(num_tasks):
-    return {
-        "worst_task": [0.5] * num_tasks,
-        "gap_to_experts": [0.125] * num_tasks,
-        "normalised_accuracy": [0.9] * num_tasks,
-    }
-
-
-def _search(model, run, suffix):
+def _search(model):
     values = [{"scale": scale} for scale in (0.1, 0.5, 1.0)]
     if model == "ties":
         values = [{"scale": scale, "density": density} for scale in (0.5, 1.0) for density in (0.1, 0.2)]
     points = [{"values": each, "accuracy": [0.5], "score": 0.5 + 0.1 * index} for index, each in enumerate(values)]
     rule = {"chosen": [0.5, 0.4, 0.3], "used": [None, 0.5, 0.4], "a": 1.0, "b": -0.7}
     return {
-        "model": f"{model}{suffix}",
+        "model": model,
         "merger": model,
-        "run": run,
         "method": "grid",
         "split": "val",
         "parameters": {name: sorted({each[name] for each in values}) for name in values[0]},
@@ -139,4 +111,4 @@ def _search(model, run, suffix):
 def _order(model, num_tasks):
     found = [0.8, 0.7, 0.9] if model == "opcm" else [0.8]
     one = {"accuracy": [[0.8] * num_tasks] * len(found), "average_accuracy": found, "mean": 0.8, "std": 0.1}
-    return {"run": "run0", "order_free": model != "opcm", "permutations": [], **dict.fromkeys(SETTINGS, one)}
+    return {"order_free": model != "opcm", "permutations": [], **dict.fromkeys(SETTINGS, one)}

@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 import sys
@@ -7,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from support.records import record
 from support.small_classifier import REGULARIZERS, weights
 from support.tiny import tiny_clip
 
@@ -105,7 +105,7 @@ def test_a_resumed_run_ends_with_the_same_bits(clip, tmp_path):
 def test_all_regularizers_together_run_under_every_start_policy_and_count_their_bytes(clip, tmp_path, policy, tuning):
     one = learner(clip, *(make() for make in REGULARIZERS.values()), start_policy=policy, tuning=tuning())
     run(one, tmp_path / "run")
-    sizes = json.loads((tmp_path / "run" / "results.json").read_text())["bytes"]
+    sizes = record(tmp_path / "run")["bytes"]
     assert set(sizes) == {f"regularizer.{name}" for name in ("l2", "ewc", "ita", "iel", "lwf", "features")}
     numel = sum(value.numel() for value in one.merge.base.values())
     assert sizes["regularizer.l2"] == 2 * 4 * numel

@@ -59,6 +59,11 @@ class HeadAlignment(Calibration):
         self.temperature = temperature
         self.gaussians: dict[str, ClassGaussians] = {}
 
+    @property
+    @override
+    def data(self) -> str:
+        return "current"
+
     @override
     def check(self, module: ContinualClassifier) -> None:
         if module.head.open_vocabulary:

@@ -21,6 +21,11 @@ class Calibration(ABC):
 
     name: ClassVar[str]
 
+    @property
+    @abstractmethod
+    def data(self) -> str:
+        """The images that it looks at: ``current`` (training images of each task at its end) or a named buffer."""
+
     def check(self, module: ContinualClassifier) -> None:  # noqa: B027  need not be overridden
         """Refuse a classifier that cannot be calibrated.
 

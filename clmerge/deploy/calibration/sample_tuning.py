@@ -45,6 +45,11 @@ class SampleTuning(Calibration):
         self.per_class = per_class
         self.epochs = epochs
 
+    @property
+    @override
+    def data(self) -> str:
+        return f"buffer({self.per_class} per class)"
+
     @override
     def check(self, module: ContinualClassifier) -> None:
         if not module.trained_names:

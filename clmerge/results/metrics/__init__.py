@@ -15,11 +15,13 @@ from clmerge.results.metrics.continual import (
     forgetting,
     forgetting_per_task,
     forward_transfer,
+    gap_to_experts,
     last,
     learning_accuracy,
     merge_gap,
     normalised_accuracy,
     transfer,
+    worst_task,
 )
 from clmerge.results.metrics.matrix import AccuracyMatrix
 
@@ -36,11 +38,13 @@ __all__ = [
     "forgetting",
     "forgetting_per_task",
     "forward_transfer",
+    "gap_to_experts",
     "last",
     "learning_accuracy",
     "merge_gap",
     "normalised_accuracy",
     "transfer",
+    "worst_task",
 ]
 
 

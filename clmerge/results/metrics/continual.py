@@ -311,6 +311,50 @@ def merge_gap(expert: Matrix, merged: Matrix) -> list[float]:
     return [float(gap) for gap in first.diagonal() - second.diagonal()]
 
 
+def gap_to_experts(matrix: Matrix, reference: Row) -> list[float]:
+    """Return how far the model is below the tasks' own experts, after every task.
+
+    ``1/t * sum_{j<=t} (a_j - R[t, j])``.
+
+    Args:
+        matrix: Accuracy matrix R of the model, ``(num_rows, num_tasks)``.
+        reference: Accuracy a of each task's expert on its task, just trained, ``(num_tasks,)``.
+
+    Returns:
+        One number per row, positive where the experts are better.
+
+    Raises:
+        ValueError: If the matrix or the reference has the wrong shape.
+
+    Example:
+        >>> gap_to_experts([[0.75, 0.5], [0.25, 1.0]], reference=[0.75, 1.0])
+        [0.0, 0.25]
+    """
+    values = _matrix(matrix)
+    expert = _vector(reference, "reference", len(values))
+    return [float((expert[: t + 1] - values[t, : t + 1]).mean()) for t in range(len(values))]
+
+
+def worst_task(matrix: Matrix) -> list[float]:
+    """Return the lowest accuracy among the tasks so far, after every task: ``min_{j<=t} R[t, j]``.
+
+    Args:
+        matrix: Accuracy matrix R, ``(num_rows, num_tasks)``.
+
+    Returns:
+        One number per row, NaN where one of the accuracies is.
+
+    Raises:
+        ValueError: If the matrix has the wrong shape.
+
+    Example:
+        >>> worst_task([[0.75, 0.5], [0.25, 1.0]])
+        [0.75, 0.25]
+    """
+    values = _matrix(matrix)
+    return [float(values[t, : t + 1].min()) for t in range(len(values))]
+
+
 def to_array(values: Matrix | Row) -> Array:
     """Return nested lists, an array or a tensor as float64, None as NaN.
 

@@ -25,6 +25,8 @@ class Figures(TypedDict):
     last: float
     normalised_accuracy: float
     merge_gap: list[float]
+    worst_task: list[float]
+    gap_to_experts: list[float]
 
 
 class AccuracyMatrix:
@@ -71,6 +73,12 @@ class AccuracyMatrix:
         row = check_row(accuracies, self.num_tasks)
         self._rows.append(row)
 
+    def until(self, num_rows: int) -> "AccuracyMatrix":
+        """Return a copy with the first rows."""
+        earlier = AccuracyMatrix(self.num_tasks)
+        earlier._rows = self._rows[:num_rows]
+        return earlier
+
     def summary(
         self,
         *,
@@ -83,8 +91,8 @@ class AccuracyMatrix:
         Args:
             baseline: Accuracy of the model nothing was trained on, per task; without it forward transfer is
                 NaN.
-            expert: Matrix of the un-merged model with as many rows; without it normalised accuracy and merge
-                gap are NaN.
+            expert: Matrix of the un-merged model with as many rows; without it normalised accuracy, merge gap and
+                gap to the experts are NaN.
             samples: Number of test samples per task; without it the sample-weighted figure is NaN.
 
         Returns:
@@ -92,6 +100,7 @@ class AccuracyMatrix:
         """
         values = self.values
         undefined = float("nan")
+        unknown = [undefined] * len(self)
         return {
             "R": values.tolist(),
             "average_accuracy": continual.average_accuracy(values),
@@ -110,7 +119,11 @@ class AccuracyMatrix:
             "normalised_accuracy": (
                 undefined if expert is None else continual.normalised_accuracy(values, expert.values.diagonal())
             ),
-            "merge_gap": [undefined] * len(self) if expert is None else continual.merge_gap(expert.values, values),
+            "merge_gap": unknown if expert is None else continual.merge_gap(expert.values, values),
+            "worst_task": continual.worst_task(values),
+            "gap_to_experts": (
+                unknown if expert is None else continual.gap_to_experts(values, expert.values.diagonal())
+            ),
         }
 
 

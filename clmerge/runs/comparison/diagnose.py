@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from clmerge.runs.comparison.refold import Refold
-from clmerge.runs.comparison.stored_run import StoredRun
+from clmerge.runs.stored_run import StoredRun
 from clmerge.evaluation.diagnostics import diagnose
 from clmerge.merging import Merger
 from clmerge.names import tell
@@ -23,7 +23,7 @@ def diagnose_run(run: StoredRun, mergers: Mapping[str, Merger]) -> dict[str, Any
         mergers: Mergers by name, with the chosen settings.
 
     Returns:
-        The diagnostics document (docs/diagnostics.md), and the name of the run as ``run``.
+        The diagnostics document (docs/diagnostics.md).
     """
     refold = Refold(run, mergers)
     for task in range(len(run.tasks)):
@@ -35,19 +35,16 @@ def diagnose_run(run: StoredRun, mergers: Mapping[str, Merger]) -> dict[str, Any
         return merge.weights_with(vector, run.module)
 
     merged = {name: merge.merged_vector(name) for name in mergers}
-    return {
-        "run": run.name,
-        **diagnose(
-            run.module,
-            weights,
-            run.bank,
-            merged,
-            run.data,
-            setting=run.evaluation,
-            seed=run.config["seed"],
-            progress=_tell(run.name),
-        ),
-    }
+    return diagnose(
+        run.module,
+        weights,
+        run.bank,
+        merged,
+        run.data,
+        setting=run.evaluation,
+        seed=run.seed,
+        progress=_tell(run.name),
+    )
 
 
 def _tell(name: str) -> Any:

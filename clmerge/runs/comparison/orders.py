@@ -5,10 +5,10 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from clmerge.runs.comparison.ledger import Ledger
+from clmerge.runs.comparison.row_cache import RowCache
 from clmerge.runs.comparison.refold import sweep
-from clmerge.runs.comparison.search import mean_accuracy
-from clmerge.runs.comparison.stored_run import StoredRun
+from clmerge.search.search import mean_accuracy
+from clmerge.runs.stored_run import StoredRun
 from clmerge.merging import Merger
 from clmerge.results.results import SETTINGS
 
@@ -47,7 +47,7 @@ def _factorial(n: int, enough: int) -> int:
 
 
 def order_sweep(
-    run: StoredRun, mergers: Mapping[str, Merger], num_orders: int, ledger: Ledger, *, seed: int, memory: int
+    run: StoredRun, mergers: Mapping[str, Merger], num_orders: int, cache: RowCache, *, seed: int, memory: int
 ) -> dict[str, Any]:
     """Return the accuracies of the final merged models over several orders of the experts.
 
@@ -57,7 +57,7 @@ def order_sweep(
         run: The run.
         mergers: Mergers by name.
         num_orders: Number of orders, the run's own included.
-        ledger: Stores the rows.
+        cache: Stores the rows.
         seed: Seed of the orders.
         memory: Bytes of accumulators and weights that are held at a time.
 
@@ -70,12 +70,11 @@ def order_sweep(
     for number, order in enumerate(orders):
         chosen = {name: merger for name, merger in mergers.items() if not number or not merger.order_free}
         what = f"models, order {number + 1} of {len(orders)}"
-        table = sweep(run, chosen, ledger, order=order, last_only=True, memory=memory, what=what)
+        table = sweep(run, chosen, cache, order=order, last_only=True, memory=memory, what=what)
         for name, rows in table.items():
             found[name].append(dict(rows[num_tasks]))
     return {
         name: {
-            "run": run.name,
             "order_free": mergers[name].order_free,
             "permutations": orders[: len(rows)],
             **{setting: _spread([row[setting] for row in rows]) for setting in SETTINGS},

@@ -9,9 +9,10 @@ from lightning.pytorch import LightningModule
 from clmerge.deploy.naming import check_settings
 from clmerge.statistics.provided import PROVIDED
 from clmerge.deploy.running_merge import RunningMerge
-from clmerge.runs.comparison.grid import with_values
-from clmerge.runs.comparison.ledger import Ledger, Row, make_row
-from clmerge.runs.comparison.stored_run import Split, StoredRun
+from clmerge.search.grid import with_values
+from clmerge.runs.comparison.row_cache import RowCache, Row, make_row
+from clmerge.runs.stored_run import StoredRun
+from clmerge.evaluation.evaluate import Split
 from clmerge.merging import Merger, Statistics
 from clmerge.names import tell
 from clmerge.deploy.predictors import Predictor
@@ -62,9 +63,7 @@ class Refold:
         self.merge.fold(vector, self.run.module, task=task, given={"weights": self.run.base})
 
     def _statistics(self, module: LightningModule) -> Statistics:
-        task = self.order[-1]
-        needed = self.merge.required_statistics - PROVIDED
-        return self.run.measure(needed, task, self.run.bank.metadata(task).get("steps"))
+        return self.run.measure_again(self.merge.required_statistics - PROVIDED, self.order[-1])
 
 
 def check_mergers(run: StoredRun, mergers: Mapping[str, Merger]) -> None:
@@ -91,7 +90,7 @@ def check_mergers(run: StoredRun, mergers: Mapping[str, Merger]) -> None:
 def sweep(
     run: StoredRun,
     mergers: Mapping[str, Merger],
-    ledger: Ledger,
+    cache: RowCache,
     *,
     order: Sequence[int] | None = None,
     split: Split = "test",
@@ -102,12 +101,12 @@ def sweep(
     """Merge a run's tasks in an order with several mergers, and evaluate after every task.
 
     All mergers share one pass over the vectors and, after every task, one pass over the images, as far as ``memory``
-    allows; a row in the ledger is not computed again.
+    allows; a row in the cache is not computed again.
 
     Args:
         run: The run.
         mergers: Mergers by name.
-        ledger: Stores the rows.
+        cache: Stores the rows.
         order: Indices of tasks; default that of the run.
         split: Images to evaluate on.
         last_only: Evaluate only after the last task of the order.
@@ -120,24 +119,24 @@ def sweep(
     order = list(range(len(run.tasks))) if order is None else list(order)
     counts = [len(order)] if last_only else list(range(1, len(order) + 1))
     keys = {
-        (name, count): ledger.key(run.identity, _told(run, merger), split, order[:count])
+        (name, count): cache.key(run.identity, _told(run, merger), split, order[:count])
         for name, merger in mergers.items()
         for count in counts
     }
     for group in _groups(run, mergers, memory, len(order)):
-        last = max((c for name in group for c in counts if keys[name, c] not in ledger), default=0)
+        last = max((c for name in group for c in counts if keys[name, c] not in cache), default=0)
         refold = Refold(run, group)
         for count, task in enumerate(order[:last], start=1):
             refold.fold(task)
-            missing = [name for name in group if (name, count) in keys and keys[name, count] not in ledger]
+            missing = [name for name in group if (name, count) in keys and keys[name, count] not in cache]
             if not missing:
                 continue
             predictors, seconds = _merged(run, refold.merge, missing)
             label = f"{run.name}: task {count}/{len(order)}: {len(missing)} {what}, {split} images"
             with _line(label, silent=run.trainers.progress):
-                rows = run.evaluate(label, predictors, max(order[:count]), split)
-            ledger.add({keys[name, count]: make_row(rows[name], seconds[name]) for name in missing})
-    return {name: {count: ledger[keys[name, count]] for count in counts} for name in mergers}
+                rows = run.evaluate_again(label, predictors, max(order[:count]), split)
+            cache.add({keys[name, count]: make_row(rows[name], seconds[name]) for name in missing})
+    return {name: {count: cache[keys[name, count]] for count in counts} for name in mergers}
 
 
 def _told(run: StoredRun, merger: Merger) -> str:

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.text import Text
 
 from clmerge.names import shorten
-from clmerge.results.results import SETTINGS, Setting, is_reference, needs_task
+from clmerge.report.study import Entry, Spread, Study
+from clmerge.results.results import Setting
 from clmerge.results.table import align, percent, told_note
 
 _NAME_LENGTH = 80
@@ -16,111 +17,96 @@ _NOTES = {
     "A": "A1, A2, ...: average accuracy in % on the tasks so far, after each task",
     "worst": "worst: lowest accuracy on a task; gap: how far below the tasks' own experts; norm.: share of theirs",
     "kept": "kept: bytes beside theta_0 after the last task; merge: seconds of all merges",
+    "data": "data: images that were looked at beside the training of each task: val, current (its training images)",
 }
 
 
-def print_comparison(document: Mapping[str, Any], *, setting: Setting | None = None) -> None:
-    """Print the table of a document to stdout.
+def print_comparison(study: Study, *, setting: Setting | None = None) -> None:
+    """Print the table of a comparison to stdout.
 
     Args:
-        document: What ``build_document`` returned.
-        setting: Which reading of the logits; default the document's own.
+        study: The compared runs.
+        setting: Which reading of the logits; default the study's own.
     """
-    lines, styles = comparison_lines(document, setting or document["evaluation"])
+    lines, styles = comparison_lines(study, setting or study.evaluation)
     console = Console(soft_wrap=True, highlight=False)
     for line, style in zip(lines, styles, strict=True):
         console.print(Text(line, style=style if console.is_terminal else ""))
 
 
-def comparison_lines(document: Mapping[str, Any], setting: Setting) -> tuple[list[str], list[str]]:
+def comparison_lines(study: Study, setting: Setting) -> tuple[list[str], list[str]]:
     """Return the lines of the table, and the terminal style of each line.
 
     With several runs a line is the mean over the runs of a group, with their number and the standard deviation of the
     average accuracy.
 
     Args:
-        document: What ``build_document`` returned.
+        study: The compared runs.
         setting: Which reading of the logits.
     """
-    compared = document["compare"]
-    num_tasks = len(document["tasks"])
-    if compared["aggregates"]:
-        rows = [_aggregate_row(entry, document, setting) for entry in compared["aggregates"]]
-        names = [entry["model"] for entry in compared["aggregates"]]
-    else:
-        rows = [_row(model, document, setting) for model in document["models"]]
-        names = list(document["models"])
-    averages = [row.pop("average") for row in rows]
-    candidates = [i for i, name in enumerate(names) if not is_reference(name) and averages[i] is not None]
-    best = max(candidates, key=lambda i: averages[i], default=-1)
-    headings = [
-        "model",
-        *(f"A{t + 1}" for t in range(num_tasks)),
-        *[key for key in rows[0] if key not in ("model", "A")],
-    ]
-    cells = [
-        [shorten(row["model"], _NAME_LENGTH) + " *" * (i == best), *row.pop("A"), *list(row.values())[1:]]
-        for i, row in enumerate(rows)
-    ]
-    table = align([headings, *cells])
-    title = f"After task {num_tasks} of {num_tasks}, {setting.replace('_', '-')}"
+    num_tasks = study.num_finished
+    entries = study.entries
+    best = next(iter(study.ranking(setting)), None)
+    headings = ["model", *(f"A{t + 1}" for t in range(num_tasks)), "forget", "worst", "gap", "norm."]
+    table = align(
+        [
+            [*headings, "kept MB", "merge s", "data"],
+            *(_row(entry, study, setting, starred=entry is best) for entry in entries),
+        ]
+    )
     notes = list(_NOTES.values())
-    if best >= 0:
+    if best is not None:
         notes.append("* best merger by average accuracy after the last task")
-    told = [model for model, found in document["models"].items() if needs_task(*(found[s]["R"] for s in SETTINGS))]
-    if told:
+    if told := [entry.name for entry in study.mergers if entry.needs_task]:
         notes.append(told_note(told))
-    chosen = [_search_note(search) for search in compared["searches"]]
-    swept = compared["orders"]["models"] if compared["orders"] else {}
-    orders = [_order_note(name, part, setting) for name, part in swept.items()]
-    styles = ["bold", "", *("bold" if i == best else "dim" if is_reference(n) else "" for i, n in enumerate(names))]
-    lines = [title, *table, *chosen, *orders, *notes]
-    return lines, styles + [""] * (len(chosen) + len(orders)) + ["dim"] * len(notes)
+    several = len(study.runs) > 1
+    chosen = [
+        _search_note(search, f"{entry.name} of {run.results.name}" if several else entry.name)
+        for entry in study.mergers
+        for run in entry.runs
+        for search in run.results.searches
+        if search["model"] == entry.model
+    ]
+    orders = [
+        _order_note(f"{entry.name} of {run.results.name}" if several else entry.name, part, setting)
+        for entry in study.mergers
+        for run in entry.runs
+        if (part := (run.results.orders or {"models": {}})["models"].get(entry.model))
+    ]
+    styles = ["bold", "", *("bold" if entry is best else "" if entry.is_merger else "dim" for entry in entries)]
+    title = f"After task {num_tasks} of {len(study.tasks)}, {setting.replace('_', '-')}"
+    return [title, *table, *chosen, *orders, *notes], styles + [""] * (len(chosen) + len(orders)) + ["dim"] * len(notes)
 
 
-def _row(model: str, document: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
-    contract = document["models"][model][setting]
-    own = document["compare"]["figures"][model][setting]
-    averages = contract["average_accuracy"]
-    return {
-        "model": model,
-        "A": [_percent(value) for value in averages],
-        "average": averages[-1],
-        "forget": _percent(contract["forgetting"]),
-        "worst": _percent(own["worst_task"][-1]),
-        "gap": _percent(own["gap_to_experts"][-1]),
-        "norm.": _percent(own["normalised_accuracy"][-1]),
-        **_costs([model], document["compare"]),
-    }
+def _row(entry: Entry, study: Study, setting: Setting, *, starred: bool) -> list[str]:
+    num_runs = len(entry.runs)
+    averages = entry.series("average_accuracy", setting)
+    spread = f" +-{percent(averages[-1].std)}" if num_runs > 1 and not math.isnan(averages[-1].std) else ""
+    name = entry.name + (f" ({num_runs} runs)" if num_runs > 1 else "")
+    kept, seconds = entry.bytes_kept(), _total(entry.merge_seconds())
+    return [
+        shorten(name, _NAME_LENGTH) + " *" * starred,
+        *(percent(value.mean) for value in averages[:-1]),
+        percent(averages[-1].mean) + spread,
+        *(
+            percent(entry.figure(key, setting).mean)
+            for key in ("forgetting", "worst_task", "gap_to_experts", "normalised_accuracy")
+        ),
+        f"{kept[-1].mean / 1e6:.1f}" if kept and kept[-1].is_defined else "-",
+        "-" if math.isnan(seconds) else f"{seconds:.2f}",
+        entry.data if entry.is_merger else "-",
+    ]
 
 
-def _aggregate_row(entry: Mapping[str, Any], document: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
-    figures = entry[setting]
-    averages, spread = (figures["average_accuracy"][key] for key in ("mean", "std"))
-    several = spread[-1] is not None
-    return {
-        "model": " ".join(filter(None, (entry["model"], entry["group"], f"({entry['num_runs']} runs)" * several))),
-        "A": [*map(_percent, averages[:-1]), _percent(averages[-1]) + f" +-{_percent(spread[-1])}" * several],
-        "average": averages[-1],
-        "forget": _percent(figures["forgetting"]["mean"]),
-        "worst": _percent(figures["worst_task"]["mean"][-1]),
-        "gap": _percent(figures["gap_to_experts"]["mean"][-1]),
-        "norm.": _percent(figures["normalised_accuracy"]["mean"][-1]),
-        **_costs(entry["models"], document["compare"]),
-    }
+def _total(seconds: Sequence[Spread]) -> float:
+    """Return the sum over tasks, NaN where a task is unknown."""
+    return math.fsum(value.mean for value in seconds) if seconds else math.nan
 
 
-def _costs(models: Sequence[str], compared: Mapping[str, Any]) -> dict[str, str]:
-    kept = [compared["bytes_kept"][model][-1] for model in models]
-    seconds = [sum(compared["merge_seconds"][model]) for model in models if model in compared["merge_seconds"]]
-    merge = f"{sum(seconds) / len(seconds):.2f}" if seconds else "-"
-    return {"kept MB": f"{sum(kept) / len(kept) / 1e6:.1f}", "merge s": merge}
-
-
-def _search_note(search: Mapping[str, Any]) -> str:
+def _search_note(search: Mapping[str, Any], name: str) -> str:
     values = ", ".join(_chosen(name, value, search["parameters"][name]) for name, value in search["chosen"].items())
     score = percent(search["score"])
-    name = shorten(search["model"], _NAME_LENGTH)
+    name = shorten(name, _NAME_LENGTH)
     note = f"{name}: {values} chosen of {len(search['points'])} by {score} % on validation images"
     if search["rule"] is None:
         return note
@@ -140,7 +126,3 @@ def _order_note(model: str, part: Mapping[str, Any], setting: Setting) -> str:
     found = part[setting]
     spread = f"{percent(found['mean'])} +- {percent(found['std'])} %"
     return f"{name}: {spread} over {len(found['accuracy'])} orders of the experts"
-
-
-def _percent(value: float | None) -> str:
-    return percent(math.nan if value is None else value)

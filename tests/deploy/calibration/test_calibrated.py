@@ -1,8 +1,7 @@
-import json
-
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from support.records import record, without_times
 from support.tiny import tiny_clip
 from torch.nn import functional
 
@@ -71,8 +70,10 @@ def test_a_tuned_model_is_one_of_its_own_and_fits_the_buffer_better(clip, tmp_pa
         learner(clip, *steps, head=head(), tuning=tuning(), optimizer=optimizer, mergers=[WeightAverage(), MagMax()])
         for steps in ([], [SampleTuning(per_class=4, epochs=3)])
     )
-    expected = run(plain, tmp_path / "plain").to_dict()["models"]
-    found = run(tuned, tmp_path / "tuned").to_dict()
+    expected = without_times(run(plain, tmp_path / "plain").to_dict())["models"]
+    found = without_times(run(tuned, tmp_path / "tuned").to_dict())
+    assert found["models"]["magmax+tuned"]["data"] == "buffer(4 per class)"
+    assert found["models"]["magmax+tuned"]["kind"] == "calibrated"
     assert set(found["models"]) == {*expected, "weight_average+tuned", "magmax+tuned"}
     assert all(found["models"][name] == expected[name] for name in expected)  # nothing else has changed by a bit
     for key, value in plain.module.state_dict().items():
@@ -192,7 +193,7 @@ def test_a_resumed_run_has_the_same_calibrated_models(clip, tmp_path):
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         run(make(), tmp_path / "killed", [DieInTheLastTask()])
     make().fit(RunFolder.open(tmp_path / "killed"), trainer=build)
-    documents = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed")]
+    documents = [without_times(record(tmp_path / name)) for name in ("whole", "killed")]
     assert documents[0]["models"] == documents[1]["models"]
     assert documents[0]["bytes"] == documents[1]["bytes"]
     for path in (tmp_path / "whole" / "model").iterdir():

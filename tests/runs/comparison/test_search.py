@@ -3,10 +3,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from clmerge.runs.comparison import scale_rule, search
-from clmerge.runs.comparison.scale_rule import ScaleRule, fit_rule, scale_rules
-from clmerge.runs.comparison.search import Search, search_all
 from clmerge.merging import DELLA, TIES, MagMax, TaskArithmetic
+from clmerge.runs.comparison import searches
+from clmerge.runs.comparison.searches import plan_searches, scale_rules, search_all
+from clmerge.search.scale_rule import ScaleRule, fit_rule
+from clmerge.search.search import Search
 
 NUM_TASKS = 3
 
@@ -29,8 +30,7 @@ def passes(monkeypatch):
         loss = sum(abs(settings[name] - value) for name, value in best.items() if name in settings)
         return [1 - loss / 10] * NUM_TASKS
 
-    for module in (search, scale_rule):
-        monkeypatch.setattr(module, "sweep", sweep)
+    monkeypatch.setattr(searches, "sweep", sweep)
     return seen
 
 
@@ -44,25 +44,29 @@ RUN = SimpleNamespace(
 )
 
 
+def search_of(name, merger, grid):
+    return Search(name, merger, grid, check=lambda candidate: None)
+
+
 def test_grids_of_all_mergers_go_together_over_validation_images_only(passes):
     grid = {"scale": [0.1, 0.3, 0.5]}
-    searches = [Search(RUN, "magmax", MagMax(), grid), Search(RUN, "ties", TIES(), {**grid, "density": [0.1, 0.3]})]
-    search_all(searches, None, 0)
+    several = [search_of("magmax", MagMax(), grid), search_of("ties", TIES(), {**grid, "density": [0.1, 0.3]})]
+    search_all(RUN, several, None, 0)
     assert [split for split, _, _ in passes] == ["val"]
     assert len(passes[0][1]) == 3 + 6
-    assert searches[0].chosen == {"scale": 0.3}
-    assert searches[1].chosen == {"scale": 0.3, "density": 0.3}
-    assert searches[1].build().settings() == {**TIES().settings(), "scale": 0.3, "density": 0.3}
-    document = searches[1].to_dict("ties")
-    assert (document["method"], len(document["points"]), document["chosen"]) == ("grid", 6, searches[1].chosen)
+    assert several[0].chosen == {"scale": 0.3}
+    assert several[1].chosen == {"scale": 0.3, "density": 0.3}
+    assert several[1].build().settings() == {**TIES().settings(), "scale": 0.3, "density": 0.3}
+    document = several[1].to_dict("ties")
+    assert (document["method"], len(document["points"]), document["chosen"]) == ("grid", 6, several[1].chosen)
     assert document["score"] == pytest.approx(1 - abs(0.3 - 1 / 3) / 10)
 
 
 def test_more_than_two_parameters_are_searched_by_evolution_on_the_grid(passes):
     tenths = [round(0.1 * i, 1) for i in range(1, 10)]
     grid = {"scale": tenths, "drop_rate": tenths, "window": [0.02, 0.04, 0.06, 0.08]}
-    found = Search(RUN, "della", DELLA(), grid)
-    search_all([found], None, 0)
+    found = search_of("della", DELLA(), grid)
+    search_all(RUN, [found], None, 0)
     assert found.method == "differential_evolution"
     everything = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     tried = [values for values, _ in found.tried]
@@ -77,7 +81,7 @@ def test_more_than_two_parameters_are_searched_by_evolution_on_the_grid(passes):
 
 
 def test_the_first_of_equals_is_chosen_and_points_count_once():
-    found = Search(RUN, "magmax", MagMax(), {"scale": [1, 2]})
+    found = search_of("magmax", MagMax(), {"scale": [1, 2]})
     found.keep([{"scale": 1}, {"scale": 2}], [[0.5], [0.5]])
     found.keep([{"scale": 1}], [[0.5]])
     assert found.chosen == {"scale": 1}
@@ -86,21 +90,21 @@ def test_the_first_of_equals_is_chosen_and_points_count_once():
 
 def test_settings_that_a_merger_refuses_are_named_before_anything_is_tried():
     with pytest.raises(ValueError, match=r"'della' can have, got {'drop_rate': 0.1, 'window': 0.5}"):
-        Search(RUN, "della", DELLA(), {"drop_rate": [0.5, 0.1], "window": [0.5]})
+        search_of("della", DELLA(), {"drop_rate": [0.5, 0.1], "window": [0.5]})
 
 
 def test_a_run_without_validation_images_is_refused():
     run = SimpleNamespace(has_validation=False, folder=SimpleNamespace(path="runs/x"))
     with pytest.raises(ValueError, match="val_fraction above 0"):
-        Search(run, "magmax", MagMax(), {"scale": [1]})
+        plan_searches(run, {"magmax": MagMax()}, "1", [])
 
 
 def test_a_rule_uses_earlier_tasks_only(passes):
     """The best scale of the stand-in is 1/t, so the rule of two earlier tasks predicts the third."""
-    one = Search(RUN, "sum", TaskArithmetic(scale=0.9), {"scale": [0.25, 1 / 3, 0.5, 1.0]})
-    search_all([one], None, 0)
+    one = search_of("sum", TaskArithmetic(scale=0.9), {"scale": [0.25, 1 / 3, 0.5, 1.0]})
+    search_all(RUN, [one], None, 0)
     passes.clear()
-    rule, rows = scale_rules([one], None, 0)["sum"]
+    rule, rows = scale_rules(RUN, [one], None, 0)["sum"]
     assert rule.best == [1.0, 0.5, 1 / 3]
     assert rule.used == pytest.approx([0.9, 1.0, 1 / 3])
     assert len(rows) == NUM_TASKS
@@ -116,13 +120,15 @@ def test_a_rule_stays_within_what_was_tried():
 
 
 def test_a_rule_needs_positive_scales(passes):
-    one = Search(RUN, "sum", TaskArithmetic(), {"scale": [-1.0, 1.0]})
-    search_all([one], None, 0)
+    one = search_of("sum", TaskArithmetic(), {"scale": [-1.0, 1.0]})
+    search_all(RUN, [one], None, 0)
     with pytest.raises(ValueError, match="above 0"):
-        scale_rules([one], None, 0)
+        scale_rules(RUN, [one], None, 0)
 
 
 def test_a_point_that_does_not_fit_the_tasks_is_refused_before_anything_is_evaluated(passes):
     with pytest.raises(ValueError, match=r"merger 'task_arithmetic': expected one entry for each of the 3 tasks"):
-        Search(RUN, "task_arithmetic", TaskArithmetic(), {"weights": [[1.0, 1.0, 1.0], [1.0, 1.0]]})
+        plan_searches(
+            RUN, {"task_arithmetic": TaskArithmetic()}, None, ["TaskArithmetic.weights=[1.0,1.0,1.0],[1.0,1.0]"]
+        )
     assert not passes

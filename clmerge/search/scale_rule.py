@@ -6,11 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from clmerge.runs.comparison.grid import with_values
-from clmerge.runs.comparison.ledger import Ledger, Row
-from clmerge.runs.comparison.refold import sweep
-from clmerge.runs.comparison.search import Search, mean_accuracy
 from clmerge.merging import Merger
+from clmerge.search.grid import with_values
 
 
 def fit_rule(chosen: Sequence[float]) -> tuple[float, float]:
@@ -70,49 +67,3 @@ class ScaleRule:
         """Return the rule in the form of the document; ``a`` and ``b`` are fitted to all tasks."""
         a, b = fit_rule(self.best)
         return {"chosen": self.best, "used": self.used, "a": a, "b": b}
-
-
-def scale_rules(searches: Sequence[Search], ledger: Ledger, memory: int) -> dict[str, tuple[ScaleRule, list[Row]]]:
-    """Return a rule for every merger whose scale is searched, and its rows on the test images.
-
-    The other values that a search has chosen are used.
-
-    Args:
-        searches: Finished searches, of one run.
-        ledger: Stores the rows.
-        memory: Bytes of accumulators and weights that are held at a time.
-
-    Raises:
-        ValueError: If a scale is not positive.
-    """
-    scaled = [search for search in searches if "scale" in search.grid]
-    candidates = {
-        f"{search.name} {scale}": with_values(search.build(), {"scale": scale})
-        for search in scaled
-        for scale in search.grid["scale"]
-    }
-    if not candidates:
-        return {}
-    if wrong := [scale for search in scaled for scale in search.grid["scale"] if scale <= 0]:
-        raise ValueError(f"expected scales above 0 for a rule in t, got {wrong[0]}")
-    run = searches[0].run
-    table = sweep(run, candidates, ledger, split="val", memory=memory, what="models with one scale each")
-    counts = range(1, len(run.tasks) + 1)
-    rules = {}
-    for search in scaled:
-        scales = search.grid["scale"]
-        best = []
-        for t in counts:
-            scores = [mean_accuracy(table[f"{search.name} {scale}"][t][run.evaluation][:t]) for scale in scales]
-            best.append(float(scales[scores.index(max(scores))]))
-        merger = with_values(search.build(), {"scale": vars(search.merger)["scale"]})
-        rules[search.name] = ScaleRule(merger, scales, best)
-    rows: dict[str, list[Row]] = {name: [] for name in rules}
-    for t in counts:
-        at = {name: rule.at(t) for name, rule in rules.items()}
-        found = sweep(
-            run, at, ledger, order=range(t), last_only=True, memory=memory, what="models with the rule's scale"
-        )
-        for name in rules:
-            rows[name].append(found[name][t])
-    return {name: (rule, rows[name]) for name, rule in rules.items()}

@@ -2,15 +2,15 @@ import math
 
 import pytest
 
-from clmerge.runs.comparison.ledger import Ledger, make_row
+from clmerge.runs.comparison.row_cache import RowCache, make_row
 
 
 def test_rows_come_back_with_the_same_bits(tmp_path):
-    ledger = Ledger(tmp_path / "rows.json")
+    ledger = RowCache(tmp_path / "rows.json")
     row = make_row({"task_agnostic": [1 / 3, math.nan], "task_aware": [0.1 + 0.2, 1.0]}, 0.25)
     ledger.add({"a": row})
     ledger.add({"b": row})
-    again = Ledger(tmp_path / "rows.json")
+    again = RowCache(tmp_path / "rows.json")
     for key in ("a", "b"):
         assert again[key]["task_agnostic"][0] == 1 / 3
         assert math.isnan(again[key]["task_agnostic"][1])
@@ -19,22 +19,22 @@ def test_rows_come_back_with_the_same_bits(tmp_path):
 
 
 def test_keys_differ_in_everything_that_matters():
-    key = Ledger.key("run", "MagMax(scale=0.5)", "test", [0, 1])
-    assert key == Ledger.key("run", "MagMax(scale=0.5)", "test", [0, 1])
+    key = RowCache.key("run", "MagMax(scale=0.5)", "test", [0, 1])
+    assert key == RowCache.key("run", "MagMax(scale=0.5)", "test", [0, 1])
     others = [
-        Ledger.key("run2", "MagMax(scale=0.5)", "test", [0, 1]),
-        Ledger.key("run", "MagMax(scale=0.6)", "test", [0, 1]),
-        Ledger.key("run", "MagMax(scale=0.5)", "val", [0, 1]),
-        Ledger.key("run", "MagMax(scale=0.5)", "test", [1, 0]),
-        Ledger.key("run", "MagMax(scale=0.5)", "test", [0]),
+        RowCache.key("run2", "MagMax(scale=0.5)", "test", [0, 1]),
+        RowCache.key("run", "MagMax(scale=0.6)", "test", [0, 1]),
+        RowCache.key("run", "MagMax(scale=0.5)", "val", [0, 1]),
+        RowCache.key("run", "MagMax(scale=0.5)", "test", [1, 0]),
+        RowCache.key("run", "MagMax(scale=0.5)", "test", [0]),
     ]
     assert len({key, *others}) == 6
 
 
 def test_rows_of_another_version_are_computed_again(monkeypatch):
-    key = Ledger.key("run", "MagMax(scale=0.5)", "test", [0])
+    key = RowCache.key("run", "MagMax(scale=0.5)", "test", [0])
     monkeypatch.setattr("clmerge.__version__", "9.9")
-    assert Ledger.key("run", "MagMax(scale=0.5)", "test", [0]) != key
+    assert RowCache.key("run", "MagMax(scale=0.5)", "test", [0]) != key
 
 
 @pytest.mark.parametrize(
@@ -50,4 +50,4 @@ def test_rows_of_another_version_are_computed_again(monkeypatch):
 def test_a_damaged_file_is_named(tmp_path, text):
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(ValueError, match=r"rows\.json"):
-        Ledger(tmp_path / "rows.json")
+        RowCache(tmp_path / "rows.json")

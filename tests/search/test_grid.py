@@ -1,7 +1,7 @@
 import pytest
 
-from clmerge.runs.comparison.grid import grids, parse_values, points, with_values
 from clmerge.merging import DARE, OPCM, TALL, TIES, MagMax
+from clmerge.search.grid import grids, parse_values, points, with_values
 
 
 def test_ranges_hold_both_ends_without_rounding_errors():

@@ -29,10 +29,10 @@ def make_row(accuracies: Mapping[str, list[float]], merge_seconds: float = 0.0) 
     return {"task_agnostic": agnostic, "task_aware": aware, "merge_seconds": merge_seconds}
 
 
-class Ledger:
+class RowCache:
     """Rows by the key of their inputs, in one JSON file that is replaced atomically with every addition.
 
-    Its folder is made, and locked while the ledger exists: a second process would overwrite the rows of the first.
+    Its folder is made, and locked while the cache exists: a second process would overwrite the rows of the first.
 
     Args:
         file: The file; read if it exists.
@@ -47,10 +47,10 @@ class Ledger:
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     ledger = Ledger(Path(folder, "rows.json"))
-        ...     key = ledger.key("run", "MagMax(scale=0.5)", "test", [0, 1])
-        ...     ledger.add({key: {"task_agnostic": [1.0], "task_aware": [1.0], "merge_seconds": 0.5}})
-        ...     key in Ledger(Path(folder, "rows.json"))
+        ...     cache = RowCache(Path(folder, "rows.json"))
+        ...     key = cache.key("run", "MagMax(scale=0.5)", "test", [0, 1])
+        ...     cache.add({key: {"task_agnostic": [1.0], "task_aware": [1.0], "merge_seconds": 0.5}})
+        ...     key in RowCache(Path(folder, "rows.json"))
         True
     """
 

@@ -3,17 +3,16 @@
 import copy
 import hashlib
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clmerge.deploy.running_merge import RunningMerge
-from clmerge.evaluation.evaluate import Rows, accuracy_on, evaluate
+from clmerge.evaluation.evaluate import Rows, Split
 from clmerge.merging import Statistics, WeightAverage
 from clmerge.merging.checks import Shapes, num_entries
 from clmerge.training.module import ContinualClassifier
@@ -21,15 +20,12 @@ from clmerge.deploy.predictors import Predictor
 from clmerge.results.results import Results, Setting
 from clmerge.results.run_folder import RunFolder
 from clmerge.streams import Stream, StreamDataModule
-from clmerge.statistics.measure import measure, training_images
+from clmerge.runs.session import Session
 from clmerge.runs.trainers import TrainerFactory, Trainers
 from clmerge.weights import TaskVectorBank, load_tensors, save_tensors
 from clmerge.weights.parametrization import own_names, running_statistics
 
-Split: TypeAlias = Literal["val", "test"]
-
-
-class StoredRun:
+class StoredRun(Session):
     """Restore the models of a finished run: theta_0, every expert, every merged model.
 
     Args:
@@ -40,7 +36,7 @@ class StoredRun:
         trainer: Builds Trainers with the run's settings, for one process.
         config: Its configuration, as plain values.
         name: Name of the run in the results.
-        evaluation: Which reading of the logits is used by searches, scores and the table.
+        evaluation: Which reading of the logits is used by searches, scores and the table; default that of the run.
         progress: Whether to show progress bars.
 
     Attributes:
@@ -66,19 +62,24 @@ class StoredRun:
         trainer: TrainerFactory,
         config: Mapping[str, Any],
         name: str,
-        evaluation: Setting = "task_agnostic",
+        evaluation: Setting | None = None,
         progress: bool = False,
     ) -> None:
-        self.folder, self.stream, self.module, self.data, self.name = folder, stream, module, data, name
-        self.config = config
+        super().__init__(
+            stream,
+            module,
+            data,
+            seed=config["seed"],
+            evaluation=evaluation or config["learner"]["evaluation"],
+            statistics_images=config["learner"]["statistics_images"],
+        )
+        self.folder, self.config, self.name = folder, config, name
         self.scratch: Path | None = None
         self.trainers = Trainers(trainer, folder, [], progress=progress)
         if not folder.manifest.finished:
             raise ValueError(f"expected a finished run, got {folder.path}: `clmerge fit --resume {folder.path}` first")
         self.results = Results.from_dict(folder.manifest.results)
-        self.evaluation: Setting = evaluation
-        self.results.evaluation = evaluation
-        self.tasks = stream.tasks
+        self.results.evaluation = self.evaluation
         if [task.name for task in self.tasks] != self.results.tasks:
             raise ValueError(
                 f"expected the stream of {folder.path} ({self.results.tasks}), got other tasks: other data?"
@@ -106,11 +107,6 @@ class StoredRun:
     def num_parameters(self) -> int:
         """Number of entries of one task vector."""
         return num_entries(self.shapes)
-
-    @property
-    def has_validation(self) -> bool:
-        """Whether every task has validation images."""
-        return all(len(self.stream.dataset(task.index, "val")) for task in self.tasks)
 
     @cached_property
     def device(self) -> torch.device:
@@ -146,17 +142,17 @@ class StoredRun:
         """Return the weights of one task's expert, theta_0 + tau, by the module's names."""
         return self._reader.weights_with(self.bank[task], self.module)
 
-    def measure(self, needed: Set[str], task: int, num_steps: str | None) -> Statistics:
+    def measure_again(self, needed: Set[str], task: int) -> Statistics:
         """Measure statistics of a task on the module's current weights, exactly as ``fit`` does.
 
         Args:
             needed: Names of statistics.
             task: Index of the task.
-            num_steps: Optimizer steps of the task, if the bank knows them.
 
         Raises:
             ValueError: If steps are needed but unknown.
         """
+        num_steps = self.bank.metadata(task).get("steps")
         if "steps" in needed and num_steps is None:
             raise ValueError(
                 f"expected the optimizer steps of task {task} in {self.bank.path(task)}, got none: an older version "
@@ -166,28 +162,9 @@ class StoredRun:
             name: kept for name in needed if (kept := self._read_statistic(name, task)) is not None
         }
         if missing := needed - measured.keys():
-            measured |= measure(
-                missing,
-                self.module,
-                self.data,
-                task,
-                base=self.base,
-                num_steps=int(num_steps or 0),
-                num_images=self.config["learner"]["statistics_images"],
-                seed=self.config["seed"],
-            )
+            measured |= self.measure(missing, task, base=self.base, num_steps=int(num_steps or 0))
             self._write_statistics({name: measured[name] for name in missing}, task)
         return measured
-
-    def images(self, task: int) -> Iterator[Tensor]:
-        """Yield the images that statistics of a task are measured on, exactly as ``fit`` does."""
-        return training_images(
-            self.module,
-            self.data,
-            task,
-            num_images=self.config["learner"]["statistics_images"],
-            seed=self.config["seed"],
-        )
 
     def _statistic_file(self, name: str, task: int) -> Path | None:
         return None if self.scratch is None else self.scratch / f"{name}_{task:03d}.safetensors"
@@ -214,12 +191,7 @@ class StoredRun:
         self.data.cache_mb = image_memory
         self.data.keep_images(folder)
 
-    def score(self, tasks: Sequence[int]) -> float:
-        """Return the module's accuracy on the validation images of some tasks, as ``fit`` scores it."""
-        own = [task.classes for task in self.tasks] if self.evaluation == "task_aware" else None
-        return accuracy_on(self.module, self.data.eval_dataloader("val", tasks), own)
-
-    def evaluate(self, label: str, predictors: Mapping[str, Predictor], task: int, split: Split) -> Rows:
+    def evaluate_again(self, label: str, predictors: Mapping[str, Predictor], task: int, split: Split = "test") -> Rows:
         """Return the accuracies of several models on all tasks, exactly as ``fit`` does after a task.
 
         Args:
@@ -228,18 +200,7 @@ class StoredRun:
             task: The latest task that was merged; a head that grows has no accuracy on later ones.
             split: Which images.
         """
-        rows = evaluate(
-            self.trainers.for_evaluation(label),
-            self.module,
-            predictors,
-            self.data,
-            task_classes=[t.classes for t in self.tasks],
-            num_classes=len(self.stream.class_names),
-            split=split,
-        )
-        known = len(self.tasks) if self.module.head.open_vocabulary else task + 1
-        unknown = [math.nan] * (len(self.tasks) - known)
-        return {name: {s: row[:known] + unknown for s, row in settings.items()} for name, settings in rows.items()}
+        return self.evaluate(self.trainers.for_evaluation(label), predictors, task, split=split)
 
     def _check_bank(self) -> None:
         if not self.base:

@@ -1,0 +1,52 @@
+"""Describe a merger's model in the results of a run: how it answers, its rule, the images that it looks at."""
+
+from typing import Any, TypedDict
+
+from clmerge.merging import Merger
+from clmerge.results.contract import DATA_FREE, Kind
+
+_WITHOUT_IMAGES = frozenset({"adam", "weights", "samples", "steps"})  # statistics that need no image
+
+
+class Description(TypedDict):
+    """The arguments of ``Results.describe``."""
+
+    kind: Kind
+    rule: dict[str, Any]
+    data: str
+
+
+def describe_merger(merger: Merger, *, search: int | None = None, calibrated_on: str = "") -> Description:
+    """Return kind, rule and adaptation data of a merger's model.
+
+    Args:
+        merger: The merger with its settings.
+        search: Position among the run's searches of the one that chose settings on validation images, if one did.
+        calibrated_on: Images that the merged model is calibrated on, if it is.
+
+    Returns:
+        The arguments of ``Results.describe``. ``data`` is ``none``, or joins by ``+``: ``current`` (training images of
+        each task at its end, for statistics), ``val`` (validation images, for scores and searches) and those of the
+        calibration.
+
+    Example:
+        >>> from clmerge.merging import Fisher, TIES
+        >>> describe_merger(TIES())["data"], describe_merger(Fisher(), search=0)["data"]
+        ('none', 'current+val')
+    """
+    statistics = merger.requires - _WITHOUT_IMAGES
+    data = ["current"] * bool(statistics) + ["val"] * (merger.requires_score or search is not None)
+    if calibrated_on and calibrated_on not in data:
+        data.append(calibrated_on)
+    return {
+        "kind": "calibrated" if calibrated_on else "per_task" if merger.task_views else "merged",
+        "rule": {
+            "merger": type(merger).__name__,
+            "init_args": merger.settings(),
+            "requires": sorted({*merger.requires, *(["score"] if merger.requires_score else [])}),
+            "order_free": merger.order_free,
+            "exact_online": merger.exact_online,
+            "search": search,
+        },
+        "data": "+".join(data) or DATA_FREE,
+    }

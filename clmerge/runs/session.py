@@ -1,0 +1,135 @@
+"""A stream, a classifier and its data: how every command evaluates, scores and measures."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from clmerge.deploy.predictors import Predictor
+from clmerge.evaluation.evaluate import Rows, Split, accuracy_on, evaluate
+from clmerge.merging import Statistics
+from clmerge.models import Classifier
+from clmerge.results.results import Results, Setting
+from clmerge.statistics.measure import measure, training_images
+from clmerge.streams import Stream, StreamDataModule
+from clmerge.training.module import ContinualClassifier
+
+
+class Session:
+    """Evaluate, score and measure the models of one stream; ``fit`` and the commands on finished runs share it.
+
+    Args:
+        stream: The tasks.
+        module: The classifier.
+        data: Its data module.
+        seed: Seed of the run.
+        evaluation: Which reading of the logits is used by searches, scores and tables; default that of the stream.
+        statistics_images: Training images per task that statistics are measured on.
+
+    Attributes:
+        tasks: The tasks of the stream.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        module: ContinualClassifier,
+        data: StreamDataModule,
+        *,
+        seed: int = 0,
+        evaluation: Setting | None = None,
+        statistics_images: int = 256,
+    ) -> None:
+        self.stream, self.module, self.data = stream, module, data
+        self.tasks = stream.tasks  # reads the labels, so that missing data is an error before anything is written
+        self.seed = seed
+        self.evaluation: Setting = evaluation or stream.evaluation
+        self.statistics_images = statistics_images
+
+    @property
+    def task_classes(self) -> list[Sequence[int]]:
+        """Global class ids of every task."""
+        return [task.classes for task in self.tasks]
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether every task has validation images."""
+        return all(len(self.stream.dataset(task.index, "val")) for task in self.tasks)
+
+    def new_results(self, name: str) -> Results:
+        """Return results without models.
+
+        Args:
+            name: Name of the run.
+        """
+        return Results(
+            [task.name for task in self.tasks],
+            classes=[task.class_names for task in self.tasks],
+            samples=[len(self.stream.dataset(task.index, "test")) for task in self.tasks],
+            evaluation=self.evaluation,
+            name=name,
+            seed=self.seed,
+        )
+
+    def evaluate(
+        self,
+        trainer: Trainer,
+        predictors: Mapping[str, Predictor],
+        task: int,
+        *,
+        split: Split = "test",
+        module: Classifier | None = None,
+    ) -> Rows:
+        """Return the accuracies of several models on all tasks.
+
+        Args:
+            trainer: A Trainer without a MergeCallback.
+            predictors: Predictors by name.
+            task: The latest task that was learned; a head that grows has no accuracy on later ones.
+            split: Which images.
+            module: Another classifier of the same classes; default the session's own.
+        """
+        rows = evaluate(
+            trainer,
+            self.module if module is None else module,
+            predictors,
+            self.data,
+            task_classes=self.task_classes,
+            num_classes=len(self.stream.class_names),
+            split=split,
+        )
+        known = len(self.tasks) if self.module.head.open_vocabulary else task + 1
+        unknown = [math.nan] * (len(self.tasks) - known)
+        return {name: {s: row[:known] + unknown for s, row in settings.items()} for name, settings in rows.items()}
+
+    @torch.no_grad()
+    def score(self, tasks: Sequence[int]) -> float:
+        """Return the accuracy of the module's current weights on the validation images of some tasks."""
+        own = self.task_classes if self.evaluation == "task_aware" else None
+        return accuracy_on(self.module, self.data.eval_dataloader("val", tasks), own)
+
+    def images(self, task: int) -> Iterator[Tensor]:
+        """Yield the training images of a task that its statistics are measured on, in batches."""
+        return training_images(self.module, self.data, task, num_images=self.statistics_images, seed=self.seed)
+
+    def measure(self, needed: Set[str], task: int, *, base: Mapping[str, Tensor], num_steps: int) -> Statistics:
+        """Measure statistics of a task on the module's current weights.
+
+        Args:
+            needed: Names of statistics.
+            task: Index of the task.
+            base: theta_0 by parameter name.
+            num_steps: Optimizer steps of the task.
+        """
+        return measure(
+            needed,
+            self.module,
+            self.data,
+            task,
+            base=base,
+            num_steps=num_steps,
+            num_images=self.statistics_images,
+            seed=self.seed,
+        )
