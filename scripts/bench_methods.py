@@ -206,9 +206,15 @@ def run_all(jobs: list[tuple[str, str, int, float, Path]], workers: int) -> None
             print(f"{count}/{len(jobs)} {Path(folder).name}", file=sys.stderr, flush=True)
 
 
+def record(folder: Path) -> dict[str, Any]:
+    """Return the record of a run."""
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())["runs"][0]
+    return found
+
+
 def figures_of(folder: Path, model: str) -> dict[str, float]:
     """Read the figures of one model of one run."""
-    results = json.loads((folder / "results.json").read_text())
+    results = record(folder)
     agnostic, aware = (results["models"][model][kind] for kind in ("task_agnostic", "task_aware"))
     return {
         "average accuracy": 100 * agnostic["average_accuracy"][-1],
@@ -223,7 +229,7 @@ def figures_of(folder: Path, model: str) -> dict[str, float]:
 
 def oracle(folder: Path) -> dict[str, float]:
     """Return the figures of sending every image to the expert of its own task, from a run of independent experts."""
-    matrices = json.loads((folder / "results.json").read_text())["models"]["expert"]
+    matrices = record(folder)["models"]["expert"]
     agnostic, aware = (
         [matrices[kind]["R"][task][task] for task in range(len(matrices[kind]["R"]))]
         for kind in ("task_agnostic", "task_aware")
@@ -242,7 +248,7 @@ def kept_bytes(folder: Path, model: str) -> float:
     from clmerge.weights import TaskVectorBank
 
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    results = json.loads((folder / "results.json").read_text())
+    results = record(folder)
     kept = 0.0
     numbers = results["bytes"]
     if model not in ("expert", "zero_shot"):
@@ -273,7 +279,7 @@ def table(stream: str, ways: list[str], seeds: list[int], work: Path) -> str:
         for seed in seeds:
             rate = RATES[stream][WAYS[way].rate]
             folder = work / "runs" / f"{stream}-{re.sub('[^a-zA-Z]+', '_', way)}-{seed}-{rate:g}"
-            models = json.loads((folder / "results.json").read_text())["models"]
+            models = record(folder)["models"]
             if way == "full, base":
                 rows.setdefault("experts, told the task", []).append(oracle(folder))
             for model in models:

@@ -215,7 +215,7 @@ class Fuzzer:
                 if (self.originals[name] / file).is_file():
                     shutil.copyfile(self.originals[name] / file, folder / file)
         document = json.loads((folders["compare"] / "results.json").read_text(encoding="utf-8"))
-        for entry in document["compare"]["runs"]:
+        for entry in document["runs"]:
             entry["path"] = str(folders["run"])
         (folders["compare"] / "results.json").write_text(json.dumps(document), encoding="utf-8")
         return folders
@@ -250,7 +250,7 @@ class Fuzzer:
             if file is None:
                 file = folders["compare"] / "results.json"
             self.rewrite(
-                file, lambda document: mutated(document, self.rng, first="compare" if kind == "compare" else None)
+                file, lambda document: mutated(document, self.rng, first="runs" if kind != "manifest" else "results")
             )
 
     @staticmethod
@@ -260,8 +260,9 @@ class Fuzzer:
 
 def renamed(document: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     """Give hostile names to everything that has one, the same name to what had the same."""
-    names = set(document["tasks"]) | {name for row in document["classes"] for name in row}
-    names |= {model for model in document["models"] if model not in ("expert", "zero_shot")}
+    (run,) = document["runs"]
+    names = set(run["tasks"]) | {name for row in run["classes"] for name in row}
+    names |= {model for model in run["models"] if model not in ("expert", "zero_shot")}
     chosen = dict(zip(sorted(names), rng.sample(HOSTILE, len(HOSTILE)) * 9, strict=False))
 
     def walk(value: Any) -> Any:

@@ -5,8 +5,8 @@ from clmerge.evaluation.diagnostics.diagnose import diagnose
 from clmerge.evaluation.diagnostics.document import SCHEMA, document
 from clmerge.evaluation.diagnostics.models import diagnose_models
 from clmerge.evaluation.diagnostics.pairs import PairSums, pair_sums
-from clmerge.evaluation.diagnostics.spectra import effective_rank, principal_angles, spectrum, subspace_overlap
-from clmerge.evaluation.diagnostics.vectors import diagnose_vectors, layer_of
+from clmerge.evaluation.diagnostics.spectra import effective_rank, spectrum, subspace_overlap
+from clmerge.evaluation.diagnostics.vectors import diagnose_vectors
 
 __all__ = [
     "SCHEMA",
@@ -19,9 +19,7 @@ __all__ = [
     "disagreement",
     "document",
     "effective_rank",
-    "layer_of",
     "pair_sums",
-    "principal_angles",
     "representation_bias",
     "spectrum",
     "subspace_overlap",

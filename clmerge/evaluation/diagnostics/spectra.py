@@ -70,24 +70,6 @@ def effective_rank(values: Tensor) -> float:
     return float(torch.special.entr(shares).sum().exp())
 
 
-def principal_angles(left: Tensor, right: Tensor) -> Tensor:
-    """Return the principal angles between the column spaces of two orthonormal bases (Bjorck and Golub, 1973).
-
-    Args:
-        left: Orthonormal columns, ``(m, k)``.
-        right: Orthonormal columns, ``(m, l)``.
-
-    Returns:
-        ``min(k, l)`` angles in radians, ascending, float64.
-
-    Example:
-        >>> principal_angles(torch.eye(3)[:, :2], torch.eye(3)[:, 1:]).tolist()
-        [0.0, 1.5707963267948966]
-    """
-    cosines: Tensor = torch.linalg.svdvals(left.double().T @ right.double())
-    return cosines.clamp(max=1.0).acos()
-
-
 def subspace_overlap(left: Tensor, right: Tensor) -> float:
     """Return the mean squared cosine of the principal angles between two column spaces.
 

@@ -3,7 +3,7 @@
 from clmerge.models.tuning.adapters import Adapters, add_adapters
 from clmerge.models.tuning.ia3 import IA3, add_ia3
 from clmerge.models.tuning.linearized import Linearized
-from clmerge.models.tuning.linearized_lora import LinearizedLoRA, LowRankTangentModule
+from clmerge.models.tuning.linearized_lora import LinearizedLoRA
 from clmerge.models.tuning.lora import LoRA, add_lora
 from clmerge.models.tuning.scope import Frozen, Full, Partial
 from clmerge.models.tuning.tangent import TangentModule
@@ -17,7 +17,6 @@ __all__ = [
     "Linearized",
     "LinearizedLoRA",
     "LoRA",
-    "LowRankTangentModule",
     "Partial",
     "TangentModule",
     "Tuning",

@@ -3,7 +3,8 @@ import json
 import pytest
 import torch
 
-from clmerge.evaluation.diagnostics import diagnose_vectors, layer_of
+from clmerge.evaluation.diagnostics import diagnose_vectors
+from clmerge.evaluation.diagnostics.vectors import layer_of
 from clmerge.merging.matrices import Matrices
 from clmerge.weights import TaskVectorBank
 

@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from clmerge import ContinualClassifier, Learner
 from clmerge.merging import MagMax, TaskArithmetic
-from clmerge.models import LinearizedLoRA, LowRankTangentModule, OpenClip, TangentModule, Timm, add_lora
+from clmerge.models import LinearizedLoRA, OpenClip, TangentModule, Timm, add_lora
+from clmerge.models.tuning.linearized_lora import LowRankTangentModule
 from clmerge.results.run_folder import RunFolder
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
 from clmerge.weights import TaskVectorBank, load_tensors

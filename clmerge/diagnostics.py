@@ -1,0 +1,3 @@
+"""The former place of ``clmerge.evaluation.diagnostics``, which imports in people's own code may name."""
+
+from clmerge.evaluation.diagnostics import *  # noqa: F403
