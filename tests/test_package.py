@@ -1,3 +1,4 @@
+import importlib
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -52,3 +53,18 @@ def test_no_module_imports_what_imports_it():
         TopologicalSorter(imports).prepare()
     except CycleError as error:
         pytest.fail(f"expected no circle of imports, got {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("metrics", "results.metrics"),
+        ("diagnostics", "evaluation.diagnostics"),
+        ("calibration", "deploy.calibration"),
+        ("regularizers", "training.regularizers"),
+    ],
+)
+def test_documented_names_are_also_where_they_were(old, new):
+    was, now = (importlib.import_module(f"clmerge.{name}") for name in (old, new))
+    assert now.__all__
+    assert all(getattr(was, name) is getattr(now, name) for name in now.__all__)
