@@ -86,7 +86,7 @@ def _plots(results: Results, folder: Path) -> dict[Path, Callable[[], Figure]]:
     moving = [model for model in results.models if model != ZERO_SHOT]
     plots: dict[Path, Callable[[], Figure]] = {}
     for model in moving:
-        own: Setting = "task_aware" if results.needs_task(model) else results.evaluation
+        own: Setting = "task_aware" if results.model(model).needs_task else results.evaluation
         plots[folder / f"matrix_{file_name(model)}.png"] = partial(plot_matrix, results, model, setting=own)
     for setting in SETTINGS:
         target = folder if setting == results.evaluation else folder / setting
