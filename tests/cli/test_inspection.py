@@ -5,6 +5,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.records import record
 from support.run_folders import write_run
 
 from clmerge.cli import main
@@ -93,7 +94,7 @@ def test_a_bank_and_one_vector_of_it(tmp_path, capsys):
 def test_a_run(tmp_path, capsys):
     run = tmp_path / "run"
     write_run(run, finished=2)
-    results = json.loads((run / "results.json").read_text())
+    results = record(run)
     config = "name: own\nseed: 3\nmodel: {backbone: {class_path: clmerge.models.OpenClip, init_args: {name: nano}}}\n"
     manifest = Manifest(2, 2, "state/task_001", results=results, config=config)
     (run / "manifest.json").write_text(json.dumps(asdict(manifest)))
