@@ -18,6 +18,7 @@ COMMANDS = {
     "merge": "merge checkpoints of any size into one safetensors file",
     "inspect": "show what is in a checkpoint, an adapter, a bank, a merged file or a run",
     "list": "show what there is to choose from: mergers, sources, backbones, methods ...",
+    "completion": "print the script with which bash or zsh completes words",
     "report": "show on one page which merger is best and why",
 }
 

@@ -245,5 +245,5 @@ def _duration(seconds: float) -> str:
         ('5 seconds', '5 minutes', '2.5 hours')
     """
     if seconds < 90:
-        return f"{max(1, round(seconds))} seconds"
+        return "1 second" if seconds < 1.5 else f"{round(seconds)} seconds"
     return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

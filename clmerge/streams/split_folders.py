@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ def split_folders(root: Path, *, train: str | None, test: str | None, val: str |
     if not root.is_dir():
         raise RuntimeError(
             f"expected a folder tree at {root.absolute()} (train/CLASS/* and test/CLASS/*, or CLASS/*), "
-            "found no such folder"
+            f"found no such folder{_nearest(root)}"
         )
     asked: dict[Role, str | None] = {"train": train, "test": test, "val": val}
     given = {role: _folder(root, role, name) for role, name in asked.items() if name is not None}
@@ -78,6 +79,13 @@ def split_folders(root: Path, *, train: str | None, test: str | None, val: str |
             f"{_names(root)}: name it with {absent}_folder{again}; {_all_are_classes()}"
         )
     return _without_splits(root)
+
+
+def _nearest(root: Path) -> str:
+    """Return the folder beside a missing one that is named most like it, as the end of a message."""
+    names = [folder.name for folder in subfolders(root.parent)] if root.parent.is_dir() else []
+    near = difflib.get_close_matches(root.name, names, n=1)
+    return f"; the nearest there is {root.parent / near[0]}" if near else ""
 
 
 def _folder(root: Path, role: str, name: str) -> Path:

@@ -105,7 +105,7 @@ def test_another_thread_keeps_the_handlers():
 
 
 ARGUMENT = {"fit": "--seed=1", "merge": "--threads=1"}  # the others take names of runs
-IMPORTED = {"inspect": "torch", "list": "argparse"}
+IMPORTED = {"completion": "argparse", "inspect": "torch", "list": "argparse"}
 AT_IMPORT = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored

@@ -101,7 +101,10 @@ def test_only_images_are_taken(tmp_path):
 
 
 def test_missing_or_empty_tree(tmp_path):
-    with pytest.raises(RuntimeError, match=r"folder tree at .*nowhere .*found no such folder"):
+    (tmp_path / "somewhere").mkdir()
+    with pytest.raises(
+        RuntimeError, match=r"folder tree at .*nowhere .*found no such folder; the nearest .*/somewhere$"
+    ):
         ImageFolderSource(tmp_path / "nowhere").train()
     with pytest.raises(RuntimeError, match="one folder per class"):
         ImageFolderSource(tmp_path).train()
