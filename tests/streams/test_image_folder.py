@@ -106,6 +106,7 @@ def test_missing_or_empty_tree(tmp_path):
         RuntimeError, match=r"folder tree at .*nowhere .*found no such folder; the nearest .*/somewhere$"
     ):
         ImageFolderSource(tmp_path / "nowhere").train()
+    (tmp_path / "somewhere").rmdir()
     with pytest.raises(RuntimeError, match="one folder per class"):
         ImageFolderSource(tmp_path).train()
     (tmp_path / "a").mkdir()
