@@ -53,6 +53,10 @@ def build_parser() -> "CommandParser":
     rule_help = "Also let the scale after task t follow from the best scales after the tasks before (needs --scale)."
     orders_help = "Merge the experts in this many orders (0: the run's own only)."
     joint_help = "A run that was trained on all classes together, for a reference row."
+    without_help = (
+        "Leave these tasks out, by name or by index: every merger is what it had been without them. Their accuracy is "
+        "the probe 'forgotten' of results.json."
+    )
     evaluation_help = (
         "What searches, scores and the table go by: task_agnostic accuracy, or task_aware (default: what the run does)."
     )
@@ -66,6 +70,7 @@ def build_parser() -> "CommandParser":
     parser.add_argument("--scale-rule", action="store_true", help=rule_help)
     parser.add_argument("--orders", type=int, default=0, help=orders_help)
     parser.add_argument("--orders-seed", type=int, default=0, help="Seed of the other orders.")
+    parser.add_argument("--without", type=str, nargs="+", default=[], metavar="TASK", help=without_help)
     parser.add_argument("--evaluation", type=Evaluation | None, default=None, help=evaluation_help)
     parser.add_argument("--joint", type=str | None, default=None, help=joint_help)
     parser.add_argument("--diagnose", action="store_true", help=diagnose_help)
@@ -129,6 +134,7 @@ def _compare(config: Any, mergers: Any) -> int:
             scale=config.scale,
             grid=config.grid,
             scale_rule=config.scale_rule,
+            without=config.without,
             orders=config.orders,
             orders_seed=config.orders_seed,
             memory=int(config.memory * 2**30),

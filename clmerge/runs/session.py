@@ -58,16 +58,18 @@ class Session:
         """Whether every task has validation images."""
         return all(len(self.stream.dataset(task.index, "val")) for task in self.tasks)
 
-    def new_results(self, name: str) -> Results:
+    def new_results(self, name: str, kept: Sequence[int] | None = None) -> Results:
         """Return results without models.
 
         Args:
             name: Name of the run.
+            kept: Indices of the tasks that count; default all.
         """
+        tasks = self.tasks if kept is None else [self.tasks[task] for task in kept]
         return Results(
-            [task.name for task in self.tasks],
-            classes=[task.class_names for task in self.tasks],
-            samples=[len(self.stream.dataset(task.index, "test")) for task in self.tasks],
+            [task.name for task in tasks],
+            classes=[task.class_names for task in tasks],
+            samples=[len(self.stream.dataset(task.index, "test")) for task in tasks],
             evaluation=self.evaluation,
             name=name,
             seed=self.seed,

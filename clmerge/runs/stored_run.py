@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clmerge.checkpoints.merge import remaining_tasks
 from clmerge.deploy.running_merge import RunningMerge
 from clmerge.evaluation.evaluate import Rows, Split
 from clmerge.merging import Statistics, WeightAverage
@@ -44,6 +45,7 @@ class StoredRun(Session):
         base_statistics: Running statistics of the model before the first task.
         bank: The task vectors.
         trainers: Builds Trainers.
+        kept: Indices of the tasks that are merged and counted; all of them unless some are left out.
         scratch: Folder that caches computed files, if there is one.
         results: Results of ``fit``.
         identity: A hash that identifies this run.
@@ -80,6 +82,7 @@ class StoredRun(Session):
             raise ValueError(f"expected a finished run, got {folder.path}: `clmerge fit --resume {folder.path}` first")
         self.results = Results.from_dict(folder.manifest.results)
         self.results.evaluation = self.evaluation
+        self.kept = list(range(len(self.tasks)))
         if [task.name for task in self.tasks] != self.results.tasks:
             raise ValueError(
                 f"expected the stream of {folder.path} ({self.results.tasks}), got other tasks: other data?"
@@ -112,6 +115,21 @@ class StoredRun(Session):
     def device(self) -> torch.device:
         """Device on which the run's Trainers put the module."""
         return self.trainers.for_evaluation("").strategy.root_device
+
+    def leave_out(self, without: Sequence[str]) -> None:
+        """Merge and count the other tasks only.
+
+        Args:
+            without: Tasks, by name or index.
+
+        Raises:
+            ValueError: If there is no such task, or no task is left.
+        """
+        self.kept = remaining_tasks([task.name for task in self.tasks], without)
+
+    def counted(self, row: Sequence[float]) -> list[float]:
+        """Return the accuracies on the tasks that are kept, of a row with one for every task."""
+        return [row[task] for task in self.kept]
 
     def enter(self, task: int) -> None:
         """Load the head and the running statistics of the run after a task into the module.

@@ -11,6 +11,10 @@ from support.tiny import tiny_clip
 from wandb_reader import find_runs
 
 from clmerge.cli import main
+from clmerge.cli.compare import open_run
+from clmerge.deploy.predictors import Merged
+from clmerge.deploy.running_merge import RunningMerge
+from clmerge.merging import WeightAverage
 from clmerge.report import read_study
 from clmerge.report.diagnostics import diagnostic_figures
 from clmerge.report.figures import common_figures
@@ -230,6 +234,42 @@ def test_runs_are_told_apart_and_aggregated(run, tmp_path, capsys):
     assert [e.name for e in study.mergers] == ["magmax (start_policy=previous)", "magmax (start_policy=base)"]
     shown = study.mergers[0].figure("average_accuracy", "task_agnostic")
     assert (shown.mean, shown.std) == (pytest.approx((a + b) / 2), pytest.approx(abs(a - b) / 2**0.5))
+
+
+def test_a_task_that_is_left_out_is_as_if_it_never_came(run, capsys):
+    names = [task["name"] for task in record_of_stream(run)]
+    arguments = [run, "--mergers", "WeightAverage", "MagMax", "--scale", "0.5,1.0"]
+    compare(*arguments, "--out", run / "all")
+    capsys.readouterr()
+    compare(*arguments, "--without", names[1], "--orders", "2", "--scale-rule", "--out", run / "less")
+    found, whole = document(run / "less"), document(run / "all")
+    assert found["tasks"] == [names[0], names[2]]
+    R, expert = (found["models"][model]["task_agnostic"]["R"] for model in ("magmax", "expert"))
+    assert [len(row) for row in R] == [2, 2]
+    before = whole["models"]["expert"]["task_agnostic"]["R"]
+    assert expert == [[before[0][0], before[0][2]], [before[2][0], before[2][2]]]
+    assert found["models"]["ensemble"]["bytes_kept"][1] < whole["models"]["ensemble"]["bytes_kept"][2]
+    assert found["orders"]["models"]["magmax"]["permutations"] == [[0, 2]]
+
+    stored, _ = open_run(str(run), name="x")
+    bank = stored.bank
+    mean = {name: (bank[0][name] + bank[2][name]) / 2 for name in bank[0]}
+    stored.enter(2)
+    merged = Merged(RunningMerge(WeightAverage(), base=stored.base).weights_with(mean, stored.module))
+    row = stored.evaluate_again("", {"mean": merged}, 2)["mean"]["task_agnostic"]
+    assert f"magmax: on tasks that were left out {names[1]} " in capsys.readouterr().out
+    compare(run, "--mergers", "WeightAverage", "--without", "1", "--out", run / "mean")
+    average = document(run / "mean")["models"]["weight_average"]
+    assert average["task_agnostic"]["R"][-1] == [row[0], row[2]]
+    assert average["probes"]["forgotten"]["values"] == {names[1]: row[1]}
+    assert main(["compare", str(run), "--without", "9"]) == 1
+    assert "expected one task '9' to leave out, got 0 of the tasks 0 (" in capsys.readouterr().err
+    assert main(["compare", str(run), "--without", "0", "--diagnose"]) == 1
+    assert "or --without, got both" in capsys.readouterr().err
+
+
+def record_of_stream(run):
+    return json.loads((run / "manifest.json").read_text())["stream"]["tasks"]
 
 
 def test_a_joint_run_is_a_reference(run, tmp_path):

@@ -1,13 +1,13 @@
 """Compare mergers on one finished run: search settings, merge, evaluate, add references."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from clmerge.deploy.describe import describe_merger
 from clmerge.deploy.naming import check_names
 from clmerge.merging import Merger
 from clmerge.names import tell
-from clmerge.results.results import SETTINGS, Results
+from clmerge.results.results import SETTINGS, Results, Setting
 from clmerge.runs.comparison.diagnose import diagnose_run
 from clmerge.runs.comparison.orders import order_sweep
 from clmerge.runs.comparison.references import add_references, check_joint
@@ -18,6 +18,7 @@ from clmerge.runs.stored_run import StoredRun
 from clmerge.search.search import Search
 
 RULE = "scale-rule"
+FORGOTTEN = "forgotten"  # probe: accuracy on tasks that were left out
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Request:
         scale: Values of ``scale`` to choose from, for every merger that has one.
         grid: Values of other parameters, ``NAME.PARAMETER=VALUES``.
         scale_rule: Whether to also try a rule for the scale as a function of t.
+        without: Tasks to leave out, by name or index.
         orders: Number of orders of the experts to merge in; 0 for the run's own only.
         orders_seed: Seed of the other orders.
         memory: Bytes of accumulators and merged weights that are held at a time.
@@ -39,6 +41,7 @@ class Request:
     scale: str | None = None
     grid: list[str] = field(default_factory=list)
     scale_rule: bool = False
+    without: Sequence[str] = ()
     orders: int = 0
     orders_seed: int = 0
     memory: int = 2**32
@@ -58,6 +61,9 @@ def check_request(run: StoredRun, request: Request, joint: StoredRun | None = No
     """
     mergers = dict(request.mergers)
     check_names(mergers)
+    run.leave_out(request.without)
+    if request.without and request.diagnose:
+        raise ValueError("expected --diagnose, which describes all task vectors of a run, or --without, got both")
     check_mergers(run, mergers)
     if joint is not None:
         check_joint(run, joint)
@@ -102,7 +108,7 @@ def compare_run(run: StoredRun, request: Request, cache: RowCache, joint: Stored
     """
     mergers = dict(request.mergers)
     searches = check_request(run, request, joint)
-    results = run.new_results(run.name)
+    results = run.new_results(run.name, run.kept)
     results.path = str(run.folder.path)
     search_all(run, list(searches.values()), cache, request.memory)
     for name, search in searches.items():
@@ -134,6 +140,11 @@ def _add(results: Results, run: StoredRun, name: str, merger: Merger, rows: list
     results.describe(name, **describe_merger(merger, search=search))
     for task, row in enumerate(rows):
         size = merger.state_size(run.shapes, task + 1)
-        results.add_row(
-            name, *(row[setting] for setting in SETTINGS), bytes_kept=size, merge_seconds=row["merge_seconds"]
-        )
+        accuracies = (run.counted(row[setting]) for setting in SETTINGS)
+        results.add_row(name, *accuracies, bytes_kept=size, merge_seconds=row["merge_seconds"])
+    if forgotten := [task for task in range(len(run.tasks)) if task not in run.kept]:
+        reading: Setting = "task_aware" if merger.task_views else run.evaluation
+        results.model(name).probes[FORGOTTEN] = {
+            "values": {run.tasks[task].name: rows[-1][reading][task] for task in forgotten},
+            "n": {run.tasks[task].name: len(run.stream.dataset(task, "test")) for task in forgotten},
+        }

@@ -64,8 +64,8 @@ def order_sweep(
     Returns:
         Merger -> its part of the document.
     """
-    num_tasks = len(run.tasks)
-    orders = permutations(num_tasks, num_orders, seed)
+    num_tasks = len(run.kept)
+    orders = [[run.kept[i] for i in order] for order in permutations(num_tasks, num_orders, seed)]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in mergers}
     for number, order in enumerate(orders):
         chosen = {name: merger for name, merger in mergers.items() if not number or not merger.order_free}
@@ -77,7 +77,7 @@ def order_sweep(
         name: {
             "order_free": mergers[name].order_free,
             "permutations": orders[: len(rows)],
-            **{setting: _spread([row[setting] for row in rows]) for setting in SETTINGS},
+            **{setting: _spread([run.counted(row[setting]) for row in rows]) for setting in SETTINGS},
         }
         for name, rows in found.items()
     }

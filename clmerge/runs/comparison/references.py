@@ -3,6 +3,8 @@
 import itertools
 import math
 
+import numpy as np
+
 from clmerge.deploy.predictors import Ensemble, Merged
 from clmerge.results.results import ENSEMBLE, EXPERT, JOINT, SETTINGS, TASK_ORACLE, ZERO_SHOT, Results
 from clmerge.runs.comparison.row_cache import Row, RowCache, make_row
@@ -24,26 +26,26 @@ def add_references(results: Results, run: StoredRun, cache: RowCache, joint: Sto
     Raises:
         ValueError: If the joint run has other classes or another model.
     """
-    num_tasks = len(run.tasks)
+    tasks = run.kept
     weights = 4 * run.num_parameters
-    grows = list(itertools.accumulate(run.bank.path(task).stat().st_size for task in range(num_tasks)))
-    expert = {setting: run.results.matrix(EXPERT, setting) for setting in SETTINGS}
-    for task in range(num_tasks):
-        results.add_row(EXPERT, *(expert[setting][task] for setting in SETTINGS), bytes_kept=weights)
-    if ZERO_SHOT in run.results.models:
-        results.set_zero_shot(*(run.results.matrix(ZERO_SHOT, setting)[0] for setting in SETTINGS))
-    own = expert["task_aware"].diagonal().tolist()
+    grows = list(itertools.accumulate(run.bank.path(task).stat().st_size for task in tasks))
+    expert = {setting: run.results.matrix(EXPERT, setting)[np.ix_(tasks, tasks)] for setting in SETTINGS}
     results.describe(TASK_ORACLE, kind="per_task")
-    for task in range(num_tasks):
-        known = own[: task + 1] + [math.nan] * (num_tasks - task - 1)
-        results.add_row(TASK_ORACLE, [math.nan] * num_tasks, known, bytes_kept=grows[task])
     results.describe(ENSEMBLE, kind="ensemble")
-    for task, row in enumerate(ensemble(run, cache)):
-        results.add_row(ENSEMBLE, row["task_agnostic"], row["task_aware"], bytes_kept=grows[task])
+    own = expert["task_aware"].diagonal().tolist()
+    unknown = [math.nan] * len(tasks)
+    for t in range(len(tasks)):
+        results.add_row(EXPERT, *(expert[setting][t] for setting in SETTINGS), bytes_kept=weights)
+    for t in range(len(tasks)):
+        results.add_row(TASK_ORACLE, unknown, own[: t + 1] + unknown[t + 1 :], bytes_kept=grows[t])
+    for t, row in enumerate(ensemble(run, cache)):
+        results.add_row(ENSEMBLE, *(run.counted(row[setting]) for setting in SETTINGS), bytes_kept=grows[t])
+    if ZERO_SHOT in run.results.models:
+        results.set_zero_shot(*(run.results.matrix(ZERO_SHOT, setting)[0][tasks] for setting in SETTINGS))
     if joint is not None:
         row = joint_row(run, joint, cache)
-        for _ in range(num_tasks):
-            results.add_row(JOINT, row["task_agnostic"], row["task_aware"], bytes_kept=weights)
+        for _ in tasks:
+            results.add_row(JOINT, *(run.counted(row[setting]) for setting in SETTINGS), bytes_kept=weights)
 
 
 def ensemble(run: StoredRun, cache: RowCache) -> list[Row]:
@@ -55,13 +57,13 @@ def ensemble(run: StoredRun, cache: RowCache) -> list[Row]:
         run: The run.
         cache: Keeps the rows.
     """
-    tasks = list(range(len(run.tasks)))
-    keys = [cache.key(run.identity, ENSEMBLE, "test", tasks[: task + 1]) for task in tasks]
+    tasks = run.kept
+    keys = [cache.key(run.identity, ENSEMBLE, "test", tasks[: t + 1]) for t in range(len(tasks))]
     if not all(key in cache for key in keys):
         predictor = Ensemble()
         rows = {}
-        for task, key in enumerate(keys):
-            label = f"{run.name}: task {task + 1}/{len(tasks)}: ensemble of experts, test images"
+        for t, (task, key) in enumerate(zip(tasks, keys, strict=True), start=1):
+            label = f"{run.name}: task {t}/{len(tasks)}: ensemble of experts, test images"
             run.enter(task)
             predictor.add(run.expert(task))
             rows[key] = make_row(run.evaluate_again(label, {ENSEMBLE: predictor}, task)[ENSEMBLE])

@@ -107,7 +107,7 @@ def sweep(
         run: The run.
         mergers: Mergers by name.
         cache: Stores the rows.
-        order: Indices of tasks; default that of the run.
+        order: Indices of tasks; default the kept tasks in the order of the run.
         split: Images to evaluate on.
         last_only: Evaluate only after the last task of the order.
         what: Name of the models in the progress display.
@@ -116,7 +116,7 @@ def sweep(
     Returns:
         Model -> number of merged tasks -> row.
     """
-    order = list(range(len(run.tasks))) if order is None else list(order)
+    order = run.kept if order is None else list(order)
     counts = [len(order)] if last_only else list(range(1, len(order) + 1))
     keys = {
         (name, count): cache.key(run.identity, _told(run, merger), split, order[:count])

@@ -73,9 +73,9 @@ def _try(run: StoredRun, candidates: Mapping[Search, Sequence[Values]], cache: R
     what = f"settings of {', '.join(search.name for search in candidates)}"
     table = sweep(run, mergers, cache, split="val", last_only=True, memory=memory, what=what)
     for search, several in candidates.items():
-        rows = [table[f"{search.name} {i}"][len(run.tasks)] for i in range(len(several))]
+        rows = [table[f"{search.name} {i}"][len(run.kept)] for i in range(len(several))]
         setting = "task_aware" if search.merger.task_views else run.evaluation
-        search.keep(several, [row[setting] for row in rows])
+        search.keep(several, [run.counted(row[setting]) for row in rows])
 
 
 def scale_rules(
@@ -105,22 +105,22 @@ def scale_rules(
     if wrong := [scale for search in scaled for scale in search.grid["scale"] if scale <= 0]:
         raise ValueError(f"expected scales above 0 for a rule in t, got {wrong[0]}")
     table = sweep(run, candidates, cache, split="val", memory=memory, what="models with one scale each")
-    counts = range(1, len(run.tasks) + 1)
+    counts = range(1, len(run.kept) + 1)
     rules = {}
     for search in scaled:
         scales = search.grid["scale"]
         best = []
         for t in counts:
-            scores = [mean_accuracy(table[f"{search.name} {scale}"][t][run.evaluation][:t]) for scale in scales]
+            rows_of = [table[f"{search.name} {scale}"][t][run.evaluation] for scale in scales]
+            scores = [mean_accuracy(run.counted(row)[:t]) for row in rows_of]
             best.append(float(scales[scores.index(max(scores))]))
         merger = with_values(search.build(), {"scale": vars(search.merger)["scale"]})
         rules[search.name] = ScaleRule(merger, scales, best)
     rows: dict[str, list[Row]] = {name: [] for name in rules}
     for t in counts:
         at = {name: rule.at(t) for name, rule in rules.items()}
-        found = sweep(
-            run, at, cache, order=range(t), last_only=True, memory=memory, what="models with the rule's scale"
-        )
+        what = "models with the rule's scale"
+        found = sweep(run, at, cache, order=run.kept[:t], last_only=True, memory=memory, what=what)
         for name in rules:
             rows[name].append(found[name][t])
     return {name: (rule, rows[name]) for name, rule in rules.items()}

@@ -1,15 +1,17 @@
 """The table of a comparison, for terminals and for log files."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from clmerge.names import shorten
+from clmerge.report.runs import number
 from clmerge.report.study import Entry, Spread, Study
 from clmerge.results.results import Setting
+from clmerge.runs.comparison.compare import FORGOTTEN
 from clmerge.results.table import align, percent, told_note
 
 _NAME_LENGTH = 80
@@ -55,6 +57,7 @@ def comparison_lines(study: Study, setting: Setting) -> tuple[list[str], list[st
         ]
     )
     notes = list(_NOTES.values())
+    notes += [line for entry in study.mergers for line in _forgotten(entry)]
     if best is not None:
         notes.append("* best merger by average accuracy after the last task")
     if told := [entry.name for entry in study.mergers if entry.needs_task]:
@@ -96,6 +99,14 @@ def _row(entry: Entry, study: Study, setting: Setting, *, starred: bool) -> list
         "-" if math.isnan(seconds) else f"{seconds:.2f}",
         entry.data if entry.is_merger else "-",
     ]
+
+
+def _forgotten(entry: Entry) -> Iterator[str]:
+    """Describe the accuracy on the tasks that were left out."""
+    for run in entry.runs:
+        if probe := run.results.model(entry.model).probes.get(FORGOTTEN):
+            values = ", ".join(f"{task} {percent(number(value))} %" for task, value in probe["values"].items())
+            yield f"{entry.name}: on tasks that were left out {values}"
 
 
 def _total(seconds: Sequence[Spread]) -> float:
