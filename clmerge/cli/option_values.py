@@ -56,8 +56,10 @@ def may_be(kind: Type, value: object) -> bool:
 
 def _may_be(kind: Type, value: object) -> bool:
     text = str(value).strip()
+    if text.startswith(("&", "!", "*", "'", '"')):  # YAML's own, which the parser resolves
+        return True
     if isinstance(kind, Mapping):
-        return text in kind.get("choices", ()) or "words" in kind
+        return text in kind.get("choices", ())
     if kind == "int":
         # 1e3 and 3.0: the parser says whether they will do
         return not isinstance(value, str) or _is_number(text)
@@ -92,6 +94,8 @@ def in_words(kind: Type) -> str:
             words += [repr(choice) for choice in one["choices"]]
         elif "kind" in one:
             words.append(spoken(one["kind"]))
+        elif "words" in one:
+            words.append(f"a list of {_plural(in_words(one['words']))}")
         elif "list" in one:
             words.append(f"a list of {_plural(in_words(one['list']))}")
     return ", ".join(words[:-1]) + (" or " if words[:-1] else "") + words[-1] if words else "a value"

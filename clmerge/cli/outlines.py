@@ -89,7 +89,7 @@ def _read_union(lines: list[str], start: int, found: _Found) -> int:
     depth = min((_indent(line) for line in block), default=0)
     starts = [i for i, line in enumerate(block) if _indent(line) == depth and line.strip().startswith("- ")]
     read = [_read(block[a:b]) for a, b in zip(starts, [*starts[1:], len(block)], strict=True)]
-    read = [one for one in read if one.causes != ["Expected a <class 'NoneType'>"]] or read
+    read = [one for one in read if not all("<class 'NoneType'>" in cause for cause in one.causes)] or read
     deep = [one for one in read if one.kind or one.keys]
     for one in deep[:1] or read:
         found.keys += [key for key in one.keys if key not in found.keys]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from clmerge.cli.option_table import OptionTable, Type, option_table
-from clmerge.cli.option_values import item_of, kinds_of
+from clmerge.cli.option_values import alternatives, item_of, kinds_of
 from clmerge.cli.value_check import OptionError, ValueCheck
 
 
@@ -184,7 +184,7 @@ class _WordCheck(ValueCheck):
 
 def _parsed(kind: Type, value: str) -> Any:
     """Return a list or mapping on the command line as such, other values as text."""
-    if kind in ("any", "str") or not value.lstrip().startswith(("[", "{")):
+    if "str" in alternatives(kind) or kind == "any" or not value.lstrip().startswith(("[", "{")):
         return value
     from clmerge.bounded_yaml import load_yaml
 

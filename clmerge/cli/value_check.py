@@ -40,7 +40,11 @@ class ValueCheck:
 
     def value(self, key: str, kind: Type, value: Any) -> None:
         """Check a value, which is text or the content of a configuration."""
-        if kind in ("any", "flag") or is_null(value) or "any" in alternatives(kind):
+        if kind == "flag" or is_null(value) or "any" in alternatives(kind):
+            return
+        if part_of(kind, "words") is not None:
+            if isinstance(value, Mapping) and self.file:  # on the command line it is a word
+                self._wrong(key, kind, value)
             return
         base = kinds_of(kind)
         if kind == "group":
@@ -52,8 +56,6 @@ class ValueCheck:
             elif not kinds_of(item_of(kind)):
                 self._wrong(key, kind, value)
         elif isinstance(value, list):
-            if part_of(kind, "words") is not None:
-                return
             if (inner := part_of(kind, "list")) is None:
                 self._wrong(key, kind, value)
             for item in value:

@@ -127,6 +127,7 @@ RIGHT = [
     "--data.augmentation='[{class_path: RandomResizedCrop, init_args: {size: 28, scale: [0.5, 1]}}, RandAugment]'",
     "--learner.branch_merger=TIES --learner.branch_merger.density=0.5 --learner.calibrations=[SampleTuning]",
     "--logging='{csv: false, tags: [a]}' --logging.group=null --logging.tags+=b",
+    "--trainer.devices='[0]' --name='[a]' --run_dir='{x}' --data.batch_size='!!int 3'",
     "--check_data --skip_unreadable true --name 1 --run_dir=x",
 ]
 
@@ -169,6 +170,53 @@ def test_what_is_refused_at_once_the_parser_refuses_too(parsers, capsys):
         text = capsys.readouterr().err
         assert not any(word in text for word in ("Namespace(", "NestedArg(", "Union subtypes", "typing.")), text
     assert accepted == []
+
+
+def refuses(parser, words):
+    try:
+        parser.parse_args(words)
+    except SystemExit as stop:
+        return stop.code == 2
+    return False
+
+
+VALUES = (
+    *("1", "0.5", "true", "null", "abc", "[1,2]", "{}", "1e3", "all", "{a: 1}", "x.y", ".5", "'3'", "[a, b]", "-1"),
+    *("off", "[]", '""', "0x1f", "[[1]]", "[{class_path: TIES}]", "TIES", "[TIES]", "+3", "1_000", "~", "True", "None"),
+    *("inf", "12:30", "a: 1", "&a 3", "!!int 3", "'true'", " 3 ", "@x", "{class_path: SGD, init_args: {lr: 1}}"),
+)
+CLASSES = {
+    "stream": "clmerge.streams.ClassIncremental",
+    "stream.source": "clmerge.streams.SklearnDigits",
+    "model.backbone": "clmerge.models.OpenClip",
+    "model.optimizer": "torch.optim.AdamW",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("command", ["fit", "compare", "merge", "report"])
+def test_no_value_is_refused_that_the_parser_takes(command, parsers, capsys):
+    table = option_table()
+    options = [*table.commands[command]["options"]]
+    if command == "fit":
+        options += [f"{key}.{setting}" for key, path in CLASSES.items() for setting in table.settings(path)]
+    given = {"fit": ["--config", str(QUICKSTART)], "merge": []}.get(command, ["runs/a"])
+    refused, wrong = 0, []
+    for option in options:
+        for value in VALUES if option not in ("config", "recipe", "verify", "resume") else ():
+            words = spread_mergers([*given, f"--{option}={value}"])
+            try:
+                check_arguments(command, words)
+                continue
+            except OptionError as error:
+                refused += 1
+                message = str(error)
+            if not refuses(parsers[command], words):
+                wrong.append(f"--{option}={value}: {message}")
+            assert "NoneType" not in capsys.readouterr().err
+    assert wrong == []
+    assert refused > 20
 
 
 @pytest.mark.parametrize("line", RIGHT)
