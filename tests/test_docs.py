@@ -91,6 +91,12 @@ def place(tmp_path, monkeypatch, request):
     )[:1]
     Path("recipe.yaml").write_text(recipe, encoding="utf-8")
     write_tree(tmp_path / "photos", ["ant", "bee", "cat", "dog"], 10)
+    table = ["path,label,split,domain"]
+    for number, path in enumerate(sorted(Path("photos").glob("*/*"))):
+        table.append(
+            f"{path},{path.parent.name},{['train', 'val', 'test'][number % 3]},{['home', 'street'][number % 2]}"
+        )
+    Path("labels.csv").write_text("\n".join(table), encoding="utf-8")
     Path("own.yaml").write_text(blocks_of("images.md", "yaml")[0], encoding="utf-8")
 
     def runs(page):

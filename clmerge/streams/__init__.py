@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from clmerge.streams.source_groups import DomainFolders, DomainLists, PrefixDomains, SourceGroup
     from clmerge.streams.sources import DataSource, LabelledImages
     from clmerge.streams.stream import Stream
+    from clmerge.streams.table_source import TableDomains, TableSource
     from clmerge.streams.task_incremental import TaskIncremental
     from clmerge.streams.torchvision_source import TorchvisionSource
 
@@ -42,6 +43,8 @@ _HOMES = {
     "SourceGroup": "source_groups",
     "Stream": "stream",
     "StreamDataModule": "datamodule",
+    "TableDomains": "table_source",
+    "TableSource": "table_source",
     "Task": "stream",
     "TaskIncremental": "task_incremental",
     "TorchvisionSource": "torchvision_source",
@@ -63,6 +66,8 @@ __all__ = [
     "SourceGroup",
     "Stream",
     "StreamDataModule",
+    "TableDomains",
+    "TableSource",
     "Task",
     "TaskIncremental",
     "TorchvisionSource",

@@ -16,12 +16,14 @@ class FileListSource(DataSource):
     """Images listed in two text files with lines ``relative/path/of/image.jpg LABEL``, DomainNet's layout.
 
     A class is named after the folder that holds its images. Class ids number, in ascending order, the labels that
-    occur in either file.
+    occur in the files.
 
     Args:
         root: folder that the paths are relative to.
         train_list: file that lists the training images, relative to the root.
         test_list: file that lists the test images, relative to the root.
+        val_list: file that lists the validation images, relative to the root (default: they are cut from the training
+            images).
         name: name of the data set, which selects its prompt templates (default: the name of the root folder).
         templates: prompt templates, or the name of the data set whose templates to use, "generic" for the
             plain one (default: those of the data set called ``name``).
@@ -36,6 +38,7 @@ class FileListSource(DataSource):
         *,
         train_list: str,
         test_list: str,
+        val_list: str | None = None,
         name: str | None = None,
         templates: Templates = None,
     ) -> None:
@@ -43,6 +46,7 @@ class FileListSource(DataSource):
         super().__init__(name or self.root.absolute().name, templates=templates)
         self.train_list = train_list
         self.test_list = test_list
+        self.val_list = val_list
 
     @property
     @override
@@ -51,13 +55,14 @@ class FileListSource(DataSource):
 
     @cached_property
     def _entries(self) -> dict[str, list[tuple[str, int]]]:
-        return {"train": self._read(self.train_list), "test": self._read(self.test_list)}
+        lists = {"train": self.train_list, "test": self.test_list, "val": self.val_list}
+        return {split: self._read(name) for split, name in lists.items() if name is not None}
 
     @cached_property
     def _classes(self) -> dict[int, str]:
         """Class name by label, ascending."""
         folders: dict[int, str] = {}
-        for path, label in (*self._entries["train"], *self._entries["test"]):
+        for path, label in (entry for entries in self._entries.values() for entry in entries):
             folder = Path(path).parent.name
             if folders.setdefault(label, folder) != folder:
                 raise RuntimeError(
@@ -81,3 +86,7 @@ class FileListSource(DataSource):
         class_ids = {label: class_id for class_id, label in enumerate(self._classes)}
         entries = self._entries[split]
         return FileImages([self.root / path for path, _ in entries], [class_ids[label] for _, label in entries])
+
+    @override
+    def _load_validation(self) -> LabelledImages | None:
+        return None if self.val_list is None else self._load("val")

@@ -58,6 +58,8 @@ class DomainFolders(SourceGroup):
         split_first: whether the tree is ``ROOT/{train,test}/DOMAIN/CLASS/*``.
         train_folder: name of the train folder (default: the one with a usual name).
         test_folder: name of the test folder (default: the one with a usual name).
+        val_folder: name of the validation folder (default: the one with a usual name; without one, the images are cut
+            from the training images).
         test_fraction: share of each class held out as the test split if there is no train folder.
         seed: seed of that cut.
         templates: prompt templates, or the name of the data set whose templates to use, e.g. "DomainNet".
@@ -71,6 +73,7 @@ class DomainFolders(SourceGroup):
         split_first: bool = False,
         train_folder: str | None = None,
         test_folder: str | None = None,
+        val_folder: str | None = None,
         test_fraction: float = 0.2,
         seed: int = 0,
         templates: Templates = None,
@@ -80,6 +83,7 @@ class DomainFolders(SourceGroup):
         self.split_first = split_first
         self.train_folder = train_folder
         self.test_folder = test_folder
+        self.val_folder = val_folder
         self.test_fraction = test_fraction
         self.seed = seed
         self.templates = templates
@@ -104,13 +108,14 @@ class DomainFolders(SourceGroup):
             name=domain,
             train_folder=self.train_folder,
             test_folder=self.test_folder,
+            val_folder=self.val_folder,
             test_fraction=self.test_fraction,
             seed=self.seed,
             templates=self.templates,
         )
 
     def _split_first(self, domain: str) -> DataSource:
-        splits = split_folders(self.root, train=self.train_folder, test=self.test_folder, val=None)
+        splits = split_folders(self.root, train=self.train_folder, test=self.test_folder, val=self.val_folder)
         if splits.test is None:
             raise RuntimeError(
                 f"expected train and test folders in {self.root.absolute()}, as split_first says, found none: name "
@@ -135,6 +140,8 @@ class DomainLists(SourceGroup):
         domains: names of the domains in order, or the name of a published order.
         train_list: name of a training list, ``{}`` stands for the domain.
         test_list: name of a test list, ``{}`` stands for the domain.
+        val_list: name of a validation list, ``{}`` stands for the domain (default: the images are cut from the training
+            images).
         templates: prompt templates, or the name of the data set whose templates to use.
     """
 
@@ -145,15 +152,17 @@ class DomainLists(SourceGroup):
         domains: Domains = "magmax_domainnet",
         train_list: str = "{}_train.txt",
         test_list: str = "{}_test.txt",
+        val_list: str | None = None,
         templates: Templates = "DomainNet",
     ) -> None:
-        for pattern in (train_list, test_list):
-            if "{}" not in pattern:
+        for pattern in (train_list, test_list, val_list):
+            if pattern is not None and "{}" not in pattern:
                 raise ValueError(f"expected {{}} for the domain in the name of a list, got {pattern!r}")
         self.root = Path(root).expanduser()
         self.domains = domain_names(domains)
         self.train_list = train_list
         self.test_list = test_list
+        self.val_list = val_list
         self.templates = templates
 
     @override
@@ -163,6 +172,7 @@ class DomainLists(SourceGroup):
                 self.root,
                 train_list=self.train_list.replace("{}", domain),
                 test_list=self.test_list.replace("{}", domain),
+                val_list=None if self.val_list is None else self.val_list.replace("{}", domain),
                 name=domain,
                 templates=self.templates,
             )

@@ -142,12 +142,26 @@ def _without_splits(root: Path) -> SplitFolders:
     return SplitFolders(root)
 
 
+def usual_names() -> list[str]:
+    """Return the usual names of splits."""
+    return [name for names in _NAMES.values() for name in names]
+
+
+def role_of(name: str) -> Role | None:
+    """Return the split that a name denotes, in any case; None if it is not one of the usual names.
+
+    Example:
+        >>> role_of("Validation"), role_of("photos")
+        ('val', None)
+    """
+    return next((role for role, names in _NAMES.items() if name.casefold() in names), None)
+
+
 def usual_splits(root: Path) -> dict[Role, list[Path]]:
     """Return the subfolders that hold folders themselves and have one of the usual names of a split, by split."""
-    names = {name: role for role, all_names in _NAMES.items() for name in all_names}
     found: dict[Role, list[Path]] = {"train": [], "val": [], "test": []}
     for folder in subfolders(root):
-        role = names.get(folder.name.casefold())
+        role = role_of(folder.name)
         if role is not None and holds_folders(folder):
             found[role].append(folder)
     return found

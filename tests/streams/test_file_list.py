@@ -43,3 +43,14 @@ def test_one_label_in_two_folders(tmp_path):
         file.write("real/other/1.jpg 0\n")
     with pytest.raises(RuntimeError, match="label 0 in one folder name, got 'sea_turtle' and 'other'"):
         _ = source_in(tmp_path).class_names
+
+
+def test_a_list_of_validation_images(tmp_path):
+    write_domain_lists(tmp_path, ["real"])
+    lines = (tmp_path / "real_test.txt").read_text().splitlines()
+    (tmp_path / "val.txt").write_text(lines.pop() + "\n")
+    (tmp_path / "real_test.txt").write_text("\n".join(lines))
+    source = FileListSource(tmp_path, train_list="real_train.txt", test_list="real_test.txt", val_list="val.txt")
+    assert source_in(tmp_path).val() is None
+    assert source.val().targets == [1]
+    assert source.val().paths[0] not in source.test().paths

@@ -25,6 +25,25 @@ def test_folders_without_a_split(tmp_path):
     assert (len(source.train()), len(source.test())) == (8, 2)
 
 
+@pytest.mark.parametrize("split_first", [False, True])
+def test_a_validation_folder_of_another_name(tmp_path, split_first):
+    for part, number in (("train", 3), ("test", 2), ("kept", 1)):
+        write_tree(tmp_path / part / "art" if split_first else tmp_path / "art" / part, ["cat", "dog"], number)
+    (source,) = DomainFolders(tmp_path, domains=["art"], split_first=split_first, val_folder="kept").sources()
+    assert {path.parts[-4 + (not split_first)] for path in source.val().paths} == {"kept"}
+    assert [len(images) for images in (source.train(), source.test(), source.val())] == [6, 4, 2]
+
+
+def test_lists_of_validation_images(tmp_path):
+    write_domain_lists(tmp_path, ["real"])
+    (tmp_path / "real_test.txt").rename(tmp_path / "real_val.txt")
+    (tmp_path / "real_test.txt").write_text((tmp_path / "real_train.txt").read_text())
+    (source,) = DomainLists(tmp_path, domains=["real"], val_list="{}_val.txt").sources()
+    assert len(source.val()) == 8
+    with pytest.raises(ValueError, match="for the domain in the name of a list, got 'val"):
+        DomainLists(tmp_path, val_list="val.txt")
+
+
 def test_lists_of_domains_in_the_published_order(tmp_path):
     domains = ["clipart", "sketch", "real", "infograph", "quickdraw", "painting"]
     write_domain_lists(tmp_path, domains)
