@@ -22,8 +22,8 @@ from unittest import mock
 import torch
 from lightning.pytorch import Trainer
 
-from clmerge.cli.compare import open_run
 from clmerge.cli.fit import main as fit
+from clmerge.cli.open_run import open_run
 from clmerge.deploy.predictors import Merged
 from clmerge.lightning_compat import quiet_lightning
 from clmerge.merging import DARE, TIES, TSVM, Breadcrumbs, IsoC, MagMax, TaskArithmetic, WeightAverage

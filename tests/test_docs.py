@@ -184,7 +184,7 @@ def on_its_own():
 
 
 def in_a_run():
-    from clmerge.cli.compare import open_run
+    from clmerge.cli.open_run import open_run
 
     run, _ = open_run("runs/NAME", name="NAME")
     return {"module": run.module, "base": run.base, "data": run.data, "merged": run.bank[0]}

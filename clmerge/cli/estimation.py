@@ -37,7 +37,7 @@ def open_estimation(models: Sequence[str], data: str | None, allow: Sequence[str
 
 def _of_run(path: str, allow: Sequence[str]) -> "Estimation":
     from clmerge.checkpoints.estimation import Estimation
-    from clmerge.cli.compare import open_run
+    from clmerge.cli.open_run import open_run
 
     run, _ = open_run(path, name=path, allow=allow)
     run.module.to(run.device)
@@ -51,8 +51,8 @@ def _of_config(file: Path, allow: Sequence[str]) -> "Estimation":
     from lightning.pytorch import seed_everything
 
     from clmerge.checkpoints.estimation import Estimation
-    from clmerge.cli.compare import read_config
     from clmerge.cli.fit import build_parser, leave_unreadable_out, trainer_factory
+    from clmerge.cli.open_run import read_config
     from clmerge.statistics.measure import training_images
 
     if not file.is_file():

@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from clmerge.deploy.predictors import Merged, PerTask, Predictor
+from clmerge.merging.stored import relocated
+from clmerge.report.rules import rule_of
 from clmerge.results.metrics.continual import Array
 from clmerge.results.results import SETTINGS, Results, Setting
 from clmerge.results.run_folder import RunFolder
-from clmerge.weights import TaskVectorBank, load_tensors
+from clmerge.runs.final_predictors import PREFIX
+from clmerge.weights import TaskVectorBank, apply_task_vector, load_tensors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -116,6 +120,37 @@ class LoadedRun:
                 f"expected one of the mergers {self.results.mergers} of a finished run, got {merger!r} in {self.path}"
             )
         return load_tensors(file)
+
+    def predictor(self, name: str) -> Predictor:
+        """Return a merged model as a predictor of the backbone's own architecture, by its own names; no data is read.
+
+        ``Merged`` holds ``state_dict(name)``; a rule with a view per task gives a ``PerTask``, which needs the task of
+        every image.
+
+        Args:
+            name: A merger of the run, or ``MERGER+CALIBRATION``.
+
+        Raises:
+            ValueError: If the run has no such merger or is not finished, or this version of clmerge lacks its rule.
+        """
+        whole = self.state_dict(name)
+        found = self.results.model(name).rule
+        rule = None if found is None else rule_of(found)
+        if found is not None and rule is None:
+            raise ValueError(
+                f"expected a merger that this version of clmerge has, got {found['merger']}; import its module first"
+            )
+        if rule is None or not rule.merger.task_views:
+            return Merged(whole)
+        merger, state = rule.merger, self._folder.load_state()[1]
+        merger.load_state_dict(relocated(state["mergers"][name], "", self.task_vectors.folder.resolve()))
+        base: dict[str, Tensor] = state["base"]
+
+        def view(task: int) -> dict[str, Tensor]:
+            moved = apply_task_vector(base, merger.task_view(task))
+            return {**whole, **{key.removeprefix(PREFIX): tensor for key, tensor in moved.items()}}
+
+        return PerTask(view, merger.tasks)
 
     def plot(self, name: str, setting: Setting | None = None) -> "Figure":
         """Draw one of the run's pictures as a Matplotlib figure, to show or to change.

@@ -14,13 +14,14 @@ from torch import Tensor
 from clmerge.checkpoints.merge import remaining_tasks
 from clmerge.deploy.running_merge import RunningMerge
 from clmerge.evaluation.evaluate import Rows, Split
-from clmerge.merging import Statistics, WeightAverage
+from clmerge.merging import Merger, Statistics, WeightAverage
 from clmerge.merging.checks import Shapes, num_entries
 from clmerge.training.module import ContinualClassifier
 from clmerge.deploy.predictors import Predictor
 from clmerge.results.results import Results, Setting
 from clmerge.results.run_folder import RunFolder
 from clmerge.streams import Stream, StreamDataModule
+from clmerge.runs.final_predictors import FinalPredictors
 from clmerge.runs.session import Session
 from clmerge.runs.trainers import TrainerFactory, Trainers
 from clmerge.weights import TaskVectorBank, load_tensors, save_tensors
@@ -37,10 +38,13 @@ class StoredRun(Session):
         trainer: Builds Trainers with the run's settings, for one process.
         config: Its configuration, as plain values.
         name: Name of the run in the results.
+        mergers: Its mergers by name, with no task folded in.
         evaluation: Which reading of the logits is used by searches, scores and the table; default that of the run.
         progress: Whether to show progress bars.
+        merges_again: Whether task vectors are needed, to merge them again.
 
     Attributes:
+        models: The run's models after its last task.
         base: theta_0 by parameter name.
         base_statistics: Running statistics of the model before the first task.
         bank: The task vectors.
@@ -64,8 +68,10 @@ class StoredRun(Session):
         trainer: TrainerFactory,
         config: Mapping[str, Any],
         name: str,
+        mergers: Mapping[str, Merger],
         evaluation: Setting | None = None,
         progress: bool = False,
+        merges_again: bool = True,
     ) -> None:
         super().__init__(
             stream,
@@ -89,8 +95,9 @@ class StoredRun(Session):
             )
         weights, self.base = folder.load_weights()
         self.bank = TaskVectorBank(folder.bank)
-        self._reader = RunningMerge(WeightAverage(), base=self.base)
-        self._check_bank()
+        self._reader = RunningMerge(WeightAverage(), base=self.base or None)
+        if merges_again:
+            self._check_bank()
         text = json.dumps([folder.manifest.results, self.bank.base], sort_keys=True)
         self.identity = hashlib.sha256(text.encode()).hexdigest()[:16]
         data.setup_stream(stream, module.backbone.train_transform, module.backbone.eval_transform)
@@ -100,6 +107,8 @@ class StoredRun(Session):
             module.head.build(module.backbone, len(stream.class_names), ())
             self._blank_head = copy.deepcopy(module.head)
         module.load_state_dict(weights)  # the text head comes with them
+        buffers = config["learner"]["buffers"]
+        self.models = FinalPredictors(folder, mergers, buffers=buffers, statistics=self.base_statistics)
 
     @property
     def shapes(self) -> Shapes:
@@ -159,6 +168,22 @@ class StoredRun(Session):
     def expert(self, task: int) -> dict[str, Tensor]:
         """Return the weights of one task's expert, theta_0 + tau, by the module's names."""
         return self._reader.weights_with(self.bank[task], self.module)
+
+    def predictor(self, name: str) -> Predictor:
+        """Return the predictor of a model after the last task, whose head and running statistics the module then has.
+
+        Args:
+            name: One of ``models.names``, or a merger by its class.
+
+        Raises:
+            ValueError: If the run has no such model.
+        """
+        self.module.to(self.device)  # a Trainer leaves it on the CPU
+        self.data.task = len(self.tasks) - 1
+        self.module.resume_tasks([task.classes for task in self.tasks])
+        if self._blank_head is not None:
+            self.module.head = copy.deepcopy(self._blank_head).to(self.device)
+        return self.models.predictor(name, self.module)
 
     def measure_again(self, needed: Set[str], task: int) -> Statistics:
         """Measure statistics of a task on the module's current weights, exactly as ``fit`` does.

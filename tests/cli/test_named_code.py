@@ -7,9 +7,9 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 
 from clmerge.cli import main
-from clmerge.cli.compare import open_run
 from clmerge.cli.fit import build_parser, trainer_factory
 from clmerge.cli.named_code import importing_only, refuse_functions, refused_path
+from clmerge.cli.open_run import open_run
 
 STREAM = {"class_path": "ClassIncremental", "init_args": {"source": "SklearnDigits", "num_tasks": 2}}
 

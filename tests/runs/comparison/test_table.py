@@ -76,7 +76,7 @@ def test_runs_that_do_not_fit_are_refused_before_any_is_evaluated(monkeypatch, c
     found = {"a": make_results(3), "b": make_results(2), "c": make_results(3)}
     found["c"].evaluation = "task_aware"
     runs = {name: SimpleNamespace(results=results) for name, results in found.items()}
-    monkeypatch.setattr("clmerge.cli.compare.open_run", lambda path, **options: (runs[path], [MagMax()]))
+    monkeypatch.setattr("clmerge.cli.open_run.open_run", lambda path, **options: (runs[path], [MagMax()]))
     monkeypatch.setattr("clmerge.runs.comparison.compare.check_request", lambda run, request, joint: {})
     monkeypatch.setattr("clmerge.runs.comparison.compare.compare_run", lambda *a: pytest.fail("evaluated"))
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,122 @@
+"""The models of a finished run after its last task, as predictors of its classifier."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from clmerge.deploy.naming import by_class
+from clmerge.deploy.predictors import Merged, Predictor
+from clmerge.deploy.running_merge import RunningMerge
+from clmerge.merging import Merger
+from clmerge.results.results import EXPERT, HEAD, ZERO_SHOT, Results
+from clmerge.results.run_folder import RunFolder
+from clmerge.weights import TaskVectorBank, load_tensors
+from clmerge.weights.parametrization import own_names, parametrized, state_of
+
+PREFIX = "backbone.model."  # of the classifier's names before those of the files in model/
+
+
+class FinalPredictors:
+    """Build the predictor of any model of a finished run from its committed state; no image is read.
+
+    Args:
+        folder: The run folder; nothing in it is changed.
+        mergers: The run's mergers by name, with no task folded in.
+        buffers: Which running statistics merged models use, as in ``learner.buffers``.
+        statistics: Running statistics of the model before the first task, by dense name.
+
+    Attributes:
+        names: Names of the models, as in the run's results.
+
+    Raises:
+        ValueError: If the run is not finished.
+    """
+
+    def __init__(
+        self, folder: RunFolder, mergers: Mapping[str, Merger], *, buffers: Any, statistics: Mapping[str, Tensor]
+    ) -> None:
+        if not folder.manifest.finished:
+            raise ValueError(f"expected a finished run, got {folder.path}: `clmerge fit --resume {folder.path}` first")
+        self._folder, self._mergers = folder, dict(mergers)
+        self._buffers, self._statistics = buffers, statistics
+        self.names = Results.from_dict(folder.manifest.results).models
+
+    @cached_property
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self._folder.load_state()
+
+    @cached_property
+    def _merge(self) -> RunningMerge:
+        state = self._state[1]
+        merge = RunningMerge(
+            self._mergers,
+            base=state["base"],
+            buffers=self._buffers,
+            images=lambda module: (),  # what was estimated is in the state
+            score=lambda module: 0.0,  # nothing is folded in any more
+            bank=TaskVectorBank(self._folder.bank),
+        )
+        merge.load_accumulators(state)
+        return merge
+
+    def enter(self, module: nn.Module) -> None:
+        """Load the weights, running statistics and head that the run ended with into its classifier."""
+        module.load_state_dict(self._state[0])
+
+    def resolve(self, name: str) -> str:
+        """Return the name of a model as the results have it; the name of a merger's class stands for it, too.
+
+        Raises:
+            ValueError: If the run has no such model.
+        """
+        found = by_class(name, self._mergers)
+        if found not in self.names:
+            raise ValueError(f"expected one of the models {', '.join(self.names)} of {self._folder.path}, got {name!r}")
+        return found
+
+    def predictor(self, name: str, module: nn.Module) -> Predictor:
+        """Return the predictor of a model; it has the weights that were evaluated after the last task.
+
+        Args:
+            name: A merger, ``MERGER+CALIBRATION``, ``expert`` or ``zero_shot``, or a merger by its class.
+            module: The classifier; the weights and head that the run ended with are loaded into it.
+
+        Raises:
+            ValueError: If the run has no such model, or its file is missing.
+        """
+        name = self.resolve(name)
+        self.enter(module)
+        base = self._state[1]["base"]
+        if not base:  # a frozen backbone: nothing was merged, and the head is the module's
+            return Merged()
+        if name == EXPERT:  # theta_0 + tau, as fit evaluates it
+            return Merged(self._merge.weights_with(self._merge.task_vector(module), module))
+        if name == ZERO_SHOT:
+            return Merged(state_of(module, base, {}, buffers=self._statistics))
+        if name in self._mergers:
+            return self._merge.predictor(name, module)
+        return Merged(self._calibrated(name, module))
+
+    def _calibrated(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+        """Return the weights of a calibrated model from its files, by the classifier's own names."""
+        dense = {f"{PREFIX}{key}": tensor for key, tensor in self._read(name).items()}
+        if any(key.startswith("head.") for key in module.state_dict()) and (
+            (file := f"{name}-{HEAD}") and self._folder.model(file).is_file()
+        ):
+            dense |= {f"head.{key}": tensor for key, tensor in self._read(file).items()}
+        parts = {prefix + own for prefix, part in parametrized(module).items() for own in part.names()}
+        base = {key: tensor for key, tensor in self._state[1]["base"].items() if key in parts}
+        tau = {key: dense[key].to(tensor.dtype) - tensor for key, tensor in base.items()}
+        own = own_names(module)
+        plain = {own[key]: tensor for key, tensor in dense.items() if key in own and key not in parts}
+        return {**plain, **state_of(module, base, tau)}
+
+    def _read(self, name: str) -> dict[str, Tensor]:
+        file = self._folder.model(name)
+        if not file.is_file():
+            raise ValueError(
+                f"expected the model file {file}, got none: `clmerge fit --resume {self._folder.path}` makes it again"
+            )
+        return load_tensors(file)
