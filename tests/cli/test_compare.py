@@ -11,7 +11,7 @@ from support.tiny import tiny_clip
 from wandb_reader import find_runs
 
 from clmerge.cli import main
-from clmerge.cli.compare import open_run
+from clmerge.cli.open_run import open_run
 from clmerge.deploy.predictors import Merged
 from clmerge.deploy.running_merge import RunningMerge
 from clmerge.merging import WeightAverage
