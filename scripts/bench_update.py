@@ -2,8 +2,8 @@
 
 python scripts/bench_update.py [--threads 1 2] [--blocks 12]
 
-Every number is the least CPU time of several updates over the least of several copies in the same process, on CLIP's
-ViT-B/32 image tower in float32. Threads wait without spinning, which CPU time would count as work.
+Every number is the least CPU time of several updates over the least of several copies, taken in turn in one process, on
+CLIP's ViT-B/32 image tower in float32. Threads wait without spinning, which CPU time would count as work.
 """
 
 import argparse
@@ -12,19 +12,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 RULES = ("TaskArithmetic", "MagMax", "TIES", "TIES, trim=tensor", "EMR", "DARE", "ModelStock")
 
 
-def cpu_seconds(function: Callable[[], object], repeats: int) -> float:
-    """Return the least CPU time of a call."""
-    found = []
-    for _ in range(repeats):
-        started = time.process_time()
-        function()
-        found.append(time.process_time() - started)
-    return min(found)
+def cpu_seconds(function: Callable[[], object]) -> float:
+    """Return the CPU time of a call."""
+    started = time.process_time()
+    function()
+    return time.process_time() - started
 
 
 def measure(threads: int, blocks: int, repeats: int) -> None:
@@ -53,10 +51,9 @@ def measure(threads: int, blocks: int, repeats: int) -> None:
         name, _, trim = rule.partition(", trim=")
         merger = getattr(merging, name)(**({"trim": trim} if trim else {}))
         merger.update(taus[0])
-        floor = cpu_seconds(copy, repeats)
-        update = cpu_seconds(lambda merger=merger: merger.update(taus[1]), repeats)
-        floor = min(floor, cpu_seconds(copy, repeats))
-        print(f"{rule}\t{update / floor:.1f}", flush=True)
+        pairs = [(cpu_seconds(copy), cpu_seconds(partial(merger.update, taus[1]))) for _ in range(repeats)]
+        copies, updates = zip(*pairs, strict=True)
+        print(f"{rule}\t{min(updates) / min(copies):.1f}", flush=True)
 
 
 def main() -> None:
@@ -64,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads (default: 1 2)")
     parser.add_argument("--blocks", type=int, default=12, help="transformer blocks of the model (default: 12)")
-    parser.add_argument("--repeats", type=int, default=5, help="updates of which the cheapest counts (default: 5)")
+    parser.add_argument("--repeats", type=int, default=9, help="updates of which the cheapest counts (default: 9)")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
