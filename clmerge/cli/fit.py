@@ -261,6 +261,8 @@ def _build(
     from clmerge.runs.trainers import require_whole
 
     require_whole(config.trainer.as_dict())
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"expected a seed from 0 to {2**32 - 1}, got {config.seed}")
     seed_everything(config.seed, workers=True, verbose=False)
     without_extra = config.clone()
     without_extra.logging.extra = []  # built when the run has a folder, to which they write

@@ -98,6 +98,7 @@ def in_words(kind: Type) -> str:
             words.append(f"a list of {_plural(in_words(one['words']))}")
         elif "list" in one:
             words.append(f"a list of {_plural(in_words(one['list']))}")
+    words = list(dict.fromkeys(words))
     return ", ".join(words[:-1]) + (" or " if words[:-1] else "") + words[-1] if words else "a value"
 
 

@@ -105,6 +105,7 @@ def _sentence(found: _Found) -> str:
     if own := [cause for cause in found.causes if cause.startswith("expected ")]:
         return _cut(own[0], 4 * _LONGEST)
     types: list[str] = []
+    others: list[str] = []
     for cause in found.causes:
         if match := re.search(r"Option '([^']+)' is not accepted", cause):
             return f"expected a setting of {found.kind or 'a class'}{where}, got {match[1]!r}"
@@ -128,12 +129,15 @@ def _sentence(found: _Found) -> str:
         elif match := re.match(r"File does not exist: '?(.*?)'?$", cause):
             types, value = ["a file"], match[1]
         else:
+            others.append(cause)
             continue
         if match := _GOT.search(cause):
             value = match[1]
+    if others and all("Not a valid subclass" in cause for cause in found.causes if cause not in others):
+        types = []  # the class is of the kind that is expected, and refuses its settings
     if types:
         return f"expected {_joined(dict.fromkeys(types))}{where}, got {_shown(value)}"
-    cause = _cut(found.causes[0]) if found.causes else "no value that fits"
+    cause = _cut(others[0]) if others else "no value that fits"
     inside = f"{found.kind}: " if found.kind else ""
     got = f"; got {_cut(value)}" if value and not value.startswith(("Namespace(", "NestedArg(", "[Namespace(")) else ""
     return f"{key and f'{key}: '}{inside}{cause}{got}"

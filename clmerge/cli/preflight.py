@@ -4,10 +4,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from clmerge.cli.option_table import nearest
 from clmerge.lightning_compat import quiet_lightning
+from clmerge.streams.augmentation import Augmentation
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
@@ -35,6 +37,8 @@ def check_run(learner: "Learner", build: Any) -> None:
     # A head that grows has no parameters yet.
     own = [parameter for parameter in learner.module.parameters() if parameter.requires_grad]
     learner.module.build_optimizer(own or [nn.Parameter(torch.zeros(1, 1))])
+    if learner.data.augmentation is not None:
+        Augmentation(learner.data.augmentation, None)(Image.new("RGB", (64, 64)))
     has_val = all(len(learner.stream.dataset(task.index, "val")) for task in learner.tasks)
     _check_monitors(trainer.callbacks, logged_metrics(learner.module, has_val=has_val), has_val=has_val)  # type: ignore[attr-defined]
 
@@ -46,6 +50,9 @@ def logged_metrics(module: "ContinualClassifier", *, has_val: bool) -> list[str]
 
 
 def _check_length(trainer: "Trainer", epochs: list[int] | None) -> None:
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+        if getattr(trainer, name) == 0:
+            raise ValueError(f"expected trainer.{name} of 1 or more, got 0")
     for name, value in (("trainer.max_epochs", trainer.max_epochs), ("trainer.max_steps", trainer.max_steps)):
         if value == 0:
             raise ValueError(f"expected {name} of 1 or more, or -1 for no limit, got 0, which trains nothing")

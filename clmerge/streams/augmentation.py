@@ -19,6 +19,7 @@ class Augmentation:
         finish: transform from a picture to the backbone's input; default none.
 
     Raises:
+        ValueError: when a step refuses its settings, at the first image.
         TypeError: when a step returns anything but a picture, at the first image.
 
     Example:
@@ -40,7 +41,10 @@ class Augmentation:
         import PIL.Image
 
         for step in self.steps:
-            image = step(image)
+            try:
+                image = step(image)
+            except (ValueError, TypeError, RuntimeError) as error:
+                raise ValueError(f"expected settings that {step} of data.augmentation accepts, got: {error}") from error
             if not isinstance(image, PIL.Image.Image):
                 raise TypeError(
                     f"expected a step of data.augmentation that returns a picture, got a {type(image).__name__} from "

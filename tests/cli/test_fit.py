@@ -235,6 +235,22 @@ def test_a_typo_names_the_nearest_option_and_writes_nothing(config, tmp_path, ca
         (["--trainer.max_steps=0"], "expected trainer.max_steps of 1 or more"),
         (["--learner.epochs=[1,0]"], "expected learner.epochs of 1 or more for every task, got 0"),
         (["--trainer.accelerator=gpuu"], "gpuu"),
+        (["--trainer.accumulate_grad_batches=0"], "expected trainer.accumulate_grad_batches of 1 or more, got 0"),
+        (["--trainer.check_val_every_n_epoch=0"], "expected trainer.check_val_every_n_epoch of 1 or more, got 0"),
+        (["--seed=-1"], "expected a seed from 0 to 4294967295, got -1"),
+        (
+            ["--data.augmentation=[{class_path: RandomResizedCrop, init_args: {size: -5}}]"],
+            "expected settings that Random",
+        ),
+        (["--data.augmentation=[ToImage]"], "expected a step of data.augmentation that returns a picture"),
+        (
+            [
+                "--trainer.callbacks+=EarlyStopping",
+                "--trainer.callbacks.monitor=x",
+                "--trainer.callbacks.mode=smallest",
+            ],
+            "`mode` can be min, max",
+        ),
         (
             ["--model.backbone=Timm", "--model.backbone.name=test_vit", "--model.loss_classes=seen"],
             "no text tower, got none",

@@ -70,6 +70,17 @@ Parser key "stream":
     - Expected a <class 'NoneType'>
   Given value type: <class 'jsonargparse._util.NestedArg'>
   Given value: NestedArg(key='class_order', val='randm')"""
+REFUSED = """\
+Does not validate against any of the Union subtypes
+Subtypes: [list[lightning.pytorch.callbacks.callback.Callback], <class 'NoneType'>]
+Errors:
+  - `mode` can be min, max, got smallest
+  - Not a valid subclass of Callback
+    Subclass types expect one of:
+    - a class path (str)
+  - Expected a <class 'NoneType'>
+Given value type: <class 'list'>
+Given value: [Namespace(class_path='lightning.pytorch.callbacks.EarlyStopping')]"""
 REQUIRED = """\
 Parser key "trainer.callbacks":
   Does not validate against any of the Union subtypes
@@ -95,6 +106,7 @@ Parser key "trainer.callbacks":
         (OWN, "expected num_tasks of 1 or more, got 0"),
         (CALLABLE, "expected a number or the name of a class for model.optimizer.lr, got 'abc'"),
         (CHOICES, "expected 'natural', 'random' or a list for stream.class_order, got 'randm'"),
+        (REFUSED, "`mode` can be min, max, got smallest"),
         (REQUIRED, "expected a value of monitor for EarlyStopping (trainer.callbacks), got none"),
         ('Parser key "recipe": two documents', "recipe: two documents"),
         ("Parser key \"verify\":\n  Expected a <class 'str'>. Got value: 1", "expected text for verify, got '1'"),
