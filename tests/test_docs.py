@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from streams.tiny_layouts import write_tree
+from streams.tiny_layouts import hugging_face_split, samples, write_members, write_tree
 from support.tiny import ForeignModule, toy_loader
 
 from clmerge.cli import main
@@ -100,6 +100,10 @@ def place(tmp_path, monkeypatch, request):
     Path("own.yaml").write_text(blocks_of("images.md", "yaml")[0], encoding="utf-8")
 
     def runs(page):
+        if page == "sources.md":
+            hugging_face_split(40, names=["ant", "bee", "cat", "dog"]).save_to_disk("pets")
+            for first, name in enumerate(("train-000", "train-001", "test-000")):
+                write_members(Path("shards") / f"{name}.tar", samples(20 * first, 20, num_classes=4))
         code = "\n".join([*commands_of(page), *blocks_of(page, "python")])
         for name in sorted(set(re.findall(r"\bruns/([\w-]+)", code))):
             shutil.copytree(request.getfixturevalue("finished"), tmp_path / "runs" / name)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from clmerge.streams.domain_incremental import DomainIncremental
     from clmerge.streams.file_list import FileListSource
     from clmerge.streams.from_avalanche import FromAvalanche
+    from clmerge.streams.hugging_face import HuggingFaceSource
     from clmerge.streams.image_folder import ImageFolderSource
     from clmerge.streams.npz import NpzSource
     from clmerge.streams.plan import Task
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from clmerge.streams.sources import DataSource, LabelledImages
     from clmerge.streams.stream import Stream
     from clmerge.streams.table_source import TableDomains, TableSource
+    from clmerge.streams.tar_source import WebDatasetSource
     from clmerge.streams.task_incremental import TaskIncremental
     from clmerge.streams.torchvision_source import TorchvisionSource
 
@@ -35,6 +37,7 @@ _HOMES = {
     "DomainLists": "source_groups",
     "FileListSource": "file_list",
     "FromAvalanche": "from_avalanche",
+    "HuggingFaceSource": "hugging_face",
     "ImageFolderSource": "image_folder",
     "LabelledImages": "sources",
     "NpzSource": "npz",
@@ -48,6 +51,7 @@ _HOMES = {
     "Task": "stream",
     "TaskIncremental": "task_incremental",
     "TorchvisionSource": "torchvision_source",
+    "WebDatasetSource": "tar_source",
 }
 
 __all__ = [
@@ -58,6 +62,7 @@ __all__ = [
     "DomainLists",
     "FileListSource",
     "FromAvalanche",
+    "HuggingFaceSource",
     "ImageFolderSource",
     "LabelledImages",
     "NpzSource",
@@ -71,6 +76,7 @@ __all__ = [
     "Task",
     "TaskIncremental",
     "TorchvisionSource",
+    "WebDatasetSource",
 ]
 
 

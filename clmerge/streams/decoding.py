@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,17 +35,38 @@ def open_image(path: Path) -> Image:
     Raises:
         UnreadableImageError: if there is no such file, or it holds no image that `as_rgb` can convert.
     """
-    import PIL.Image
-    from PIL import ImageOps
-
     try:
-        with PIL.Image.open(path) as image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return as_rgb(image)
+        return _decode(path)
     # Damaged files raise almost any error: OSError, SyntaxError, struct.error, zlib.error, DecompressionBombError.
     except Exception as error:
         raise UnreadableImageError(f"expected an image in {path}, got {_what_is_there(path, error)}") from error
+
+
+def decode_image(data: bytes, where: str) -> Image:
+    """Decode the bytes of an image file as `open_image` does.
+
+    Args:
+        data: content of the file.
+        where: its origin, for messages.
+
+    Raises:
+        UnreadableImageError: if the bytes are no image that `as_rgb` can convert.
+    """
+    try:
+        return _decode(io.BytesIO(data))
+    except Exception as error:
+        found = (" ".join(str(error).split()) or type(error).__name__) if data else "no bytes"
+        raise UnreadableImageError(f"expected an image in {where}, got {found}") from error
+
+
+def _decode(file: Path | io.BytesIO) -> Image:
+    import PIL.Image
+    from PIL import ImageOps
+
+    with PIL.Image.open(file) as image:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return as_rgb(image)
 
 
 def as_rgb(image: Image) -> Image:

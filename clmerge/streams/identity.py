@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from clmerge.streams.files import FileImages
-from clmerge.streams.sources import ArrayImages, ImageSubset, LabelledImages
+from clmerge.streams.sources import ArrayImages, EncodedImages, ImageSubset, LabelledImages
 
 if TYPE_CHECKING:
     from clmerge.streams.plan import Split
@@ -22,7 +22,8 @@ def stream_identity(stream: Stream) -> dict[str, Any]:
     """Return the identity of a stream's tasks: names, counts of images, and hashes of labels and images.
 
     For images in files, the hashes are of all file names with their class folder and, separately, of the sizes of some
-    files; for images in arrays, of the content of some. A moved folder keeps its identity. No image is decoded.
+    files; for images in arrays and archives, of the content of some. A moved folder keeps its identity. No image is
+    decoded.
 
     Args:
         stream: The stream; its labels are read.
@@ -70,7 +71,7 @@ def check_stream(stream: Stream, expected: dict[str, Any], run: str, *, trained:
                 what = {
                     "name": f"the name {now[key]!r} instead of {then[key]!r}",
                     "labels": "other labels",
-                    "images": "other images (names of files, or content of arrays)",
+                    "images": "other images (names of files, or content of arrays and archives)",
                 }.get(key, f"{now[key]} {key} images instead of {then[key]}")
                 raise _other(run, number, then["name"], what)
         for split in (*(_SPLITS[:2] if number <= trained else ()), *(_SPLITS[2:] if tested else ())):
@@ -102,4 +103,7 @@ def _add_images(digest: hashlib._Hash, images: LabelledImages, indices: Sequence
         digest.update(repr(images.images.shape[1:]).encode())
         for index in some:
             digest.update(images.images[index].tobytes())
+    elif isinstance(images, EncodedImages):
+        for index in some:
+            digest.update(images.encoded(index))
     return sizes.hexdigest()[:16]

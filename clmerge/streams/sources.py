@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from typing_extensions import override
 
+from clmerge.streams.decoding import decode_image
+
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
@@ -76,6 +78,18 @@ class ArrayImages(LabelledImages):
     @override
     def where(self, index: int) -> str:
         return f"image {index}{self.origin}"
+
+
+class EncodedImages(LabelledImages):
+    """Images that are encoded as files are, such as JPEG, but are no files of their own."""
+
+    @abstractmethod
+    def encoded(self, index: int) -> bytes:
+        """Return the bytes of image ``index`` before decoding."""
+
+    @override
+    def image(self, index: int) -> Image:
+        return decode_image(self.encoded(index), self.where(index))
 
 
 class ImageSubset(LabelledImages):

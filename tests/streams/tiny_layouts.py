@@ -1,11 +1,14 @@
 """Tiny data in the real layouts: what a person's data folder looks like, a few images per class."""
 
 import csv
+import io
 import json
 import pickle
 import struct
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -26,6 +29,48 @@ def write_tree(top: Path, classes: Sequence[str], per_class: int, prefix: str = 
     for index, name in enumerate(classes):
         for number in range(per_class):
             save_image(top / name / f"{prefix}_{number}{suffix}", shade=10 * index + number)
+
+
+def png(shade: int, size: int = 4) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (size, size), (shade, shade, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_members(path: Path, files: Mapping[str, bytes], mode: Literal["w", "w:gz"] = "w") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def samples(first: int, count: int, num_classes: int = 2) -> dict[str, bytes]:
+    """Members of a WebDataset archive; images show their number."""
+    files = {}
+    for number in range(first, first + count):
+        files[f"{number:06d}.png"] = png(number)
+        files[f"{number:06d}.cls"] = str(number % num_classes).encode()
+    return files
+
+
+def hugging_face_split(
+    count: int,
+    *,
+    first: int = 0,
+    names: Sequence[str] = ("cat", "sea_lion"),
+    columns: Sequence[str] = ("image", "label"),
+) -> Any:
+    """A split whose images show their row; without names, labels are plain numbers."""
+    import datasets
+
+    label = datasets.ClassLabel(names=list(names)) if names else datasets.Value("int64")
+    features = datasets.Features({columns[0]: datasets.Image(), columns[1]: label})
+    images = [{"bytes": png(first + row), "path": None} for row in range(count)]
+    labels = [row % (len(names) or 2) for row in range(count)]
+    return datasets.Dataset.from_dict({columns[0]: images, columns[1]: labels}, features=features)
 
 
 def write_idx(folder: Path, names: Sequence[str], labels: Sequence[int]) -> None:
