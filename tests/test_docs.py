@@ -34,6 +34,7 @@ NOT_RUN = {
     "python scripts/bench_methods.py": "takes hours",
     "pip install wandb-workspaces": "needs a network",
     "python scripts/wandb_report.py": "needs W&B's server",
+    "python scripts/convert_results.py": "needs files of schema 1; tests/test_convert_results.py runs it",
     "wandb sweep": "needs W&B's server",
     "wandb agent": "needs W&B's server",
 }
