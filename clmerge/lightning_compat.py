@@ -57,6 +57,20 @@ def set_step_offset(trainer: Trainer, offset: int) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = offset
 
 
+def log_every_epoch(trainer: Any) -> None:
+    """Let a Trainer log at least once per epoch; Lightning's annotations lack the attribute.
+
+    The logger's step counts from the first task on, so an interval of more batches than an epoch has could leave out
+    a whole task.
+
+    Args:
+        trainer: A Trainer whose training data is loaded.
+    """
+    batches = trainer.num_training_batches
+    if isinstance(batches, int) and trainer.log_every_n_steps > max(batches, 1):
+        trainer.log_every_n_steps = max(batches, 1)
+
+
 def logger_step(trainer: Trainer) -> int:
     """Return the step that ``trainer``'s loggers have reached, offset included."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)

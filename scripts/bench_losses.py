@@ -24,7 +24,7 @@ from clmerge.training.regularizers import (
     LwF,
     Regularizer,
     current_weights,
-    regularized_loss,
+    regularized_logits,
 )
 from clmerge.training.sharpness import ASAM, SAM
 
@@ -54,7 +54,8 @@ def build_step(
     def closure() -> Tensor:
         stepper.zero_grad()
         if regularizers:
-            loss, terms = regularized_loss(module, list(module.regularizers), images, labels)
+            logits, terms = regularized_logits(module, list(module.regularizers), images)
+            loss = module.loss(logits, labels)
             loss = loss + sum(terms.values())
         else:
             loss = module.loss(module(images), labels)

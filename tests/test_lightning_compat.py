@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from support.tiny import ForeignModule, toy_loader
 
+from clmerge.callbacks.progress import EveryEpoch
 from clmerge.lightning_compat import (
     TaskProgressBar,
     callbacks_of,
@@ -273,3 +274,19 @@ def test_progress_bars_say_what_is_trained_and_stay_off_stdout(capsys, tmp_path)
     found = capsys.readouterr()
     assert "task 2/5 cats: epoch 2/2" in found.err
     assert "task 2/5 cats" not in found.out
+
+
+@pytest.mark.parametrize(("interval", "expected"), [(50, [2, 5]), (2, [1, 3, 5])])
+def test_few_batches_are_logged_once_per_epoch(tmp_path, interval, expected):
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        callbacks=[EveryEpoch()],
+        logger=CSVLogger(tmp_path, name="csv", version=0),
+        log_every_n_steps=interval,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Logging(), toy_loader(0))
+    assert logged(tmp_path, 0, "train/loss") == expected

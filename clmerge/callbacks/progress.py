@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from clmerge.lightning_compat import log_every_epoch
 from clmerge.merging import Merger
 from clmerge.models import Classifier
 from clmerge.names import tell
@@ -32,6 +33,14 @@ class EpochSeed(Callback):
         if batch_idx == 0:
             # Ranks draw different masks for their different images.
             torch.manual_seed((self.seed + trainer.current_epoch + (trainer.global_rank << 32)) % 2**63)
+
+
+class EveryEpoch(Callback):
+    """Log training metrics at least once per epoch, however few batches a task has."""
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        log_every_epoch(trainer)
 
 
 class EpochLines(Callback):
@@ -59,6 +68,46 @@ class EpochLines(Callback):
             total = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
             line = f"{self.label}: epoch {trainer.current_epoch + 1}{total}{shown}  {seconds:.1f} s"
             tell(line)
+
+
+class Pace:
+    """Say after every task how long it took, and how long the rest of the stream may take.
+
+    Args:
+        num_tasks: Number of tasks of the stream.
+        spent: Seconds by activity before the first of the tasks to come.
+
+    Example:
+        >>> Pace(5, {"train": 10.0}).line(1, {"train": 40.0, "evaluate": 30.0})
+        'task 2/5: train 30 s, evaluate 30 s; about 3 min left'
+    """
+
+    def __init__(self, num_tasks: int, spent: Mapping[str, float]) -> None:
+        self.num_tasks = num_tasks
+        self._before = dict(spent)
+        self._totals: list[float] = []
+
+    def line(self, task: int, spent: Mapping[str, float]) -> str:
+        """Return one line about a task that has just ended.
+
+        Args:
+            task: Index of the task.
+            spent: Seconds by activity so far.
+        """
+        took = {name: seconds - self._before.get(name, 0.0) for name, seconds in spent.items()}
+        self._before = dict(spent)
+        self._totals.append(sum(took.values()))
+        parts = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in took.items() if seconds >= 0.5)
+        left = (self.num_tasks - task - 1) * sum(self._totals) / len(self._totals)
+        rest = f"; about {_duration(left)} left" if left else ""
+        return f"task {task + 1}/{self.num_tasks}: {parts or 'less than a second'}{rest}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def trainable_line(module: Classifier) -> str:

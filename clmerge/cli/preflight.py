@@ -46,7 +46,15 @@ def check_run(learner: "Learner", build: Any) -> None:
 def logged_metrics(module: "ContinualClassifier", *, has_val: bool) -> list[str]:
     """Return the names of what a module logs while it is trained."""
     terms = [f"train/{regularizer.name}" for regularizer in module.regularizers]
-    return ["train/loss", *terms, *(["val/loss", "val/accuracy"] if has_val else []), "epoch", "step"]
+    return [
+        "train/loss",
+        "train/accuracy",
+        "train/lr",
+        *terms,
+        *(["val/loss", "val/accuracy"] if has_val else []),
+        "epoch",
+        "step",
+    ]
 
 
 def _check_length(trainer: "Trainer", epochs: list[int] | None) -> None:

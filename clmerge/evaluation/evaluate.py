@@ -135,6 +135,7 @@ def evaluate(
     task_classes: Sequence[Sequence[int]],
     num_classes: int,
     split: Split = "test",
+    tasks: Sequence[int] | None = None,
 ) -> Rows:
     """Return the accuracy of every predictor on every task, from one ``trainer.test``.
 
@@ -146,6 +147,7 @@ def evaluate(
         task_classes: Global class ids of every task.
         num_classes: Number of classes of the stream.
         split: Split of every task to evaluate on.
+        tasks: Indices of the tasks to evaluate on; default all.
 
     Returns:
         Name -> ``task_agnostic`` and ``task_aware``, one accuracy in [0, 1] per task; NaN for a task without test
@@ -156,10 +158,10 @@ def evaluate(
     """
     evaluator = Evaluator(module, predictors, task_classes, num_classes)
     try:
-        if split == "test":
+        if split == "test" and tasks is None:
             trainer.test(evaluator, datamodule=data, verbose=False)
         else:
-            trainer.test(evaluator, dataloaders=data.eval_dataloader(split), verbose=False)
+            trainer.test(evaluator, dataloaders=data.eval_dataloader(split, tasks), verbose=False)
     finally:
         evaluator.restore()
     return evaluator.rows()

@@ -1,5 +1,6 @@
 """The outer loop over a stream: train a task, merge, evaluate, commit; resumes after an interruption."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 
-from clmerge.callbacks.progress import matrix_lines, trainable_line
+from clmerge.callbacks.progress import Pace, matrix_lines, trainable_line
 from clmerge.runs.final_models import save_models
 from clmerge.runs.learner_parts import LearnerParts
 from clmerge.lightning_compat import quiet_lightning
@@ -81,16 +82,22 @@ class Learner(LearnerParts):
         try:
             if not run.manifest.results:
                 self._evaluate_zero_shot(run, trainers, results)
-            for task in range(results.num_finished):
+            for task in filter(self._is_evaluated, range(results.num_finished)):
                 # The loggers of a killed run may lack metrics that the manifest has.
                 log_task(told, results, task, deployed=deployed)
+            pace = Pace(len(self.tasks), results.seconds)
             for task in range(run.manifest.evaluated, len(self.tasks)):
                 if run.manifest.trained == task:
                     training.train(results, task)
-                self._evaluate(run, trainers, results, task)
-                log_task(told, results, task, deployed=deployed)
-                if report is not None:
-                    report(results)
+                if self._is_evaluated(task):
+                    self._evaluate(run, trainers, results, task)
+                    log_task(told, results, task, deployed=deployed)
+                    if report is not None:
+                        report(results)
+                else:
+                    self._skip(run, results, task)
+                if run.writes:
+                    tell(pace.line(task, results.seconds))
             if not (run.manifest.finished and self._has_views(run, results)):
                 self._finish(run, trainers, results)
             log_summary(told, results, deployed=deployed)
@@ -130,12 +137,28 @@ class Learner(LearnerParts):
         # Evaluate theta_0 + tau, as compare does from the bank, so that both have the same bits.
         expert = self.merge.weights_with(self.merge.task_vector(self.module), self.module)
         predictors[EXPERT] = Merged(expert)
-        rows = self.evaluate(trainers.for_evaluation(f"evaluating {len(predictors)} models"), predictors, task)
+        seen = range(task + 1) if self.evaluate_on == "seen" else None
+        trainer = trainers.for_evaluation(f"evaluating {len(predictors)} models")
+        rows = self.evaluate(trainer, predictors, task, on=seen)
         kept = self._bytes_kept(task)
         for name, row in rows.items():
             accuracies = (row[setting] for setting in SETTINGS)
             results.add_row(name, *accuracies, bytes_kept=kept[name], merge_seconds=seconds.get(name))
         results.add_seconds("evaluate", time.perf_counter() - started)
+        self._commit(run, results, task)
+
+    def _is_evaluated(self, task: int) -> bool:
+        """Whether the models are evaluated after a task."""
+        return (task + 1) % self.evaluate_every == 0 or task + 1 == len(self.tasks)
+
+    def _skip(self, run: RunFolder, results: Results, task: int) -> None:
+        """Add undefined rows for a task after which nothing is evaluated."""
+        unknown = [math.nan] * len(self.tasks)
+        for name, size in self._bytes_kept(task).items():
+            results.add_row(name, unknown, unknown, bytes_kept=size)
+        self._commit(run, results, task)
+
+    def _commit(self, run: RunFolder, results: Results, task: int) -> None:
         run.manifest.evaluated = task + 1
         run.manifest.results = results.to_dict()
         run.commit()

@@ -47,6 +47,10 @@ class LearnerParts(Session):
             merger requires them, and running statistics, if they are re-estimated.
         evaluation: Accuracy used by tables, the star, mergers that need a score and searches: ``task_agnostic``
             (all classes compete) or ``task_aware`` (only those of the image's task do); default that of the stream.
+        evaluate_every: Number of tasks after which all models are evaluated; after the last task they always are. Rows
+            of other tasks are undefined, and so are the figures that need them.
+        evaluate_on: Tasks whose test images are used: ``all`` of the stream, or those ``seen`` so far, which halves the
+            time; forward transfer is then undefined.
         calibrations: Calibrations of merged models after every task; each adds models such as ``magmax+tuned``.
         seed: Seed of initialisation, order of samples, augmentation and dropout, each fixed per task.
 
@@ -76,6 +80,8 @@ class LearnerParts(Session):
         keep_task_vectors: bool = True,
         statistics_images: int = 256,
         evaluation: Literal["task_agnostic", "task_aware"] | None = None,
+        evaluate_every: int = 1,
+        evaluate_on: Literal["all", "seen"] = "all",
         calibrations: list[Calibration] | None = None,
         seed: int = 0,
     ) -> None:
@@ -87,6 +93,7 @@ class LearnerParts(Session):
         self.branches, self.rounds = branches, rounds
         self.branch_merger = branch_merger or WeightAverage()
         self.branch_steps: int | None = None
+        self.evaluate_every, self.evaluate_on = evaluate_every, evaluate_on
         self.keep_task_vectors = keep_task_vectors
         self.merge = MergeCallback(
             mergers,
@@ -139,6 +146,8 @@ class LearnerParts(Session):
             )
         if self.epochs is not None and len(self.epochs) != len(self.tasks):
             raise ValueError(f"expected epochs for each of the {len(self.tasks)} tasks, got {len(self.epochs)} numbers")
+        if self.evaluate_every < 1:
+            raise ValueError(f"expected learner.evaluate_every of 1 or more, got {self.evaluate_every}")
         branches, rounds = self.branches, self.rounds
         if branches < 1 or rounds < 1 or (rounds > 1 and branches == 1):
             raise ValueError(
@@ -165,6 +174,8 @@ class LearnerParts(Session):
             "keep_task_vectors": self.keep_task_vectors,
             "statistics_images": self.statistics_images,
             "evaluation": self.evaluation,
+            "evaluate_every": self.evaluate_every,
+            "evaluate_on": self.evaluate_on,
             "replay": self.data.replay,
         }
 

@@ -82,6 +82,7 @@ class Session:
         task: int,
         *,
         split: Split = "test",
+        on: Sequence[int] | None = None,
         module: Classifier | None = None,
     ) -> Rows:
         """Return the accuracies of several models on all tasks.
@@ -91,6 +92,7 @@ class Session:
             predictors: Predictors by name.
             task: The latest task that was learned; a head that grows has no accuracy on later ones.
             split: Which images.
+            on: Indices of the tasks whose images are used; default all. Accuracies on others are NaN.
             module: Another classifier of the same classes; default the session's own.
         """
         rows = evaluate(
@@ -101,6 +103,7 @@ class Session:
             task_classes=self.task_classes,
             num_classes=len(self.stream.class_names),
             split=split,
+            tasks=on,
         )
         known = len(self.tasks) if self.module.head.open_vocabulary else task + 1
         unknown = [math.nan] * (len(self.tasks) - known)

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from clmerge.callbacks.finite_loss import FiniteLoss
-from clmerge.callbacks.progress import EpochLines, EpochSeed
+from clmerge.callbacks.progress import EpochLines, EpochSeed, EveryEpoch
 from clmerge.results.checkpoint_files import AtomicCheckpointIO
 from clmerge.lightning_compat import TaskProgressBar, logger_step, set_step_offset
 from clmerge.names import tell
@@ -109,7 +109,7 @@ class Trainers:
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
-        own = [*callbacks, EpochSeed(seed), EpochLines(label), FiniteLoss(label), saving]
+        own = [*callbacks, EpochSeed(seed), EveryEpoch(), EpochLines(label), FiniteLoss(label), saving]
         trainer = self._build(label, logger=list(self.loggers) or False, callbacks=own, **options)
         if self.run.writes and not self._told:
             for line in partial_lines(trainer):

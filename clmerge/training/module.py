@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from clmerge.models import Backbone, Classifier, Head, Tuning
 from clmerge.models.classifier import Batch
-from clmerge.training.regularizers import Regularizer, regularized_loss
+from clmerge.training.regularizers import Regularizer, regularized_logits
 from clmerge.training.sharpness import SAM
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -82,17 +82,21 @@ class ContinualClassifier(Classifier, LightningModule):
         terms: dict[str, Tensor] = {}
         if self.regularizers:
             added: list[Regularizer] = list(self.regularizers)  # type: ignore[arg-type]
-            loss, terms = regularized_loss(self, added, images, labels)
+            logits, terms = regularized_logits(self, added, images)
         else:
-            loss = self.loss(self(images), labels)
+            logits = self(images)
+        loss = self.loss(logits, labels)
         # Every process has equally many images in a training step, so the mean of their means is exact.
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        self.log("train/accuracy", self.right(logits.detach(), labels).mean(), sync_dist=True)
+        # Filled there: a copy would make a GPU wait.
+        self.log("train/lr", torch.full((), self.trainer.optimizers[0].param_groups[0]["lr"], device=loss.device))
         for name, term in terms.items():
             self.log(f"train/{name}", term.detach(), sync_dist=True)
             loss = loss + term
         # Lightning keeps an "epoch" that a module logs itself; its own would start at 0 again in every task.
         epoch = float(self.epoch_offset + self.current_epoch)
-        self.log("epoch", torch.full((), epoch, device=loss.device))  # filled there: a copy would make a GPU wait
+        self.log("epoch", torch.full((), epoch, device=loss.device))
         return loss
 
     @override

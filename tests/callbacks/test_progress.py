@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.tiny import ForeignModule, toy_loader
 
-from clmerge.callbacks.progress import EpochLines, EpochSeed, matrix_lines
+from clmerge.callbacks.progress import EpochLines, EpochSeed, Pace, matrix_lines
 from clmerge.merging import IsoC, MagMax
 
 
@@ -137,3 +137,13 @@ def test_what_rules_take_for_a_matrix_is_said():
     model.trained_names = [name for name, _ in model.named_parameters()]
     lines = matrix_lines(model, {"magmax": MagMax(), "iso_c": IsoC()})
     assert lines == ["iso_c: decomposes net.*.weight: (6, 4); net.*.weight: (3, 6)"]
+
+
+def test_a_task_says_how_long_it_took_and_what_is_left():
+    pace = Pace(4, {"train": 1.0, "evaluate": 2.0})
+    seconds = {"train": 31.0, "evaluate": 12.0, "merge": 0.1}
+    assert pace.line(1, seconds) == "task 2/4: train 30 s, evaluate 10 s; about 80 s left"
+    assert pace.line(2, {**seconds, "train": 8000.0}) == "task 3/4: train 133 min; about 67 min left".replace(
+        "133 min", "2 h 13 min"
+    )
+    assert pace.line(3, {**seconds, "train": 8000.0}) == "task 4/4: less than a second"

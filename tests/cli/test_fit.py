@@ -121,6 +121,9 @@ def test_csv_has_one_continuous_axis(finished):
     epochs = [float(row["epoch"]) for row in rows if row.get("train/loss")]
     assert steps == list(range(6))
     assert epochs == [0, 0, 0, 1, 1, 1]
+    rates = [float(row["train/lr"]) for row in rows if row.get("train/loss")]
+    assert rates[0] == rates[3] > rates[1] > rates[2] > 0, "the schedule of every task begins anew"
+    assert all(0 <= float(row["train/accuracy"]) <= 1 for row in rows if row.get("train/loss"))
 
 
 def test_wandb_has_the_figures_by_name_and_one_continuous_axis(finished):

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from support.records import without_times
 from support.tiny import tiny_clip
 from torch.nn import functional
 
@@ -106,6 +107,57 @@ def test_expert_and_mergers_are_what_they_say(clip, tmp_path):
                 correct.index_add_(0, tasks, hit.float())
                 total.index_add_(0, tasks, torch.ones(len(y)))
         assert results.matrix(model)[-1].tolist() == pytest.approx((correct / total).tolist(), abs=1e-6)
+
+
+def test_models_are_evaluated_as_often_and_on_as_much_as_wanted(clip, tmp_path, capsys):
+    whole = run(make_learner(clip, [MagMax()], loss="all"), tmp_path / "whole")
+    shown = []
+    some = make_learner(clip, [MagMax()], loss="all", evaluate_every=2)
+    found = run(some, tmp_path / "some", report=lambda results: shown.append(results.num_finished))
+    assert shown == [2, 3]
+    for model in ("magmax", "expert"):
+        R, expected = (results.matrix(model).tolist() for results in (found, whole))
+        assert all(math.isnan(value) for value in R[0])
+        assert R[1:] == expected[1:]
+        assert found.figures(model)["average_accuracy"][1:] == whole.figures(model)["average_accuracy"][1:]
+        assert math.isnan(found.figures(model)["forgetting"])
+    assert found.model("magmax").bytes_kept == whole.model("magmax").bytes_kept
+    assert found.model("magmax").merge_seconds[0] is None
+
+    seen = run(make_learner(clip, [MagMax()], loss="all", evaluate_on="seen"), tmp_path / "seen")
+    R, expected = (results.matrix("magmax", "task_aware") for results in (seen, whole))
+    assert torch.equal(torch.tensor(R).isnan(), torch.ones(3, 3).triu(1).bool())
+    assert R[R == R].tolist() == expected[R == R].tolist()
+    assert seen.figures("magmax")["forgetting"] == whole.figures("magmax")["forgetting"]
+    assert math.isnan(seen.figures("magmax")["forward_transfer"])
+    assert seen.matrix("zero_shot").tolist() == whole.matrix("zero_shot").tolist()
+    assert "task 2/3: " in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"expected learner\.evaluate_every of 1 or more, got 0"):
+        make_learner(clip, [MagMax()], evaluate_every=0)
+
+
+def test_a_run_that_skips_evaluations_resumes(clip, tmp_path):
+    fits = []
+
+    class Stop(Callback):
+        def on_train_start(self, trainer, module):
+            fits.append(trainer)
+            if len(fits) == 3:
+                raise KeyboardInterrupt
+
+    def make():
+        return make_learner(clip, [MagMax()], loss="all", evaluate_every=3)
+
+    whole = run(make(), tmp_path / "whole")
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        make().fit(
+            RunFolder.create(tmp_path / "run"),
+            trainer=lambda **given: build_trainer(**given | {"callbacks": [*given["callbacks"], Stop()]}),
+        )
+    opened = RunFolder.open(tmp_path / "run")
+    assert opened.manifest.evaluated == 2
+    resumed = make().fit(opened, trainer=build_trainer)
+    assert without_times(resumed.to_dict()) == without_times(whole.to_dict())
 
 
 @pytest.mark.parametrize("merger", [EMR(), TALL(), Pipeline(TALL(), finisher=Scale(0.5))], ids=repr)

@@ -130,16 +130,15 @@ def named(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: part.view(tensor.shape) for (name, tensor), part in zip(like.items(), parts, strict=True)}
 
 
-def regularized_loss(
-    module: Classifier, regularizers: Sequence[Regularizer], images: Tensor, labels: Tensor
+def regularized_logits(
+    module: Classifier, regularizers: Sequence[Regularizer], images: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the task's loss, and the term of every regularizer by name.
+    """Return the logits of a batch, and the term of every regularizer by name.
 
     Args:
         module: The classifier in training.
         regularizers: The regularizers of the loss.
         images: A batch, ``(B, 3, H, W)``.
-        labels: Global class ids, ``(B,)``.
 
     Raises:
         ValueError: If two regularizers both replace the weights of the loss.
@@ -159,7 +158,7 @@ def regularized_loss(
     for one in regularizers:
         label = one.name if one.name not in terms else f"{one.name}_{len(terms)}"
         terms[label] = one.penalty(step)
-    return module.loss(step.logits, labels), terms
+    return step.logits, terms
 
 
 def check_strength(strength: float, regularizer: str) -> float:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from support.losses import regularized_loss
 from support.small_classifier import (
     REGULARIZERS,
     SmallBackbone,
@@ -14,7 +15,7 @@ from support.small_classifier import (
 from support.toy_parametrized import Shifted
 
 from clmerge.models import LinearHead
-from clmerge.training.regularizers import EWC, L2, LwF, regularized_loss
+from clmerge.training.regularizers import EWC, L2, LwF
 
 
 def test_terms_go_by_name_and_numbers_tell_two_of_a_kind_apart():

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from support.losses import regularized_loss
 from support.small_classifier import (
     SmallBackbone,
     batch,
@@ -17,7 +18,7 @@ from torch.func import functional_call
 
 from clmerge.models import IA3, Adapters, Full, LinearHead, Linearized, LinearizedLoRA, LoRA, OpenClip
 from clmerge.training.module import ContinualClassifier
-from clmerge.training.regularizers import IEL, ITA, current_weights, regularized_loss
+from clmerge.training.regularizers import IEL, ITA, current_weights
 from clmerge.training.regularizers.regularizer import named
 
 
