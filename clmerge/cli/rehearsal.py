@@ -92,7 +92,7 @@ def dry_run(learner: "Learner", build: Any, config: Any) -> None:
     """
     stream, module, data = learner.stream, learner.module, learner.data
     images = {task.index: len(stream.dataset(task.index, "train")) for task in learner.tasks}
-    tests = sum(len(stream.dataset(task.index, "test")) for task in learner.tasks)
+    tests = [len(stream.dataset(task.index, "test")) for task in learner.tasks]
     for line in [*stream_lines(stream), *model_lines(learner), *notices(module, stream)]:
         tell(line)
     with tempfile.TemporaryDirectory() as folder:
@@ -126,10 +126,11 @@ def dry_run(learner: "Learner", build: Any, config: Any) -> None:
     per_task = {task: _steps(trainer, count, data.batch_size) for task, count in images.items()}
     steps = sum(number * _epochs(learner, trainer, task) for task, number in per_task.items())
     models = len(learner.mergers) + 1 + len(learner.calibrated.calibrations) * len(learner.mergers)
-    evaluated = tests * models * len(learner.tasks)
+    after = [task for task in range(len(tests)) if learner.is_evaluated(task)]
+    evaluated = models * sum(tests[other] for task in after for other in learner.evaluated_tasks(task))
     tell(
         f"time      about {_duration(steps * step + evaluated * image)}: {steps} steps of {1e3 * step:.0f} ms, "
-        f"{len(learner.tasks)} evaluations of {models} models on {tests} images of {1000 * image:.1f} ms"
+        f"{len(after)} evaluations of {models} models on {sum(tests)} images of {1000 * image:.1f} ms"
     )
     if device.type == "cuda":
         tell(f"memory    {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of the GPU in these steps")

@@ -158,7 +158,7 @@ def evaluate(
     """
     evaluator = Evaluator(module, predictors, task_classes, num_classes)
     try:
-        if split == "test" and tasks is None:
+        if split == "test" and (tasks is None or len(tasks) == len(task_classes)):
             trainer.test(evaluator, datamodule=data, verbose=False)
         else:
             trainer.test(evaluator, dataloaders=data.eval_dataloader(split, tasks), verbose=False)

@@ -82,14 +82,14 @@ class Learner(LearnerParts):
         try:
             if not run.manifest.results:
                 self._evaluate_zero_shot(run, trainers, results)
-            for task in filter(self._is_evaluated, range(results.num_finished)):
+            for task in filter(self.is_evaluated, range(results.num_finished)):
                 # The loggers of a killed run may lack metrics that the manifest has.
                 log_task(told, results, task, deployed=deployed)
             pace = Pace(len(self.tasks), results.seconds)
             for task in range(run.manifest.evaluated, len(self.tasks)):
                 if run.manifest.trained == task:
                     training.train(results, task)
-                if self._is_evaluated(task):
+                if self.is_evaluated(task):
                     self._evaluate(run, trainers, results, task)
                     log_task(told, results, task, deployed=deployed)
                     if report is not None:
@@ -137,19 +137,14 @@ class Learner(LearnerParts):
         # Evaluate theta_0 + tau, as compare does from the bank, so that both have the same bits.
         expert = self.merge.weights_with(self.merge.task_vector(self.module), self.module)
         predictors[EXPERT] = Merged(expert)
-        seen = range(task + 1) if self.evaluate_on == "seen" else None
         trainer = trainers.for_evaluation(f"evaluating {len(predictors)} models")
-        rows = self.evaluate(trainer, predictors, task, on=seen)
+        rows = self.evaluate(trainer, predictors, task, on=self.evaluated_tasks(task))
         kept = self._bytes_kept(task)
         for name, row in rows.items():
             accuracies = (row[setting] for setting in SETTINGS)
             results.add_row(name, *accuracies, bytes_kept=kept[name], merge_seconds=seconds.get(name))
         results.add_seconds("evaluate", time.perf_counter() - started)
         self._commit(run, results, task)
-
-    def _is_evaluated(self, task: int) -> bool:
-        """Whether the models are evaluated after a task."""
-        return (task + 1) % self.evaluate_every == 0 or task + 1 == len(self.tasks)
 
     def _skip(self, run: RunFolder, results: Results, task: int) -> None:
         """Add undefined rows for a task after which nothing is evaluated."""

@@ -157,6 +157,14 @@ class LearnerParts(Session):
         if branches > 1 and (wanted := self.branch_merger.requires | self.merge.required_statistics & {"adam"}):
             raise ValueError(f"expected mergers for branches that need task vectors alone, got one that needs {wanted}")
 
+    def is_evaluated(self, task: int) -> bool:
+        """Return whether the models are evaluated after a task."""
+        return (task + 1) % self.evaluate_every == 0 or task + 1 == len(self.tasks)
+
+    def evaluated_tasks(self, task: int) -> range:
+        """Return the indices of the tasks on whose images the models are evaluated after a task."""
+        return range(task + 1 if self.evaluate_on == "seen" else len(self.tasks))
+
     def settings(self) -> dict[str, Any]:
         """Return the settings that must not change when a run is resumed, in JSON types."""
         merge = self.merge
