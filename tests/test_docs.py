@@ -38,6 +38,7 @@ NOT_RUN = {
     "wandb sweep": "needs W&B's server",
     "wandb agent": "needs W&B's server",
 }
+SPLITS = ("train", "val", "test")
 ALWAYS = ("README.md", "merge.md", "mergers.md")  # the others take minutes together: scripts/test --all
 SHORT = [
     "--stream.source.test_fraction=0.05",
@@ -210,6 +211,7 @@ PYTHON = {
     ("linearized.md", 0): (in_a_module, lambda found: found["MyModule"]()),
     ("mergers.md", 0): (dict, lambda found: found["here"].tasks == (0,)),
     ("removing.md", 0): (in_a_project, lambda found: found["merge"].mergers["magmax"].tasks == (1,)),
+    ("sources.md", 0): (dict, lambda found: [len(found["stream"].dataset(3, s)) for s in SPLITS] == [16, 4, 20]),
     ("tuning.md", 0): (in_a_module, lambda found: found["MyModule"]()),
 }
 # The first defines a merger, which would be one in all tests that follow: it has a process of its own.

@@ -4,11 +4,13 @@ import PIL.Image
 import pytest
 import torch
 from streams.tiny_layouts import write_mnist
+from torch.utils.data import TensorDataset
 from torchvision import transforms
 
-from clmerge.streams import FromAvalanche
+from clmerge.streams import FromAvalanche, StreamDataModule
 from clmerge.streams.avalanche_index import avalanche_benchmarks
 from clmerge.streams.from_avalanche import as_pil
+from clmerge.streams.identity import stream_identity
 
 
 class Shade:
@@ -118,7 +120,133 @@ def test_streams_of_different_length(split_mnist):
         train=[exp.dataset for exp in split_mnist.train_stream],
         test=[exp.dataset for exp in list(split_mnist.test_stream)[:3]],
     )
-    with pytest.raises(ValueError, match="got 5 train, 5 validation and 3 test"):
+    with pytest.raises(ValueError, match=r"none of the classes of experience 4, \['6', '7'\]"):
         _ = FromAvalanche(benchmark).tasks
     with pytest.raises(ValueError, match="val_fraction"):
         FromAvalanche(benchmark, val_fraction=1.0)
+
+
+# Benchmarks of every kind, from tensors whose pixels are their number ---------------------------------------------
+
+
+def tensors(count, first=0, num_classes=4):
+    shades = torch.arange(first, first + count, dtype=torch.uint8)
+    images = shades.reshape(-1, 1, 1, 1).expand(count, 3, 4, 4).contiguous()
+    return images, torch.arange(count) % num_classes
+
+
+def labelled(count, first=0, extra=()):
+    images, targets = tensors(count, first)
+    data = TensorDataset(images, targets, *extra)
+    data.targets = targets.tolist()
+    return data
+
+
+def shades(stream, task, split):
+    data = stream.dataset(task, split)
+    return [data.image(index).getpixel((0, 0))[0] for index in range(len(data))]
+
+
+TRAIN, TEST = range(40), range(100, 112)
+
+
+def kinds():
+    benchmarks = avalanche_benchmarks()
+    train, test = labelled(40), labelled(12, first=100)
+    avalanche_train, avalanche_test = map(benchmarks.utils.as_classification_dataset, (train, test))
+    sets = {"train": avalanche_train, "test": avalanche_test}
+    classes = benchmarks.class_incremental_benchmark(sets, num_experiences=2)
+    two = benchmarks.nc_benchmark(train, test, n_experiences=2, task_labels=False, seed=1)
+    return {
+        "class-incremental": (classes, [2, 2]),
+        "class-incremental of before": (two, [2, 2]),
+        "with task labels": (benchmarks.nc_benchmark(train, test, n_experiences=4, task_labels=True, seed=1), [1] * 4),
+        "new instances": (
+            benchmarks.new_instances_benchmark(avalanche_train, avalanche_test, num_experiences=4),
+            [4] * 4,
+        ),
+        "new instances of before": (
+            benchmarks.ni_benchmark(train, test, n_experiences=3, task_labels=True, balance_experiences=True, seed=1),
+            [4] * 3,
+        ),
+        "data-incremental": (benchmarks.data_incremental_benchmark(two, experience_size=5, shuffle=True), [2] * 8),
+        "task-incremental": (benchmarks.task_incremental_benchmark(classes), [2, 2]),
+        "tensors": (
+            benchmarks.tensors_benchmark(train_tensors=[tensors(40)], test_tensors=[tensors(12, 100)], task_labels=[0]),
+            [4],
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "class-incremental",
+        "class-incremental of before",
+        "with task labels",
+        "new instances",
+        "new instances of before",
+        "data-incremental",
+        "task-incremental",
+        "tensors",
+    ],
+)
+def test_benchmarks_of_every_kind(kind):
+    benchmark, num_classes = kinds()[kind]
+    stream = FromAvalanche(benchmark, val_fraction=0.25)
+    tasks = stream.tasks
+    assert [len(task.classes) for task in tasks] == num_classes
+    assert len({task.name for task in tasks}) == len(tasks)
+    learned = [shade for task in tasks for split in ("train", "val") for shade in shades(stream, task.index, split)]
+    assert sorted(learned) == list(TRAIN)  # every image once, in one task and split
+    for task in tasks:
+        # The class of an image is its number modulo four, whatever the number of the test experiences.
+        assert sorted(shades(stream, task.index, "test")) == [shade for shade in TEST if shade % 4 in task.classes]
+        assert stream.dataset(task.index, "test").targets == [s % 4 for s in shades(stream, task.index, "test")]
+        assert [s % 4 for s in shades(stream, task.index, "train")] == stream.dataset(task.index, "train").targets
+
+
+def test_a_benchmark_of_new_instances_is_trained_on(tmp_path):
+    """With worker processes, and identified when it is resumed."""
+    benchmark, _ = kinds()["new instances"]
+    stream = FromAvalanche(benchmark, val_fraction=0.25)
+    batches = []
+    for num_workers in (0, 1):
+        data = StreamDataModule(batch_size=4, num_workers=num_workers)
+        data.setup_stream(stream, transforms.PILToTensor(), transforms.PILToTensor())
+        data.task = 2
+        batches.append(torch.cat([images[:, 0, 0, 0] for images, _ in data.train_dataloader()]).tolist())
+        assert len(torch.cat([task_ids for _, _, task_ids in data.test_dataloader()])) == 4 * 12
+    assert batches[0] == batches[1]
+    assert [task["test"] for task in stream_identity(stream)["tasks"]] == [12] * 4
+
+
+@pytest.mark.parametrize("extra", [(), (torch.arange(8),), (torch.rand(8, 2), torch.arange(8))])
+def test_items_of_any_length(extra):
+    benchmarks = avalanche_benchmarks()
+    data = benchmarks.utils.as_classification_dataset(labelled(8, extra=extra))
+    test = benchmarks.utils.as_classification_dataset(labelled(8, first=50, extra=extra))
+    stream = FromAvalanche(benchmarks.benchmark_from_datasets(train=[data], test=[test]), val_fraction=0.0)
+    assert shades(stream, 0, "train") == list(range(8))
+    assert stream.dataset(0, "train").targets == [0, 1, 2, 3] * 2
+
+
+def test_without_targets_every_item_is_read_for_its_class():
+    benchmarks = avalanche_benchmarks()
+    sets = [benchmarks.utils.as_avalanche_dataset(TensorDataset(*tensors(8, first))) for first in (0, 50)]
+    stream = FromAvalanche(benchmarks.benchmark_from_datasets(train=sets[:1], test=sets[1:]), val_fraction=0.0)
+    assert stream.dataset(0, "test").targets == [0, 1, 2, 3] * 2
+
+
+def test_classes_that_begin_with_zero_in_every_task():
+    benchmarks = avalanche_benchmarks()
+    benchmark = benchmarks.nc_benchmark(
+        labelled(40), labelled(12, first=100), n_experiences=2, task_labels=True, seed=1,
+        class_ids_from_zero_in_each_exp=True,
+    )  # fmt: skip
+    assert [task.classes for task in FromAvalanche(benchmark).tasks] == [(0, 1), (0, 1)]
+    stream = FromAvalanche(benchmark, class_names=["left", "right"], templates=["a {}."], separate_classes=True)
+    assert [task.classes for task in stream.tasks] == [(0, 1), (2, 3)]
+    assert stream.class_names == ["0: left", "0: right", "1: left", "1: right"]
+    assert stream.class_prompts == [["a left."], ["a right."]] * 2
+    assert set(stream.dataset(1, "test").targets) == {2, 3}
