@@ -1,5 +1,6 @@
 """Checks of a task vector that run before the merger's state changes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from math import prod
@@ -113,7 +114,7 @@ def is_finite(tensor: Tensor) -> bool:
     """
     # One read-only pass: a sum is not finite if any entry is not. A sum of finite entries may also overflow, hence the
     # second check.
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 
 
 def check_finite(vector: State) -> None:
