@@ -73,11 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         from clmerge.cli.fit import spread_mergers
+        from clmerge.cli.own_configs import use_own_configs
         from clmerge.cli.quick_check import check_arguments
         from clmerge.cli.value_check import OptionError
 
         try:
-            words = check_arguments(command, spread_mergers(arguments[1:]))
+            words = check_arguments(command, spread_mergers(use_own_configs(arguments[1:])))
         except OptionError as error:
             tell(f"clmerge {command}: {error}")
             raise SystemExit(2) from error
