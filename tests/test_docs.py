@@ -196,6 +196,10 @@ def in_a_run():
     return {"module": run.module, "base": run.base, "data": run.data, "merged": run.bank[0]}
 
 
+def on_images():
+    return {}
+
+
 def in_a_module():
     import timm
     from lightning.pytorch import LightningModule
@@ -208,6 +212,7 @@ PYTHON = {
     ("README.md", 0): (in_a_project, lambda found: found["merge"].num_tasks == 2),
     ("README.md", 1): (on_its_own, lambda found: found["merged"]["w"].tolist() == [0.625] * 3),
     ("diagnostics.md", 0): (in_a_run, lambda found: found["found"]["vectors"]["whole"]["cosine"][0][0] is not None),
+    ("evaluate.md", 0): (on_images, lambda found: found["found"].shape == (2, 96)),
     ("linearized.md", 0): (in_a_module, lambda found: found["MyModule"]()),
     ("mergers.md", 0): (dict, lambda found: found["here"].tasks == (0,)),
     ("removing.md", 0): (in_a_project, lambda found: found["merge"].mergers["magmax"].tasks == (1,)),
@@ -227,7 +232,7 @@ def test_python_runs(block, request, monkeypatch, tmp_path):
     page, index = block
     monkeypatch.chdir(tmp_path)
     prepare, holds = PYTHON[block]
-    if prepare is in_a_run:
+    if prepare in (in_a_run, on_images):
         request.getfixturevalue("place")(page)
     namespace = prepare()
     code = blocks_of(page, "python")[index].replace(", ...)", ")")  # the reader's own arguments

@@ -9,6 +9,7 @@ from typing import Any
 from clmerge.checkpoints.formats import open_checkpoint
 from clmerge.checkpoints.ledger import KEY, ledger_file, read_ledger
 from clmerge.checkpoints.reader import Checkpoint
+from clmerge.results.model_facts import ModelFacts
 from clmerge.weights.tensor_files import load_metadata
 
 _MOST_PARTS = 12
@@ -25,7 +26,8 @@ def summarize(path: str | os.PathLike[str], weights: str | None = None) -> dict[
         ``format``, ``is_task_vector``, ``task``, ``base``, ``tensors``, ``parameters``, ``bytes``, ``dtypes`` (tensors
         by dtype), ``parts`` (tensors and parameters by the first parts of their names), ``sets`` and ``weights`` (the
         names of all sets, and of the one that is read), ``left_out`` (classes whose objects were not built), and
-        ``ledger`` (how ``clmerge merge`` made it; None if it did not).
+        ``ledger`` (how ``clmerge merge`` made it; None if it did not), and ``model`` (what a model file of a run says
+        about itself; None for other files).
 
     Raises:
         FileNotFoundError: If there is nothing at ``path``.
@@ -46,7 +48,15 @@ def summarize(path: str | os.PathLike[str], weights: str | None = None) -> dict[
         "weights": found.weights,
         "left_out": found.ignored,
         "ledger": _ledger(path),
+        "model": _facts(Path(path)),
     }
+
+
+def _facts(path: Path) -> dict[str, Any] | None:
+    if not path.is_file() or path.suffix != ".safetensors":
+        return None
+    found = ModelFacts.from_metadata(load_metadata(path), str(path))
+    return None if found is None else asdict(found)
 
 
 def _parts(checkpoint: Checkpoint) -> list[dict[str, Any]]:

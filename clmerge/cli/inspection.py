@@ -193,12 +193,28 @@ def _checkpoint_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"  base      {found['base'][:12]}..."
     if found["left_out"]:
         yield f"  left out  objects of {', '.join(found['left_out'][:5])}, which were not built"
+    if model := found["model"]:
+        yield from _model_lines(model)
     if ledger := found["ledger"]:
         yield f"  merged by clmerge {ledger['versions'].get('clmerge', '?')}: {_rule(ledger)}"
         yield f"    base    {ledger['base']}"
         for model in ledger["models"]:
             yield f"    model   {model}"
         yield f"    check   clmerge merge --verify {found['path']}"
+
+
+def _model_lines(model: dict[str, Any]) -> Iterator[str]:
+    rule = model["rule"]
+    made = "not merged" if rule is None else _called({"class": rule["merger"], "settings": rule["init_args"]})
+    calibrated = f", calibrated by {model['calibration']}" if model["calibration"] else ""
+    backbone = {"class": model["backbone"]["class"], "settings": model["backbone"].get("settings", {})}
+    yield f"  model     {shown(model['model'])} of run {shown(model['run'])}: {made}{calibrated}"
+    yield f"  backbone  {_called(backbone)}, {model['tuning']}, {model['head']}"
+    yield f"  classes   {', '.join(model['classes'][:6])}" + f" and {len(model['classes']) - 6} more" * (
+        len(model["classes"]) > 6
+    )
+    yield f"  tasks     {', '.join(shown(task['name']) for task in model['tasks'])}"
+    yield f"  written by clmerge {model['version']}"
 
 
 def _rule(ledger: dict[str, Any]) -> str:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clmerge.cli.parser import CommandParser
     from clmerge.results.results import Setting
+    from clmerge.results.run_folder import RunFolder
+    from clmerge.runs.image_classifier import ImageClassifier
     from clmerge.runs.stored_run import StoredRun
 
 
@@ -32,23 +34,12 @@ def open_run(
         FileNotFoundError: If there is no run.
         ValueError: If the run is not finished, has no task vectors, or its configuration names code of other packages.
     """
-    from lightning.pytorch import seed_everything
-
-    from clmerge.cli.fit import build_parser as build_fit_parser
     from clmerge.cli.fit import trainer_factory
     from clmerge.deploy.naming import name_mergers
-    from clmerge.results.run_folder import RunFolder
     from clmerge.runs.stored_run import StoredRun
     from clmerge.streams.data_check import RECORD, DataCheck, leave_out
 
-    folder = RunFolder.open(path, writes=False)
-    if not folder.config.is_file():
-        raise FileNotFoundError(f"expected the configuration of a run of `clmerge fit` in {folder.config}, got none")
-    parser = build_fit_parser()
-    config = read_config(parser, folder.config, folder.manifest.options_in_force(), allow)
-    seed_everything(config.seed, workers=True, verbose=False)
-    objects = parser.instantiate(config)
-    objects.data.seed = config.seed
+    folder, config, objects = _built(path, allow)
     if check := DataCheck.load(folder.path / RECORD):
         leave_out(objects.stream, check)
     run = StoredRun(
@@ -65,6 +56,66 @@ def open_run(
         merges_again=merges_again,
     )
     return run, objects.mergers
+
+
+def open_classifier(
+    path: str, *, model: str | None, task: str | None, classes: Sequence[str], allow: Sequence[str] = ()
+) -> "ImageClassifier":
+    """Open a model of a finished run to classify images; the run's data are read only if its model files are old.
+
+    Args:
+        path: The run folder.
+        model: The model; default the deployed one.
+        task: A task, whose classes are chosen from.
+        classes: The classes to choose from; default those of the task, or all.
+        allow: As for ``open_run``.
+
+    Raises:
+        FileNotFoundError: As for ``open_run``.
+        ValueError: As for ``open_run``, or if the run has no such model, task or class.
+    """
+    from clmerge.cli.fit import trainer_factory
+    from clmerge.deploy.naming import name_mergers
+    from clmerge.models.templates import GENERIC
+    from clmerge.runs.final_predictors import FinalPredictors
+    from clmerge.runs.image_classifier import ImageClassifier, RunClasses, default_model, facts_of
+    from clmerge.weights.parametrization import running_statistics
+
+    folder, config, objects = _built(path, allow)
+    module, learner = objects.model, config.learner
+    statistics = running_statistics(module)
+    mergers = name_mergers(objects.mergers)
+    models = FinalPredictors(folder, mergers, buffers=learner.buffers, statistics=statistics)
+    if facts := facts_of(models):
+        known = RunClasses.of_facts(facts)
+    else:
+        stream = objects.stream
+        known = RunClasses(stream.class_names, [(t.name, list(t.classes)) for t in stream.tasks], list(GENERIC))
+    if not module.head.open_vocabulary:
+        module.head.build(module.backbone, len(known.names), ())
+    quiet = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    trainer = trainer_factory(config)(logger=False, callbacks=[], plugins=[], **quiet)
+    name = default_model(models, learner.deploy) if model is None else model
+    device = trainer.strategy.root_device
+    return ImageClassifier(models, module, known, name, task=task, classes=classes, device=device)
+
+
+def _built(path: str, allow: Sequence[str]) -> "tuple[RunFolder, Any, Any]":
+    """Return a run folder, its configuration, and the objects that this describes."""
+    from lightning.pytorch import seed_everything
+
+    from clmerge.cli.fit import build_parser as build_fit_parser
+    from clmerge.results.run_folder import RunFolder
+
+    folder = RunFolder.open(path, writes=False)
+    if not folder.config.is_file():
+        raise FileNotFoundError(f"expected the configuration of a run of `clmerge fit` in {folder.config}, got none")
+    parser = build_fit_parser()
+    config = read_config(parser, folder.config, folder.manifest.options_in_force(), allow)
+    seed_everything(config.seed, workers=True, verbose=False)
+    objects = parser.instantiate(config)
+    objects.data.seed = config.seed
+    return folder, config, objects
 
 
 def read_config(parser: "CommandParser", file: Path, options: Sequence[str], allow: Sequence[str]) -> Any:

@@ -307,6 +307,22 @@ def _weights_of(file: str, model: nn.Module, weights: str | None) -> tuple[dict[
     return dict(opened), describe(opened)
 
 
+def load_weights(backbone: Backbone, file: str) -> None:
+    """Load the weights in a file of any format that clmerge reads into a backbone; nothing in it is executed.
+
+    Args:
+        backbone: The backbone; changed in place.
+        file: The file; prefixes of its names may differ from the model's.
+
+    Raises:
+        ValueError: If the file holds other weights than the model's.
+        FileNotFoundError: If there is no such file.
+    """
+    with _naming(type(backbone).__name__, file):
+        state, _ = _weights_of(file, backbone.model, None)
+        backbone.model.load_state_dict(state)
+
+
 def _weights_in(folder: Path) -> str | None:
     """Return the file with the weights of a local folder of open_clip; None if only open_clip can find them."""
     file = folder / "open_clip_model.safetensors"

@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rich import box
@@ -94,6 +94,37 @@ def render_text(results: Results, *, setting: Setting | None = None, width: int 
     body = align([cells.headings, *cells.rows])
     notes = [line for note in cells.notes for line in textwrap.wrap(note, width)]
     return "\n".join([cells.title, *body, *notes])
+
+
+def final_text(results: Results, rows: Mapping[str, Mapping[str, Sequence[float]]], *, split: str) -> str:
+    """Return a table of the accuracies of finished models on every task, as plain text.
+
+    Args:
+        results: Names of the tasks, their numbers of images, and which reading of the logits to show.
+        rows: Name -> ``task_agnostic`` and ``task_aware``, one accuracy per task.
+        split: Which images, for the title.
+    """
+    setting = results.evaluation
+    names = [shorten(name, _NAME_LENGTH) for name in results.tasks]
+    short = all(len(name) <= 6 for name in names)
+    headings = names if short else [f"T{task + 1}" for task in range(len(names))]
+    lines = [["model", *headings, "average"]]
+    for model, row in rows.items():
+        values = list(row[setting])
+        lines.append([shorten(model, _NAME_LENGTH), *map(percent, values), percent(sum(values) / len(values))])
+    counts = f", {sum(results.samples or ())} images"
+    notes = (
+        [_HINTS[setting]]
+        if short
+        else [
+            _HINTS[setting],
+            ", ".join(f"{heading} {name}" for heading, name in zip(headings, names, strict=True)),
+        ]
+    )
+    if told := [model for model in rows if model in results.mergers and results.model(model).needs_task]:
+        notes.append(told_note(told))
+    title = f"Accuracy in % on {split} images, {setting.replace('_', '-')}{counts}"
+    return "\n".join([title, *align(lines), *notes])
 
 
 def told_note(names: Sequence[str]) -> str:

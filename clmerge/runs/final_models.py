@@ -1,42 +1,78 @@
-"""Save the final models of a run as files that load strictly into the backbone."""
+"""Save the final models of a run as files that load strictly into the backbone and say what they are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
-from clmerge.callbacks import MergeCallback
-from clmerge.models import Classifier
+from clmerge.bounded_yaml import load_yaml
+from clmerge.results.model_facts import ModelFacts
 from clmerge.results.results import EXPERT, HEAD
 from clmerge.results.run_folder import RunFolder
+from clmerge.runs.learner_parts import LearnerParts
+from clmerge.streams import Stream
 from clmerge.weights import save_tensors
 from clmerge.weights.parametrization import folded
 from clmerge.weights.task_vector import State
 
 
-def save_models(
-    run: RunFolder,
-    module: Classifier,
-    merge: MergeCallback,
-    mergers: Sequence[str],
-    more: Mapping[str, State],
-) -> None:
+def save_models(run: RunFolder, learner: LearnerParts, more: Mapping[str, State]) -> None:
     """Write dense weights of the backbone under every merger to ``model/``, and the head if it was trained.
+
+    The header of every file holds a :class:`ModelFacts`.
 
     Args:
         run: The run folder.
-        module: The classifier with the weights of the last task.
-        merge: The callback with the base and the mergers.
-        mergers: Names of the mergers.
-        more: Tensors of further files, by file name.
+        learner: The learner after the last task.
+        more: Tensors of the files of calibrated models, by file name.
     """
+    module, merge = learner.module, learner.merge
+    facts = _facts(run, learner)
     prefix = "backbone.model."
     with folded(module.backbone):
         whole = dict(module.backbone.model.state_dict())
-    for name in mergers:
+    for name, merger in learner.mergers.items():
         merged = {key.removeprefix(prefix): value for key, value in merge.merged_state(name).items()}
-        metadata = {"merger": repr(merge.mergers[name]), "tuning": repr(module.tuning)}
+        own = replace(facts, model=name, rule={"merger": type(merger).__name__, "init_args": merger.settings()})
+        metadata = {"merger": repr(merger), "tuning": repr(module.tuning), **own.to_metadata()}
         save_tensors(run.model(name), {**whole, **merged}, metadata=metadata)
     for name, tensors in more.items():
-        save_tensors(run.model(name), tensors)
+        model = name.removesuffix(f"-{HEAD}")
+        label, _, calibration = model.rpartition("+")
+        merger = learner.mergers[label]
+        rule = {"merger": type(merger).__name__, "init_args": merger.settings()}
+        own = replace(facts, model=model, rule=rule, calibration=calibration)
+        save_tensors(run.model(name), tensors, metadata=own.to_metadata())
+    expert = replace(facts, model=EXPERT)
     if merge.deploy == EXPERT:
-        save_tensors(run.model(EXPERT), whole, metadata={"merger": "none: the last task's un-merged model"})
+        note = {"merger": "none: the last task's un-merged model"}
+        save_tensors(run.model(EXPERT), whole, metadata={**note, **expert.to_metadata()})
     if not module.head.open_vocabulary:
-        save_tensors(run.model(HEAD), module.head.state_dict())
+        save_tensors(run.model(HEAD), module.head.state_dict(), metadata=expert.to_metadata())
+
+
+def _facts(run: RunFolder, learner: LearnerParts) -> ModelFacts:
+    """Return what all models of a run have in common."""
+    module, stream = learner.module, learner.stream
+    config = load_yaml(run.manifest.config, str(run.config)) if run.manifest.config else {}
+    found: Any = (config.get("model") or {}).get("backbone") or {}
+    settings = {"settings": found.get("init_args") or {}} if isinstance(found, Mapping) and found else {}
+    return ModelFacts(
+        model="",
+        run=str(config.get("name", "")),
+        backbone={"class": type(module.backbone).__name__, **settings},
+        head=type(module.head).__name__,
+        tuning=repr(module.tuning),
+        rule=None,
+        calibration="",
+        classes=list(stream.class_names),
+        tasks=[{"name": task.name, "classes": list(task.classes)} for task in learner.tasks],
+        templates=grouped_templates(stream) if module.head.open_vocabulary else [],
+    )
+
+
+def grouped_templates(stream: Stream) -> list[dict[str, Any]]:
+    """Return the prompt templates of a stream with the ids of the classes that have them."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for class_id in range(len(stream.class_names)):
+        groups.setdefault(stream.templates_for(class_id), []).append(class_id)
+    return [{"templates": list(templates), "classes": classes} for templates, classes in groups.items()]

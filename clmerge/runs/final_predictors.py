@@ -1,7 +1,8 @@
 """The models of a finished run after its last task, as predictors of its classifier."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,10 +11,12 @@ from clmerge.deploy.naming import by_class
 from clmerge.deploy.predictors import Merged, Predictor
 from clmerge.deploy.running_merge import RunningMerge
 from clmerge.merging import Merger
+from clmerge.models import Classifier
 from clmerge.results.results import EXPERT, HEAD, ZERO_SHOT, Results
 from clmerge.results.run_folder import RunFolder
 from clmerge.weights import TaskVectorBank, load_tensors
 from clmerge.weights.parametrization import own_names, parametrized, state_of
+from clmerge.weights.swap import swapped
 
 PREFIX = "backbone.model."  # of the classifier's names before those of the files in model/
 
@@ -61,9 +64,24 @@ class FinalPredictors:
         merge.load_accumulators(state)
         return merge
 
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self._folder.path
+
     def enter(self, module: nn.Module) -> None:
         """Load the weights, running statistics and head that the run ended with into its classifier."""
         module.load_state_dict(self._state[0])
+
+    def build_head(self, module: Classifier, prompts: Sequence[Sequence[str]]) -> None:
+        """Make the text head of other classes, by the text tower before the first task, as the run's own was made.
+
+        Args:
+            module: The classifier, whose head is replaced.
+            prompts: One list of prompts per class.
+        """
+        with swapped(module, state_of(module, self._state[1]["base"], {}, buffers=self._statistics)):
+            module.head.build(module.backbone, len(prompts), prompts)
 
     def resolve(self, name: str) -> str:
         """Return the name of a model as the results have it; the name of a merger's class stands for it, too.

@@ -176,7 +176,7 @@ class Learner(LearnerParts):
     def _finish(self, run: RunFolder, trainers: Trainers, results: Results) -> None:
         more = dict(self.calibrated.final(self.merged(), len(self.tasks) - 1, trainers.device))  # on all ranks
         if run.writes:
-            save_models(run, self.module, self.merge, list(self.mergers), more)
+            save_models(run, self, more)
             save_plots(results, run.plots)
         run.manifest.finished = True
         run.manifest.results = results.to_dict()

@@ -10,10 +10,11 @@ from clmerge.deploy.predictors import Merged, PerTask, Predictor
 from clmerge.merging.stored import relocated
 from clmerge.report.rules import rule_of
 from clmerge.results.metrics.continual import Array
+from clmerge.results.model_facts import ModelFacts
 from clmerge.results.results import SETTINGS, Results, Setting
 from clmerge.results.run_folder import RunFolder
 from clmerge.runs.final_predictors import PREFIX
-from clmerge.weights import TaskVectorBank, apply_task_vector, load_tensors
+from clmerge.weights import TaskVectorBank, apply_task_vector, load_metadata, load_tensors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,12 +115,27 @@ class LoadedRun:
         Raises:
             ValueError: If the run has no such merger, or is not finished.
         """
+        return load_tensors(self._file(merger))
+
+    def _file(self, merger: str) -> Path:
         file = self._folder.model(merger)
         if not file.is_file():
             raise ValueError(
                 f"expected one of the mergers {self.results.mergers} of a finished run, got {merger!r} in {self.path}"
             )
-        return load_tensors(file)
+        return file
+
+    def facts(self, name: str) -> ModelFacts | None:
+        """Return what the file of a merged model says about itself; None if an older version of clmerge wrote it.
+
+        Args:
+            name: A merger of the run, or ``MERGER+CALIBRATION``.
+
+        Raises:
+            ValueError: If the run has no such model, or is not finished.
+        """
+        file = self._file(name)
+        return ModelFacts.from_metadata(load_metadata(file), str(file))
 
     def predictor(self, name: str) -> Predictor:
         """Return a merged model as a predictor of the backbone's own architecture, by its own names; no data is read.

@@ -1,0 +1,175 @@
+"""``clmerge evaluate``: the accuracy of models of a finished run, or of a checkpoint, on any stream."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from clmerge.cli.messages import complain
+from clmerge.names import tell
+
+if TYPE_CHECKING:
+    from clmerge.cli.parser import CommandParser
+    from clmerge.evaluation.evaluate import Rows
+    from clmerge.results.results import Results
+    from clmerge.runs.session import Session
+
+    Found = tuple[Results, Rows]
+
+EPILOG = """\
+examples:
+  clmerge evaluate runs/digits
+  clmerge evaluate runs/digits --models magmax expert --split val
+  clmerge evaluate runs/digits --models magmax --stream ClassIncremental --stream.source ImageFolderSource \\
+      --stream.source.root photos --stream.num_tasks 1 --out photos-of-digits
+  clmerge evaluate merged.safetensors --backbone OpenClip --stream ClassIncremental --stream.source SklearnDigits
+"""
+
+
+def build_parser() -> "CommandParser":
+    """Return the parser of ``clmerge evaluate``; imports the modules of all its types."""
+    import clmerge.streams
+    from clmerge.cli.named_code import set_policy
+    from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
+    from clmerge.models import Backbone
+    from clmerge.streams import DataSource, Stream
+    from clmerge.streams.plan import Evaluation
+
+    for name in clmerge.streams.__all__:
+        getattr(clmerge.streams, name)  # loaded lazily, and jsonargparse finds only loaded classes
+    set_policy()
+    CommandParser.class_names = known_subclasses((Stream, DataSource, Backbone))
+    parser = CommandParser(
+        prog="clmerge evaluate",
+        usage="clmerge evaluate RUN|CHECKPOINT [--models A B ...] [--stream CLASS ...] [options]",
+        description="Evaluate the final models of a finished run on its own stream or another, or a checkpoint under a "
+        "text head. A text head takes its classes from the stream; a learned head must know them.",
+        epilog=EPILOG,
+        formatter_class=CommandFormatter,
+        allow_abbrev=False,
+    )
+    models_help = "Models of the run, by name or class of merger (default: all that can be evaluated)."
+    stream_help = "The stream to evaluate on (default: the run's own)."
+    backbone_help = "The architecture of a checkpoint; it needs a text tower."
+    evaluation_help = "What the table shows: task_agnostic accuracy, or task_aware (default: what the stream does)."
+    allow_help = "Packages beside the known ones whose code the run's configuration may name; that code is run."
+    out_help = "Folder for results.json, with one row per model, the same after every task."
+    parser.add_argument("target", type=str, metavar="RUN|CHECKPOINT", help="A finished run, or a file of weights.")
+    parser.add_argument("--models", type=str, nargs="+", default=[], metavar="NAME", help=models_help)
+    parser.add_subclass_arguments(Stream, "stream", required=False, help=stream_help)
+    parser.add_subclass_arguments(Backbone, "backbone", required=False, help=backbone_help)
+    parser.add_argument("--split", type=Literal["test", "val"], default="test", help="Which images.")
+    parser.add_argument("--evaluation", type=Evaluation | None, default=None, help=evaluation_help)
+    parser.add_argument("--out", type=str | None, default=None, help=out_help)
+    parser.add_argument("--allow", type=str, nargs="+", default=[], metavar="PACKAGE", help=allow_help)
+    parser.add_argument("--json", action="store_true", help="Print the document instead of the table.")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``clmerge evaluate``; return the exit code."""
+    parser = build_parser()
+    config = parser.parse_args(list(argv))
+    if not Path(config.target).exists():
+        return complain("evaluate", FileNotFoundError(f"expected a run folder or a checkpoint, got {config.target}"))
+    is_run = Path(config.target).is_dir()
+    if is_run and config.backbone is not None:
+        parser.error(f"expected --backbone with a checkpoint alone, got it with the run {config.target}")
+    if not is_run and (config.backbone is None or config.stream is None):
+        parser.error(f"expected --backbone and --stream with {config.target}, which is no run folder")
+    if not is_run and config.models:
+        parser.error(f"expected --models with a run, got it with {config.target}, which is one model")
+    try:
+        results, rows = _of_run(config, parser) if is_run else _of_checkpoint(config, parser)
+        return _show(results, rows, config)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        return complain("evaluate", error)
+
+
+def _of_run(config: Any, parser: "CommandParser") -> "Found":
+    from clmerge.cli.open_run import open_run
+    from clmerge.lightning_compat import quiet_lightning
+    from clmerge.results.results import ZERO_SHOT
+    from clmerge.runs.foreign_stream import on_stream
+    from clmerge.runs.session import Session
+
+    quiet_lightning()
+    run, _ = open_run(config.target, name=Path(config.target).resolve().name, allow=config.allow, merges_again=False)
+    own = config.stream is None
+    names = config.models or [name for name in run.models.names if own or not run.results.model(name).needs_task]
+    if own:
+        predictors = {run.models.resolve(name): run.predictor(name) for name in names}
+        session: Session = run
+        results = run.new_results(run.name)
+    else:
+        stream = parser.instantiate(config).stream
+        session, predictors = on_stream(run, stream, names)
+        results = session.new_results(f"{run.name} on {stream.name}")
+    if config.split == "val" and not session.has_validation:
+        raise ValueError(f"expected validation images for --split val, got a stream without: {session.stream.name}")
+    trainer = run.trainers.for_evaluation(f"{run.name}: {config.split} images")
+    rows = session.evaluate(trainer, predictors, len(session.tasks) - 1, split=config.split)
+    for name in predictors:
+        found = run.results.model(name)
+        if name != ZERO_SHOT:
+            results.describe(name, kind=found.kind, rule=found.rule, data=found.data)
+    results.path = str(run.folder.path)
+    return _filled(results, session, rows, config)
+
+
+def _of_checkpoint(config: Any, parser: "CommandParser") -> "Found":
+    from lightning.pytorch import Trainer, seed_everything
+
+    from clmerge.deploy.predictors import Merged
+    from clmerge.lightning_compat import quiet_lightning
+    from clmerge.models.backbone import load_weights
+    from clmerge.runs.session import Session
+    from clmerge.streams import StreamDataModule
+    from clmerge.training.module import ContinualClassifier
+
+    quiet_lightning()
+    seed_everything(0, workers=True, verbose=False)
+    objects = parser.instantiate(config)
+    stream, backbone = objects.stream, objects.backbone
+    load_weights(backbone, config.target)
+    module, data = ContinualClassifier(backbone), StreamDataModule()
+    data.setup_stream(stream, backbone.train_transform, backbone.eval_transform)
+    session = Session(stream, module, data)
+    module.begin_stream(len(stream.class_names), stream.class_prompts)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    trainer = Trainer(devices=1, enable_progress_bar=sys.stderr.isatty(), **quiet)  # type: ignore[arg-type]
+    name = Path(config.target).stem
+    rows = session.evaluate(trainer, {name: Merged()}, len(session.tasks) - 1, split=config.split)
+    return _filled(session.new_results(f"{name} on {stream.name}"), session, rows, config)
+
+
+def _filled(results: "Results", session: "Session", rows: "Rows", config: Any) -> "Found":
+    from clmerge.results.results import ZERO_SHOT
+    from clmerge.runs.foreign_stream import repeated
+
+    results.evaluation = config.evaluation or session.evaluation
+    zero = rows.get(ZERO_SHOT)
+    if zero is not None:
+        results.set_zero_shot(zero["task_agnostic"], zero["task_aware"])
+    results.set_samples([len(session.stream.dataset(task.index, config.split)) for task in session.tasks])
+    return repeated(results, {name: row for name, row in rows.items() if name != ZERO_SHOT}), rows
+
+
+def _show(results: "Results", rows: "Rows", config: Any) -> int:
+    import json
+
+    from clmerge.results.results import to_document
+    from clmerge.results.table import final_text
+    from clmerge.weights import write_json_atomic
+
+    document = to_document([results])
+    if config.out is not None:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        write_json_atomic(Path(config.out) / "results.json", document)
+    if config.json:
+        print(json.dumps(document, indent=2))
+        return 0
+    print(final_text(results, rows, split=config.split))
+    if config.out is not None:
+        tell(f"results   {Path(config.out) / 'results.json'}", file=sys.stdout)
+    return 0

@@ -1,0 +1,141 @@
+"""A model of a finished run that classifies images; the data that it was trained on are not needed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clmerge.deploy.predictors import Predictor
+from clmerge.models.templates import GENERIC
+from clmerge.results.model_facts import ModelFacts
+from clmerge.runs.final_predictors import FinalPredictors
+from clmerge.runs.foreign_stream import columns_of
+from clmerge.training.module import ContinualClassifier
+from clmerge.weights import load_metadata
+
+
+@dataclass(frozen=True)
+class RunClasses:
+    """The classes of a run.
+
+    Attributes:
+        names: Names by the index of their logit.
+        tasks: Name of every task, and the indices of its classes.
+        templates: Prompt templates for further classes.
+    """
+
+    names: list[str]
+    tasks: list[tuple[str, list[int]]]
+    templates: list[str]
+
+    @classmethod
+    def of_facts(cls, facts: ModelFacts) -> "RunClasses":
+        """Return what a model file says."""
+        templates = facts.templates_of(0) if len(facts.templates) == 1 else list(GENERIC)
+        return cls(facts.classes, [(task["name"], list(task["classes"])) for task in facts.tasks], templates)
+
+
+def facts_of(models: FinalPredictors) -> ModelFacts | None:
+    """Return what the model files of a run say in common; None if an older version of clmerge wrote them."""
+    for file in sorted((models.path / "model").glob("*.safetensors")):
+        if (found := ModelFacts.from_metadata(load_metadata(file), str(file))) is not None:
+            return found
+    return None
+
+
+class ImageClassifier:
+    """Classify batches of images by one model of a run.
+
+    Args:
+        models: The models of the run.
+        module: The classifier of its configuration.
+        known: The classes of the run.
+        name: The model, or a merger by its class.
+        task: A task by name or by number from 1, whose classes are chosen from; needed by models with a view per task.
+        classes: Names of the classes to choose from; default all, or those of the task. A text head may get new ones.
+        device: Device to compute on.
+
+    Attributes:
+        classes: Names of the classes, in the order of the probabilities.
+        name: Name of the model.
+        transform: PIL image to tensor.
+
+    Raises:
+        ValueError: If the run has no such model, task or class, or the model needs a task.
+    """
+
+    def __init__(
+        self,
+        models: FinalPredictors,
+        module: ContinualClassifier,
+        known: RunClasses,
+        name: str,
+        *,
+        task: str | None = None,
+        classes: Sequence[str] = (),
+        device: torch.device | None = None,
+    ) -> None:
+        self.name = models.resolve(name)
+        self._module = module
+        self._predictor: Predictor = models.predictor(self.name, module)
+        self._task = None if task is None else _task(known, task)
+        if self._predictor.needs_task and self._task is None:
+            raise ValueError(
+                f"expected --task for {self.name}, which must be told the task of every image, got none; there are "
+                f"{', '.join(name for name, _ in known.tasks)}"
+            )
+        own = range(len(known.names)) if self._task is None else known.tasks[self._task][1]
+        self.classes = list(classes) or [known.names[index] for index in own]
+        there = {known.names[index].casefold() for index in own}
+        if module.head.open_vocabulary and any(each.casefold() not in there for each in self.classes):
+            models.build_head(module, [[t.replace("{}", each) for t in known.templates] for each in self.classes])
+            self._columns = list(range(len(self.classes)))
+        else:
+            found = [known.names[index] for index in own]
+            self._columns = [list(own)[place] for place in columns_of(found, self.classes, str(models.path))]
+        self.transform = module.backbone.eval_transform
+        self._device = device or torch.device("cpu")
+        module.to(self._device).eval()
+        self._prepared = False
+
+    def _prepare(self) -> None:
+        if not self._prepared:
+            self._predictor.prepare(lambda make: {key: value.to(self._device) for key, value in make().items()})
+            self._prepared = True
+
+    @torch.no_grad()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Return the probability of every class for a batch of transformed images, ``(B, len(classes))``.
+
+        Args:
+            images: ``(B, 3, H, W)``.
+        """
+        self._prepare()
+        batch = images.to(self._device)
+        tasks = torch.full((len(batch),), self._task or 0, device=self._device)
+        scores = self._predictor.scores(lambda state: self._logits(dict(state), batch), tasks)
+        return scores[:, self._columns].softmax(dim=1).cpu()
+
+    def _logits(self, state: dict[str, Tensor], batch: Tensor) -> Tensor:
+        found: Tensor = torch.func.functional_call(self._module, state, (batch,))
+        return found.float()
+
+
+def default_model(models: FinalPredictors, deployed: str | None) -> str:
+    """Return the model that is the result of a run: the deployed one, else its first.
+
+    Args:
+        models: The models of the run.
+        deployed: What its configuration says.
+    """
+    return models.resolve(deployed or models.names[0])
+
+
+def _task(known: RunClasses, wanted: str) -> int:
+    names = [name for name, _ in known.tasks]
+    if wanted in names:
+        return names.index(wanted)
+    if wanted.isdecimal() and 1 <= int(wanted) <= len(names):
+        return int(wanted) - 1
+    raise ValueError(f"expected the name or number of one of the tasks {', '.join(names)}, got {wanted!r}")
