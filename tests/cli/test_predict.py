@@ -32,8 +32,13 @@ def predicted(capsys, *arguments, code=0):
 
 @pytest.mark.parametrize(
     ("which", "model"),
-    [("text_run", "magmax"), ("text_run", "magmax+tuned"), ("text_run", "zero_shot"), ("learned_run", "expert")]
-    + [("learned_run", "magmax+aligned")],
+    [
+        ("text_run", "magmax"),
+        ("text_run", "magmax+tuned"),
+        ("text_run", "zero_shot"),
+        ("learned_run", "expert"),
+        ("learned_run", "magmax+aligned"),
+    ],
 )
 def test_the_probabilities_are_those_of_the_evaluated_model(folders, images, which, model, capsys):
     found = predicted(capsys, folders[which], images, "--model", model, "--top", 10)
@@ -77,11 +82,11 @@ def test_a_task_restricts_the_classes_and_chooses_the_view(folders, images, caps
     assert "expected --task for emr" in capsys.readouterr().err
     known = json.loads((run / "results.json").read_text())["runs"][0]
     for task, names in enumerate(known["classes"]):
-        by_number = predicted(capsys, run, images, "--model", "EMR", "--task", task + 1, "--top", 10)
-        for each in by_number["images"]:
+        found = predicted(capsys, run, images, "--model", "EMR", "--task", task + 1, "--top", 10)
+        for each in found["images"]:
             assert {one["class"] for one in each["classes"]} == set(names)
             assert sum(one["probability"] for one in each["classes"]) == pytest.approx(1)
-        assert predicted(capsys, run, images, "--model", "emr", "--task", known["tasks"][task], "--top", 10) == by_number
+        assert predicted(capsys, run, images, "--model", "emr", "--task", known["tasks"][task], "--top", 10) == found
 
 
 def test_classes(folders, images, capsys):
