@@ -34,7 +34,7 @@ Continual learning by model merging: fine-tune task by task, fold every task vec
 was forgotten.
 
 commands:
-{chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
+{chr(10).join(f"  {name:<12}{text}" for name, text in COMMANDS.items())}
 
 options:
   -h, --help   show this text; clmerge COMMAND --help shows a command's options

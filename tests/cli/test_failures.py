@@ -63,13 +63,13 @@ def test_adams_moments_that_nobody_keeps_are_refused_before_training(config, cap
     assert "Traceback" not in shown
 
 
-def test_missing_templates_are_one_message_before_anything_is_written(config, capsys):
+def test_unknown_templates_are_one_message_before_anything_is_written(config, capsys):
     for split in ("train", "test"):
         for name in ("ant", "bee"):
             folder = config.parent / "insects" / split / name
             folder.mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(folder / "a.png")
-    source = f"{{class_path: ImageFolderSource, init_args: {{root: {config.parent / 'insects'}}}}}"
+    source = f"{{class_path: ImageFolderSource, init_args: {{root: {config.parent / 'insects'}, templates: insects}}}}"
     assert fit(config, "--stream.num_tasks=1", f"--stream.source={source}") == 1
     *_, message = capsys.readouterr().err.splitlines()
     assert "templates" in message

@@ -16,6 +16,7 @@ assert not any(name.startswith(("wandb.apis.public", "wandb.sdk.launch")) for na
 
 def test_a_run_starts_without_the_import_of_launch(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # of a run in another test's process
     found = subprocess.run([sys.executable, "-c", START, str(tmp_path)], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert list(tmp_path.rglob("*.wandb"))
