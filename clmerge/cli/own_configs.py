@@ -1,4 +1,4 @@
-"""Find the package's own configurations where a command names ``configs/...`` and the working folder has no such file."""
+"""Find the package's own configurations for names such as ``configs/quickstart.yaml`` that the working folder lacks."""
 
 from collections.abc import Sequence
 from pathlib import Path
