@@ -29,8 +29,8 @@ def build_parser() -> "CommandParser":
     parser = CommandParser(
         prog="clmerge predict",
         usage="clmerge predict RUN IMAGE [IMAGE ...] [options]",
-        description="Show the most likely classes of images with their probabilities; the data that the run was "
-        "trained on are not needed. Images that cannot be read are named and do not stop the others; the exit code is then 1.",
+        description="Show the most likely classes of images with their probabilities; the run's data are not needed. "
+        "Images that cannot be read are named, do not stop the others, and make the exit code 1.",
         epilog=EPILOG,
         formatter_class=CommandFormatter,
         allow_abbrev=False,
