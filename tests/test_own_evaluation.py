@@ -113,7 +113,7 @@ def test_a_search_goes_by_it(monkeypatch, evaluation, chosen):
         }
 
     monkeypatch.setattr(searches, "sweep", sweep)
-    run = SimpleNamespace(has_validation=True, tasks=[0, 1], base={}, name="run", evaluation=evaluation)
+    run = SimpleNamespace(kept=[0, 1], counted=list, name="run", evaluation=evaluation)
     found = Search("task_arithmetic", TaskArithmetic(), {"scale": [0.2, 0.8]}, check=lambda merger: None)
     search_all(run, [found], None, 0)
     assert found.chosen == {"scale": chosen}

@@ -41,11 +41,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Merged:
-    """Class and settings of one merger, or the reason why they are unknown."""
+    """Class and settings of one merger, or the reason why they are unknown, and the images that it was adapted to."""
 
     name: str
     rule: str
     settings: dict[str, str]
+    data: str
 
 
 def sources_of(study: Study) -> list[Source]:
@@ -65,12 +66,12 @@ def report_versions() -> dict[str, str]:
 
 def _merged(entry: Entry) -> Merged:
     if entry.rule is None:
-        return Merged(entry.name, "not a rule of this clmerge, or not in the configuration", {})
+        return Merged(entry.name, "not a rule of this clmerge, or not in the configuration", {}, entry.data)
     rules = [run.rules[entry.model] for run in entry.runs if entry.model in run.rules]
     settings = [{key: json.dumps(value, default=str) for key, value in rule.settings.items()} for rule in rules]
     # Repetitions may have chosen other values.
     shown = {key: " or ".join(dict.fromkeys(each[key] for each in settings if key in each)) for key in settings[0]}
-    return Merged(entry.name, type(entry.rule.merger).__name__, shown)
+    return Merged(entry.name, type(entry.rule.merger).__name__, shown, entry.data)
 
 
 def _facts(run: Run) -> Iterable[tuple[str, str]]:

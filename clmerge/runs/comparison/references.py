@@ -30,6 +30,7 @@ def add_references(results: Results, run: StoredRun, cache: RowCache, joint: Sto
     weights = 4 * run.num_parameters
     grows = list(itertools.accumulate(run.bank.path(task).stat().st_size for task in tasks))
     expert = {setting: run.results.matrix(EXPERT, setting)[np.ix_(tasks, tasks)] for setting in SETTINGS}
+    results.describe(EXPERT, kind="unmerged")
     results.describe(TASK_ORACLE, kind="per_task")
     results.describe(ENSEMBLE, kind="ensemble")
     own = expert["task_aware"].diagonal().tolist()

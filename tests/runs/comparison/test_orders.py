@@ -26,7 +26,7 @@ def test_rules_that_do_not_depend_on_the_order_are_merged_once(monkeypatch):
         return {name: {2: row} for name in mergers}
 
     monkeypatch.setattr(orders, "sweep", sweep)
-    run = SimpleNamespace(tasks=[0, 1], name="run")
+    run = SimpleNamespace(kept=[0, 1], counted=list, name="run")
     found = order_sweep(run, {"magmax": MagMax(), "opcm": OPCM()}, 2, None, seed=0, memory=0)
     assert merged == [["magmax", "opcm"], ["opcm"]]
     assert found["magmax"]["task_agnostic"]["std"] == 0

@@ -38,6 +38,8 @@ RUN = SimpleNamespace(
     has_validation=True,
     base={},
     tasks=[0] * NUM_TASKS,
+    kept=list(range(NUM_TASKS)),
+    counted=list,
     name="run",
     evaluation="task_agnostic",
     folder=SimpleNamespace(path="run"),

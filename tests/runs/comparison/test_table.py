@@ -96,6 +96,7 @@ def test_a_joint_run_of_other_classes_is_refused_before_anything_is_evaluated():
             folder=SimpleNamespace(path=names[0]),
             base={},
             tasks=[],
+            leave_out=lambda without: None,
         )
         for names in (["a"], ["b"])
     )
