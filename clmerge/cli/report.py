@@ -15,6 +15,7 @@ EPILOG = """\
 examples:
   clmerge report runs/quickstart --out report.html
   clmerge report runs/seed0 runs/seed1 runs/seed2 --out report.html     # mean and standard deviation over seeds
+  clmerge report runs/quickstart --out report.html --watch              # while it goes on, for a browser beside it
   clmerge report runs/quickstart --format latex --out table.tex
   clmerge report runs/quickstart --format md                            # to the terminal
 """
@@ -44,6 +45,8 @@ def build_parser() -> "CommandParser":
     parser.add_argument("--out", type=str | None, default=None, help=out_help)
     parser.add_argument("--format", type=Literal["html", "md", "latex"], default="html", help=format_help)
     parser.add_argument("--evaluation", type=Evaluation | None, default=None, help=evaluation_help)
+    watch_help = "Write the page anew after every evaluated task until the runs are complete; it reloads itself."
+    parser.add_argument("--watch", action="store_true", help=watch_help)
     parser.add_argument(
         "--title", type=str | None, default=None, help="Heading of the page (default: the runs' names)."
     )
@@ -58,7 +61,14 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"expected --out with the name of a page, for example --out report.html, got {config.out}")
     if config.format != "html" and config.title is not None:
         parser.error(f"expected --title with a page, got it with --format {config.format}")
+    if config.watch and config.format != "html":
+        parser.error(f"expected --watch with a page, got it with --format {config.format}")
     try:
+        if config.watch:
+            from clmerge.cli.watch import watch
+
+            watch(config.runs, config.out, evaluation=config.evaluation, title=config.title)
+            return 0
         return _report(config)
     except (ValueError, OSError) as error:
         return complain("report", error)

@@ -34,7 +34,7 @@ def read_study(folders: Sequence[str | Path], *, evaluation: Setting | None = No
     return study if evaluation is None else replace(study, evaluation=evaluation)
 
 
-def write_report(study: Study, out: str | Path, *, title: str | None = None) -> list[Path]:
+def write_report(study: Study, out: str | Path, *, title: str | None = None, left: str | None = None) -> list[Path]:
     """Write the page, and its figures as PNG and CSV into a folder beside it; replace every file atomically.
 
     Args:
@@ -42,6 +42,7 @@ def write_report(study: Study, out: str | Path, *, title: str | None = None) -> 
         out: The page, for example ``report.html``; the folder is then ``report_figures``. It holds the figures of the
             study's evaluation; those of the other one are in a subfolder of that name.
         title: Heading of the page. Default: the names of the runs.
+        left: How long the runs will still take; the page then loads itself again every few seconds.
 
     Returns:
         The files written, the page last.
@@ -56,7 +57,7 @@ def write_report(study: Study, out: str | Path, *, title: str | None = None) -> 
         files[target / "models.csv"] = view.table_csv.encode()
         files |= _draw_figures(view.figures, target)
     name = title or ", ".join(dict.fromkeys(run.name for run in study.runs))
-    files[page] = render_page(study, views, common, diagnostics, title=name, folder=folder.name).encode()
+    files[page] = render_page(study, views, common, diagnostics, title=name, folder=folder.name, left=left).encode()
     # Draw everything before writing anything, so that a failure leaves no partial report.
     for file, data in files.items():
         write_bytes_atomic(file, data)

@@ -28,6 +28,7 @@ from clmerge.report.verdict import Verdict, judge
 from clmerge.results.results import Setting
 
 _FOLDER = Path(__file__).parent / "page"
+_RELOAD_SECONDS = 5
 _HINTS: dict[Setting, str] = {
     "task_agnostic": "All classes compete: the model is not told which task an image belongs to.",
     "task_aware": "Only the classes of the image's own task compete: the model is told the task.",
@@ -73,6 +74,7 @@ def render_page(
     *,
     title: str,
     folder: str,
+    left: str | None = None,
 ) -> str:
     """Return the page as HTML.
 
@@ -83,6 +85,7 @@ def render_page(
         diagnostics: Figures that explain the accuracies.
         title: Heading of the page.
         folder: Name of the folder beside the page with the figures as files.
+        left: How long the runs will still take, if the page is written again while they go on.
     """
     environment = Environment(
         loader=FileSystemLoader(_FOLDER),
@@ -96,6 +99,8 @@ def render_page(
     return environment.get_template("page.html").render(
         title=title,
         subtitle=_subtitle(study),
+        left=left,
+        reload_seconds=_RELOAD_SECONDS,
         study=study,
         views=views,
         common=common,

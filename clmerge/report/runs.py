@@ -21,6 +21,10 @@ from clmerge.weights.factored import TensorFile
 MANIFEST, RESULTS, CONFIG = "manifest.json", "results.json", "config.yaml"
 
 
+class NothingEvaluatedError(ValueError):
+    """A run that has finished no task yet."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run, with all models that were merged from it and evaluated.
@@ -116,7 +120,8 @@ def read_runs(folder: str | Path) -> list[Run]:
 
     Raises:
         FileNotFoundError: If there is no such folder, or it holds no results.
-        ValueError: If a file is damaged or was written by another version, or no task is finished.
+        ValueError: If a file is damaged or was written by another version; ``NothingEvaluatedError`` if no task is
+            finished.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -137,7 +142,7 @@ def read_runs(folder: str | Path) -> list[Run]:
         raise ValueError(f"expected the results of a run in {file}, got something else: {error}{advice}") from error
     runs = [_compared(file, found) if found.get("path") else _fitted(file, found) for found in document["runs"]]
     if not all(run.num_finished for run in runs):
-        raise ValueError(f"expected a run with at least one finished task, got {path}, which has none yet")
+        raise NothingEvaluatedError(f"expected a run with at least one finished task, got {path}, which has none yet")
     return runs
 
 
