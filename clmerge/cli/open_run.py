@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clmerge.cli.parser import CommandParser
-    from clmerge.results.results import Setting
+    from clmerge.results.results import Results, Setting
     from clmerge.results.run_folder import RunFolder
+    from clmerge.runs.exported import FinalModel
+    from clmerge.runs.final_predictors import FinalPredictors
     from clmerge.runs.image_classifier import ImageClassifier
     from clmerge.runs.stored_run import StoredRun
 
@@ -75,29 +77,65 @@ def open_classifier(
         ValueError: As for ``open_run``, or if the run has no such model, task or class.
     """
     from clmerge.cli.fit import trainer_factory
-    from clmerge.deploy.naming import name_mergers
     from clmerge.models.templates import GENERIC
-    from clmerge.runs.final_predictors import FinalPredictors
-    from clmerge.runs.image_classifier import ImageClassifier, RunClasses, default_model, facts_of
-    from clmerge.weights.parametrization import running_statistics
+    from clmerge.runs.image_classifier import ImageClassifier, RunClasses, facts_of
 
     folder, config, objects = _built(path, allow)
-    module, learner = objects.model, config.learner
-    statistics = running_statistics(module)
-    mergers = name_mergers(objects.mergers)
-    models = FinalPredictors(folder, mergers, buffers=learner.buffers, statistics=statistics)
+    models, name = _models(folder, config, objects, model)
     if facts := facts_of(models):
         known = RunClasses.of_facts(facts)
     else:
         stream = objects.stream
         known = RunClasses(stream.class_names, [(t.name, list(t.classes)) for t in stream.tasks], list(GENERIC))
-    if not module.head.open_vocabulary:
-        module.head.build(module.backbone, len(known.names), ())
+    if not objects.model.head.open_vocabulary:
+        objects.model.head.build(objects.model.backbone, len(known.names), ())
     quiet = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
     trainer = trainer_factory(config)(logger=False, callbacks=[], plugins=[], **quiet)
-    name = default_model(models, learner.deploy) if model is None else model
     device = trainer.strategy.root_device
-    return ImageClassifier(models, module, known, name, task=task, classes=classes, device=device)
+    return ImageClassifier(models, objects.model, known, name, task=task, classes=classes, device=device)
+
+
+def open_final_model(
+    path: str, *, model: str | None, task: str | None, allow: Sequence[str] = ()
+) -> "tuple[FinalModel, Results]":
+    """Open a model of a finished run to write it down; return it and the results of the run.
+
+    Args:
+        path: The run folder.
+        model: The model; default the deployed one.
+        task: A task, for a model with weights per task.
+        allow: As for ``open_run``.
+
+    Raises:
+        FileNotFoundError: As for ``open_run``.
+        ValueError: As for ``open_run``, or if the run has no such model or task, or its model files are old.
+    """
+    from clmerge.results.results import Results
+    from clmerge.runs.image_classifier import RunClasses, facts_of, final_model
+
+    folder, config, objects = _built(path, allow)
+    models, name = _models(folder, config, objects, model)
+    if (facts := facts_of(models, name)) is None:
+        raise ValueError(
+            f"expected model files that say what they are, got those of an older version of clmerge: remove "
+            f"{folder.path / 'model'}, and `clmerge fit --resume {folder.path}` writes them again"
+        )
+    if not objects.model.head.open_vocabulary:
+        objects.model.head.build(objects.model.backbone, len(facts.classes), ())
+    found = final_model(models, objects.model, RunClasses.of_facts(facts), facts, task)
+    return found, Results.from_dict(folder.manifest.results)
+
+
+def _models(folder: "RunFolder", config: Any, objects: Any, model: str | None) -> "tuple[FinalPredictors, str]":
+    from clmerge.deploy.naming import name_mergers
+    from clmerge.runs.final_predictors import FinalPredictors
+    from clmerge.weights.parametrization import running_statistics
+
+    statistics = running_statistics(objects.model)  # of theta_0: the state is loaded later
+    models = FinalPredictors(
+        folder, name_mergers(objects.mergers), buffers=config.learner.buffers, statistics=statistics
+    )
+    return models, models.resolve(model or config.learner.deploy or models.names[0])
 
 
 def _built(path: str, allow: Sequence[str]) -> "tuple[RunFolder, Any, Any]":

@@ -103,6 +103,10 @@ class PerTask(Predictor):
         self._place: Place = lambda make: make()
         self._placed: dict[int, State] = {}
 
+    def view(self, task: int) -> State:
+        """Return the weights of a task by the module's names."""
+        return self._view(task)
+
     @override
     def knows(self, task: int) -> bool:
         return task in self.tasks

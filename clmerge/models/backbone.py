@@ -38,7 +38,10 @@ class Backbone(nn.Module, ABC):
         starts_random: For a model with random weights, how to start from pretrained ones; empty otherwise.
         encoder: Path in ``model`` of the module that ``forward`` calls; empty for ``model`` itself.
         read: Description of the weights read from a checkpoint file; empty without one.
+        name: Name of the model in its library; empty for a backbone of one's own.
     """
+
+    name: str = ""
 
     default_trainable: ClassVar[tuple[str, ...]] = ("*",)
     encoder: ClassVar[str] = ""
@@ -110,6 +113,7 @@ class OpenClip(Backbone):
         super().__init__()
         import open_clip
 
+        self.name = name
         source = f"local-dir:{NANO}" if name == "nano" else name
         folder = Path(source.removeprefix("local-dir:")) if source.startswith("local-dir:") else None
         file = pretrained if pretrained is not None and Path(pretrained).is_file() else None
@@ -244,6 +248,7 @@ class Timm(Backbone):
         self.train_transform = create_transform(
             **config, is_training=True, scale=(0.9, 1.0), hflip=0.0, color_jitter=None, auto_augment=None
         )
+        self.name, self.image_size, self.size = name, image_size, size
         # Some models have another projection between trunk and classifier.
         self.feature_dim = int(getattr(self.model, "head_hidden_size", self.model.num_features))  # type: ignore[arg-type]
 

@@ -1,18 +1,21 @@
 """A model of a finished run that classifies images; the data that it was trained on are not needed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from clmerge.deploy.predictors import Predictor
+from clmerge.deploy.predictors import Merged, PerTask, Predictor
 from clmerge.models.templates import GENERIC
 from clmerge.results.model_facts import ModelFacts
+from clmerge.results.results import EXPERT, ZERO_SHOT
+from clmerge.runs.exported import FinalModel
 from clmerge.runs.final_predictors import FinalPredictors
 from clmerge.runs.foreign_stream import columns_of
 from clmerge.training.module import ContinualClassifier
 from clmerge.weights import load_metadata
+from clmerge.weights.swap import assign, named_tensors
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,20 @@ class RunClasses:
         return cls(facts.classes, [(task["name"], list(task["classes"])) for task in facts.tasks], templates)
 
 
-def facts_of(models: FinalPredictors) -> ModelFacts | None:
-    """Return what the model files of a run say in common; None if an older version of clmerge wrote them."""
+def facts_of(models: FinalPredictors, name: str = EXPERT) -> ModelFacts | None:
+    """Return what the model files of a run say of a model; None if an older version of clmerge wrote them.
+
+    Args:
+        models: The models of the run.
+        name: The model; one without a file of its own (``expert``, ``zero_shot``) is not merged.
+    """
     for file in sorted((models.path / "model").glob("*.safetensors")):
-        if (found := ModelFacts.from_metadata(load_metadata(file), str(file))) is not None:
+        if (found := ModelFacts.from_metadata(load_metadata(file), str(file))) is None:
+            continue
+        if found.model == name:
             return found
+        if name in (EXPERT, ZERO_SHOT):
+            return replace(found, model=name, rule=None, calibration="")
     return None
 
 
@@ -79,12 +91,7 @@ class ImageClassifier:
         self.name = models.resolve(name)
         self._module = module
         self._predictor: Predictor = models.predictor(self.name, module)
-        self._task = None if task is None else _task(known, task)
-        if self._predictor.needs_task and self._task is None:
-            raise ValueError(
-                f"expected --task for {self.name}, which must be told the task of every image, got none; there are "
-                f"{', '.join(name for name, _ in known.tasks)}"
-            )
+        self._task = chosen_task(known, task, self._predictor, self.name)
         own = range(len(known.names)) if self._task is None else known.tasks[self._task][1]
         self.classes = list(classes) or [known.names[index] for index in own]
         there = {known.names[index].casefold() for index in own}
@@ -122,20 +129,58 @@ class ImageClassifier:
         return found.float()
 
 
-def default_model(models: FinalPredictors, deployed: str | None) -> str:
-    """Return the model that is the result of a run: the deployed one, else its first.
+def final_model(
+    models: FinalPredictors, module: ContinualClassifier, known: RunClasses, facts: ModelFacts, task: str | None
+) -> FinalModel:
+    """Return a model with its weights in the module.
 
     Args:
         models: The models of the run.
-        deployed: What its configuration says.
+        module: The classifier of its configuration.
+        known: The classes of the run.
+        facts: What the model is.
+        task: A task by name or by number from 1, for a model with weights per task.
+
+    Raises:
+        ValueError: If there is no such task, or the model needs none and one is given.
     """
-    return models.resolve(deployed or models.names[0])
+    predictor = models.predictor(facts.model, module)
+    index = chosen_task(known, task, predictor, facts.model)
+    if isinstance(predictor, PerTask):
+        assert index is not None
+        state, classes = predictor.view(index), known.tasks[index][1]
+    elif task is not None:
+        raise ValueError(f"expected no --task for {facts.model}, which has one set of weights, got {task}")
+    else:
+        assert isinstance(predictor, Merged)
+        state, classes = predictor.state, list(range(len(known.names)))
+    assign(named_tensors(module, state, origin=facts.model), state)
+    return FinalModel(module.eval(), facts, classes)
 
 
-def _task(known: RunClasses, wanted: str) -> int:
+def chosen_task(known: RunClasses, wanted: str | None, predictor: Predictor, model: str) -> int | None:
+    """Return the index of a task by name or by number from 1; None if none is wanted.
+
+    Args:
+        known: The classes of the run.
+        wanted: The task.
+        predictor: The predictor of the model.
+        model: Name of the model, for messages.
+
+    Raises:
+        ValueError: If there is no such task, or none is wanted and the model needs one.
+    """
     names = [name for name, _ in known.tasks]
+    if wanted is None:
+        if predictor.needs_task:
+            raise ValueError(
+                f"expected --task for {model}, which must be told the task of every image, got none; there are "
+                f"{', '.join(names)}"
+            )
+        return None
     if wanted in names:
         return names.index(wanted)
     if wanted.isdecimal() and 1 <= int(wanted) <= len(names):
         return int(wanted) - 1
     raise ValueError(f"expected the name or number of one of the tasks {', '.join(names)}, got {wanted!r}")
+

@@ -1,0 +1,162 @@
+"""The model card of an exported model: what it is, how good it is, what it saw, and how to load it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from clmerge.models import LinearHead
+from clmerge.models.templates import GENERIC
+from clmerge.names import visible
+from clmerge.results.results import SETTINGS, Results
+from clmerge.results.table import percent
+from clmerge.runs.exported import FACTS_FILE, FinalModel, Target, input_of
+
+_MOST_NAMED = 50
+_LOADED = {
+    "open_clip": """\
+```python
+import open_clip
+
+model, _, transform = open_clip.create_model_and_transforms("{place}")
+tokenizer = open_clip.get_tokenizer("{place}")
+```
+""",
+    "timm": """\
+```python
+import timm
+
+model = timm.create_model("{place}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model))
+```
+""",
+    "onnx": """\
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("{place}/model.onnx")
+(logits,) = session.run(None, {{"images": images}})  # float32, (batch, 3, {height}, {width}), normalised as above
+```
+""",
+    "safetensors": """\
+```python
+from safetensors.torch import load_file
+
+model.load_state_dict(load_file("{place}/model.safetensors"))  # a {backbone} of the settings in clmerge.json
+```
+""",
+}
+
+
+def model_card(model: FinalModel, results: Results, target: Target, *, repo: str | None = None) -> str:
+    """Return the card in Markdown, with the header that Hugging Face's hub reads; no licence is claimed.
+
+    Args:
+        model: The model.
+        results: The results of its run.
+        target: What was written.
+        repo: Where it will be on the hub; default a folder on disk.
+    """
+    facts = model.facts
+    own = input_of(model.module.backbone)
+    height, width = own["size"]
+    hub = "local-dir:FOLDER" if repo is None else f"hf-hub:{repo}"
+    place = "FOLDER" if target in ("onnx", "safetensors") else hub
+    library = {"open_clip": "open_clip", "timm": "timm", "onnx": "onnx"}.get(target, "clmerge")
+    backbone = _called(facts.backbone["class"], facts.backbone.get("settings", {}))
+    loaded = _LOADED[target].format(
+        place=place, height=height, width=width, backbone=facts.backbone["class"]
+    )
+    lines = [
+        "---",
+        f"library_name: {library}",
+        f"pipeline_tag: {_pipeline(model, target)}",
+        "tags: [clmerge, model-merging, continual-learning]",
+        "---",
+        "",
+        f"# {_safe(facts.model)} of {_safe(facts.run or results.name)}",
+        "",
+        _what(facts.model, facts.rule, facts.calibration) + f" Backbone: `{_safe(backbone)}`, tuned by "
+        f"`{_safe(facts.tuning)}`, head: `{facts.head}`.",
+        "",
+        f"- **Input**: {height} x {width} pixels, RGB, mean {_numbers(own['mean'])}, std {_numbers(own['std'])}, "
+        f"{own['interpolation']} interpolation.",
+        f"- **Images that the model looked at beside the training of each task**: {_data(results, facts.model)}.",
+        f"- **Classes** ({len(model.classes)}): {_names([facts.classes[index] for index in model.classes])}.",
+        *_prompts(model),
+        f"- Written by clmerge {facts.version}; `{FACTS_FILE}` holds classes, tasks, templates and settings.",
+        "",
+        "## Load",
+        "",
+        loaded,
+        "## Accuracy",
+        "",
+        *_accuracy(results, facts.model),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _pipeline(model: FinalModel, target: Target) -> str:
+    if target == "onnx" or (target == "timm" and isinstance(model.module.head, LinearHead)):
+        return "image-classification"
+    return "zero-shot-image-classification" if model.module.head.open_vocabulary else "image-feature-extraction"
+
+
+def _what(name: str, rule: Mapping[str, Any] | None, calibration: str) -> str:
+    if rule is None:
+        kinds = {"zero_shot": "The model before the first task.", "expert": "The un-merged model after the last task."}
+        return kinds.get(name, "A model that was not merged.")
+    called = _called(rule["merger"], rule["init_args"])
+    calibrated = f", calibrated by `{calibration}`" if calibration else ""
+    return f"The fine-tuned models of several tasks, merged by `{_safe(called)}`{calibrated}."
+
+
+def _called(name: str, settings: Mapping[str, Any]) -> str:
+    def value(one: Any) -> str:
+        if isinstance(one, Mapping) and "class_path" in one:
+            return _called(str(one["class_path"]).rpartition(".")[2], one.get("init_args") or {})
+        return repr(one)
+
+    return f"{name}({', '.join(f'{key}={value(one)}' for key, one in settings.items())})"
+
+
+def _data(results: Results, model: str) -> str:
+    return results.model(model).data if model in results.models else "none"
+
+
+def _prompts(model: FinalModel) -> list[str]:
+    if not model.module.head.open_vocabulary:
+        return []
+    templates = model.facts.templates_of(model.classes[0]) or list(GENERIC)
+    more = f" and {len(templates) - 1} more" if len(templates) > 1 else ""
+    return [f"- **Prompts** of its text head: `{_safe(templates[0])}`{more}."]
+
+
+def _accuracy(results: Results, model: str) -> list[str]:
+    """Return a table of the final model's accuracy on the test images of every task."""
+    lines = [
+        "On the test images of each task after the last one, in %, beside the model before the first task."
+        if "zero_shot" in results.models
+        else "On the test images of each task after the last one, in %.",
+        "",
+        "| model | reading | " + " | ".join(_safe(name) for name in results.tasks) + " | average |",
+        "|---|---|" + "---|" * (len(results.tasks) + 1),
+    ]
+    for name in dict.fromkeys((model, "zero_shot")):
+        for setting in SETTINGS if name in results.models else ():
+            row = results.matrix(name, setting)[-1].tolist()
+            cells = [percent(value) for value in (*row, sum(row) / len(row))]
+            lines.append(f"| {_safe(name)} | {setting.replace('_', '-')} | " + " | ".join(cells) + " |")
+    return [*lines, "", "Task-agnostic: all classes compete. Task-aware: those of the image's task."]
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(map(_safe, names[:_MOST_NAMED])) + more
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
+def _safe(text: str) -> str:
+    """Return text that Markdown shows as it is, in one line."""
+    return visible(text).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
