@@ -35,6 +35,7 @@ NOT_RUN = {
     "pip install wandb-workspaces": "needs a network",
     "python scripts/wandb_report.py": "needs W&B's server",
     "python scripts/convert_results.py": "needs files of schema 1; tests/test_convert_results.py runs it",
+    "clmerge push runs/digits --model TIES --repo USER/NAME": "needs the hub; tests/cli/test_push.py has one",
     "wandb sweep": "needs W&B's server",
     "wandb agent": "needs W&B's server",
 }

@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "evaluate a finished run's models, or a checkpoint, on its own or another stream",
     "predict": "show the most likely classes of images by a model of a finished run",
     "export": "write a model of a finished run as files that other libraries load",
+    "push": "put a model of a finished run on Hugging Face's hub, with a model card",
     "merge": "merge checkpoints of any size into one safetensors file",
     "inspect": "show what is in a checkpoint, an adapter, a bank, a merged file or a run",
     "list": "show what there is to choose from: mergers, sources, backbones, methods ...",
