@@ -16,7 +16,7 @@ from clmerge.streams.cache import CachedImages, TaskImages, cached
 from clmerge.streams.images import ImageDataset, subset
 from clmerge.streams.plan import Split, Transform
 from clmerge.streams.replay import Images, Replay, ReplaySampler, replay_memory
-from clmerge.streams.samplers import EpochSampler, SeededDataset, ShardSampler, even_steps_batch_size
+from clmerge.streams.samplers import BalancedSampler, EpochSampler, SeededDataset, ShardSampler, even_steps_batch_size
 from clmerge.streams.splits import dealt, derived_seed
 from clmerge.streams.stream import Stream
 
@@ -44,6 +44,9 @@ class StreamDataModule(LightningDataModule):
             shared evenly by the classes seen, and every batch has as many from memory as from the task (experience
             replay). ``all`` keeps every image and shuffles them with the task's (joint training on all data so far).
             Not possible with a loss over the ``current`` classes.
+        class_balanced: draw equally many training images of every class of the task in every epoch, for classes of
+            very different size. An epoch stays as long: it repeats images of small classes and leaves some of large
+            ones out.
         augmentation: torchvision's v2 transforms of training images, from pictures to pictures, after which the
             backbone's transform for evaluation follows. Default: the backbone's own mild augmentation.
 
@@ -64,6 +67,7 @@ class StreamDataModule(LightningDataModule):
         cache_eval: bool = True,
         cache_mb: int = 64,
         replay: Replay = 0,
+        class_balanced: bool = False,
         augmentation: list[v2.Transform] | None = None,
     ) -> None:
         super().__init__()
@@ -80,6 +84,7 @@ class StreamDataModule(LightningDataModule):
         self.cache_eval = cache_eval
         self.cache_mb = cache_mb
         self.replay: Replay = replay
+        self.class_balanced = class_balanced
         self.augmentation = augmentation
         self._stream: Stream | None = None
         self._train_transform: Transform | None = None
@@ -154,7 +159,11 @@ class StreamDataModule(LightningDataModule):
         shuffled = images if self.replay == "all" else current
         seed = derived_seed(self.seed, "order", self._task)
         world_size, rank = self._placement()
-        order = EpochSampler(shuffled, seed=seed, num_replicas=world_size, rank=rank)
+        order = (
+            BalancedSampler(shuffled.targets, seed=seed, num_replicas=world_size, rank=rank)
+            if self.class_balanced
+            else EpochSampler(shuffled, seed=seed, num_replicas=world_size, rank=rank)
+        )
         sampler: EpochSampler | ReplaySampler = order
         batch_size = self.batch_size
         if len(images) > len(shuffled):

@@ -9,8 +9,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
+from typing_extensions import override
 
 from clmerge.streams.splits import derived_seed
 
@@ -41,6 +43,48 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for position in super().__iter__():
             yield self.epoch, cast("int", position)
+
+
+class BalancedSampler(EpochSampler):
+    """Draw equally many samples of every class anew every epoch and yield ``(epoch, position)``.
+
+    An epoch is as long as without. Of a class with many samples it has a random part, others in every epoch; those of a
+    class with few are gone through as often as needed, each as often as the others up to one. Class counts in an epoch
+    differ by one at most.
+
+    Args:
+        targets: class id of every sample.
+        seed: seed of the order, already specific to the task.
+        num_replicas: number of processes.
+        rank: index of this process.
+
+    Example:
+        >>> sampler = BalancedSampler([0, 0, 0, 0, 0, 1], seed=0)
+        >>> sorted(int(position == 5) for _, position in sampler)
+        [0, 0, 0, 1, 1, 1]
+    """
+
+    def __init__(self, targets: Sequence[int], *, seed: int, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(targets, seed=seed, num_replicas=num_replicas, rank=rank)
+        by_class: dict[int, list[int]] = {}
+        for position, target in enumerate(targets):
+            by_class.setdefault(target, []).append(position)
+        self._classes = [torch.tensor(by_class[target]) for target in sorted(by_class)]
+
+    @override
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "balanced", self.epoch))
+        share, left = divmod(self.total_size, len(self._classes))
+        drawn: list[Tensor] = []
+        for place, index in enumerate(torch.randperm(len(self._classes), generator=generator).tolist()):
+            positions = self._classes[index]
+            missing = share + (place < left)
+            while missing > 0:
+                some = positions[torch.randperm(len(positions), generator=generator)[:missing]]
+                drawn.append(some)
+                missing -= len(some)
+        chosen = torch.cat(drawn)[torch.randperm(self.total_size, generator=generator)]
+        yield from ((self.epoch, position) for position in chosen[self.rank :: self.num_replicas].tolist())
 
 
 class ShardSampler(DistributedSampler[int]):

@@ -1,12 +1,15 @@
 import warnings
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
+from clmerge.streams import ClassIncremental, DataSource, SklearnDigits, StreamDataModule
+from clmerge.streams.sources import ArrayImages
 
 
 class Crop:
@@ -207,13 +210,50 @@ def test_training_batches_are_a_function_of_seed_task_and_epoch():
     assert not torch.equal(first[0][2], first[half][2])
 
 
-def test_resumed_run_sees_the_same_batches(tmp_path):
-    whole = fit(data_module(), 3)[0].seen
-    _, trainer = fit(data_module(), 2)
+@pytest.mark.parametrize("class_balanced", [False, True])
+def test_resumed_run_sees_the_same_batches(tmp_path, class_balanced):
+    options = {"class_balanced": class_balanced}
+    whole = fit(data_module(**options), 3)[0].seen
+    _, trainer = fit(data_module(**options), 2)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    resumed = fit(data_module(), 3, ckpt_path=tmp_path / "last.ckpt")[0].seen
+    resumed = fit(data_module(**options), 3, ckpt_path=tmp_path / "last.ckpt")[0].seen
     assert resumed[0][0] == 2
     assert same(resumed, [batch for batch in whole if batch[0] == 2])
+
+
+def long_tailed(**options):
+    """Two tasks whose first class has 90 images and whose second has 6."""
+    rng = np.random.default_rng(0)
+    labels = [0] * 90 + [1] * 6 + [2] * 90 + [3] * 6
+
+    class LongTailed(DataSource):
+        class_names = ("a", "b", "c", "d")
+
+        def _load(self, split):
+            return ArrayImages(rng.integers(0, 256, (len(labels), 8, 8), dtype=np.uint8), labels)
+
+    data = StreamDataModule(16, **options)
+    stream = ClassIncremental(LongTailed("long tail"), num_tasks=2, val_fraction=0.0)
+    data.setup_stream(stream, Crop(), Mark())
+    return data
+
+
+@pytest.mark.parametrize(
+    ("options", "task", "counts"),
+    [
+        ({}, 0, {0: 90, 1: 6}),
+        ({"class_balanced": True}, 0, {0: 48, 1: 48}),
+        ({"class_balanced": True}, 1, {2: 48, 3: 48}),
+        ({"class_balanced": True, "replay": "all"}, 1, {0: 48, 1: 48, 2: 48, 3: 48}),
+        ({"class_balanced": True, "replay": 4}, 1, {0: 48, 1: 48, 2: 48, 3: 48}),
+        ({"class_balanced": True, "num_workers": 1}, 1, {2: 48, 3: 48}),
+    ],
+)
+def test_class_balanced_batches_of_a_long_tailed_task(options, task, counts):
+    data = long_tailed(**options)
+    data.task = task
+    labels = torch.cat([labels for _, labels in data.train_dataloader()]).tolist()
+    assert Counter(labels) == counts
 
 
 def test_workers_change_nothing():

@@ -1,4 +1,5 @@
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from clmerge.streams.samplers import (
+    BalancedSampler,
     EpochSampler,
     SeededDataset,
     ShardSampler,
@@ -58,6 +60,44 @@ def test_training_order_is_a_function_of_seed_and_epoch():
     assert order(1, 3) == order(1, 3)
     assert order(1, 3) != order(1, 4)
     assert order(1, 3) != order(2, 3)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 3), st.integers(0, 3))
+def test_a_balanced_epoch_has_equally_many_of_every_class(sizes, world_size, epoch):
+    targets = [10 * index for index, size in enumerate(sizes) for _ in range(size)]
+    keys = []
+    for rank in range(world_size):
+        sampler = BalancedSampler(targets, seed=3, num_replicas=world_size, rank=rank)
+        sampler.set_epoch(epoch)
+        own = list(sampler)
+        assert len(own) == len(sampler) == -(-len(targets) // world_size)
+        keys += own
+    assert {number for number, _ in keys} == {epoch}
+    counts = Counter(targets[position] for _, position in keys)
+    assert set(counts) == set(targets) or len(keys) < len(sizes)
+    assert max(counts.values()) - min(counts.values()) <= 1
+    times = Counter(position for _, position in keys)
+    for target in counts:  # within a class, every image as often as every other, up to one
+        own = [times[position] for position, other in enumerate(targets) if other == target]
+        assert max(own) - min(own) <= 1
+
+
+def test_a_balanced_order_is_a_function_of_seed_and_epoch_on_any_number_of_processes():
+    targets = [0] * 90 + [1] * 9 + [2]
+
+    def order(seed, epoch, world_size=1):
+        parts = []
+        for rank in range(world_size):
+            sampler = BalancedSampler(targets, seed=seed, num_replicas=world_size, rank=rank)
+            sampler.set_epoch(epoch)
+            parts.append([position for _, position in sampler])
+        return [position for step in zip(*parts, strict=True) for position in step]
+
+    assert order(1, 3) == order(1, 3) == order(1, 3, 2) == order(1, 3, 4)
+    assert order(1, 3) != order(1, 4)
+    assert order(1, 3) != order(2, 3)
+    many = {position for epoch in range(20) for position in order(1, epoch)}
+    assert many == set(range(100)), "no image of a large class is left out for ever"
 
 
 def test_lightning_leaves_both_samplers_in_place():
