@@ -55,6 +55,7 @@ STAND_INS = {
     "magmax_imagenet_r_domains": (lambda root: write_imagenet_r(root, RENDITIONS.split(), 2, 20), 15),
     "magmax_eight_datasets": (write_eight, 8),
     "quickstart": (lambda root: None, 5),
+    "early_stopping": (lambda root: None, 5),
 }
 
 
@@ -73,7 +74,7 @@ def test_config_runs_on_stand_in_data(name, tmp_path, monkeypatch, capsys):
     arguments += [f"--model.backbone.name={tiny_clip(tmp_path / 'clip')}"]
     arguments += ["--data.num_workers=0", "--logging.wandb=false"]
     arguments += ["--trainer.accelerator=cpu", "--trainer.limit_train_batches=1", "--trainer.log_every_n_steps=1"]
-    if name != "quickstart":
+    if name not in ("quickstart", "early_stopping"):
         arguments += ["--model.backbone.pretrained=null", "--model.warmup_steps=0"]
     if name == "magmax_cars":  # the stand-in has two classes
         arguments.append("--stream.num_tasks=2")

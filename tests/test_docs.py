@@ -30,6 +30,7 @@ NOT_RUN = {
     "scripts/quickstart": "installs gigabytes; the fit that it runs is the README's",
     "scripts/test": "is what runs this",
     "scripts/docs": "is what .ci/run runs beside this",
+    "python examples/find_learning_rate.py": "tests/test_examples.py runs it",
     "python scripts/methods_data.py": "needs the data sets",
     "python scripts/bench_methods.py": "takes hours",
     "pip install wandb-workspaces": "needs a network",

@@ -1,6 +1,7 @@
 """Every script in examples/ runs as its docstring says."""
 
 import math
+import re
 import runpy
 import subprocess
 import sys
@@ -78,6 +79,21 @@ def test_a_run_is_read(capsys, monkeypatch, tmp_path):
     assert loaded.plot("magmax").axes
     with pytest.raises(FileNotFoundError):
         load_run(tmp_path / "nothing")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_learning_rate_is_found(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = ROOT / "configs" / "quickstart.yaml"
+    run("find_learning_rate.py", config, "--steps", 40, "--picture", "rates.png", monkeypatch=monkeypatch)
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert first == "40 steps are 4.4 epochs of zero-one"
+    loss, rate, tenth = map(float, re.findall(r"\d+\.\d+(?:e-\d+)?", second))
+    assert 1e-5 < rate < 1.0
+    assert tenth == pytest.approx(rate / 10)
+    assert loss < 0.6931, "no better than a guess between two classes"
+    assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["rates.png"]
 
 
 def test_a_rule_of_ones_own_is_registered():

@@ -1,21 +1,23 @@
 """Lightning callbacks: the part of clmerge that plugs into existing projects.
 
-``MergeCallback`` is imported on first use, because ``clmerge report`` uses this package without Lightning.
+Both are imported on first use, because ``clmerge report`` uses this package without Lightning.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from clmerge.callbacks.best_weights import BestWeights
     from clmerge.callbacks.merge import MergeCallback
 
-__all__ = ["MergeCallback"]
+_HOMES = {"BestWeights": "best_weights", "MergeCallback": "merge"}
+
+__all__ = ["BestWeights", "MergeCallback"]
 
 
 def __getattr__(name: str) -> object:
-    if name != "MergeCallback":
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from clmerge.callbacks.merge import MergeCallback
-
-    return MergeCallback
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

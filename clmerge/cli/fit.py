@@ -40,6 +40,7 @@ Trainer:
     --trainer.precision bf16-mixed
     --trainer.gradient_clip_val 1.0
     --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=val/loss
+    --trainer.callbacks+=BestWeights   merge the weights of the epoch with the smallest val/loss
   Callbacks are built anew for every task.
 
 examples:
@@ -61,6 +62,7 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     from lightning.pytorch import loggers as lightning_loggers
     from torch.optim import Optimizer
 
+    import clmerge.callbacks.best_weights  # jsonargparse finds only loaded classes
     import clmerge.streams
     from clmerge.cli.named_code import set_policy
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses

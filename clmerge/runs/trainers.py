@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from clmerge.callbacks.finite_loss import FiniteLoss
 from clmerge.callbacks.progress import EpochLines, EpochSeed, EveryEpoch
 from clmerge.results.checkpoint_files import AtomicCheckpointIO
+from clmerge.callbacks.stops_again import StopsAgain
 from clmerge.lightning_compat import TaskProgressBar, logger_step, set_step_offset
 from clmerge.names import tell
 from clmerge.results.run_folder import RunFolder
@@ -109,7 +110,7 @@ class Trainers:
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
-        own = [*callbacks, EpochSeed(seed), EveryEpoch(), EpochLines(label), FiniteLoss(label), saving]
+        own = [*callbacks, EpochSeed(seed), EveryEpoch(), EpochLines(label), FiniteLoss(label), StopsAgain(), saving]
         trainer = self._build(label, logger=list(self.loggers) or False, callbacks=own, **options)
         if self.run.writes and not self._told:
             for line in partial_lines(trainer):
