@@ -5,8 +5,8 @@
 
 The rate rises from step to step from 1e-7 to 1. Printed are the rate at which the smoothed loss is smallest and a tenth
 of it, a usual first choice. (Lightning's own suggestion, the steepest point, depends on the noise of the first steps.)
-Keep to a few epochs of the task, which are printed, too: in more the loss falls because the images are learned by heart,
-whatever the rate. Nothing is kept of what is trained, and no run folder is made.
+Keep to a few epochs of the task, which are printed, too: in more the loss falls because the images are learned by
+heart, whatever the rate. Nothing is kept of what is trained, and no run folder is made.
 """
 
 import argparse
