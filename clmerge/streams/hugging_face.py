@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _ROLES: tuple[Role, ...] = ("train", "val", "test")
 _SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
+_FIRST_WITHOUT_SCRIPTS = 4
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -243,6 +244,11 @@ def _load(dataset: str, subset: str | None, *, download: bool) -> dict[str, Data
         raise RuntimeError(
             f"expected the package datasets to read {dataset}, which is not installed: pip install 'clmerge[datasets]'"
         ) from error
+    if int(datasets.__version__.partition(".")[0]) < _FIRST_WITHOUT_SCRIPTS:
+        raise RuntimeError(
+            f"expected version {_FIRST_WITHOUT_SCRIPTS} or newer of the package datasets, which runs no code of a data "
+            f"set, got {datasets.__version__}: pip install -U 'clmerge[datasets]'"
+        )
     try:
         if any((path / name).is_file() for name in _SAVED):
             found = datasets.load_from_disk(str(path))

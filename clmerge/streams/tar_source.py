@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from array import array
@@ -12,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from typing_extensions import override
 
+from clmerge.files import parse_json
 from clmerge.streams.class_names import readable
 from clmerge.streams.decoding import UnreadableImageError
 from clmerge.streams.files import IMAGE_SUFFIXES, read_lines
@@ -260,8 +260,8 @@ def _samples(path: Path, label_key: str) -> Iterator[tuple[int, int, str]]:
 def _label(content: bytes, suffix: str, label_key: str, where: str) -> str | None:
     """Return the label in a file of a sample; None if its JSON has no such key."""
     try:
-        found = content.decode().strip() if suffix == ".cls" else json.loads(content).get(label_key)
-    except (UnicodeDecodeError, ValueError, AttributeError, RecursionError) as error:
+        found = content.decode().strip() if suffix == ".cls" else parse_json(content, "other text").get(label_key)
+    except (ValueError, AttributeError) as error:
         raise RuntimeError(f"expected a label in {where}, got {error}") from error
     if found is None:
         return None

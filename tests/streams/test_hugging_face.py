@@ -153,6 +153,12 @@ def test_nothing_there_and_nothing_readable(tmp_path, monkeypatch):
         HuggingFaceSource(str(tmp_path / "bad.parquet")).train()
     with pytest.raises(ValueError, match="test_fraction"):
         HuggingFaceSource("x", test_fraction=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "__version__", "3.6.0")
+        with pytest.raises(
+            RuntimeError, match=r"version 4 or newer .* got 3\.6\.0: pip install -U 'clmerge\[datasets\]'"
+        ):
+            HuggingFaceSource(str(tmp_path)).train()
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(RuntimeError, match=r"the package datasets .* pip install 'clmerge\[datasets\]'"):
         HuggingFaceSource(str(tmp_path)).train()

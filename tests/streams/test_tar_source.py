@@ -92,7 +92,7 @@ def test_labels_in_json_and_long_names(tmp_path):
     [
         ({"1.png": png(0)}, r"a label of sample '1' in .*t\.tar, found neither 1\.cls nor 'label' in 1\.json"),
         ({"1.png": png(0), "1.jpg": png(0), "1.cls": b"0"}, "one plain image of sample '1' in .*, got another"),
-        ({"1.png": png(0), "1.json": b"{"}, r"a label in 1\.json in .*t\.tar, got Expecting"),
+        ({"1.png": png(0), "1.json": b"{"}, r"a label in 1\.json in .*t\.tar, got expected JSON"),
         ({"1.png": png(0), "1.json": b"[1]"}, r"a label in 1\.json in .*t\.tar, got 'list'"),
         ({"1.png": png(0), "1.json": b'{"label": 1.5}'}, r"whole number as label in 1\.json in .*, got 1\.5"),
         ({"1.png": png(0), "1.cls": b" "}, r"whole number as label in 1\.cls in .*, got ''"),
