@@ -1,5 +1,6 @@
 """``clmerge export``: write a model of a finished run as the files that other libraries load."""
 
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,12 +75,17 @@ def exported(config: Any, target: Any, folder: Path, *, repo: str | None = None)
     """
     from clmerge.cli.open_run import open_final_model
     from clmerge.lightning_compat import quiet_lightning
-    from clmerge.runs.exported import export
+    from clmerge.runs.exported import export, require_empty
     from clmerge.runs.model_card import model_card
     from clmerge.weights import write_text_atomic
 
     quiet_lightning()
+    require_empty(folder)
     model, results = open_final_model(config.run, model=config.model, task=config.task, allow=config.allow)
-    card = model_card(model, results, export(model, target, folder), repo=repo)
-    write_text_atomic(folder / "README.md", card)
+    try:
+        card = model_card(model, results, export(model, target, folder), repo=repo)
+        write_text_atomic(folder / "README.md", card)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # half of a model is of no use, and it was empty before
+        raise
     return sorted(path for path in folder.rglob("*") if path.is_file())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clmerge.models import Backbone, LinearHead, OpenClip, Timm
 from clmerge.models.backbone import NANO
+from clmerge.models.tuning.adapters import AdapterLinear
 from clmerge.results.model_facts import ModelFacts
 from clmerge.training.module import ContinualClassifier
 from clmerge.weights import save_tensors, write_json_atomic
@@ -59,8 +60,7 @@ def export(model: FinalModel, target: Target, folder: Path) -> Target:
     if target == "hf-folder":
         target = "open_clip" if isinstance(backbone, OpenClip) else "timm"
     _check(backbone, target)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"expected a new or empty folder to write to, got {folder}, which holds something")
+    require_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = model.facts.to_metadata()
     head = None if model.module.head.open_vocabulary else dict(model.module.head.state_dict())
@@ -90,10 +90,21 @@ def export(model: FinalModel, target: Target, folder: Path) -> Target:
     return target
 
 
+def require_empty(folder: Path) -> None:
+    """Raise a FileExistsError if there is a folder that holds something, or a file, at a path."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"expected a new or empty folder to write to, got {folder}, which holds something")
+
+
 def _check(backbone: Backbone, target: Target) -> None:
     wanted = {"open_clip": OpenClip, "timm": Timm}
     if target in wanted and not isinstance(backbone, wanted[target]):
         raise ValueError(f"expected a backbone of {target} for --to {target}, got {type(backbone).__name__}")
+    if target in wanted and any(isinstance(part, AdapterLinear) for part in backbone.modules()):
+        raise ValueError(
+            f"expected weights that a model of {target} has, got bottleneck adapters, which stay part of the model: "
+            "use --to onnx or --to safetensors"
+        )
     if target == "onnx" and (missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]):
         raise ValueError(f"expected the package {missing[0]} for --to onnx, got none: pip install 'clmerge[onnx]'")
 
@@ -104,7 +115,8 @@ def input_of(backbone: Backbone) -> dict[str, Any]:
     if isinstance(backbone, OpenClip):
         import open_clip
 
-        config = open_clip.get_model_preprocess_cfg(backbone.model)
+        with folded(backbone):  # a tower in tangent space does not say
+            config = open_clip.get_model_preprocess_cfg(backbone.model)
         size = config["size"]
     elif isinstance(backbone, Timm):
         from timm.data import resolve_data_config

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clmerge.models import LinearHead
+from clmerge.models import LinearHead, TangentModule
 from clmerge.models.templates import GENERIC
 from clmerge.names import visible
 from clmerge.results.results import SETTINGS, Results
@@ -82,6 +82,7 @@ def model_card(model: FinalModel, results: Results, target: Target, *, repo: str
         f"- **Images that the model looked at beside the training of each task**: {_data(results, facts.model)}.",
         f"- **Classes** ({len(model.classes)}): {_names([facts.classes[index] for index in model.classes])}.",
         *_prompts(model),
+        *_tangent(model),
         f"- Written by clmerge {facts.version}; `{FACTS_FILE}` holds classes, tasks, templates and settings.",
         "",
         "## Load",
@@ -128,6 +129,16 @@ def _prompts(model: FinalModel) -> list[str]:
     templates = model.facts.templates_of(model.classes[0]) or list(GENERIC)
     more = f" and {len(templates) - 1} more" if len(templates) > 1 else ""
     return [f"- **Prompts** of its text head: `{_safe(templates[0])}`{more}."]
+
+
+def _tangent(model: FinalModel) -> list[str]:
+    if not any(isinstance(part, TangentModule) for part in model.module.backbone.modules()):
+        return []
+    return [
+        "- **Fine-tuned in tangent space**: the accuracies below are of the linearised model. The files hold the weights "
+        "theta_0 + tau, with which an ordinary model computes another function; `clmerge evaluate` on them says how good "
+        "it is."
+    ]
 
 
 def _accuracy(results: Results, model: str) -> list[str]:

@@ -9,9 +9,11 @@ from support.small_runs import learned_run, text_run
 
 from clmerge.cli import main
 from clmerge.cli.open_run import open_final_model, open_run
-from clmerge.models import CosineHead, LinearHead, OpenClip, Timm
+from clmerge.models import Adapters, CosineHead, Linearized, LinearHead, OpenClip, Timm
 from clmerge.results.model_facts import ModelFacts
+from clmerge.results.results import Results
 from clmerge.runs.exported import FinalModel, export
+from clmerge.runs.model_card import model_card
 from clmerge.training.module import ContinualClassifier
 from clmerge.weights import load_metadata, load_tensors
 
@@ -174,6 +176,41 @@ def test_what_is_wrong_is_said_in_one_sentence(arguments, code, message, folders
     error = capsys.readouterr().err
     assert (found, "Traceback" in error) == (code, False)
     assert message in error
+
+
+def test_a_model_in_tangent_space_says_so(tmp_path):
+    module = ContinualClassifier(OpenClip("nano"), LinearHead(), tuning=Linearized())
+    facts = ModelFacts("m", "r", {"class": "OpenClip"}, "LinearHead", "Linearized()", None, "", ["a"], [])
+    module.begin_stream(1)
+    module.head.add_classes([0])
+    model = FinalModel(module.eval(), facts, [0])
+    results = Results(["only"], classes=[["a"]])
+    results.add_row("m", [1.0], [1.0])
+    assert export(model, "open_clip", tmp_path / "out") == "open_clip"
+    assert "of the linearised model" in model_card(model, results, "open_clip")
+    loaded = open_clip.create_model(f"local-dir:{tmp_path / 'out'}")
+    assert loaded.visual.image_size in (28, (28, 28))
+
+
+def test_adapters_are_no_part_of_a_model_of_open_clip(tmp_path):
+    module = ContinualClassifier(OpenClip("nano"), LinearHead(), tuning=Adapters())
+    facts = ModelFacts("m", "r", {"class": "OpenClip"}, "LinearHead", "Adapters()", None, "", ["a"], [])
+    module.begin_stream(1)
+    module.head.add_classes([0])
+    model = FinalModel(module.eval(), facts, [0])
+    with pytest.raises(ValueError, match="got bottleneck adapters, which stay part of the model"):
+        export(model, "hf-folder", tmp_path / "out")
+    export(model, "safetensors", tmp_path / "out")
+    assert any("adapter_down" in name for name in load_tensors(tmp_path / "out" / "model.safetensors"))
+
+
+def test_a_failure_leaves_nothing_behind(folders, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("clmerge.runs.model_card.model_card", full)
+    assert main(["export", str(folders["text_run"]), "--to", "open_clip", "--out", str(tmp_path / "out")]) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_overwritten(folders, tmp_path, capsys):
