@@ -80,7 +80,7 @@ class _WordCheck(ValueCheck):
         needed = [name for name in self.positionals if not name.startswith("[")]
         if len(needed) > stray and not asks:
             first = needed[stray]
-            raise OptionError(f"expected a {first} after clmerge {self.command}, got none")
+            raise OptionError(f"expected {first} after clmerge {self.command}, got none")
 
     def _stray(self, word: str) -> NoReturn:
         options = [name for name, option in self.options.items() if option["type"] == "config"]

@@ -120,7 +120,7 @@ def test_what_cannot_be_read_does_not_stop_the_others(folders, images, tmp_path,
     ("arguments", "code", "message"),
     [
         (["nowhere", "x.png"], 1, "expected a run folder with a manifest.json, got nowhere"),
-        (["{run}"], 2, "expected a IMAGE after clmerge predict, got none"),
+        (["{run}"], 2, "expected IMAGE after clmerge predict, got none"),
         (["{run}", "x.png", "--top", "0"], 2, "expected --top of 1 or more, got 0"),
         (["{run}", "x.png", "--modle", "a"], 2, "did you mean --model?"),
         (["{run}", "x.png", "--model", "a"], 1, "expected one of the models magmax, emr"),

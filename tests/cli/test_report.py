@@ -41,7 +41,7 @@ def test_tables_go_to_the_terminal_or_to_a_file(tmp_path, capsys):
         (["{}", "--format", "md", "--title", "x"], 2, "expected --title with a page"),
         (["{}", "--fromat", "md"], 2, "--format"),
         (["{}/nothing", "--out", "r.html"], 1, "which does not exist"),
-        ([], 2, "expected a RUN after clmerge report, got none"),
+        ([], 2, "expected RUN after clmerge report, got none"),
     ],
 )
 def test_wrong_calls_say_what_is_wrong(tmp_path, capsys, arguments, code, message):

@@ -104,7 +104,7 @@ def test_another_thread_keeps_the_handlers():
     assert found == [3]
 
 
-ARGUMENT = {"fit": "--seed=1", "merge": "--threads=1"}  # the others take names of runs
+ARGUMENT = {"fit": "--seed=1", "merge": "--threads=1", "predict": "nothing image.png"}  # the others take names of runs
 IMPORTED = {"completion": "argparse", "inspect": "torch", "list": "argparse"}
 AT_IMPORT = """
 import os, signal, sys
@@ -128,7 +128,7 @@ sys.exit(main(sys.argv[3:]))
 )
 def test_at_start_up(command, module, number):
     found = subprocess.run(
-        [sys.executable, "-c", AT_IMPORT, module, str(int(number)), command, ARGUMENT.get(command, "nothing")],
+        [sys.executable, "-c", AT_IMPORT, module, str(int(number)), command, *ARGUMENT.get(command, "nothing").split()],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
