@@ -260,8 +260,8 @@ def test_a_typo_names_the_nearest_option_and_writes_nothing(config, tmp_path, ca
         ),
         (
             ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/los"],
-            "for EarlyStopping to monitor (train/loss, train/accuracy, train/lr, val/loss, val/accuracy, epoch, step), got "
-            "'val/los'; did you",
+            "for EarlyStopping to monitor (train/loss, train/accuracy, train/lr, val/loss, val/accuracy, epoch, step), "
+            "got 'val/los'; did you",
         ),
         (
             ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss", "--stream.val_fraction=0"],
