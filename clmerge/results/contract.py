@@ -8,6 +8,7 @@ from clmerge.shapes import (
     Check,
     amount,
     anything,
+    brief,
     count,
     flag,
     keyed,
@@ -45,8 +46,8 @@ def validate(document: Any) -> None:
     if type(schema) is not int or schema != SCHEMA:
         how = "; python scripts/convert_results.py RUN converts the files of a run or comparison" if schema == 1 else ""
         raise ValueError(
-            f"expected results with schema {SCHEMA}, got {schema!r}; they were written by another version of clmerge"
-            + how
+            f"expected results with schema {SCHEMA}, got {brief(schema)}; they were written by another version of "
+            f"clmerge{how}"
         )
     record({"runs": listed(validate_run, filled=True)})(document, "")
     names = [run["name"] for run in document["runs"]]

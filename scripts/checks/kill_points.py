@@ -233,7 +233,8 @@ def differences(found, wanted):
 def without_times(value):
     """Return a JSON document without the entries that no two runs have in common."""
     if isinstance(value, dict):
-        return {key: without_times(entry) for key, entry in value.items() if key not in TIMES}
+        own = {"name"} if "models" in value else set()  # a run's record has the name of its folder
+        return {key: without_times(entry) for key, entry in value.items() if key not in own.union(TIMES)}
     return [without_times(entry) for entry in value] if isinstance(value, list) else value
 
 

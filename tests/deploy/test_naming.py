@@ -19,7 +19,7 @@ def test_mergers_go_by_name_and_by_settings_where_a_class_comes_twice():
 
 
 @pytest.mark.parametrize(
-    "name", ["expert", "zero_shot", "task_oracle", "ensemble", "joint", "head", "base", "expert@seed1", "magmax+tuned"]
+    "name", ["expert", "zero_shot", "task_oracle", "ensemble", "joint", "head", "base", "magmax+tuned"]
 )
 def test_names_of_what_stands_beside_mergers_are_refused(name):
     check_names(["magmax", "mine"], ["tuned"])
