@@ -5,7 +5,7 @@ from torch import nn
 
 from clmerge.models import Backbone, LinearHead
 from clmerge.training.module import ContinualClassifier
-from clmerge.training.regularizers import EWC, IEL, ITA, L2, FeatureDistance, LwF, Step
+from clmerge.training.regularizers import EWC, IEL, ITA, L2, FeatureDistance, LossStep, LwF
 
 REGULARIZERS = {
     "l2": lambda: L2(1e-2),
@@ -88,7 +88,7 @@ def batch(num=6, seed=0):
 def step_of(module, images=None):
     images = batch() if images is None else images
     features = module.backbone(images)
-    return Step(module, images, features, module.head(features))
+    return LossStep(module, images, features, module.head(features))
 
 
 def term(module, images=None):

@@ -12,7 +12,7 @@ from clmerge.runs.comparison.diagnose import diagnose_run
 from clmerge.runs.comparison.orders import order_sweep
 from clmerge.runs.comparison.references import add_references, check_joint
 from clmerge.runs.comparison.refold import check_mergers, sweep
-from clmerge.runs.comparison.row_cache import Row, RowCache
+from clmerge.runs.comparison.row_cache import CachedRow, RowCache
 from clmerge.runs.comparison.searches import plan_searches, scale_rules, search_all
 from clmerge.runs.stored_run import StoredRun
 from clmerge.search.search import Search
@@ -135,7 +135,7 @@ def compare_run(run: StoredRun, request: Request, cache: RowCache, joint: Stored
     return results
 
 
-def _add(results: Results, run: StoredRun, name: str, merger: Merger, rows: list[Row], *, search: int | None) -> None:
+def _add(results: Results, run: StoredRun, name: str, merger: Merger, rows: list[CachedRow], *, search: int | None) -> None:
     """Add a merger's model, with a row for every task."""
     results.describe(name, **describe_merger(merger, search=search))
     for task, row in enumerate(rows):

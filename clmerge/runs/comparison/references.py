@@ -7,7 +7,7 @@ import numpy as np
 
 from clmerge.deploy.predictors import Ensemble, Merged
 from clmerge.results.results import ENSEMBLE, EXPERT, JOINT, SETTINGS, TASK_ORACLE, ZERO_SHOT, Results
-from clmerge.runs.comparison.row_cache import Row, RowCache, make_row
+from clmerge.runs.comparison.row_cache import CachedRow, RowCache, make_row
 from clmerge.runs.stored_run import StoredRun
 
 
@@ -49,7 +49,7 @@ def add_references(results: Results, run: StoredRun, cache: RowCache, joint: Sto
             results.add_row(JOINT, *(run.counted(row[setting]) for setting in SETTINGS), bytes_kept=weights)
 
 
-def ensemble(run: StoredRun, cache: RowCache) -> list[Row]:
+def ensemble(run: StoredRun, cache: RowCache) -> list[CachedRow]:
     """Return the accuracies, after every task, of averaging the experts' probabilities so far.
 
     Every expert is evaluated on the images once.
@@ -88,7 +88,7 @@ def check_joint(run: StoredRun, joint: StoredRun) -> None:
             )
 
 
-def joint_row(run: StoredRun, joint: StoredRun, cache: RowCache) -> Row:
+def joint_row(run: StoredRun, joint: StoredRun, cache: RowCache) -> CachedRow:
     """Return the accuracies of the un-merged final model of another run on the tasks of this one.
 
     Args:

@@ -10,7 +10,7 @@ from clmerge.deploy.naming import check_settings
 from clmerge.statistics.provided import PROVIDED
 from clmerge.deploy.running_merge import RunningMerge
 from clmerge.search.grid import with_values
-from clmerge.runs.comparison.row_cache import RowCache, Row, make_row
+from clmerge.runs.comparison.row_cache import RowCache, CachedRow, make_row
 from clmerge.runs.stored_run import StoredRun
 from clmerge.evaluation.evaluate import Split
 from clmerge.merging import Merger, Statistics
@@ -20,7 +20,7 @@ from clmerge.weights import BankVector, CheckedVector
 from clmerge.weights.parametrization import own_names
 from clmerge.weights.swap import swapped
 
-Table = dict[str, dict[int, Row]]
+Table = dict[str, dict[int, CachedRow]]
 """Model -> number of merged tasks -> row."""
 
 

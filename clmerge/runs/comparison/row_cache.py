@@ -15,7 +15,7 @@ from clmerge.weights import write_json_atomic
 from clmerge.files import parse_json
 
 
-class Row(TypedDict):
+class CachedRow(TypedDict):
     """Accuracies of one merged model on every task, NaN where undefined, and the seconds that merging took."""
 
     task_agnostic: list[float]
@@ -23,7 +23,7 @@ class Row(TypedDict):
     merge_seconds: float
 
 
-def make_row(accuracies: Mapping[str, list[float]], merge_seconds: float = 0.0) -> Row:
+def make_row(accuracies: Mapping[str, list[float]], merge_seconds: float = 0.0) -> CachedRow:
     """Return the row of accuracies by setting."""
     agnostic, aware = (accuracies[setting] for setting in SETTINGS)
     return {"task_agnostic": agnostic, "task_aware": aware, "merge_seconds": merge_seconds}
@@ -56,7 +56,7 @@ class RowCache:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._rows: dict[str, Row] = {}
+        self._rows: dict[str, CachedRow] = {}
         file.parent.mkdir(parents=True, exist_ok=True)
         self.close = hold_lock(file.parent, self)
         if file.is_file():
@@ -86,10 +86,10 @@ class RowCache:
     def __contains__(self, key: str) -> bool:
         return key in self._rows
 
-    def __getitem__(self, key: str) -> Row:
+    def __getitem__(self, key: str) -> CachedRow:
         return self._rows[key]
 
-    def add(self, rows: Mapping[str, Row]) -> None:
+    def add(self, rows: Mapping[str, CachedRow]) -> None:
         """Add rows; they are on disk when this returns.
 
         Args:
@@ -102,11 +102,11 @@ class RowCache:
 _ROWS = keyed(record({**dict.fromkeys(map(str, SETTINGS), listed(maybe(share))), "merge_seconds": amount}))
 
 
-def _to_json(row: Row) -> dict[str, Any]:
+def _to_json(row: CachedRow) -> dict[str, Any]:
     agnostic, aware = ([None if math.isnan(v) else v for v in row[s]] for s in SETTINGS)
     return {"task_agnostic": agnostic, "task_aware": aware, "merge_seconds": row["merge_seconds"]}
 
 
-def _from_json(row: Mapping[str, Any]) -> Row:
+def _from_json(row: Mapping[str, Any]) -> CachedRow:
     agnostic, aware = ([math.nan if v is None else float(v) for v in row[s]] for s in SETTINGS)
     return {"task_agnostic": agnostic, "task_aware": aware, "merge_seconds": float(row["merge_seconds"])}

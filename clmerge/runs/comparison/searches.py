@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from clmerge.deploy.naming import check_settings
 from clmerge.merging import Merger
 from clmerge.runs.comparison.refold import sweep
-from clmerge.runs.comparison.row_cache import Row, RowCache
+from clmerge.runs.comparison.row_cache import CachedRow, RowCache
 from clmerge.runs.stored_run import StoredRun
 from clmerge.search.grid import Values, grids, points, with_values
 from clmerge.search.scale_rule import ScaleRule
@@ -80,7 +80,7 @@ def _try(run: StoredRun, candidates: Mapping[Search, Sequence[Values]], cache: R
 
 def scale_rules(
     run: StoredRun, searches: Sequence[Search], cache: RowCache, memory: int
-) -> dict[str, tuple[ScaleRule, list[Row]]]:
+) -> dict[str, tuple[ScaleRule, list[CachedRow]]]:
     """Return a rule for every merger whose scale is searched, and its rows on the test images.
 
     The other values that a search has chosen are used.
@@ -116,7 +116,7 @@ def scale_rules(
             best.append(float(scales[scores.index(max(scores))]))
         merger = with_values(search.build(), {"scale": vars(search.merger)["scale"]})
         rules[search.name] = ScaleRule(merger, scales, best)
-    rows: dict[str, list[Row]] = {name: [] for name in rules}
+    rows: dict[str, list[CachedRow]] = {name: [] for name in rules}
     for t in counts:
         at = {name: rule.at(t) for name, rule in rules.items()}
         what = "models with the rule's scale"

@@ -4,7 +4,7 @@ from clmerge.training.regularizers.distillation import LwF
 from clmerge.training.regularizers.ewc import EWC
 from clmerge.training.regularizers.features import FeatureDistance
 from clmerge.training.regularizers.l2 import L2
-from clmerge.training.regularizers.regularizer import Regularizer, Step, current_weights, regularized_logits
+from clmerge.training.regularizers.regularizer import LossStep, Regularizer, current_weights, regularized_logits
 from clmerge.training.regularizers.second_order import IEL, ITA
 
 __all__ = [
@@ -13,9 +13,9 @@ __all__ = [
     "ITA",
     "L2",
     "FeatureDistance",
+    "LossStep",
     "LwF",
     "Regularizer",
-    "Step",
     "current_weights",
     "regularized_logits",
 ]

@@ -9,7 +9,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from clmerge.models import Classifier
-from clmerge.training.regularizers.regularizer import HEAD, FisherOf, Step, check_strength
+from clmerge.training.regularizers.regularizer import HEAD, FisherOf, LossStep, check_strength
 from clmerge.training.regularizers.teacher import TeacherRegularizer, backbone_tensors
 
 
@@ -64,7 +64,7 @@ class LwF(TeacherRegularizer):
         self.remember(module, again=True)
 
     @override
-    def penalty(self, step: Step) -> Tensor:
+    def penalty(self, step: LossStep) -> Tensor:
         old = step.module.old_classes
         if not old:
             return step.logits.new_zeros(())

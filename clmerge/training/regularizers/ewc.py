@@ -11,8 +11,8 @@ from typing_extensions import override
 from clmerge.models import Classifier
 from clmerge.training.regularizers.regularizer import (
     FisherOf,
+    LossStep,
     Regularizer,
-    Step,
     check_strength,
     current_weights,
     flat,
@@ -57,7 +57,7 @@ class EWC(Regularizer):
         self.keep("constant", torch.zeros(()))
 
     @override
-    def penalty(self, step: Step) -> Tensor:
+    def penalty(self, step: LossStep) -> Tensor:
         if not self.anchor.numel():
             return step.logits.new_zeros(())
         weights = current_weights(step.module)

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from clmerge.models import Classifier
 from clmerge.training.regularizers.l2 import check_anchor
-from clmerge.training.regularizers.regularizer import FisherOf, Step, check_strength
+from clmerge.training.regularizers.regularizer import FisherOf, LossStep, check_strength
 from clmerge.training.regularizers.teacher import TeacherRegularizer, backbone_tensors
 
 
@@ -57,7 +57,7 @@ class FeatureDistance(TeacherRegularizer):
         self.remember(module, again=self.goal == "previous")
 
     @override
-    def penalty(self, step: Step) -> Tensor:
+    def penalty(self, step: LossStep) -> Tensor:
         teacher = self.taught(step.module, step.images, features=True)
         if self.distance == "cosine":
             return self.strength * (1 - functional.cosine_similarity(step.features, teacher, dim=1)).mean()

@@ -11,8 +11,8 @@ from typing_extensions import override
 from clmerge.models import Classifier
 from clmerge.training.regularizers.regularizer import (
     FisherOf,
+    LossStep,
     Regularizer,
-    Step,
     check_strength,
     current_weights,
     flat,
@@ -50,7 +50,7 @@ class L2(Regularizer):
             self.keep("anchor", flat(current_weights(module)))
 
     @override
-    def penalty(self, step: Step) -> Tensor:
+    def penalty(self, step: LossStep) -> Tensor:
         weights = current_weights(step.module)
         anchors = named(self.anchor, weights)
         squares = [(weight - anchors[name]).square().sum() for name, weight in weights.items()]

@@ -21,7 +21,7 @@ FisherOf = Callable[[], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Step:
+class LossStep:
     """The data of one training step that regularizers use.
 
     Attributes:
@@ -59,7 +59,7 @@ class Regularizer(nn.Module, ABC):
         """
 
     @abstractmethod
-    def penalty(self, step: Step) -> Tensor:
+    def penalty(self, step: LossStep) -> Tensor:
         """Return the term: a scalar, differentiable by the trained parameters."""
 
     def weights(self, module: Classifier) -> dict[str, Tensor] | None:
@@ -153,7 +153,7 @@ def regularized_logits(
         features = run_with(module.backbone, values, images)
     else:
         features = module.backbone(images)
-    step = Step(module, images, features, module.head(features))
+    step = LossStep(module, images, features, module.head(features))
     terms: dict[str, Tensor] = {}
     for one in regularizers:
         label = one.name if one.name not in terms else f"{one.name}_{len(terms)}"

@@ -11,8 +11,8 @@ from typing_extensions import override
 from clmerge.models import Classifier
 from clmerge.training.regularizers.regularizer import (
     FisherOf,
+    LossStep,
     Regularizer,
-    Step,
     check_strength,
     current_weights,
     flat,
@@ -73,7 +73,7 @@ class ITA(_AroundBase):
         self.alpha = check_strength(alpha, "ITA")
 
     @override
-    def penalty(self, step: Step) -> Tensor:
+    def penalty(self, step: LossStep) -> Tensor:
         if not self.fisher.numel():
             return step.logits.new_zeros(())
         weights = current_weights(step.module)
@@ -131,7 +131,7 @@ class IEL(_AroundBase):
         return state_of(module, base, mean)
 
     @override
-    def penalty(self, step: Step) -> Tensor:
+    def penalty(self, step: LossStep) -> Tensor:
         weights = current_weights(step.module)
         base, past, fisher = (named(flat_tensor, weights) for flat_tensor in (self.base, self.past, self.fisher))
         share = 1 / max(2, self._num_tasks)
