@@ -62,7 +62,7 @@ def evaluation(run: StoredRun, num_models: int) -> float:
         refold.fold(task)
     merge = refold.merge
     models = {name: merge.predictor(name, run.module) for name in merge.mergers}
-    return min(seconds(lambda: run.evaluate("evaluating", models, len(run.tasks) - 1, "test")) for _ in range(3))
+    return min(seconds(lambda: run.evaluate_again("evaluating", models, len(run.tasks) - 1)) for _ in range(3))
 
 
 def forward(run: StoredRun) -> float:
@@ -99,7 +99,7 @@ def measure() -> dict[str, float]:
             found["compare"] = seconds(compare)
             found["train"] = sum(times)
             run, _ = open_run(str(path), name="run")
-            run.evaluate("warm up", {"expert": Merged(run.expert(0))}, 0, "test")
+            run.evaluate_again("warm up", {"expert": Merged(run.expert(0))}, 0)
             found["one"], found["eight"] = evaluation(run, 1), evaluation(run, len(MERGERS))
             found["forward"] = forward(run)
     return found
