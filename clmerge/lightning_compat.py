@@ -71,6 +71,12 @@ def log_every_epoch(trainer: Any) -> None:
         trainer.log_every_n_steps = max(batches, 1)
 
 
+def logs_this_step(trainer: Any) -> bool:
+    """Return whether the Trainer gives its loggers what the current training step logs."""
+    logs: bool = trainer._logger_connector.should_update_logs
+    return logs
+
+
 def logger_step(trainer: Trainer) -> int:
     """Return the step that ``trainer``'s loggers have reached, offset included."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)

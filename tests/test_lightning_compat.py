@@ -16,6 +16,7 @@ from clmerge.lightning_compat import (
     TaskProgressBar,
     callbacks_of,
     logger_step,
+    logs_this_step,
     put_callback,
     quiet_lightning,
     refuse_unsupported_strategy,
@@ -274,6 +275,29 @@ def test_progress_bars_say_what_is_trained_and_stay_off_stdout(capsys, tmp_path)
     found = capsys.readouterr()
     assert "task 2/5 cats: epoch 2/2" in found.err
     assert "task 2/5 cats" not in found.out
+
+
+def test_the_steps_that_loggers_get_are_known_within_them(tmp_path):
+    known = []
+
+    class Knowing(Logging):
+        def training_step(self, batch, batch_idx):
+            if logs_this_step(self.trainer):
+                known.append(logger_step(self.trainer))
+            return super().training_step(batch, batch_idx)
+
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=CSVLogger(tmp_path, name="csv", version=0),
+        log_every_n_steps=2,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    set_step_offset(trainer, 3)
+    trainer.fit(Knowing(), toy_loader(0))
+    assert known == logged(tmp_path, 0, "train/loss") == [3, 5, 7]
 
 
 @pytest.mark.parametrize(("interval", "expected"), [(50, [2, 5]), (2, [1, 3, 5])])

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
+from clmerge.lightning_compat import logs_this_step
 from clmerge.models import Backbone, Classifier, Head, Tuning
 from clmerge.models.classifier import Batch
 from clmerge.training.regularizers import Regularizer, regularized_logits
@@ -88,9 +89,10 @@ class ContinualClassifier(Classifier, LightningModule):
         loss = self.loss(logits, labels)
         # Every process has equally many images in a training step, so the mean of their means is exact.
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
-        self.log("train/accuracy", self.right(logits.detach(), labels).mean(), sync_dist=True)
-        # Filled there: a copy would make a GPU wait.
-        self.log("train/lr", torch.full((), self.trainer.optimizers[0].param_groups[0]["lr"], device=loss.device))
+        if logs_this_step(self.trainer):  # both cost time, and no loss depends on them
+            self.log("train/accuracy", self.right(logits.detach(), labels).mean(), sync_dist=True)
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            self.log("train/lr", torch.full((), rate, device=loss.device))  # filled there: a copy makes a GPU wait
         for name, term in terms.items():
             self.log(f"train/{name}", term.detach(), sync_dist=True)
             loss = loss + term
