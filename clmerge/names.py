@@ -40,6 +40,19 @@ def tell(line: str, *, file: TextIO | None = None) -> None:
     print(visible(line), file=sys.stderr if file is None else file, flush=True)
 
 
+def duration(seconds: float) -> str:
+    """Return a duration for readers.
+
+    Example:
+        >>> duration(5), duration(300), duration(9000)
+        ('5 s', '5 min', '2 h 30 min')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def shown(name: str) -> str:
     """Return a name for display: :func:`visible`, and in quotes if it is empty or blank.
 

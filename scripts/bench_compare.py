@@ -83,7 +83,7 @@ def measure() -> dict[str, float]:
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nothing:  # noqa: PTH123
         path, times = Path(folder, "run"), list[float]()
-        quiet = ("--logging.wandb=false", "--mergers", "MagMax", "--run_dir", str(path))
+        quiet = ("--logging.wandb=false", "--mergers=[MagMax]", "--run_dir", str(path))
         with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
             with counted(times):
                 found["fit"] = seconds(lambda: fit(["--config", str(CONFIG), *quiet]))

@@ -11,7 +11,7 @@ from typing_extensions import override
 from clmerge.lightning_compat import log_every_epoch
 from clmerge.merging import Merger
 from clmerge.models import Classifier
-from clmerge.names import tell
+from clmerge.names import duration, tell
 from clmerge.weights.parametrization import merged_parameters
 
 
@@ -97,17 +97,10 @@ class Pace:
         took = {name: seconds - self._before.get(name, 0.0) for name, seconds in spent.items()}
         self._before = dict(spent)
         self._totals.append(sum(took.values()))
-        parts = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in took.items() if seconds >= 0.5)
+        parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in took.items() if seconds >= 0.5)
         left = (self.num_tasks - task - 1) * sum(self._totals) / len(self._totals)
-        rest = f"; about {_duration(left)} left" if left else ""
+        rest = f"; about {duration(left)} left" if left else ""
         return f"task {task + 1}/{self.num_tasks}: {parts or 'less than a second'}{rest}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def trainable_line(module: Classifier) -> str:

@@ -81,7 +81,7 @@ def build_parser() -> "CommandParser":
         "Packages beside clmerge, torch, Lightning, timm, open_clip, avalanche, torchvision and torchmetrics whose "
         "code the runs' configurations may name; that code is run."
     )
-    wandb_help = "Log what was found to W&B, into the project of the first run."
+    wandb_help = "Log what was found about each run to W&B, into the project and group of that run."
     parser.add_argument("--allow", type=str, nargs="+", default=[], metavar="PACKAGE", help=allow_help)
     parser.add_argument("--wandb", action="store_true", help=wandb_help)
     parser.add_argument("--json", action="store_true", help="Print the document instead of the table.")
@@ -90,10 +90,8 @@ def build_parser() -> "CommandParser":
 
 def main(argv: Sequence[str]) -> int:
     """Run ``clmerge compare``; return the exit code."""
-    from clmerge.cli.fit import spread_mergers
-
     parser = build_parser()
-    config = parser.parse_args(spread_mergers(argv))
+    config = parser.parse_args(list(argv))
     if config.orders < 0 or config.memory <= 0 or config.image_memory < 0:
         parser.error("expected --orders and --image-memory of 0 or more and --memory above 0")
     if config.scale_rule and config.scale is None:
@@ -135,7 +133,6 @@ def _compare(config: Any, mergers: Any) -> int:
             scale=config.scale,
             grid=config.grid,
             scale_rule=config.scale_rule,
-            without=config.without,
             orders=config.orders,
             orders_seed=config.orders_seed,
             memory=int(config.memory * 2**30),
@@ -143,7 +140,9 @@ def _compare(config: Any, mergers: Any) -> int:
         )
 
     def opened(path: str, name: str) -> "tuple[StoredRun, Any]":
-        return open_run(path, name=name, allow=config.allow, evaluation=config.evaluation)
+        found = open_run(path, name=name, allow=config.allow, evaluation=config.evaluation)
+        found[0].leave_out(config.without)
+        return found
 
     joint = None if config.joint is None else open_run(config.joint, name="joint", allow=config.allow)[0]
     if (

@@ -28,15 +28,14 @@ examples:
 
 def build_parser() -> "CommandParser":
     """Return the parser of ``clmerge evaluate``; imports the modules of all its types."""
-    import clmerge.streams
     from clmerge.cli.named_code import set_policy
-    from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
+    from clmerge.cli.open_run import ALLOW_HELP
+    from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses, load_all
     from clmerge.models import Backbone
     from clmerge.streams import DataSource, Stream
     from clmerge.streams.plan import Evaluation
 
-    for name in clmerge.streams.__all__:
-        getattr(clmerge.streams, name)  # loaded lazily, and jsonargparse finds only loaded classes
+    load_all("clmerge.streams")
     set_policy()
     CommandParser.class_names = known_subclasses((Stream, DataSource, Backbone))
     parser = CommandParser(
@@ -52,7 +51,6 @@ def build_parser() -> "CommandParser":
     stream_help = "The stream to evaluate on (default: the run's own)."
     backbone_help = "The architecture of a checkpoint; it needs a text tower."
     evaluation_help = "What the table shows: task_agnostic accuracy, or task_aware (default: what the stream does)."
-    allow_help = "Packages beside the known ones whose code the run's configuration may name; that code is run."
     out_help = "Folder for results.json, with one row per model, the same after every task."
     parser.add_argument("target", type=str, metavar="RUN|CHECKPOINT", help="A finished run, or a file of weights.")
     parser.add_argument("--models", type=str, nargs="+", default=[], metavar="NAME", help=models_help)
@@ -61,7 +59,7 @@ def build_parser() -> "CommandParser":
     parser.add_argument("--split", type=Literal["test", "val"], default="test", help="Which images.")
     parser.add_argument("--evaluation", type=Evaluation | None, default=None, help=evaluation_help)
     parser.add_argument("--out", type=str | None, default=None, help=out_help)
-    parser.add_argument("--allow", type=str, nargs="+", default=[], metavar="PACKAGE", help=allow_help)
+    parser.add_argument("--allow", type=str, nargs="+", default=[], metavar="PACKAGE", help=ALLOW_HELP)
     parser.add_argument("--json", action="store_true", help="Print the document instead of the table.")
     return parser
 

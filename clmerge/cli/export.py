@@ -22,6 +22,7 @@ examples:
 
 def build_parser() -> "CommandParser":
     """Return the parser of ``clmerge export``."""
+    from clmerge.cli.open_run import add_model_options
     from clmerge.cli.parser import CommandFormatter, CommandParser
     from clmerge.runs.exported import Target
 
@@ -37,15 +38,10 @@ def build_parser() -> "CommandParser":
         "safetensors: the weights; open_clip, timm: a folder that the library loads; hf-folder: the one of these two "
         "that fits; onnx: from transformed images to logits."
     )
-    model_help = "Model of the run, by name or class of merger (default: the deployed one)."
-    task_help = "Task by name or number, of a model with weights per task (EMR, TALL)."
-    allow_help = "Packages beside the known ones whose code the run's configuration may name; that code is run."
     parser.add_argument("run", type=str, metavar="RUN", help="A finished run.")
     parser.add_argument("--to", type=Target, required=True, help=to_help)
     parser.add_argument("--out", type=str, required=True, metavar="FOLDER", help="New or empty folder to write to.")
-    parser.add_argument("--model", type=str | None, default=None, help=model_help)
-    parser.add_argument("--task", type=str | None, default=None, help=task_help)
-    parser.add_argument("--allow", type=str, nargs="+", default=[], metavar="PACKAGE", help=allow_help)
+    add_model_options(parser)
     return parser
 
 

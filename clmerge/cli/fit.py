@@ -62,10 +62,8 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     from lightning.pytorch import loggers as lightning_loggers
     from torch.optim import Optimizer
 
-    import clmerge.callbacks.best_weights  # jsonargparse finds only loaded classes
-    import clmerge.streams
     from clmerge.cli.named_code import set_policy
-    from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
+    from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses, load_all
     from clmerge.deploy.calibration import Calibration
     from clmerge.merging import Merger
     from clmerge.models import Backbone, Head, Tuning
@@ -74,8 +72,7 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     from clmerge.training.module import ContinualClassifier
     from clmerge.training.regularizers import Regularizer
 
-    for name in clmerge.streams.__all__:
-        getattr(clmerge.streams, name)  # loaded lazily, and jsonargparse finds only loaded classes
+    load_all("clmerge.callbacks", "clmerge.streams")
     set_policy()
     Logging.__dataclass_fields__["extra"].type = list[lightning_loggers.Logger]
     Logging.__annotations__["extra"] = list[lightning_loggers.Logger]
@@ -129,7 +126,7 @@ def main(argv: Sequence[str]) -> int:
     """Run ``clmerge fit``; return the exit code."""
     from clmerge.cli.resume import complete_line, split_resume
 
-    resumed, arguments = split_resume(spread_mergers(argv))
+    resumed, arguments = split_resume(argv)
     if resumed is not None and not arguments and (line := complete_line(resumed)):
         tell(line, file=sys.stdout)
         return 0

@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     from clmerge.runs.stored_run import StoredRun
 
 
+ALLOW_HELP = "Packages beside the known ones whose code the run's configuration may name; that code is run."
+MODEL_HELP = "Model of the run, by name or class of merger (default: the deployed one)."
+
+
+def add_model_options(parser: "CommandParser") -> None:
+    """Add the options that choose a model of a finished run to write down: ``--model``, ``--task`` and ``--allow``."""
+    task_help = "Task by name or number, of a model with weights per task (EMR, TALL)."
+    parser.add_argument("--model", type=str | None, default=None, help=MODEL_HELP)
+    parser.add_argument("--task", type=str | None, default=None, help=task_help)
+    parser.add_argument("--allow", type=str, nargs="+", default=[], metavar="PACKAGE", help=ALLOW_HELP)
+
+
 def open_run(
     path: str,
     *,

@@ -5,6 +5,7 @@ import re
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader
@@ -157,6 +158,14 @@ def _load_yaml(text: str) -> Any:
 
 
 set_loader("yaml", _load_yaml, exceptions=(ValueError,))
+
+
+def load_all(*packages: str) -> None:
+    """Import every public name of packages that load them lazily: jsonargparse finds only loaded classes."""
+    for package in packages:
+        module = import_module(package)
+        for name in module.__all__:
+            getattr(module, name)
 
 
 def known_subclasses(bases: Iterable[type]) -> list[str]:

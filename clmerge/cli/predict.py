@@ -24,6 +24,7 @@ _BATCH = 64
 
 def build_parser() -> "CommandParser":
     """Return the parser of ``clmerge predict``."""
+    from clmerge.cli.open_run import ALLOW_HELP, MODEL_HELP
     from clmerge.cli.parser import CommandFormatter, CommandParser
 
     parser = CommandParser(
@@ -35,18 +36,16 @@ def build_parser() -> "CommandParser":
         formatter_class=CommandFormatter,
         allow_abbrev=False,
     )
-    model_help = "Model of the run, by name or class of merger (default: the deployed one)."
     task_help = "Task by name or number: choose from its classes; needed by EMR and TALL, which have weights per task."
     classes_help = "Choose from these classes; a text head also takes classes that the run has not seen."
-    allow_help = "Packages beside the known ones whose code the run's configuration may name; that code is run."
     parser.add_argument("run", type=str, metavar="RUN", help="A finished run.")
     parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="Image files, or folders of them.")
-    parser.add_argument("--model", type=str | None, default=None, help=model_help)
+    parser.add_argument("--model", type=str | None, default=None, help=MODEL_HELP)
     parser.add_argument("--top", type=int, default=5, help="Classes per image.")
     parser.add_argument("--task", type=str | None, default=None, help=task_help)
     parser.add_argument("--classes", type=str, nargs="+", default=[], metavar="NAME", help=classes_help)
     parser.add_argument("--csv", type=str | None, default=None, help="File for one line per image and class.")
-    parser.add_argument("--allow", type=str, nargs="+", default=[], metavar="PACKAGE", help=allow_help)
+    parser.add_argument("--allow", type=str, nargs="+", default=[], metavar="PACKAGE", help=ALLOW_HELP)
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     return parser
 

@@ -24,6 +24,7 @@ _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 def build_parser() -> "CommandParser":
     """Return the parser of ``clmerge push``."""
+    from clmerge.cli.open_run import add_model_options
     from clmerge.cli.parser import CommandFormatter, CommandParser
     from clmerge.runs.exported import Target
 
@@ -37,17 +38,12 @@ def build_parser() -> "CommandParser":
         allow_abbrev=False,
     )
     to_help = "What is written, as for clmerge export (default: the folder that the backbone's library loads)."
-    model_help = "Model of the run, by name or class of merger (default: the deployed one)."
-    task_help = "Task by name or number, of a model with weights per task (EMR, TALL)."
     dry_help = "Show the card and the files; nothing is sent."
-    allow_help = "Packages beside the known ones whose code the run's configuration may name; that code is run."
     parser.add_argument("run", type=str, metavar="RUN", help="A finished run.")
     parser.add_argument("--repo", type=str, required=True, metavar="USER/NAME", help="The repository.")
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help=dry_help)
     parser.add_argument("--to", type=Target, default="hf-folder", help=to_help)
-    parser.add_argument("--model", type=str | None, default=None, help=model_help)
-    parser.add_argument("--task", type=str | None, default=None, help=task_help)
-    parser.add_argument("--allow", type=str, nargs="+", default=[], metavar="PACKAGE", help=allow_help)
+    add_model_options(parser)
     return parser
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from clmerge.names import tell
+from clmerge.names import duration, tell
 from clmerge.report import read_study, write_report
 from clmerge.report.runs import NothingEvaluatedError
 from clmerge.report.study import Study
@@ -70,7 +70,7 @@ def time_left(study: Study) -> str:
     for run in study.runs:
         done, total = run.results.num_finished, run.results.num_tasks
         seconds = max(seconds, (total - done) * sum(run.results.seconds.values()) / max(done, 1))
-    return f"about {seconds:.0f} s left" if seconds < 90 else f"about {seconds / 60:.0f} min left"
+    return f"about {duration(seconds)} left"
 
 
 def _changed(run: Path) -> int:

@@ -12,7 +12,8 @@ from clmerge.files import parse_json
 from clmerge.merging.checks import Shapes, num_entries
 from clmerge.names import shown
 from clmerge.report.rules import Rule, rule_of
-from clmerge.results.results import Results, validate
+from clmerge.results.metrics.matrix import Figures
+from clmerge.results.results import Results, Setting, validate
 from clmerge.results.run_manifest import check_config
 from clmerge.weights import TaskVectorBank
 from clmerge.weights.checksums import verify_part
@@ -64,6 +65,16 @@ class Run:
     def bank(self) -> TaskVectorBank:
         """The task vectors that the run kept."""
         return TaskVectorBank(self.path / "bank")
+
+    def figures(self, model: str, setting: Setting) -> Figures:
+        """Return every figure of a model, computed once: tables and charts ask for them hundreds of times."""
+        if (model, setting) not in self._computed:
+            self._computed[model, setting] = self.results.figures(model, setting)
+        return self._computed[model, setting]
+
+    @cached_property
+    def _computed(self) -> dict[tuple[str, Setting], Figures]:
+        return {}
 
     def section(self, name: str) -> Mapping[str, Any]:
         """Return one part of the configuration; empty if there is none."""

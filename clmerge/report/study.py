@@ -108,7 +108,7 @@ class Entry:
         return _known([run.results.model(self.model).merge_seconds for run in self.runs])
 
     def _figures(self, setting: Setting) -> list[Mapping[str, Any]]:
-        return [run.results.figures(self.model, setting) for run in self.runs]
+        return [run.figures(self.model, setting) for run in self.runs]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing_extensions import override
 
 from clmerge.streams.class_names import DIGIT_WORDS
 from clmerge.streams.sources import ArrayImages, DataSource, ImageSubset, LabelledImages, Templates
-from clmerge.streams.splits import stratified_cut
+from clmerge.streams.splits import check_test_fraction, stratified_cut
 
 
 class SklearnDigits(DataSource):
@@ -30,8 +30,7 @@ class SklearnDigits(DataSource):
 
     def __init__(self, test_fraction: float = 0.2, *, seed: int = 0, templates: Templates = None) -> None:
         super().__init__("SklearnDigits", templates=templates)
-        if not 0.0 < test_fraction < 1.0:
-            raise ValueError(f"expected test_fraction in (0, 1), got {test_fraction}")
+        check_test_fraction(test_fraction)
         self.test_fraction = test_fraction
         self.seed = seed
 

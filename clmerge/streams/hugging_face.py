@@ -13,7 +13,7 @@ from clmerge.streams.class_names import readable
 from clmerge.streams.decoding import UnreadableImageError
 from clmerge.streams.sources import DataSource, EncodedImages, ImageSubset, LabelledImages, Templates
 from clmerge.streams.split_folders import Role, role_of
-from clmerge.streams.splits import stratified_cut
+from clmerge.streams.splits import check_test_fraction, stratified_cut
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -101,8 +101,7 @@ class HuggingFaceSource(DataSource):
         templates: Templates = None,
     ) -> None:
         super().__init__(name or Path(dataset).name, templates=templates)
-        if not 0.0 < test_fraction < 1.0:
-            raise ValueError(f"expected test_fraction in (0, 1), got {test_fraction}")
+        check_test_fraction(test_fraction)
         self.dataset = dataset
         self.download = download
         self.subset = subset

@@ -13,7 +13,7 @@ from clmerge.streams.class_names import readable
 from clmerge.streams.files import IMAGE_SUFFIXES, FileImages, read_lines
 from clmerge.streams.sources import DataSource, LabelledImages, Templates
 from clmerge.streams.split_folders import SplitFolders, image_files, split_folders, subfolders
-from clmerge.streams.splits import stratified_cut
+from clmerge.streams.splits import check_test_fraction, stratified_cut
 
 _NUMBER = re.compile(r"^\d+\.")
 
@@ -65,8 +65,7 @@ class ImageFolderSource(DataSource):
     ) -> None:
         self.root = Path(root).expanduser()
         super().__init__(name or self.root.absolute().name, templates=templates)
-        if not 0.0 < test_fraction < 1.0:
-            raise ValueError(f"expected test_fraction in (0, 1), got {test_fraction}")
+        check_test_fraction(test_fraction)
         if sort_by not in ("folder", "name"):
             raise ValueError(f"expected sort_by to be 'folder' or 'name', got {sort_by!r}")
         self.train_folder = train_folder

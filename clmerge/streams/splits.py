@@ -26,6 +26,16 @@ def derived_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+def check_test_fraction(test_fraction: float) -> None:
+    """Refuse a share of held-out images that leaves none on one side.
+
+    Raises:
+        ValueError: if it is not between 0 and 1.
+    """
+    if not 0.0 < test_fraction < 1.0:
+        raise ValueError(f"expected test_fraction in (0, 1), got {test_fraction}")
+
+
 def stratified_cut(
     targets: Sequence[int], fraction: float, *, seed: int, max_held: int | None = None
 ) -> tuple[list[int], list[int]]:

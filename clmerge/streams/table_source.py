@@ -16,7 +16,7 @@ from clmerge.streams.files import FileImages
 from clmerge.streams.source_groups import SourceGroup
 from clmerge.streams.sources import DataSource, LabelledImages, Templates
 from clmerge.streams.split_folders import Role, role_of, usual_names
-from clmerge.streams.splits import stratified_cut
+from clmerge.streams.splits import check_test_fraction, stratified_cut
 from clmerge.streams.table import Row, read_table
 
 if TYPE_CHECKING:
@@ -102,8 +102,7 @@ class TableSource(DataSource):
     ) -> None:
         self.table = Path(table).expanduser()
         super().__init__(name or self.table.stem, templates=templates)
-        if not 0.0 < test_fraction < 1.0:
-            raise ValueError(f"expected test_fraction in (0, 1), got {test_fraction}")
+        check_test_fraction(test_fraction)
         self.root = self.table.parent if root is None else Path(root).expanduser()
         self.path_column = path_column
         self.label_column = label_column

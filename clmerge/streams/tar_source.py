@@ -16,7 +16,7 @@ from clmerge.streams.class_names import readable
 from clmerge.streams.decoding import UnreadableImageError
 from clmerge.streams.files import IMAGE_SUFFIXES, read_lines
 from clmerge.streams.sources import DataSource, EncodedImages, ImageSubset, LabelledImages, Templates
-from clmerge.streams.splits import stratified_cut
+from clmerge.streams.splits import check_test_fraction, stratified_cut
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -102,8 +102,7 @@ class WebDatasetSource(DataSource):
         templates: Templates = None,
     ) -> None:
         super().__init__(name or Path(train).expanduser().absolute().parent.name, templates=templates)
-        if not 0.0 < test_fraction < 1.0:
-            raise ValueError(f"expected test_fraction in (0, 1), got {test_fraction}")
+        check_test_fraction(test_fraction)
         self.patterns = {"train": train, "val": val, "test": test}
         self.label_key = label_key
         self.class_name_file = class_name_file

@@ -13,7 +13,7 @@ from typing_extensions import override
 from clmerge.streams import class_names as names
 from clmerge.streams.decoding import as_rgb
 from clmerge.streams.sources import DataSource, ImageSubset, LabelledImages, Templates
-from clmerge.streams.splits import stratified_cut
+from clmerge.streams.splits import check_test_fraction, stratified_cut
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -199,8 +199,7 @@ class TorchvisionSource(DataSource):
         super().__init__(dataset, templates=templates)
         if dataset not in _RECIPES:
             raise ValueError(f"expected dataset to be one of {list(get_args(TorchvisionName))}, got {dataset!r}")
-        if not 0.0 < test_fraction < 1.0:
-            raise ValueError(f"expected test_fraction in (0, 1), got {test_fraction}")
+        check_test_fraction(test_fraction)
         self.root = Path(root).expanduser()
         self.download = download
         self.emnist_split = emnist_split

@@ -1,6 +1,6 @@
 """Compare mergers on one finished run: search settings, merge, evaluate, add references."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from clmerge.deploy.describe import describe_merger
@@ -30,7 +30,6 @@ class Request:
         scale: Values of ``scale`` to choose from, for every merger that has one.
         grid: Values of other parameters, ``NAME.PARAMETER=VALUES``.
         scale_rule: Whether to also try a rule for the scale as a function of t.
-        without: Tasks to leave out, by name or index.
         orders: Number of orders of the experts to merge in; 0 for the run's own only.
         orders_seed: Seed of the other orders.
         memory: Bytes of accumulators and merged weights that are held at a time.
@@ -41,7 +40,6 @@ class Request:
     scale: str | None = None
     grid: list[str] = field(default_factory=list)
     scale_rule: bool = False
-    without: Sequence[str] = ()
     orders: int = 0
     orders_seed: int = 0
     memory: int = 2**32
@@ -61,8 +59,7 @@ def check_request(run: StoredRun, request: Request, joint: StoredRun | None = No
     """
     mergers = dict(request.mergers)
     check_names(mergers)
-    run.leave_out(request.without)
-    if request.without and request.diagnose:
+    if request.diagnose and len(run.kept) < len(run.tasks):
         raise ValueError("expected --diagnose, which describes all task vectors of a run, or --without, got both")
     check_mergers(run, mergers)
     if joint is not None:

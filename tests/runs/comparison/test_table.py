@@ -75,7 +75,7 @@ def test_runs_with_other_orders_of_classes_share_places_not_names():
 def test_runs_that_do_not_fit_are_refused_before_any_is_evaluated(monkeypatch, capsys, tmp_path):
     found = {"a": make_results(3), "b": make_results(2), "c": make_results(3)}
     found["c"].evaluation = "task_aware"
-    runs = {name: SimpleNamespace(results=results) for name, results in found.items()}
+    runs = {name: SimpleNamespace(results=results, leave_out=lambda without: None) for name, results in found.items()}
     monkeypatch.setattr("clmerge.cli.open_run.open_run", lambda path, **options: (runs[path], [MagMax()]))
     monkeypatch.setattr("clmerge.runs.comparison.compare.check_request", lambda run, request, joint: {})
     monkeypatch.setattr("clmerge.runs.comparison.compare.compare_run", lambda *a: pytest.fail("evaluated"))
@@ -96,7 +96,6 @@ def test_a_joint_run_of_other_classes_is_refused_before_anything_is_evaluated():
             folder=SimpleNamespace(path=names[0]),
             base={},
             tasks=[],
-            leave_out=lambda without: None,
         )
         for names in (["a"], ["b"])
     )
