@@ -1,4 +1,5 @@
 import pickle
+import random
 
 import PIL.Image
 import pytest
@@ -151,6 +152,8 @@ TRAIN, TEST = range(40), range(100, 112)
 
 
 def kinds():
+    random.seed(0)  # Avalanche shuffles by these generators
+    torch.manual_seed(0)
     benchmarks = avalanche_benchmarks()
     train, test = labelled(40), labelled(12, first=100)
     avalanche_train, avalanche_test = map(benchmarks.utils.as_classification_dataset, (train, test))
