@@ -20,6 +20,16 @@ from clmerge.merging.linear.weighted import WeightedAverage
 from clmerge.merging.linear.weighted_sum import WeightedSum
 from clmerge.merging.matrices import Matrices
 from clmerge.merging.merger import Merger
+from clmerge.merging.objectives import (
+    Agreement,
+    CrossEntropy,
+    Distillation,
+    Entropy,
+    FeatureMatch,
+    Given,
+    Objective,
+    Outputs,
+)
 from clmerge.merging.pipeline import Pipeline
 from clmerge.merging.precision.became import BECAME
 from clmerge.merging.precision.dop import DOP
@@ -75,19 +85,25 @@ __all__ = [
     "UGM",
     "WUDI",
     "ACTMat",
+    "Agreement",
     "Breadcrumbs",
     "BreadcrumbsMask",
     "ByTask",
     "ClipNorm",
     "CoFiMA",
     "Consensus",
+    "CrossEntropy",
+    "Distillation",
+    "Entropy",
     "Ethos",
     "ExtSub",
+    "FeatureMatch",
     "FedAtt",
     "FedNova",
     "Finisher",
     "Fisher",
     "FisherMaskNodes",
+    "Given",
     "Gram",
     "GreedySoup",
     "GroupScale",
@@ -103,6 +119,8 @@ __all__ = [
     "Merger",
     "MetaGPT",
     "ModelStock",
+    "Objective",
+    "Outputs",
     "Pipeline",
     "Quantise",
     "RandomDrop",

@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from clmerge.streams.adaptation import AdaptationBatch, AdaptationData
     from clmerge.streams.class_incremental import ClassIncremental
     from clmerge.streams.datamodule import StreamDataModule
     from clmerge.streams.digits import SklearnDigits
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from clmerge.streams.torchvision_source import TorchvisionSource
 
 _HOMES = {
+    "AdaptationBatch": "adaptation",
+    "AdaptationData": "adaptation",
     "ClassIncremental": "class_incremental",
     "DataSource": "sources",
     "DomainFolders": "source_groups",
@@ -55,6 +58,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdaptationBatch",
+    "AdaptationData",
     "ClassIncremental",
     "DataSource",
     "DomainFolders",

@@ -131,6 +131,11 @@ class StreamDataModule(LightningDataModule):
         return self._stream
 
     @property
+    def eval_transform(self) -> Transform | None:
+        """The transform of validation and test images."""
+        return self._eval_transform
+
+    @property
     def task(self) -> int:
         """Index of the task that is trained and validated on."""
         return self._task

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -41,19 +41,34 @@ def replay_memory(stream: Stream, task: int, replay: Replay, transform: Transfor
     earlier = [stream.dataset(index, "train", transform) for index in range(task)]
     if replay == "all":
         return Images(earlier)
-    by_class: dict[int, list[tuple[int, int]]] = {}
-    for part, images in enumerate(earlier):
-        for position, target in enumerate(images.targets):
-            by_class.setdefault(target, []).append((part, position))
+    by_class = ranked_by_class(dict(enumerate(earlier)), seed=seed)
     kept: list[list[int]] = [[] for _ in earlier]
-    for rank, (target, places) in enumerate(by_class.items()):
-        # In domain streams a class gets more images with every task: give each image its own random rank, because a
-        # shuffle would change the order of the earlier images.
-        order = sorted(places, key=lambda place: random.Random(derived_seed(seed, "replay", target, *place)).random())
+    for rank, order in enumerate(by_class.values()):
         share = replay // len(by_class) + (rank < replay % len(by_class))
         for part, position in order[:share]:
             kept[part].append(position)
     return Images([subset(images, sorted(positions)) for images, positions in zip(earlier, kept, strict=True)])
+
+
+def ranked_by_class(images: Mapping[int, ImageDataset], *, seed: int) -> dict[int, list[tuple[int, int]]]:
+    """Return the places ``(task, position)`` of every class's images, in the class's random order.
+
+    The order of some tasks' images does not change when others are added.
+
+    Args:
+        images: the images by task.
+        seed: seed of the order.
+    """
+    by_class: dict[int, list[tuple[int, int]]] = {}
+    for task, some in images.items():
+        for position, target in enumerate(some.targets):
+            by_class.setdefault(target, []).append((task, position))
+    # In domain streams a class gets more images with every task: each image has its own random rank, because a shuffle
+    # would change the order of the earlier images.
+    return {
+        target: sorted(places, key=lambda place: random.Random(derived_seed(seed, "replay", target, *place)).random())
+        for target, places in by_class.items()
+    }
 
 
 class Images(Dataset[tuple[Any, int]]):
