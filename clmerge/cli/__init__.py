@@ -76,13 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     def run() -> int:
-        from clmerge.cli.fit import spread_mergers
+        from clmerge.cli.fit import spread_lists
         from clmerge.cli.own_configs import use_own_configs
         from clmerge.cli.quick_check import check_arguments
         from clmerge.cli.value_check import OptionError
 
         try:
-            words = check_arguments(command, spread_mergers(use_own_configs(arguments[1:])))
+            words = check_arguments(command, spread_lists(use_own_configs(arguments[1:])))
         except OptionError as error:
             tell(f"clmerge {command}: {error}")
             raise SystemExit(2) from error

@@ -23,6 +23,7 @@ examples:
   clmerge compare runs/digits --mergers MagMax OPCM --orders 10
   clmerge compare runs/seed0 runs/seed1 runs/seed2 --mergers MagMax TIES --out runs/three-seeds
   clmerge compare runs/digits --joint runs/all-classes --diagnose
+  clmerge compare runs/digits --mergers MagMax --calibrations SampleTuning
   clmerge compare --mergers.help TIES
 """
 
@@ -31,19 +32,24 @@ def build_parser() -> "CommandParser":
     """Return the parser of ``clmerge compare``; imports torch."""
     from clmerge.cli.named_code import set_policy
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
+    from clmerge.deploy.calibration import Calibration
     from clmerge.merging import Finisher, Merger, Sparsifier
     from clmerge.streams.plan import Evaluation
 
     set_policy()
-    CommandParser.class_names = known_subclasses((Merger, Sparsifier, Finisher))
+    CommandParser.class_names = known_subclasses((Merger, Sparsifier, Finisher, Calibration))
     parser = CommandParser(
         prog="clmerge compare",
-        usage="clmerge compare RUN [RUN ...] [--mergers A B ...] [options]",
+        usage="clmerge compare RUN [RUN ...] [--mergers A B ...] [--calibrations A B ...] [options]",
         description="Merge a finished run's task vectors again with any mergers, after every task, and evaluate as fit "
         "does. Resumes after an interruption; results that exist are reused.",
         epilog=EPILOG,
         formatter_class=CommandFormatter,
         allow_abbrev=False,
+    )
+    calibrations_help = (
+        "Calibrations of every merged model, each a model of its own such as magmax+tuned (default: none). They get "
+        "the images that they had got in the run."
     )
     scale_help = "Values of scale to choose from on validation images: first:last:step or a,b,c."
     grid_help = (
@@ -65,6 +71,7 @@ def build_parser() -> "CommandParser":
     images_help = "MiB of decoded images to hold in memory; others wait in files in the output folder meanwhile."
     parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="Finished run folders.")
     parser.add_argument("--mergers", type=list[Merger], default=[], help="Mergers (default: those of the first run).")
+    parser.add_argument("--calibrations", type=list[Calibration], default=[], help=calibrations_help)
     parser.add_argument("--scale", type=str | None, default=None, help=scale_help)
     parser.add_argument("--grid", type=str, nargs="+", default=[], metavar="NAME.PARAMETER=VALUES", help=grid_help)
     parser.add_argument("--scale-rule", action="store_true", help=rule_help)
@@ -97,7 +104,8 @@ def main(argv: Sequence[str]) -> int:
     if config.scale_rule and config.scale is None:
         parser.error("expected --scale with the values that --scale-rule chooses from, got none")
     try:
-        return _compare(config, parser.instantiate(config).mergers)
+        objects = parser.instantiate(config)
+        return _compare(config, objects.mergers, objects.calibrations)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return complain("compare", error)
     except Stopped as stop:
@@ -105,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
         raise
 
 
-def _compare(config: Any, mergers: Any) -> int:
+def _compare(config: Any, mergers: Any, calibrations: Any) -> int:
     import json
 
     from clmerge.cli.open_run import open_run
@@ -137,6 +145,7 @@ def _compare(config: Any, mergers: Any) -> int:
             orders_seed=config.orders_seed,
             memory=int(config.memory * 2**30),
             diagnose=config.diagnose and not found,
+            calibrations=calibrations,
         )
 
     def opened(path: str, name: str) -> "tuple[StoredRun, Any]":

@@ -133,11 +133,14 @@ def main(argv: Sequence[str]) -> int:
     return _run(arguments, resumed)
 
 
-def spread_mergers(argv: Sequence[str]) -> list[str]:
-    """Rewrite ``--mergers A B C`` and ``--mergers=A`` as the list that the parser reads.
+_LISTS = ("--mergers", "--calibrations", "--learner.calibrations")
+
+
+def spread_lists(argv: Sequence[str]) -> list[str]:
+    """Rewrite ``--mergers A B C`` and ``--mergers=A``, and calibrations alike, as the list that the parser reads.
 
     Example:
-        >>> spread_mergers(["--mergers", "MagMax", "TIES", "--seed", "1"])
+        >>> spread_lists(["--mergers", "MagMax", "TIES", "--seed", "1"])
         ['--mergers=[MagMax, TIES]', '--seed', '1']
     """
     result: list[str] = []
@@ -146,9 +149,9 @@ def spread_mergers(argv: Sequence[str]) -> list[str]:
         option, given, name = argv[position].partition("=")
         position += 1
         names: list[str] = []
-        if option == "--mergers" and given and name.isidentifier() and name != "null":
+        if option in _LISTS and given and name.isidentifier() and name != "null":
             names = [name]
-        elif option == "--mergers" and not given:
+        elif option in _LISTS and not given:
             end = position
             while end < len(argv) and not argv[end].startswith("-"):
                 end += 1
@@ -156,7 +159,7 @@ def spread_mergers(argv: Sequence[str]) -> list[str]:
             if names and names[0].startswith("["):
                 names = []
             position = end if names else position
-        result.append(f"--mergers=[{', '.join(names)}]" if names else argv[position - 1])
+        result.append(f"{option}=[{', '.join(names)}]" if names else argv[position - 1])
     return result
 
 

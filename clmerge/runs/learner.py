@@ -134,6 +134,9 @@ class Learner(LearnerParts):
             merged = {name: one.state for name, one in predictors.items() if isinstance(one, Merged)}
             calibrated = self.calibrated.models(merged, task, trainers.device)
             predictors |= {name: Merged(state) for name, state in calibrated.items()}
+            for name, each in self.calibrated.seconds.items():
+                before = seconds[name.rpartition("+")[0]]
+                seconds[name] = None if before is None else before + each
         # Evaluate theta_0 + tau, as compare does from the bank, so that both have the same bits.
         expert = self.merge.weights_with(self.merge.task_vector(self.module), self.module)
         predictors[EXPERT] = Merged(expert)
@@ -189,7 +192,7 @@ class Learner(LearnerParts):
         fresh = {name: with_values(merger, {}) for name, merger in self.mergers.items()}
         kept = {name: merger.state_size(shapes, task + 1) for name, merger in fresh.items()}
         more = {
-            f"{name}+{kind}": kept[name] + one.nbytes(self.data, task)
+            f"{name}+{kind}": kept[name] + one.nbytes(self.module, self.data, task)
             for name in self.mergers
             for kind, one in self.calibrated.calibrations.items()
         }

@@ -109,7 +109,7 @@ class LearnerParts(Session):
             seed=seed,
             save_state=False,  # the run folder keeps the accumulators; every epoch's checkpoint need not hold them
         )
-        self.calibrated = CalibratedModels(calibrations or [], module, data, seed=seed)
+        self.calibrated = CalibratedModels(calibrations or [], module, data, stream, seed=seed)
         self.regularized = RegularizedTasks(module, data, num_images=statistics_images, seed=seed)
         # With a frozen backbone nothing is merged: only the head is trained, if at all, and evaluated.
         self.mergers = self.merge.mergers if module.trained_names else {}
@@ -178,6 +178,7 @@ class LearnerParts(Session):
             "branches": self.branches,
             "rounds": self.rounds,
             "branch_merger": repr(self.branch_merger),
+            "calibrations": [repr(one) for one in self.calibrated.calibrations.values()],
             "epochs": self.epochs,
             "keep_task_vectors": self.keep_task_vectors,
             "statistics_images": self.statistics_images,

@@ -12,6 +12,7 @@ from wandb_reader import find_runs
 
 from clmerge.cli import main
 from clmerge.cli.open_run import open_run
+from clmerge.deploy.calibration import CalibratedModels
 from clmerge.deploy.predictors import Merged
 from clmerge.deploy.running_merge import RunningMerge
 from clmerge.merging import WeightAverage
@@ -131,6 +132,48 @@ def test_every_mode_of_tuning_is_evaluated_as_it_was_trained(tmp_path, mode):
     fitted, found = record(run), document(run / "compare")
     for model in ("ties", "fisher", "expert", "zero_shot"):
         assert alike(found["models"][model], fitted["models"][model])
+
+
+CALIBRATIONS = "[{class_path: SampleTuning, init_args: {per_class: 2, epochs: 1}}, HeadAlignment]"
+
+
+@pytest.mark.parametrize("mode", ["Full", "LoRA"])
+def test_models_that_fit_calibrated_come_out_with_the_same_bits(tmp_path, mode, monkeypatch):
+    arguments = ["--mergers", "MagMax", "WeightAverage", "EMR", f"--model.tuning={mode}"]
+    run = make_run(tmp_path, *arguments, f"--learner.calibrations={CALIBRATIONS}", head="LinearHead")
+    compare(run, "--mergers", "WeightAverage", "MagMax", "EMR", f"--calibrations={CALIBRATIONS}")
+    fitted, found = record(run), document(run / "compare")
+    models = [f"{merger}+{name}" for merger in ("magmax", "weight_average") for name in ("tuned", "aligned")]
+    for model in ("magmax", *models):
+        assert alike(found["models"][model], fitted["models"][model]), model
+        assert None not in found["models"][model]["merge_seconds"]
+    assert [name for name in found["models"] if "+" in name] == [*models[2:], *models[:2]]
+    assert found["models"]["magmax+tuned"]["data"] == "buffer(2 per class)"
+    rows = fitted["models"]["magmax+tuned"]["task_agnostic"]["R"]
+    assert rows != fitted["models"]["magmax"]["task_agnostic"]["R"]
+
+    # What is in the cache is not calibrated again; a setting more is another row.
+    seen = []
+    collect = CalibratedModels.collect
+
+    def counting(self, merged, task, device):
+        seen.append((*merged, *self.calibrations, task))
+        return collect(self, merged, task, device)
+
+    monkeypatch.setattr(CalibratedModels, "collect", counting)
+    compare(run, "--mergers", "WeightAverage", "MagMax", "EMR", f"--calibrations={CALIBRATIONS}")
+    assert not seen
+    compare(run, "--mergers", "WeightAverage", "--calibrations=[HeadAlignment]", "--calibrations.epochs=2")
+    assert seen == [("weight_average", "aligned", task) for task in range(3)]
+
+
+def test_calibrations_that_a_run_cannot_have_are_refused(run, capsys):
+    for arguments, message in (
+        (["--calibrations=[HeadAlignment]"], "a head that learns its classes for HeadAlignment, got ZeroShotHead"),
+        (["--calibrations=[SampleTuning]", "--without", "0"], "expected --calibrations, which keep data of all tasks"),
+    ):
+        assert main(["compare", str(run), "--mergers", "MagMax", *arguments]) == 1
+        assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_document_has_what_its_page_says(run):

@@ -19,7 +19,7 @@ from wandb_reader import find_runs
 
 from clmerge.callbacks.progress import EpochLines
 from clmerge.cli import main
-from clmerge.cli.fit import spread_mergers
+from clmerge.cli.fit import spread_lists
 from clmerge.cli.resume import complete_line, split_resume
 from clmerge.results.run_folder import RunFolder
 from clmerge.runs.task_training import TaskTraining
@@ -346,11 +346,13 @@ def test_help_is_what_the_parser_says(capsys):
 
 
 def test_mergers_may_be_listed_with_spaces():
-    assert spread_mergers(["--mergers", "A", "B", "--x", "1"]) == ["--mergers=[A, B]", "--x", "1"]
-    assert spread_mergers(["--mergers", "[A, B]"]) == ["--mergers", "[A, B]"]
-    assert spread_mergers(["--mergers=A", "x"]) == ["--mergers=[A]", "x"]
-    assert spread_mergers(["--mergers=[A]", "--mergers=null"]) == ["--mergers=[A]", "--mergers=null"]
-    assert spread_mergers(["--mergers", "--x"]) == ["--mergers", "--x"]
+    assert spread_lists(["--mergers", "A", "B", "--x", "1"]) == ["--mergers=[A, B]", "--x", "1"]
+    assert spread_lists(["--mergers", "[A, B]"]) == ["--mergers", "[A, B]"]
+    assert spread_lists(["--mergers=A", "x"]) == ["--mergers=[A]", "x"]
+    assert spread_lists(["--calibrations", "A", "B"]) == ["--calibrations=[A, B]"]
+    assert spread_lists(["--learner.calibrations=A"]) == ["--learner.calibrations=[A]"]
+    assert spread_lists(["--mergers=[A]", "--mergers=null"]) == ["--mergers=[A]", "--mergers=null"]
+    assert spread_lists(["--mergers", "--x"]) == ["--mergers", "--x"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from clmerge.cli import main
-from clmerge.cli.fit import build_parser, spread_mergers
+from clmerge.cli.fit import build_parser, spread_lists
 from clmerge.cli.option_table import FILE, OptionTable, nearest, option_table
 from clmerge.cli.option_values import in_words
 from clmerge.cli.quick_check import check_arguments
@@ -136,7 +136,7 @@ def words_of(line):
     command, *words = shlex.split(line)
     if command == "fit" and "--config" not in words:
         words = ["--config", str(QUICKSTART), *words]
-    return command, spread_mergers(words)
+    return command, spread_lists(words)
 
 
 @pytest.mark.parametrize(("line", "message"), TYPOS, ids=[line for line, _ in TYPOS])
@@ -205,7 +205,7 @@ def test_no_value_is_refused_that_the_parser_takes(command, parsers, capsys):
     refused, wrong = 0, []
     for option in options:
         for value in VALUES if option not in ("config", "recipe", "verify", "resume") else ():
-            words = spread_mergers([*given, f"--{option}={value}"])
+            words = spread_lists([*given, f"--{option}={value}"])
             try:
                 check_arguments(command, words)
                 continue

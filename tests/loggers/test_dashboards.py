@@ -9,7 +9,7 @@ import pytest
 import yaml
 from made_up import make_results
 
-from clmerge.cli.fit import build_parser, spread_mergers
+from clmerge.cli.fit import build_parser, spread_lists
 from clmerge.loggers import describe_run, task_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ def test_every_combination_of_the_sweep_is_a_valid_command(monkeypatch):
     found = []
     for combination in itertools.product(*values.values()):
         arguments = [f"--{name}={value}" for name, value in zip(values, combination, strict=True)]
-        config = parser.parse_args(spread_mergers([*given, *arguments]))
+        config = parser.parse_args(spread_lists([*given, *arguments]))
         found.append((config.learner.start_policy, config.model.optimizer.init_args.lr, config.seed))
     assert found == list(itertools.product(*values.values()))
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from clmerge.deploy.calibration.calibration import Calibration
 from clmerge.deploy.calibration.gaussians import ClassGaussians
-from clmerge.streams import StreamDataModule
+from clmerge.streams import Stream, StreamDataModule
 from clmerge.training.module import ContinualClassifier
 from clmerge.weights.modes import eval_mode
 
@@ -43,7 +43,8 @@ class HeadAlignment(Calibration):
         ValueError: For a setting out of range.
     """
 
-    name: ClassVar[str] = "aligned"
+    name = "aligned"
+    sources: ClassVar[tuple[str, ...]] = ("2303.05118", "2312.08977")
 
     def __init__(
         self, *, per_class: int = 256, epochs: int = 5, lr: float = 0.01, temperature: float | None = 0.1
@@ -65,7 +66,7 @@ class HeadAlignment(Calibration):
         return "current"
 
     @override
-    def check(self, module: ContinualClassifier) -> None:
+    def check(self, module: ContinualClassifier, stream: Stream) -> None:
         if module.head.open_vocabulary:
             raise ValueError(
                 f"expected a head that learns its classes for HeadAlignment, got {type(module.head).__name__}: text "
@@ -116,8 +117,9 @@ class HeadAlignment(Calibration):
         return {f"head.{name}": parameter for name, parameter in head.named_parameters()}
 
     @override
-    def nbytes(self, data: StreamDataModule, task: int) -> int:
-        return sum(one.nbytes for one in self.gaussians.values())
+    def nbytes(self, module: ContinualClassifier, data: StreamDataModule, task: int, *, models: int = 1) -> int:
+        number = sum(len(set(data.stream.dataset(index, "train").targets)) for index in range(task + 1))
+        return models * number * ClassGaussians.bytes_each(module.backbone.feature_dim)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The calibrated models of a run: every merged model under every calibration."""
 
 import copy
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from clmerge.deploy.calibration.calibration import Calibration
-from clmerge.streams import StreamDataModule
+from clmerge.streams import Stream, StreamDataModule
 from clmerge.streams.splits import derived_seed
 from clmerge.training.module import ContinualClassifier
-from clmerge.weights.parametrization import folded
+from clmerge.weights.parametrization import folded, renew
 from clmerge.weights.swap import assign, named_tensors, swapped
 
 
@@ -25,23 +26,34 @@ class CalibratedModels:
         calibrations: The calibrations, with different names.
         module: The classifier.
         data: Its data module.
+        stream: The stream that it serves.
         seed: Seed of the run.
 
+    Attributes:
+        seconds: Duration of the last computation of every calibrated model, by name.
+
     Raises:
-        ValueError: If two calibrations have the same name, or one cannot calibrate the classifier.
+        ValueError: If two calibrations have the same name, or one cannot calibrate the classifier on the stream.
     """
 
     def __init__(
-        self, calibrations: Sequence[Calibration], module: ContinualClassifier, data: StreamDataModule, *, seed: int
+        self,
+        calibrations: Sequence[Calibration],
+        module: ContinualClassifier,
+        data: StreamDataModule,
+        stream: Stream,
+        *,
+        seed: int,
     ) -> None:
         self.calibrations = {one.name: one for one in calibrations}
         if len(self.calibrations) < len(calibrations):
             raise ValueError(f"expected calibrations of different kinds, got {[one.name for one in calibrations]}")
         for one in calibrations:
-            one.check(module)
+            one.check(module, stream)
         self.module = module
         self.data = data
         self.seed = seed
+        self.seconds: dict[str, float] = {}
 
     def __len__(self) -> int:
         return len(self.calibrations)
@@ -62,7 +74,10 @@ class CalibratedModels:
             with swapped(self.module, state):
                 for one in self.calibrations.values():
                     one.collect(model, self.module, self.data, task)
-        return {f"calibration.{name}": one.nbytes(self.data, task) for name, one in self.calibrations.items()}
+        return {
+            f"calibration.{name}": one.nbytes(self.module, self.data, task, models=len(merged))
+            for name, one in self.calibrations.items()
+        }
 
     def models(
         self, merged: Mapping[str, Mapping[str, Tensor]], task: int, device: torch.device
@@ -77,11 +92,14 @@ class CalibratedModels:
         found: dict[str, dict[str, Tensor]] = {}
         for model, state in merged.items():
             for name, one in self.calibrations.items():
+                started = time.perf_counter()
                 twin = self._copy(state).to(device)
+                renew(twin, seed=self.seed, task=task)  # inner parameters that training left must not matter
                 seed = derived_seed(self.seed, "calibration", name, task)
                 changed = one.calibrate(model, twin, self.data, task, seed)
                 changed = {key: value.detach().cpu() for key, value in changed.items()}
                 found[f"{model}+{name}"] = {**state, **_of_rank_zero(changed)}
+                self.seconds[f"{model}+{name}"] = time.perf_counter() - started
         return found
 
     def final(

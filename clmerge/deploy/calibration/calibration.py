@@ -6,36 +6,41 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from clmerge.streams import StreamDataModule
+from clmerge.settings import Configured
+from clmerge.streams import Stream, StreamDataModule
 from clmerge.training.module import ContinualClassifier
 
 
-class Calibration(ABC):
+class Calibration(Configured, ABC):
     """Adjust a merged model after every task. The result is evaluated as a separate model, ``MERGER+NAME``.
 
-    Calibration never changes the accumulators or the weights in training.
+    Calibration never changes the accumulators or the weights in training. Subclasses keep every constructor argument
+    under its own name.
 
     Attributes:
         name: The suffix of the merger's name.
+        sources: arXiv ids of the papers.
     """
 
-    name: ClassVar[str]
+    sources: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod
     def data(self) -> str:
         """The images that it looks at: ``current`` (training images of each task at its end) or a named buffer."""
 
-    def check(self, module: ContinualClassifier) -> None:  # noqa: B027  need not be overridden
-        """Refuse a classifier that cannot be calibrated.
+    def check(self, module: ContinualClassifier, stream: Stream) -> None:
+        """Refuse a classifier or a stream that cannot be calibrated, before anything is trained.
+
+        Args:
+            module: The classifier.
+            stream: The stream.
 
         Raises:
             ValueError: If it cannot.
         """
 
-    def collect(  # noqa: B027  need not be overridden
-        self, model: str, module: ContinualClassifier, data: StreamDataModule, task: int
-    ) -> None:
+    def collect(self, model: str, module: ContinualClassifier, data: StreamDataModule, task: int) -> None:
         """Collect data of a task that was just merged, while its images are available.
 
         Args:
@@ -60,12 +65,19 @@ class Calibration(ABC):
         """
 
     @abstractmethod
-    def nbytes(self, data: StreamDataModule, task: int) -> int:
-        """Return the bytes of the data kept of the tasks up to ``task``, for all models together."""
+    def nbytes(self, module: ContinualClassifier, data: StreamDataModule, task: int, *, models: int = 1) -> int:
+        """Return the bytes that are kept of the tasks up to ``task``; nothing that was collected is needed for it.
+
+        Args:
+            module: The classifier.
+            data: Provides the stream's images.
+            task: Index of the last task.
+            models: For how many calibrated models together.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a resumed run: tensors and primitives."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027  need not be overridden
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state returned by ``state_dict``."""

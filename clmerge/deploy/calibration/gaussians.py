@@ -28,10 +28,10 @@ class ClassGaussians:
     def __len__(self) -> int:
         return len(self.classes)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.state_dict().values())
+    @staticmethod
+    def bytes_each(dim: int) -> int:
+        """Return the bytes of one Gaussian of ``dim`` features: float32 mean and covariance, class and task."""
+        return 4 * (dim + dim * dim) + 16
 
     def add(self, features: Tensor, labels: Tensor, task: int) -> None:
         """Add a Gaussian for each class of a task.

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from clmerge.deploy.calibration.calibration import Calibration
-from clmerge.streams import StreamDataModule
+from clmerge.streams import Stream, StreamDataModule
 from clmerge.streams.plan import Transform
 from clmerge.streams.replay import Images, replay_memory
 from clmerge.streams.samplers import EpochSampler, SeededDataset
@@ -37,7 +37,8 @@ class SampleTuning(Calibration):
         ValueError: If a number is not positive.
     """
 
-    name: ClassVar[str] = "tuned"
+    name = "tuned"
+    sources: ClassVar[tuple[str, ...]] = ("2311.02428",)
 
     def __init__(self, *, per_class: int = 10, epochs: int = 10) -> None:
         if per_class < 1 or epochs < 1:
@@ -51,7 +52,7 @@ class SampleTuning(Calibration):
         return f"buffer({self.per_class} per class)"
 
     @override
-    def check(self, module: ContinualClassifier) -> None:
+    def check(self, module: ContinualClassifier, stream: Stream) -> None:
         if not module.trained_names:
             raise ValueError("expected a backbone that is trained for SampleTuning, got a frozen one")
 
@@ -96,7 +97,7 @@ class SampleTuning(Calibration):
         return {**trained, **buffers}
 
     @override
-    def nbytes(self, data: StreamDataModule, task: int) -> int:
+    def nbytes(self, module: ContinualClassifier, data: StreamDataModule, task: int, *, models: int = 1) -> int:
         return self.buffer(data, task).nbytes
 
 

@@ -1,8 +1,9 @@
 """Compare mergers on one finished run: search settings, merge, evaluate, add references."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from clmerge.deploy.calibration import CalibratedModels, Calibration
 from clmerge.deploy.describe import describe_merger
 from clmerge.deploy.naming import check_names
 from clmerge.merging import Merger
@@ -11,6 +12,7 @@ from clmerge.results.results import SETTINGS, Results, Setting
 from clmerge.runs.comparison.diagnose import diagnose_run
 from clmerge.runs.comparison.orders import order_sweep
 from clmerge.runs.comparison.references import add_references, check_joint
+from clmerge.runs.comparison.recalibrated import calibrated_names
 from clmerge.runs.comparison.refold import check_mergers, sweep
 from clmerge.runs.comparison.row_cache import CachedRow, RowCache
 from clmerge.runs.comparison.searches import plan_searches, scale_rules, search_all
@@ -34,6 +36,7 @@ class Request:
         orders_seed: Seed of the other orders.
         memory: Bytes of accumulators and merged weights that are held at a time.
         diagnose: Whether to compute diagnostics of task vectors, experts and merged models.
+        calibrations: Calibrations of every merged model, with the settings that were chosen for it.
     """
 
     mergers: Mapping[str, Merger]
@@ -44,6 +47,7 @@ class Request:
     orders_seed: int = 0
     memory: int = 2**32
     diagnose: bool = False
+    calibrations: Sequence[Calibration] = ()
 
 
 def check_request(run: StoredRun, request: Request, joint: StoredRun | None = None) -> dict[str, Search]:
@@ -58,7 +62,12 @@ def check_request(run: StoredRun, request: Request, joint: StoredRun | None = No
         ValueError: If it is impossible, a setting is unknown, or the joint run has other classes or another model.
     """
     mergers = dict(request.mergers)
-    check_names(mergers)
+    check_names(mergers, [one.name for one in request.calibrations])
+    if request.calibrations and len(run.kept) < len(run.tasks):
+        raise ValueError(
+            "expected --calibrations, which keep data of all tasks of a run, or --without, got both: leave one out"
+        )
+    CalibratedModels(request.calibrations, run.module, run.data, run.stream, seed=run.seed)  # refuses what cannot be
     if request.diagnose and len(run.kept) < len(run.tasks):
         raise ValueError("expected --diagnose, which describes all task vectors of a run, or --without, got both")
     check_mergers(run, mergers)
@@ -111,10 +120,14 @@ def compare_run(run: StoredRun, request: Request, cache: RowCache, joint: Stored
     for name, search in searches.items():
         mergers[name] = search.build()
         results.searches.append(search.to_dict(name))
-    table = sweep(run, mergers, cache, memory=request.memory)
+    table = sweep(run, mergers, cache, memory=request.memory, calibrations=request.calibrations)
+    positions = {name: list(searches).index(name) if name in searches else None for name in mergers}
     for name, merger in mergers.items():
-        position = list(searches).index(name) if name in searches else None
-        _add(results, run, name, merger, list(table[name].values()), search=position)
+        _add(results, run, name, merger, list(table[name].values()), search=positions[name])
+    for name, calibrated in calibrated_names(mergers, request.calibrations).items():
+        for each, one in calibrated.items():
+            rows = list(table[each].values())
+            _add(results, run, each, mergers[name], rows, search=positions[name], calibration=one)
     if request.scale_rule:
         for name, (rule, rows) in scale_rules(run, list(searches.values()), cache, request.memory).items():
             position = list(searches).index(name)
@@ -132,11 +145,22 @@ def compare_run(run: StoredRun, request: Request, cache: RowCache, joint: Stored
     return results
 
 
-def _add(results: Results, run: StoredRun, name: str, merger: Merger, rows: list[CachedRow], *, search: int | None) -> None:
-    """Add a merger's model, with a row for every task."""
-    results.describe(name, **describe_merger(merger, search=search))
+def _add(
+    results: Results,
+    run: StoredRun,
+    name: str,
+    merger: Merger,
+    rows: list[CachedRow],
+    *,
+    search: int | None,
+    calibration: Calibration | None = None,
+) -> None:
+    """Add a merger's model, calibrated or not, with a row for every task."""
+    calibrated_on = "" if calibration is None else calibration.data
+    results.describe(name, **describe_merger(merger, search=search, calibrated_on=calibrated_on))
     for task, row in enumerate(rows):
         size = merger.state_size(run.shapes, task + 1)
+        size += 0 if calibration is None else calibration.nbytes(run.module, run.data, task)
         accuracies = (run.counted(row[setting]) for setting in SETTINGS)
         results.add_row(name, *accuracies, bytes_kept=size, merge_seconds=row["merge_seconds"])
     if forgotten := [task for task in range(len(run.tasks)) if task not in run.kept]:

@@ -6,10 +6,12 @@ from contextlib import contextmanager
 
 from lightning.pytorch import LightningModule
 
+from clmerge.deploy.calibration import Calibration
 from clmerge.deploy.naming import check_settings
 from clmerge.statistics.provided import PROVIDED
 from clmerge.deploy.running_merge import RunningMerge
 from clmerge.search.grid import with_values
+from clmerge.runs.comparison.recalibrated import Recalibrated, calibrated_names
 from clmerge.runs.comparison.row_cache import RowCache, CachedRow, make_row
 from clmerge.runs.stored_run import StoredRun
 from clmerge.evaluation.evaluate import Split
@@ -97,6 +99,7 @@ def sweep(
     last_only: bool = False,
     what: str = "models",
     memory: int = 2**32,
+    calibrations: Sequence[Calibration] = (),
 ) -> Table:
     """Merge a run's tasks in an order with several mergers, and evaluate after every task.
 
@@ -112,31 +115,43 @@ def sweep(
         last_only: Evaluate only after the last task of the order.
         what: Name of the models in the progress display.
         memory: Bytes of accumulators and merged weights that are held at a time.
+        calibrations: Calibrations of the merged models; their data of every task is collected anew.
 
     Returns:
-        Model -> number of merged tasks -> row.
+        Model -> number of merged tasks -> row; the calibrated models are ``MERGER+NAME``.
     """
     order = run.kept if order is None else list(order)
     counts = [len(order)] if last_only else list(range(1, len(order) + 1))
+    told = {name: _told(run, merger) for name, merger in mergers.items()}
+    calibrated_of = calibrated_names(mergers, calibrations)
+    for name, found in calibrated_of.items():
+        told |= {each: f"{told[name]}, {one!r} on {one.data}, seed {run.seed}" for each, one in found.items()}
     keys = {
-        (name, count): cache.key(run.identity, _told(run, merger), split, order[:count])
-        for name, merger in mergers.items()
+        (name, count): cache.key(run.identity, text, split, order[:count])
+        for name, text in told.items()
         for count in counts
     }
-    for group in _groups(run, mergers, memory, len(order)):
-        last = max((c for name in group for c in counts if keys[name, c] not in cache), default=0)
+    for group in _groups(run, mergers, memory, len(order), models=1 + len(calibrations)):
+        names = [*group, *(each for name in group for each in calibrated_of[name])]
+        last = max((c for name in names for c in counts if keys[name, c] not in cache), default=0)
         refold = Refold(run, group)
+        recalibrated = Recalibrated(run, refold.merge, calibrations)
         for count, task in enumerate(order[:last], start=1):
             refold.fold(task)
-            missing = [name for name in group if (name, count) in keys and keys[name, count] not in cache]
+            recalibrated.collect(
+                [n for n in group if any(keys[e, c] not in cache for e in calibrated_of[n] for c in counts)], task
+            )
+            missing = [name for name in names if (name, count) in keys and keys[name, count] not in cache]
             if not missing:
                 continue
-            predictors, seconds = _merged(run, refold.merge, missing)
+            merged = [name for name in group if {name, *calibrated_of[name]} & set(missing)]
+            predictors, seconds = _merged(run, refold.merge, merged)
+            predictors, seconds = recalibrated.add(predictors, seconds, missing, task)
             label = f"{run.name}: task {count}/{len(order)}: {len(missing)} {what}, {split} images"
             with _line(label, silent=run.trainers.progress):
                 rows = run.evaluate_again(label, predictors, max(order[:count]), split)
             cache.add({keys[name, count]: make_row(rows[name], seconds[name]) for name in missing})
-    return {name: {count: cache[keys[name, count]] for count in counts} for name in mergers}
+    return {name: {count: cache[keys[name, count]] for count in counts} for name in told}
 
 
 def _told(run: StoredRun, merger: Merger) -> str:
@@ -155,12 +170,17 @@ def _merged(run: StoredRun, merge: RunningMerge, names: Sequence[str]) -> tuple[
     return predictors, seconds
 
 
-def _groups(run: StoredRun, mergers: Mapping[str, Merger], memory: int, num_tasks: int) -> Iterator[dict[str, Merger]]:
-    """Split mergers into groups of at least one whose accumulators and merged weights fit into ``memory`` bytes."""
+def _groups(
+    run: StoredRun, mergers: Mapping[str, Merger], memory: int, num_tasks: int, *, models: int
+) -> Iterator[dict[str, Merger]]:
+    """Split mergers into groups of at least one whose accumulators and weights fit into ``memory`` bytes.
+
+    Every merger has the weights of ``models`` models.
+    """
     group: dict[str, Merger] = {}
     used = 0
     for name, merger in mergers.items():
-        size = merger.state_size(run.shapes, num_tasks) + 4 * run.num_parameters
+        size = merger.state_size(run.shapes, num_tasks) + 4 * models * run.num_parameters
         if group and used + size > memory:
             yield group
             group, used = {}, 0
