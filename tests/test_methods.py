@@ -21,7 +21,7 @@ def clip(tmp_path_factory):
 # One of every kind runs in the normal suite.
 FEW = {
     *("attention_only", "bam", "chitale_lora", "ewc", "fisher", "iel", "joint", "lora_task_arithmetic", "magmax"),
-    *("regmean", "replay", "sam_merging", "simple_cil", "slca_alignment", "tangent_task_arithmetic"),
+    *("lorm", "nufilt", "regmean", "replay", "sam_merging", "simple_cil", "slca_alignment", "tangent_task_arithmetic"),
 }
 
 

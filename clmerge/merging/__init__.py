@@ -6,13 +6,14 @@ from clmerge.merging.finish.layers import LayerScale, LiNeS
 from clmerge.merging.finish.truncate import TruncateRank
 from clmerge.merging.linear.arithmetic import TaskArithmetic, WeightAverage
 from clmerge.merging.linear.cofima import CoFiMA
+from clmerge.merging.linear.factors import FactorProduct
 from clmerge.merging.linear.fedatt import FedAtt
 from clmerge.merging.linear.fednova import FedNova
 from clmerge.merging.linear.interpolation import PAINT, WiSEFT
 from clmerge.merging.linear.metagpt import MetaGPT
 from clmerge.merging.linear.random_mix import RandomMix
 from clmerge.merging.linear.slerp import SLERP
-from clmerge.merging.linear.soup import GreedySoup
+from clmerge.merging.linear.soup import GreedySoup, SortedSoup
 from clmerge.merging.linear.stock import ModelStock
 from clmerge.merging.linear.subtraction import ExtSub
 from clmerge.merging.linear.sum import Sum
@@ -36,6 +37,7 @@ from clmerge.merging.precision.dop import DOP
 from clmerge.merging.precision.fisher import UGM, Fisher
 from clmerge.merging.precision.fisher_mask_nodes import FisherMaskNodes
 from clmerge.merging.precision.gram import Gram
+from clmerge.merging.precision.lorm import LoRM
 from clmerge.merging.precision.mats import MaTS
 from clmerge.merging.precision.regmean import RegMean
 from clmerge.merging.precision.wudi import WUDI, ACTMat
@@ -46,6 +48,7 @@ from clmerge.merging.sign.pcb import PCB
 from clmerge.merging.sign.tall import TALL, Consensus
 from clmerge.merging.sign.ties import TIES
 from clmerge.merging.sign.tunable_magmax import TunableMagMax
+from clmerge.merging.sign.widen import WIDEN
 from clmerge.merging.sparsify.breadcrumbs import Breadcrumbs, BreadcrumbsMask
 from clmerge.merging.sparsify.by_task import ByTask
 from clmerge.merging.sparsify.dare import DARE
@@ -59,12 +62,15 @@ from clmerge.merging.spectral.adapters import (
     sum_adapters,
     truncate_adapter,
 )
+from clmerge.merging.spectral.dc import DCMerge
 from clmerge.merging.spectral.decomposition import Spectral
 from clmerge.merging.spectral.ethos import Ethos
 from clmerge.merging.spectral.iso import IsoC
 from clmerge.merging.spectral.iso_cts import IsoCTS
 from clmerge.merging.spectral.knots import KnOTS
+from clmerge.merging.spectral.nufilt import NuFilt
 from clmerge.merging.spectral.opcm import OPCM
+from clmerge.merging.spectral.svc import SVC
 from clmerge.merging.spectral.tsvm import TSVM
 from clmerge.merging.step import Score, Statistics
 from clmerge.merging.stored import Stored, relocated
@@ -79,10 +85,12 @@ __all__ = [
     "PAINT",
     "PCB",
     "SLERP",
+    "SVC",
     "TALL",
     "TIES",
     "TSVM",
     "UGM",
+    "WIDEN",
     "WUDI",
     "ACTMat",
     "Agreement",
@@ -93,10 +101,12 @@ __all__ = [
     "CoFiMA",
     "Consensus",
     "CrossEntropy",
+    "DCMerge",
     "Distillation",
     "Entropy",
     "Ethos",
     "ExtSub",
+    "FactorProduct",
     "FeatureMatch",
     "FedAtt",
     "FedNova",
@@ -112,6 +122,7 @@ __all__ = [
     "KnOTS",
     "LayerScale",
     "LiNeS",
+    "LoRM",
     "MaTS",
     "MagMax",
     "MagnitudeDrop",
@@ -119,6 +130,7 @@ __all__ = [
     "Merger",
     "MetaGPT",
     "ModelStock",
+    "NuFilt",
     "Objective",
     "Outputs",
     "Pipeline",
@@ -128,6 +140,7 @@ __all__ = [
     "RegMean",
     "Scale",
     "Score",
+    "SortedSoup",
     "Sparsifier",
     "Spectral",
     "Statistics",

@@ -1,7 +1,7 @@
 """Checks of the statistics of a task vector that run before the merger's state changes."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -43,6 +43,30 @@ def diagonal_of(step: Step, vector: State, statistic: str) -> dict[str, Tensor]:
                 f"task {step.task}; it is a mean of squares"
             )
     return {name: given[name] for name in vector}
+
+
+def base_weights(step: Step, vector: State, names: Iterable[str]) -> State:
+    """Return the base model's weights that were given beside a task vector.
+
+    Args:
+        step: The update of the task vector; the rule requires the statistic ``"weights"``.
+        vector: The task vector.
+        names: Parameters that must be among them, of the vector's shapes.
+
+    Raises:
+        TypeError: If the statistic is not a mapping of names to tensors.
+        ValueError: If a parameter is missing or of another shape.
+    """
+    weights = tensors_of(step, "weights")
+    for name in names:
+        shape = tuple(vector[name].shape)
+        if name not in weights or tuple(weights[name].shape) != shape:
+            found = tuple(weights[name].shape) if name in weights else "none"
+            raise ValueError(
+                f"expected the base model's {name!r} of shape {shape} among the weights beside task {step.task}, got "
+                f'{found}; pass statistics={{"weights": theta0}}'
+            )
+    return weights
 
 
 def tensors_of(step: Step, statistic: str) -> State:

@@ -119,6 +119,18 @@ PAPERS = {
         "Model merging with SVD to tie the Knots",
         "George Stoica, Pratik Ramesh, Boglarka Ecsedi, Leshem Choshen, Judy Hoffman",
     ),
+    "2402.18913": Paper(
+        "AdaMergeX: Cross-Lingual Transfer with Large Language Models via Adaptive Adapter Merging",
+        "Yiran Zhao, Wenxuan Zhang, Huiming Wang, Kenji Kawaguchi, Lidong Bing",
+    ),
+    "2408.03092": Paper(
+        "Extend Model Merging from Fine-Tuned to Pre-Trained Large Language Models via Weight Disentanglement",
+        "Le Yu, Bowen Yu, Haiyang Yu, Fei Huang, Yongbin Li",
+    ),
+    "2410.17961": Paper(
+        "Closed-form merging of parameter-efficient modules for Federated Continual Learning",
+        "Riccardo Salami, Pietro Buzzega, Matteo Mosconi, Jacopo Bonato, Luigi Sabetta, Simone Calderara",
+    ),
     "2412.00081": Paper(
         "Task Singular Vectors: Reducing Task Interference in Model Merging",
         "Antonio Andrea Gargiulo, Donato Crisostomi, Maria Sofia Bucarelli, Simone Scardapane, Fabrizio Silvestri, "
@@ -140,6 +152,19 @@ PAPERS = {
     "2504.02666": Paper(
         "BECAME: BayEsian Continual Learning with Adaptive Model MErging",
         "Mei Li, Yuxiang Lu, Qinyan Dai, Suizhi Huang, Yue Ding, Hongtao Lu",
+    ),
+    "2509.21413": Paper(
+        "Null-Space Filtering for Data-Free Continual Model Merging: Preserving Stability, Promoting Plasticity",
+        "Zihuan Qiu, Lei Wang, Yang Cao, Runtong Zhang, Bing Su, Yi Xu, Fanman Meng, Linfeng Xu, "
+        "Qingbo Wu, Hongliang Li",
+    ),
+    "2602.05536": Paper(
+        "When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging",
+        "Yayuan Li, Ze Peng, Jian Zhang, Jintao Guo, Yue Duan, Yinghuan Shi",
+    ),
+    "2603.06242": Paper(
+        "DC-Merge: Improving Model Merging with Directional Consistency",
+        "Han-Chen Zhang, Zi-Hao Zhou, Mao-Lin Luo, Shimin Di, Min-Ling Zhang, Tong Wei",
     ),
     "2604.01329": Paper(
         "Model Merging via Data-Free Covariance Estimation",

@@ -11,7 +11,7 @@ from clmerge.merging.accumulators import Slots
 from clmerge.merging.checks import checked_share
 from clmerge.merging.norms import vector_norm
 from clmerge.merging.removal import Removable
-from clmerge.merging.required import tensors_of
+from clmerge.merging.required import base_weights
 from clmerge.merging.spectral.decomposition import Spectral, live_svd
 from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
@@ -73,18 +73,8 @@ class Ethos(Spectral, Removable):
     @override
     def _plan(self, vector: State, step: Step) -> State:
         super()._plan(vector, step)
-        weights = tensors_of(step, "weights")
-        for name in vector:
-            shape = tuple(vector[name].shape)
-            if not self._matrices.count(name, shape):
-                continue
-            if name not in weights or tuple(weights[name].shape) != shape:
-                found = tuple(weights[name].shape) if name in weights else "none"
-                raise ValueError(
-                    f"expected the base model's {name!r} of shape {shape} among the weights beside task {step.task}, "
-                    f'got {found}; pass statistics={{"weights": theta0}}'
-                )
-        return weights
+        matrices = (name for name in vector if self._matrices.count(name, tuple(vector[name].shape)))
+        return base_weights(step, vector, matrices)
 
     @override
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: State) -> None:

@@ -2,7 +2,8 @@ import pytest
 import torch
 from support.references import Batch, Case, score, stacked
 
-from clmerge.merging import GreedySoup
+from clmerge.merging import GreedySoup, SortedSoup, TrimTensor
+from clmerge.merging.pipeline import Pipeline
 
 
 def greedy_soup(strict: bool) -> Batch:
@@ -20,9 +21,28 @@ def greedy_soup(strict: bool) -> Batch:
     return batch
 
 
+def sorted_soup(strict: bool) -> Batch:
+    """The published recipe: all models are sorted by their own score first."""
+
+    def batch(vectors, tasks):
+        ranked = [vectors[i] for i in sorted(range(len(vectors)), key=lambda i: -score(vectors[i]))]
+        kept = ranked[:1]
+        for vector in ranked[1:]:
+            mean = {name: stacked([*kept, vector], name).mean(axis=0) for name in vector}
+            without = {name: stacked(kept, name).mean(axis=0) for name in vector}
+            gain = score(mean) - score(without)
+            if gain > 0 or (gain == 0 and not strict):
+                kept = [*kept, vector]
+        return {name: stacked(kept, name).mean(axis=0) for name in vectors[0]}
+
+    return batch
+
+
 CASES = {
     "GreedySoup": Case(GreedySoup, greedy_soup(strict=False), homogeneous=False),
     "GreedySoup strict": Case(lambda: GreedySoup(strict=True), greedy_soup(strict=True), homogeneous=False),
+    "SortedSoup": Case(SortedSoup, sorted_soup(strict=False), homogeneous=False),
+    "SortedSoup strict": Case(lambda: SortedSoup(strict=True), sorted_soup(strict=True), homogeneous=False),
 }
 
 
@@ -75,3 +95,28 @@ def test_a_metric_that_fails_leaves_the_state_as_it_was():
         merger.update({"w": torch.tensor([5.0])}, score=broken)
     assert merger.num_tasks == 1
     assert merger.compute()["w"].item() == 1.0
+
+
+def sorted_of(values, target, merger=None):
+    merger = merger or SortedSoup()
+    for value in values:
+        merger.update({"w": torch.tensor(value)}, score=lambda vector: -float((vector["w"] - target).abs().sum()))
+    return merger.compute()["w"].tolist()
+
+
+def test_a_sorted_soup_does_not_depend_on_what_came_first():
+    assert sorted_of([[9.0], [1.0], [2.0]], 1.5) == sorted_of([[1.0], [2.0], [9.0]], 1.5) == [1.5]
+
+
+def test_a_sorted_soup_scores_all_models_with_the_latest_metric():
+    merger = SortedSoup()
+    merger.update({"w": torch.tensor([0.0])}, score=near(0.0))
+    merger.update({"w": torch.tensor([4.0])}, score=near(0.0))
+    assert merger.compute()["w"].item() == 0.0
+    merger.update({"w": torch.tensor([6.0])}, score=near(5.0))  # what was left out comes back
+    assert merger.compute()["w"].item() == 5.0
+
+
+def test_a_sorted_soup_scores_what_it_averages():
+    trimmed = Pipeline(SortedSoup(), sparsifier=TrimTensor(density=0.5))
+    assert sorted_of([[4.0, 1.0], [1.0, 2.0]], torch.tensor([4.0, 0.0]), trimmed) == [4.0, 0.0]
