@@ -82,6 +82,20 @@ def logger_step(trainer: Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
+def leave_requeueing(trainer: Any) -> None:
+    """Switch off that Lightning requeues a SLURM job on SIGUSR1.
+
+    It would write a checkpoint into the run folder that every later Trainer there loads, evaluations included. A run
+    resumes from its own checkpoints, and ``clmerge fit --auto_resume`` requeues its job itself.
+
+    Args:
+        trainer: A Trainer that has not started.
+    """
+    environment = trainer._accelerator_connector.cluster_environment
+    if is_lightning(environment, "SLURMEnvironment"):
+        environment.auto_requeue = False
+
+
 def refuse_unsupported_strategy(trainer: Trainer) -> None:
     """Refuse strategies under which callbacks in this process cannot access the trained weights.
 
@@ -148,3 +162,6 @@ def quiet_lightning() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
         logger = logging.getLogger(name)
         logger.setLevel(max(logger.level, logging.WARNING))
+    # Says, and nothing else, that a process of the run died, before it ends the others.
+    for package in ("lightning.fabric", "lightning_fabric"):
+        logging.getLogger(f"{package}.strategies.launchers.subprocess_script").setLevel(logging.INFO)

@@ -15,6 +15,7 @@ from clmerge.callbacks.progress import EveryEpoch
 from clmerge.lightning_compat import (
     TaskProgressBar,
     callbacks_of,
+    leave_requeueing,
     logger_step,
     logs_this_step,
     put_callback,
@@ -314,3 +315,12 @@ def test_few_batches_are_logged_once_per_epoch(tmp_path, interval, expected):
     )
     trainer.fit(Logging(), toy_loader(0))
     assert logged(tmp_path, 0, "train/loss") == expected
+
+
+def test_a_trainer_in_a_slurm_job_does_not_requeue_it(monkeypatch):
+    for name, value in {"NTASKS": "1", "JOB_NAME": "train", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    trainer = Trainer(accelerator="cpu", logger=False, barebones=True)
+    assert trainer._accelerator_connector.cluster_environment.auto_requeue
+    leave_requeueing(trainer)
+    assert not trainer._accelerator_connector.cluster_environment.auto_requeue

@@ -145,6 +145,7 @@ class MergeCallback(MergedEvaluation):
         self.seconds = 0.0
         self._task_name: str | None = None
         self._task_samples: int | None = None
+        self._task_index: int | None = None
         self._stage: str | None = None
         self._given: Statistics | None = None
         self._trained = False
@@ -157,15 +158,23 @@ class MergeCallback(MergedEvaluation):
         """The key of this callback's state in Lightning's checkpoints; it differs between merge callbacks."""
         return self._generate_state_key(mergers=",".join(self.mergers), start_policy=self.start_policy)
 
-    def next_task(self, name: str, *, samples: int | None = None) -> None:
+    def next_task(self, name: str, *, samples: int | None = None, index: int | None = None) -> None:
         """Set name and size of the next task, which are stored with its vector in the bank.
 
         Args:
             name: Name of the task.
             samples: Number of its training images.
+            index: Its index in the stream, which seeds random rules and initial factors. Default: the number of tasks
+                merged so far; a process that trains one of many tasks must name it, or all processes would draw alike.
         """
         self._task_name = name
         self._task_samples = samples
+        self._task_index = index
+
+    @property
+    def task(self) -> int:
+        """Index of the next task in the stream."""
+        return self.num_tasks if self._task_index is None else self._task_index
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Load the merges in a Lightning checkpoint, to continue with the next task in another process.
@@ -194,7 +203,7 @@ class MergeCallback(MergedEvaluation):
                 else self.state_with(self.merged_vector(self.start_from), model, merger=self.start_from)
             )
             assign(named_tensors(model, start, origin=self._base_origin), start)
-        renew(model, seed=self.seed, task=self.num_tasks)
+        renew(model, seed=self.seed, task=self.task)
 
     # Training ----------------------------------------------------------------------------------------------------
 
@@ -320,7 +329,7 @@ class MergeCallback(MergedEvaluation):
             again: Whether the bank may already hold the vector, after an interruption.
         """
         started = time.perf_counter()
-        task, counts = self.num_tasks, {"steps": steps, "samples": self._task_samples}
+        task, counts = self.task, {"steps": steps, "samples": self._task_samples}
 
         def store(tau: State) -> None:
             # On all ranks: sharded factors are gathered.
@@ -330,8 +339,8 @@ class MergeCallback(MergedEvaluation):
                 self.bank.append(task, tau, name=name, base=base, counts=counts, factors=factors, overwrite=again)
             trainer.strategy.barrier("bank")
 
-        self.fold(CheckedVector(tau), model, given=given, store=store)
-        self._task_name = self._task_samples = None
+        self.fold(CheckedVector(tau), model, task=task, given=given, store=store)
+        self._task_name = self._task_samples = self._task_index = None
         if trainer.world_size > 1:
             check_same_on_all_ranks(trainer, [merger.compute() for merger in self.mergers.values()])
         self.seconds = time.perf_counter() - started

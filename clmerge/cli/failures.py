@@ -42,7 +42,7 @@ def say(command: str, error: Exception) -> None:
         complain(command, error)
         return
     if _PEER_GONE.search(str(error)):
-        text = "ended since another process of this run did, which says above why"
+        text = "ended since another process of this run did, which says why unless it was killed"
     else:
         print(traceback_of(error), file=sys.stderr, end="")
         text = f"ended by {type(error).__name__}, which is not foreseen; please report it"

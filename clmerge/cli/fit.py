@@ -1,6 +1,5 @@
 """``clmerge fit``: train a stream, merge after every task, evaluate all tasks after every task."""
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from clmerge.streams import Stream
     from clmerge.streams.data_check import DataCheck
 
-# Lightning starts the other ranks of a DDP run with the same command; they read rank zero's folder from this variable.
-RUN_DIR_VARIABLE = "CLMERGE_RUN_DIR"
 # Arguments of the Trainer that the learner sets itself.
 _OWNED_BY_LEARNER = {
     "default_root_dir",
@@ -94,6 +91,11 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
         "that it still has to train."
     )
     parser.add_argument("--resume", type=str | None, default=None, help=resume_help)
+    auto_help = (
+        "Continue the run in --run_dir if there is one of this configuration, else begin it: the same command starts "
+        "and resumes, as a requeued job needs."
+    )
+    parser.add_argument("--auto_resume", "--auto-resume", action="store_true", help=auto_help)
     parser.add_argument("--name", type=str, default="run", help="What the run is called in folders and in W&B.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of everything that is random.")
     check_help = "Open every image before the first task; end with 1 and the name of each that cannot be read."
@@ -166,41 +168,54 @@ def spread_lists(argv: Sequence[str]) -> list[str]:
 def _run(arguments: Sequence[str], resume: str | None) -> int:
     from clmerge.cli.failures import is_foreseen
     from clmerge.cli.preflight import check_run
+    from clmerge.cli.ranks import find_processes
     from clmerge.cli.rehearsal import fast_dev_config
-    from clmerge.cli.resume import give_hint, open_run, record_changes
+    from clmerge.cli.requeue import requeue_hint
+    from clmerge.cli.resume import complete_line, find_run, give_hint, open_run, record_changes, recorded_words
     from clmerge.results.run_folder import RunFolder
     from clmerge.streams.data_check import RECORD
     from clmerge.streams.decoding import UnreadableImageError
     from clmerge.streams.overview import stream_lines
 
     run: RunFolder | None = None
+    repeatable = False
     try:
-        changes: Sequence[str] = ()
-        if resume is not None:
-            run, changes = open_run(resume, arguments, writes=_is_main())
-            arguments = ["--config", str(run.config), *run.manifest.options_in_force(), *changes]
+        words: Sequence[str] = [] if resume is None else arguments
         parser = build_parser()
-        config = parser.parse_args(list(arguments))
+        config = parser.parse_args([*arguments] if resume is None else recorded_words(resume, words))
         if config.stream is None:
             parser.error("expected --stream or a --config that has one, got neither")
+        repeatable = config.auto_resume
+        if repeatable and config.run_dir is None:
+            parser.error("expected --run_dir beside --auto_resume, the folder in which to look for the run, got none")
+        if repeatable and (resume := find_run(config.run_dir, _config_text(parser, config))):
+            if line := complete_line(resume):
+                tell(line, file=sys.stdout)
+                return 0
+            config = parser.parse_args(recorded_words(resume, words))
         if config.fast_dev_run:
             fast_dev_config(config)
-        learner, logging, check = _build(parser, config, run)
         build = trainer_factory(config)
+        processes = find_processes(build, config.run_dir or resume)
+        changes: Sequence[str] = ()
+        if resume is not None:
+            run, changes = open_run(resume, words, writes=processes.writes)
+        known = run.path if run is not None else None if processes.writes else Path(processes.folder)
+        learner, logging, check = _build(parser, config, known, tells=processes.writes)
         check_run(learner, build)
         if config.dry_run or config.fast_dev_run:
-            return _rehearse(learner, build, config)
+            return _rehearse(learner, build, config, writes=processes.writes)
         if run is None:
             default = f"runs/{file_name(config.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
             run = RunFolder.create(
-                config.run_dir or default if _is_main() else os.environ[RUN_DIR_VARIABLE],
+                processes.folder or default,
                 config=_config_text(parser, config),
                 unique=config.run_dir is None,
-                writes=_is_main(),
+                writes=processes.writes,
             )
         elif changes:
             record_changes(run, changes)
-        os.environ[RUN_DIR_VARIABLE] = str(run.path)
+        processes.publish(run.path)
         if run.writes:
             if check is not None:
                 check.save(run.path / RECORD)
@@ -225,11 +240,12 @@ def _run(arguments: Sequence[str], resume: str | None) -> int:
         return complain("fit", error, hint)
     except Stopped as stop:
         give_hint(stop, run)
+        stop.hint = requeue_hint(stop, stop.hint, repeatable=repeatable, writes=run is not None and run.writes)
         raise
     return 0
 
 
-def _rehearse(learner: "Learner", build: Any, config: Any) -> int:
+def _rehearse(learner: "Learner", build: Any, config: Any, *, writes: bool) -> int:
     """Do a dry run, or a fast one in a folder that is removed."""
     import tempfile
 
@@ -243,20 +259,15 @@ def _rehearse(learner: "Learner", build: Any, config: Any) -> int:
         return 0
     shrink(learner.stream, learner.data.batch_size)
     with tempfile.TemporaryDirectory(prefix="clmerge-") as folder:
-        run = RunFolder.create(f"{folder}/run", writes=_is_main())
+        run = RunFolder.create(f"{folder}/run", writes=writes)
         fast_dev_run(learner, build, run)
     return 0
 
 
-def _is_main() -> bool:
-    from lightning_utilities.core.rank_zero import rank_zero_only
-
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
 def _build(
-    parser: "CommandParser", config: Any, run: "RunFolder | None"
+    parser: "CommandParser", config: Any, known: Path | None, *, tells: bool
 ) -> "tuple[Learner, Logging, DataCheck | None]":
+    """Build the learner; ``known`` is the run folder, if it exists."""
     from lightning.pytorch import seed_everything
 
     from clmerge.runs.learner import Learner
@@ -270,13 +281,11 @@ def _build(
     without_extra.logging.extra = []  # built when the run has a folder, to which they write
     objects = parser.instantiate(without_extra)
     objects.data.seed = config.seed
-    # The other ranks of a DDP run start after rank zero has made the folder.
-    known = run.path if run is not None else None if _is_main() else Path(os.environ[RUN_DIR_VARIABLE])
     check = leave_unreadable_out(objects.stream, config, known)
     learner = Learner(
         objects.stream, objects.model, objects.mergers, objects.data, seed=config.seed, **vars(objects.learner)
     )
-    if _is_main() and (read := objects.model.backbone.read):
+    if tells and (read := objects.model.backbone.read):
         tell(f"backbone  {read}", file=sys.stdout)
     if objects.logging.artifacts:
         learner.require_task_vectors()
@@ -326,7 +335,7 @@ def _fit(learner: "Learner", logging: Logging, config: Any, run: "RunFolder", bu
 
 def _config_text(parser: "CommandParser", config: Any) -> str:
     kept = config.clone()
-    for key in ("config", "run_dir", "resume", "check_data", "dry_run", "fast_dev_run"):
+    for key in ("config", "run_dir", "resume", "auto_resume", "check_data", "dry_run", "fast_dev_run"):
         kept.pop(key, None)
     header = "# The configuration of this run; `clmerge fit --config FILE` with this file runs it again.\n"
     return header + str(parser.dump(kept, skip_validation=True))
@@ -338,6 +347,7 @@ def trainer_factory(config: Any) -> Any:
     from lightning.pytorch import Trainer
 
     from clmerge.cli.parser import CommandParser
+    from clmerge.cli.ranks import own_environment
 
     builder = CommandParser(exit_on_error=False)
     builder.add_class_arguments(Trainer, "trainer", skip=_OWNED_BY_LEARNER, instantiate=False)
@@ -350,6 +360,7 @@ def trainer_factory(config: Any) -> Any:
             own = options.pop(key, None)
             given[key] = [*(own if isinstance(own, list) else [own] if own else []), *given[key]]
         try:
+            given["plugins"] += own_environment(options, given["plugins"])
             return Trainer(**{**options, **given})
         except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
             reason = " ".join(str(error).split())

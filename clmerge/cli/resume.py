@@ -65,6 +65,28 @@ def split_resume(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     return folder, options
 
 
+def recorded_words(folder: str, options: Sequence[str]) -> list[str]:
+    """Return the command line that repeats the configuration of a run, with options in force and new ones.
+
+    Args:
+        folder: The run folder.
+        options: The options that ``split_resume`` returned.
+
+    Raises:
+        FileNotFoundError: If there is no run of ``clmerge fit``.
+        ValueError: If its manifest is damaged.
+    """
+    from clmerge.results.run_folder import RunFolder
+    from clmerge.results.run_manifest import read_manifest
+    from clmerge.weights.checksums import MANIFEST
+
+    run = RunFolder(folder, writes=False)
+    manifest = read_manifest(run.path / MANIFEST)
+    if not run.config.is_file():
+        raise FileNotFoundError(f"expected the configuration of a run of `clmerge fit` in {run.config}, got none")
+    return ["--config", str(run.config), *manifest.options_in_force(), *_new(options, manifest.options_in_force())]
+
+
 def open_run(folder: str, options: Sequence[str], *, writes: bool) -> "tuple[RunFolder, list[str]]":
     """Open the run to resume.
 
@@ -83,11 +105,41 @@ def open_run(folder: str, options: Sequence[str], *, writes: bool) -> "tuple[Run
     from clmerge.results.run_folder import RunFolder
 
     run = RunFolder.open(folder, writes=writes)
-    if not run.config.is_file():
-        raise FileNotFoundError(f"expected the configuration of a run of `clmerge fit` in {run.config}, got none")
-    in_force = run.manifest.options_in_force()
-    # Options already in force are no change; the other processes of a run also get here with the same options.
-    return run, [] if list(options) == in_force[len(in_force) - len(options) :] else list(options)
+    return run, _new(options, run.manifest.options_in_force())
+
+
+def find_run(folder: str, config: str) -> str | None:
+    """Return the folder of a run that ``--auto_resume`` continues, None if it holds none that has trained anything.
+
+    Args:
+        folder: The folder that ``--run_dir`` names.
+        config: Text of the configuration of the command.
+
+    Raises:
+        ValueError: If the run there has another configuration; the message shows the first line that differs.
+    """
+    from clmerge.results.run_folder import RunFolder
+    from clmerge.results.run_manifest import first_difference, read_manifest
+    from clmerge.weights.checksums import MANIFEST
+
+    run = RunFolder(folder, writes=False)
+    if not (run.path / MANIFEST).is_file():
+        return None
+    run.manifest = read_manifest(run.path / MANIFEST)
+    if run.is_untrained:
+        return None
+    if run.manifest.config != config:
+        before, now = first_difference(run.manifest.config, config)
+        raise ValueError(
+            f"expected the configuration with which {folder} began, for --auto_resume, got {now!r} where it had "
+            f"{before!r}: name another folder with --run_dir, or repeat the first command"
+        )
+    return folder
+
+
+def _new(options: Sequence[str], in_force: Sequence[str]) -> list[str]:
+    """Return the options unless they are in force: the other processes of a run get here with the same options."""
+    return [] if list(options) == list(in_force[len(in_force) - len(options) :]) else list(options)
 
 
 def complete_line(folder: str) -> str | None:

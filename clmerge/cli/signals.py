@@ -1,5 +1,9 @@
-"""Stop a command on Ctrl-C, SIGTERM or SIGHUP: unwind the stack and print one line."""
+"""Stop a command on Ctrl-C, SIGTERM or SIGHUP: unwind the stack and print one line.
 
+In a SLURM job SIGUSR1 counts, too: ``sbatch --signal`` sends it before the time limit.
+"""
+
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,7 +78,7 @@ def _raised(received: list[Stopped]) -> Iterator[None]:
 
     before = {}
     try:
-        for number in _NUMBERS:
+        for number in (*_NUMBERS, *((signal.SIGUSR1,) if "SLURM_JOB_ID" in os.environ else ())):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, stop)
     except ValueError:  # not in the main thread, which alone may set handlers

@@ -345,6 +345,8 @@ class RunFolder:
 
     def _half_written(self) -> Iterator[Path]:
         yield from sorted(self.path.glob(".*.tmp"))
+        # Lightning's checkpoint of a requeued job, which every later Trainer of the folder would load.
+        yield from sorted(self.path.glob("hpc_ckpt_*.ckpt"))
         for folder in _OWN:
             if folder != "logs":  # the loggers' own files are left alone
                 yield from sorted((self.path / folder).rglob(".*.tmp"))

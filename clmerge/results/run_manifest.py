@@ -124,13 +124,24 @@ def check_config(file: Path, expected: str) -> None:
     except UnicodeDecodeError as error:
         raise ValueError(f"expected the configuration of the run in {file}, which is damaged: {error}") from error
     if found != expected:
-        pairs = zip([*expected.splitlines(), ""], [*found.splitlines(), ""], strict=False)
-        before, after = next(((a, b) for a, b in pairs if a != b), ("", ""))
+        before, after = first_difference(expected, found)
         raise ValueError(
-            f"expected {file} as the run began with it, got {after.strip() or 'nothing'!r} where it had "
-            f"{before.strip() or 'nothing'!r}: one run has one configuration. Remove the file to get the old one back; "
+            f"expected {file} as the run began with it, got {after!r} where it had {before!r}: one run has one "
+            "configuration. Remove the file to get the old one back; "
             "what may change from a task on is an option, for example --resume RUN --trainer.max_epochs=3"
         )
+
+
+def first_difference(expected: str, found: str) -> tuple[str, str]:
+    """Return the first line that differs between two texts, as it is in each of them.
+
+    Example:
+        >>> first_difference("seed: 0", "seed: 1")
+        ('seed: 0', 'seed: 1')
+    """
+    pairs = zip([*expected.splitlines(), ""], [*found.splitlines(), ""], strict=False)
+    before, after = next(((a, b) for a, b in pairs if a != b), ("", ""))
+    return before.strip() or "nothing", after.strip() or "nothing"
 
 
 def _contradiction(found: Mapping[str, Any]) -> str | None:

@@ -57,7 +57,7 @@ class BranchedTask:
     def begin(self) -> None:
         """Load the start of the round into the model; a checkpoint of the branch may replace it."""
         self._place(self._start, self._rest_start)
-        renew(self.module, seed=derived_seed(self.seed, "branch", self.done), task=self.merge.num_tasks)
+        renew(self.module, seed=derived_seed(self.seed, "branch", self.done), task=self.merge.task)
 
     def end(self) -> None:
         """Fold the trained branch into the merger; after the last branch of a round, load the merge into the model.

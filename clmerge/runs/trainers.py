@@ -14,7 +14,7 @@ from clmerge.callbacks.finite_loss import FiniteLoss
 from clmerge.callbacks.progress import EpochLines, EpochSeed, EveryEpoch
 from clmerge.results.checkpoint_files import AtomicCheckpointIO
 from clmerge.callbacks.stops_again import StopsAgain
-from clmerge.lightning_compat import TaskProgressBar, logger_step, set_step_offset
+from clmerge.lightning_compat import TaskProgressBar, leave_requeueing, logger_step, set_step_offset
 from clmerge.names import tell
 from clmerge.results.run_folder import RunFolder
 
@@ -150,5 +150,6 @@ class Trainers:
             num_sanity_val_steps=0,
             **options,
         )
+        leave_requeueing(trainer)
         require_whole({name: getattr(trainer, name) for name in _WHOLE})
         return trainer

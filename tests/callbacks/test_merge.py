@@ -16,6 +16,7 @@ from torch.optim.swa_utils import update_bn
 
 from clmerge.callbacks import MergeCallback
 from clmerge.merging import (
+    DARE,
     EMR,
     PCB,
     TALL,
@@ -731,3 +732,20 @@ def test_a_module_that_cannot_be_called_is_refused_before_training():
     with pytest.raises(TypeError, match=r"ForeignModule to have a forward\(inputs\)"):
         stream(model, MergeCallback(MagMax(), buffers="re-estimated"), 1)
     assert same(weights(model), before)
+
+
+def test_workers_that_train_one_task_each_draw_the_masks_of_their_tasks(model):
+    whole, workers = DARE(0.5), []
+    for task in range(2):
+        mine = copy.deepcopy(model)
+        worker = MergeCallback(DARE(0.5))
+        worker.next_task(f"task {task}", index=task)
+        make_trainer(worker).fit(mine, toy_loader(task))
+        whole.update(worker.task_vector(mine), task=task)
+        workers.append(worker.mergers["dare"])
+    workers[0].merge_state(workers[1])
+    assert workers[0].tasks == (0, 1)
+    found, expected = workers[0].compute(), whole.compute()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-7)
+    assert all((found[name] == 0).equal(expected[name] == 0) for name in expected)
