@@ -3,6 +3,7 @@
 Only what takes data, minutes or a server is left out, by name and with the reason.
 """
 
+import json
 import re
 import shlex
 import shutil
@@ -90,6 +91,8 @@ def place(tmp_path, monkeypatch, request):
         model = {k: v + 0.01 * torch.randn(v.shape, generator=generator) for k, v in base.items()}
         torch.save(model, f"{name}.pt")
         save_tensors(f"{name}.safetensors", model)
+    for seed, folder in enumerate(("adapter_a", "adapter_b")):
+        write_adapter(Path(folder), base, seed)
     (recipe,) = re.findall(
         r"(?:^    .*\n)+", PAGES["merge.md"].read_text(encoding="utf-8").split("## Recipes")[1], re.M
     )[:1]
@@ -117,6 +120,18 @@ def place(tmp_path, monkeypatch, request):
             run([*shlex.split("clmerge fit --config configs/quickstart.yaml --run_dir runs/all-classes"), *joint])
 
     return runs
+
+
+def write_adapter(folder, base, seed):
+    """Write a LoRA adapter of rank 4 for the MLPs of a base, as PEFT does."""
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for name in (name for name in base if name.endswith(("c_fc.weight", "c_proj.weight"))):
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors[f"{stem}.lora_A.weight"] = torch.randn(4, base[name].shape[1], generator=generator)
+        tensors[f"{stem}.lora_B.weight"] = 0.01 * torch.randn(len(base[name]), 4, generator=generator)
+    save_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def run(words):

@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from clmerge.checkpoints.adapter import CONFIG, WEIGHTS, AdapterCheckpoint, has_factors
+from clmerge.checkpoints.adapter import CONFIG, WEIGHTS
 from clmerge.checkpoints.choice import KNOWN, choose_set, keep_chosen
+from clmerge.checkpoints.diffusion_adapter import diffusion_adapter, is_diffusion_adapter
 from clmerge.checkpoints.names import clean_names
+from clmerge.checkpoints.peft_adapter import has_factors, peft_adapter, read_config
 from clmerge.checkpoints.pickled import StandIn, StoredTensor, UnreadTensor
 from clmerge.checkpoints.reader import Checkpoint, TorchCheckpoint
 from clmerge.checkpoints.safetensors_file import SafetensorsCheckpoint
@@ -89,7 +91,8 @@ def open_checkpoint(path: str | os.PathLike[str], weights: str | None = None) ->
 
     Args:
         path: A ``.safetensors`` file, a file of ``torch.save`` (``.pt``, ``.pth``, ``.bin``, Lightning's ``.ckpt``),
-            an index of sharded files, or a folder with one of these; a LoRA adapter of PEFT, file or folder.
+            an index of sharded files, or a folder with one of these; a LoRA adapter of PEFT, file or folder, or of
+            kohya's scripts or diffusers.
         weights: Which set is read from a file with several: its key in the file, or the first part of its tensors'
             names. Default: averaged weights (``state_dict_ema``, ``model_ema``) if there are any, else
             ``state_dict``, ``model_state_dict``, ``model``, ``module``, ``weights``, or the tensors at the top level.
@@ -104,10 +107,12 @@ def open_checkpoint(path: str | os.PathLike[str], weights: str | None = None) ->
     if kind == "nothing":
         raise FileNotFoundError(f"expected a checkpoint, got {path}, which does not exist{_nearest_file(path)}")
     checkpoint = _from_folder(path, weights) if path.is_dir() else _from_file(path, weights)
-    if path.is_file() and has_factors(checkpoint.entries):
-        if not (path.parent / CONFIG).is_file():
-            raise ValueError(f"expected {CONFIG} beside the adapter {path}, got none; copy it there")
-        checkpoint = AdapterCheckpoint(checkpoint, path.parent)
+    if path.is_file() and has_factors(checkpoint.entries) and (path.parent / CONFIG).is_file():
+        checkpoint = _with_config(checkpoint, path.parent)
+    elif is_diffusion_adapter(checkpoint):
+        checkpoint = diffusion_adapter(checkpoint, weights)
+    elif path.is_file() and has_factors(checkpoint.entries):
+        raise ValueError(f"expected {CONFIG} beside the adapter {path}, got none; copy it there")
     if not checkpoint.entries:
         raise ValueError(f"expected a checkpoint with tensors, got none in {path}")
     clean_names(checkpoint)
@@ -121,7 +126,7 @@ def _from_folder(folder: Path, weights: str | None) -> Checkpoint:
     if (folder / CONFIG).is_file():
         for name in WEIGHTS:
             if (folder / name).is_file():
-                return AdapterCheckpoint(_from_file(folder / name, weights), folder)
+                return _with_config(_from_file(folder / name, weights), folder)
         raise ValueError(
             f"expected one of {', '.join(WEIGHTS)} beside {CONFIG}, got neither in {folder}; copy it there"
         )
@@ -141,6 +146,11 @@ def _from_folder(folder: Path, weights: str | None) -> Checkpoint:
         f"expected a folder with one checkpoint ({', '.join(_IN_FOLDERS)} or an index), got {names} in {folder}; "
         "name the file"
     )
+
+
+def _with_config(weights: Checkpoint, folder: Path) -> Checkpoint:
+    path = folder / CONFIG
+    return peft_adapter(weights, read_config(path), str(path), [*weights.files, path])
 
 
 def _from_file(path: Path, weights: str | None) -> Checkpoint:

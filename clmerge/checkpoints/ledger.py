@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import clmerge
+from clmerge.checkpoints.adapter import WEIGHTS
 from clmerge.checkpoints.groups import Group
 from clmerge.checkpoints.reader import Checkpoint
 from clmerge.checkpoints.vectors import Origin
@@ -23,6 +24,7 @@ SCHEMA = 1
 KEY = "clmerge"
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
+ADAPTER = WEIGHTS[0]
 MOST_THREADS = 1024
 UNKNOWN = "0" * 64  # placeholder with the length of a SHA-256
 
@@ -62,6 +64,7 @@ class Ledger:
         buffers: Source of the result's running statistics.
         estimated: Names of statistics estimated on images, which cannot be computed again from the files.
         images: Description of these images.
+        lora_rank: Largest rank of the products, if the result is an adapter.
     """
 
     merger: dict[str, Any] | None
@@ -83,6 +86,7 @@ class Ledger:
     estimated: list[str] = field(default_factory=list)
     images: str | None = None
     without: list[str] = field(default_factory=list)
+    lora_rank: int | None = None
     schema: int = SCHEMA
 
     def metadata(self) -> dict[str, str]:
@@ -174,16 +178,17 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "estimated": _are_texts,
     "images": lambda value: isinstance(value, str | None),
     "shards": _are_shards,
+    "lora_rank": lambda value: value is None or (type(value) is int and value >= 1),
     "schema": lambda value: True,
 }
 
 
 def ledger_file(path: str | os.PathLike[str]) -> Path:
-    """Return the file that holds the ledger: ``path``, or in a folder its index or its only file."""
+    """Return the file that holds the ledger: ``path``, or in a folder its index, its adapter or its only file."""
     path = Path(path)
     if not path.is_dir():
         return path
-    return path / (INDEX if (path / INDEX).is_file() else ONE_FILE)
+    return path / next((name for name in (INDEX, ADAPTER) if (path / name).is_file()), ONE_FILE)
 
 
 def _ledger_in(file: Path) -> Any:

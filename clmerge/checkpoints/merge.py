@@ -16,6 +16,7 @@ from clmerge.checkpoints.faults import explained
 from clmerge.checkpoints.formats import open_checkpoint, open_models
 from clmerge.checkpoints.groups import Group, assign
 from clmerge.checkpoints.ledger import UNKNOWN, Ledger, as_plain, input_files, versions
+from clmerge.checkpoints.merged_adapter import MergedAdapter
 from clmerge.checkpoints.names import align_names
 from clmerge.checkpoints.output import check_target, new_output
 from clmerge.checkpoints.policy import Policy, decide, describe_rows, is_left_out
@@ -62,6 +63,8 @@ class CheckpointMerge:
             over the models, or ``"re-estimated"`` on images. Default: the base's, with a note if those of the models
             differ.
         estimation: Estimates statistics, for ``"re-estimated"``.
+        lora_rank: Write a LoRA adapter of PEFT with products of this rank at most, in place of dense weights; all
+            models must be adapters.
 
     Raises:
         FileNotFoundError: If an input does not exist.
@@ -84,7 +87,13 @@ class CheckpointMerge:
         weights: str | None = None,
         buffers: Buffers | None = None,
         estimation: "Estimation | None" = None,
+        lora_rank: int | None = None,
     ) -> None:
+        if lora_rank is not None and (origin != "base" or buffers not in (None, "base")):
+            raise ValueError(
+                "expected a merge of task vectors without running statistics for --lora-rank, because an adapter is "
+                f"added to its base, got --origin {origin} and --buffers {buffers}; leave them out"
+            )
         self.origin: Origin = origin
         self.base = open_checkpoint(base, weights)
         if self.base.is_task_vector:
@@ -97,6 +106,7 @@ class CheckpointMerge:
             raise ValueError(f"expected a checkpoint that holds weights {weights!r}, got none; leave --weights out")
         for model in self.models:
             align_names(model, self.base, self.base.source)
+            model.attach(self.base)
         wanted = None if dtype is None else float_dtype(dtype)
         dtypes = {name: entry.dtype for name, entry in self.base.entries.items()}
         parts = assign(self.base.entries, groups, merger)
@@ -149,6 +159,10 @@ class CheckpointMerge:
                 check_statistics(part.merger, self.models)
                 part.merger.check_tasks(of_all, exact=True)
                 part.merger.check_names({name: self.base.entries[name].shape for name in part.names})
+        self.adapter: MergedAdapter | None = None
+        if lora_rank is not None:
+            self.adapter = MergedAdapter(self.base, self.models, self.policy.merged, lora_rank, wanted)
+            self.entries = self.adapter.entries
         self.ledger = Ledger(
             merger=None if merger is None else as_plain(merger),
             groups=[as_plain(group) for group in groups],
@@ -165,6 +179,7 @@ class CheckpointMerge:
             buffers=self.buffers.policy,
             estimated=self.buffers.estimated,
             images=None if estimation is None else estimation.what,
+            lora_rank=lora_rank,
             threads=torch.get_num_threads(),
             versions=versions(),
         )
@@ -199,9 +214,13 @@ class CheckpointMerge:
         lines.append(f"merges  {merged:,} entries of {len(self.models)} models{what}")
         for merger, shapes in work:
             lines += [f"matrix  {line}" for line in merger.matrices(shapes)]
-        lines.append(f"writes  {self.nbytes / 1e6:,.1f} MB, safetensors")
+        form = "safetensors" if self.adapter is None else "an adapter of PEFT"
+        lines.append(f"writes  {self.nbytes / 1e6:,.1f} MB, {form}")
         held = 0 if self.estimation is None else self.nbytes
-        also = ", and the merged model to measure on" if held else ""
+        if self.adapter is not None:
+            held = 4 * torch.float64.itemsize * self.adapter.largest  # a matrix in float64, and its decomposition
+        also = "" if self.estimation is None else ", and the merged model to measure on"
+        also += "" if self.adapter is None else ", and the decomposition of a matrix"
         lines.append(f"memory  {(max(costs) + held) / 2**20:,.1f} MiB: {_PASSES[costs[max(costs)]]}{also}")
         return "\n".join(map(visible, lines))
 
@@ -216,7 +235,7 @@ class CheckpointMerge:
         """Merge and write ``out``; it is written completely or not at all.
 
         Args:
-            out: The safetensors file to write, or the folder.
+            out: The safetensors file to write, or the folder for shards or an adapter.
             hashes: Whether the ledger holds the SHA-256 of every input and of the result.
             shard_bytes: Largest number of tensor bytes per file; if given, write a folder in Hugging Face's layout.
             on_bytes: Called with the bytes of every piece that was read.
@@ -227,9 +246,13 @@ class CheckpointMerge:
             RuntimeError: If the merged vector overflows.
         """
         out = Path(out)
+        if self.adapter is not None and shard_bytes is not None:
+            raise ValueError("expected an adapter in one file, got a size of shards; leave --shard-size out")
         if self.buffers.estimated and self.estimation is None:
             raise ValueError("expected an estimation= for buffers='re-estimated', got none")
-        check_target(out, self.ledger, nbytes=self.nbytes, shard_bytes=shard_bytes)
+        config = None if self.adapter is None else self.adapter.config()
+        is_folder = shard_bytes is not None or config is not None
+        check_target(out, self.ledger, nbytes=self.nbytes, is_folder=is_folder)
         if not hashes:
             for file in self.ledger.files:
                 file.sha256 = None
@@ -237,7 +260,7 @@ class CheckpointMerge:
         self._check_base()
         with (
             _hashed_meanwhile([file.path for file in self.ledger.files] if hashes else []) as sums,
-            new_output(out, self.entries, self.ledger, shard_bytes=shard_bytes) as output,
+            new_output(out, self.entries, self.ledger, shard_bytes=shard_bytes, config=config) as output,
         ):
             held: dict[str, Tensor] = {}
             for pack, flat in self.stream(on_bytes):
@@ -262,6 +285,11 @@ class CheckpointMerge:
         Args:
             on_bytes: Called with the bytes of every piece that was read.
         """
+        if self.adapter is not None:
+            for pack, tau in self._merged(on_bytes):
+                yield from self.adapter.tensors(pack, tau)
+                del tau
+            return
         merged = {*self.policy.merged, *self.policy.tied}
         further: dict[str, list[str]] = {}
         for name, leader in self.policy.tied.items():
@@ -272,6 +300,16 @@ class CheckpointMerge:
             yield Pack({name: rest.pop(name)}), self.buffers.tensor(name).reshape(-1).to(self.entries[name].dtype)
         for pack in packs(rest, lambda name: self.base.entries[name].dtype):
             yield pack, self.base.joined(pack.names).to(self.entries[pack.names[0]].dtype)
+        for pack, tau in self._merged(on_bytes):
+            theta = self._applied(pack, tau)
+            yield pack, theta
+            for name in further.keys() & pack.shapes.keys():
+                for other in further[name]:
+                    yield Pack({other: pack.shapes[name]}), pack.parts(theta)[name].reshape(-1)
+            del tau, theta  # otherwise they stay in memory while the next is merged
+
+    def _merged(self, on_bytes: OnBytes) -> Iterator[tuple[Pack, Tensor]]:
+        """Yield the merged vectors, some parameters at a time."""
         try:
             for merger, names in self._work():
                 vectors = CheckpointVectors(
@@ -284,12 +322,8 @@ class CheckpointMerge:
                     on_bytes=on_bytes,
                 )
                 for pack, tau in merge_out_of_core(merger, vectors):
-                    theta = self._applied(pack, tau)
-                    yield pack, theta
-                    for name in further.keys() & pack.shapes.keys():
-                        for other in further[name]:
-                            yield Pack({other: pack.shapes[name]}), pack.parts(theta)[name].reshape(-1)
-                    del tau, theta  # otherwise they stay in memory while the next is merged
+                    yield pack, tau
+                    del tau  # otherwise it stays in memory while the next is merged
         except (ValueError, RuntimeError) as error:
             kind = ValueError if isinstance(error, ValueError) else RuntimeError
             raise kind(explained(error, self.base, self.models, self.policy.merged)) from error

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from clmerge.checkpoints.flat_names import spelled
 from clmerge.checkpoints.reader import Checkpoint
 from clmerge.checkpoints.tied import same_bits
 
@@ -40,7 +41,7 @@ def align_names(checkpoint: Checkpoint, wanted: Mapping[str, Tensor], owner: str
     ``module.`` in the middle of names is ignored. Either side may have a prefix, or both: Lightning's ``model.`` is
     removed, and ``visual.`` is added to the names of an image tower. The prefixes with which most tensors agree in name
     and shape are used. A tensor of the checkpoint whose name lacks the prefix keeps its name if that is in ``wanted``,
-    else it is left out.
+    else it is left out. Names with underscores in place of dots are spelled as in ``wanted``.
 
     Args:
         checkpoint: The checkpoint; changed in place.
@@ -51,6 +52,11 @@ def align_names(checkpoint: Checkpoint, wanted: Mapping[str, Tensor], owner: str
         ValueError: If two prefixes match equally many tensors, and the tensors below them differ.
     """
     shapes = _shapes(wanted)
+    if checkpoint.is_flat:
+        names = spelled(checkpoint, shapes, owner)
+        checkpoint.rename(names.__getitem__)
+        checkpoint.renamed.append("with dots for underscores")
+        checkpoint.is_flat = False
     if all(shapes.get(name) == shape for name, shape in _shapes(checkpoint).items()):
         return
     spell = _without(_PERHAPS_WRAPPERS)

@@ -9,11 +9,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from clmerge.checkpoints.ledger import INDEX, KEY, ONE_FILE, Ledger
+from clmerge.checkpoints.adapter import CONFIG, WEIGHTS
+from clmerge.checkpoints.ledger import ADAPTER, INDEX, KEY, ONE_FILE, Ledger
 from clmerge.checkpoints.reader import Entry
 from clmerge.checkpoints.writer import SafetensorsWriter, new_safetensors, sha256_of
 from clmerge.files import atomic_folder, write_json_atomic
@@ -78,17 +79,29 @@ class _Shards:
 
 @contextmanager
 def new_output(
-    path: Path, entries: Mapping[str, Entry], ledger: Ledger, *, shard_bytes: int | None = None
+    path: Path,
+    entries: Mapping[str, Entry],
+    ledger: Ledger,
+    *,
+    shard_bytes: int | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Iterator[Output]:
     """Write a merged model; it exists only if the block ends without an error.
 
     Args:
-        path: The file, or with ``shard_bytes`` the folder.
+        path: The file, or with ``shard_bytes`` or ``config`` the folder.
         entries: Shape and dtype of every tensor.
         ledger: The ledger so far; values added later must have the length of their placeholders.
         shard_bytes: Largest number of tensor bytes per file; if given, write a folder in Hugging Face's layout. A
             larger tensor has a file of its own. Files of an earlier merge there are replaced, others stay.
+        config: Configuration of an adapter; if given, write a folder as PEFT does.
     """
+    if config is not None:
+        with atomic_folder(path, replaces=_is_adapter, last=CONFIG) as folder:
+            write_json_atomic(folder / CONFIG, dict(config))
+            with new_safetensors(folder / ADAPTER, entries, ledger.metadata()) as writer:
+                yield _OneFile(writer)
+        return
     if shard_bytes is None:
         with new_safetensors(path, entries, ledger.metadata()) as writer:
             yield _OneFile(writer)
@@ -148,32 +161,39 @@ def parse_size(text: str) -> int:
     return size
 
 
-def existing(path: str | os.PathLike[str], *, sharded: bool) -> Path | None:
-    """Return the existing file that a merge would replace: the file, or the first file with weights in the folder."""
+def existing(path: str | os.PathLike[str], kind: Literal["file", "shards", "adapter"]) -> Path | None:
+    """Return the existing file that a merge would replace: the file, or the first file of its kind in the folder."""
     path = Path(path)
-    if not sharded:
+    if kind == "file":
         return path if path.exists() or path.is_symlink() else None
-    return next((file for file in sorted(path.iterdir()) if _is_weights(file.name)), None) if path.is_dir() else None
+    is_ours = _is_weights if kind == "shards" else _is_adapter
+    return next((file for file in sorted(path.iterdir()) if is_ours(file.name)), None) if path.is_dir() else None
 
 
-def check_target(path: Path, ledger: Ledger, *, nbytes: int, shard_bytes: int | None) -> None:
+def check_target(path: Path, ledger: Ledger, *, nbytes: int, is_folder: bool) -> None:
     """Raise a ValueError if the output has a wrong name, is among the inputs, or does not fit on the disk."""
     if "\0" in str(path):
         raise ValueError(f"expected the name of an output, got {str(path)!r}, which has a null byte")
-    if shard_bytes is None and (path.suffix != ".safetensors" or path.is_dir()):
+    if not is_folder and (path.suffix != ".safetensors" or path.is_dir()):
         raise ValueError(
             f"expected an output that ends in .safetensors, got {path}; pass --shard-size to write a folder"
         )
-    if shard_bytes is not None and (path.suffix == ".safetensors" or path.is_file()):
-        raise ValueError(f"expected a folder to write shards to, got {path}; leave --shard-size out to write one file")
+    if is_folder and (path.suffix == ".safetensors" or path.is_file()):
+        raise ValueError(
+            f"expected a folder to write to, got {path}; leave --shard-size and --lora-rank out to write one file"
+        )
     for file in (Path(file.path).resolve() for file in ledger.files):
-        if path.resolve() in (file, file.parent if shard_bytes is not None else file):
+        if path.resolve() in (file, file.parent if is_folder else file):
             raise ValueError(f"expected an output beside the inputs, got {path} with the input {file}; name another")
     there = next(place for place in (path, *path.absolute().parents) if what_it_is(place) != "nothing")
     if there != path and not there.is_dir():
         raise ValueError(f"expected a folder to write {path} to, got {there}, which is a {what_it_is(there)}")
     if (free := shutil.disk_usage(there).free) < nbytes:
         raise ValueError(f"expected room for {nbytes:,} bytes of {path} in {there}, got {free:,}; free some")
+
+
+def _is_adapter(name: str) -> bool:
+    return name in (*WEIGHTS, CONFIG)
 
 
 def _is_weights(name: str) -> bool:

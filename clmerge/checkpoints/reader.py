@@ -68,6 +68,7 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         aliases: Further names of tensors listed in the file, each with the name under which the tensor is stored.
         renamed: Descriptions of how the names differ from those in the file.
         left_out: Tensors removed by renaming, by their names in the file.
+        is_flat: Whether the names have underscores in place of dots, after their first part.
     """
 
     def __init__(self, source: Path, kind: str, files: Sequence[Path], entries: dict[str, Entry]) -> None:
@@ -87,6 +88,7 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         self.aliases: dict[str, str] = {}
         self.renamed: list[str] = []
         self.left_out: list[str] = []
+        self.is_flat = False
         self._in_file: dict[str, str] = {}
         self._replaced: dict[str, Tensor] = {}
 
@@ -159,6 +161,13 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         """
         self.entries[name] = Entry(tuple(tensor.shape), tensor.dtype)
         self._replaced[name] = tensor
+
+    def attach(self, base: "Checkpoint") -> None:
+        """Give a task vector the base that it belongs to; one that depends on the base's weights needs it to be read.
+
+        Args:
+            base: The base model; the names are aligned with it.
+        """
 
     def rename(self, new_name: Callable[[str], str | None]) -> None:
         """Rename every tensor; those whose new name is None are left out.

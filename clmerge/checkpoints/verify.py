@@ -5,10 +5,14 @@ from pathlib import Path
 
 import torch
 
+from clmerge.checkpoints.adapter import CONFIG
 from clmerge.checkpoints.formats import open_checkpoint
 from clmerge.checkpoints.groups import Group
 from clmerge.checkpoints.ledger import Ledger, built, configured_from, ledger_file, read_ledger
 from clmerge.checkpoints.merge import CheckpointMerge, OnBytes
+from clmerge.checkpoints.peft_adapter import read_config
+from clmerge.checkpoints.reader import Checkpoint
+from clmerge.checkpoints.safetensors_file import SafetensorsCheckpoint
 from clmerge.checkpoints.tied import same_bits
 from clmerge.checkpoints.writer import data_start, sha256_of
 
@@ -79,11 +83,19 @@ def _planned(path: str | os.PathLike[str], ledger: Ledger) -> CheckpointMerge:
         without=ledger.without,
         weights=ledger.weights,
         buffers=ledger.buffers,
+        lora_rank=ledger.lora_rank,
     )
 
 
 def _differences(path: str | os.PathLike[str], job: CheckpointMerge, on_bytes: OnBytes) -> list[str]:
-    written = open_checkpoint(path)
+    written: Checkpoint
+    if job.adapter is None:
+        written = open_checkpoint(path)
+    else:
+        written = SafetensorsCheckpoint(Path(path), [ledger_file(path)])  # the factors themselves
+        config = Path(path, CONFIG) if Path(path).is_dir() else Path(path).parent / CONFIG
+        if read_config(config) != job.adapter.config():
+            return [f"{config} is not what the merge gives"]
     if written.entries.keys() != job.entries.keys():
         return [f"{path} has other tensors than {job.base.source}"]
     different: dict[str, None] = {}

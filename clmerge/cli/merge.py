@@ -5,7 +5,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from clmerge.cli.messages import complain
 from clmerge.cli.signals import Stopped
@@ -24,6 +24,7 @@ examples:
   clmerge merge --base base.safetensors --models a.pt b.pt --merger TIES --merger.density=0.2 --out merged.safetensors
   clmerge merge --base base.safetensors --models runs/digits --merger MagMax --out merged.safetensors
   clmerge merge --base base/ --models a/ b/ --merger TIES --out merged --shard-size 5GB
+  clmerge merge --base base.safetensors --models adapter_a/ adapter_b/ --merger TIES --lora-rank 16 --out adapter
   clmerge merge --base base.safetensors --models a.pt b.pt --merger TIES --dry-run
   clmerge merge --merger.help TIES
   clmerge merge --verify merged.safetensors
@@ -78,6 +79,11 @@ def build_parser() -> "CommandParser":
         "A configuration of clmerge fit whose model and training images (of its last task) --buffers re-estimated "
         "takes (default: those of the run that is the last of --models)."
     )
+    lora_rank_help = (
+        "Write --out, a folder, as one LoRA adapter of PEFT whose products have this rank at most, in place of dense "
+        "weights; all of --models must be adapters. Exact where the merged matrices have no higher rank; the share of "
+        "their energy that is kept is printed."
+    )
     allow_help = (
         "Packages beside clmerge, torch, Lightning, timm, open_clip, avalanche, torchvision and torchmetrics whose "
         "code the configuration for --buffers re-estimated may name; that code is run."
@@ -94,6 +100,7 @@ def build_parser() -> "CommandParser":
     parser.add_argument("--dtype", type=str | None, default=None, help=dtype_help)
     parser.add_argument("--out", type=str | None, default=None, help="The safetensors file to write, or the folder.")
     parser.add_argument("--shard-size", type=str | None, default=None, help=shard_help)
+    parser.add_argument("--lora-rank", type=int | None, default=None, help=lora_rank_help)
     parser.add_argument("--include", type=str, nargs="+", default=[], help=include_help)
     parser.add_argument("--exclude", type=str, nargs="+", default=[], help=exclude_help)
     parser.add_argument("--without", type=str, nargs="+", default=[], metavar="TASK", help=without_help)
@@ -204,7 +211,9 @@ def _merge(parser: "CommandParser", config: Any, groups: "list[Group]") -> int:
     torch.set_num_threads(config.threads)
     _keep_freed_memory()
     shard_bytes = None if config.shard_size is None else parse_size(config.shard_size)
-    there = None if config.out is None else existing(config.out, sharded=shard_bytes is not None)
+    kind: Literal["file", "shards", "adapter"] = "file" if shard_bytes is None else "shards"
+    kind = kind if config.lora_rank is None else "adapter"
+    there = None if config.out is None else existing(config.out, kind)
     if there is not None and not config.overwrite and not config.dry_run:
         raise FileExistsError(f"expected a new file, got {there}, which exists; name another or pass --overwrite")
     made = parser.instantiate(config)
@@ -227,6 +236,7 @@ def _merge(parser: "CommandParser", config: Any, groups: "list[Group]") -> int:
         weights=config.weights,
         buffers=config.buffers,
         estimation=estimation,
+        lora_rank=config.lora_rank,
     )
     print(job.describe(), flush=True)
     for row in job.policy.problems:
@@ -235,6 +245,8 @@ def _merge(parser: "CommandParser", config: Any, groups: "list[Group]") -> int:
         return 0
     with progress("merging", job.work) as on_bytes:
         job.run(config.out, hashes=not config.no_hash, shard_bytes=shard_bytes, on_bytes=on_bytes)
+    if job.adapter is not None:
+        tell(job.adapter.report(), file=sys.stdout)
     tell(f"wrote   {config.out}", file=sys.stdout)
     return 0
 

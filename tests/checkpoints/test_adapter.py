@@ -170,7 +170,11 @@ def test_names_are_aligned_with_the_base(base, tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, r"got use_dora=True in .*adapter_config\.json; merge it into its base with PEFT"),
+        (
+            {"use_dora": True},
+            r"got use_dora=True and no magnitude of '.*net\.0' in .*; merge it into its base with PEFT",
+        ),
+        ({"use_qalora": True}, r"got use_qalora=True in .*adapter_config\.json; merge it into its base with PEFT"),
         ({"target_parameters": ["w"]}, r"got target_parameters=\['w'\]"),
         ({"init_lora_weights": "pissa_niter_4"}, "which moves the base too"),
         ({"peft_type": "IA3"}, "of peft_type 'IA3'"),
@@ -185,7 +189,12 @@ def test_what_is_no_product_is_refused(config, message, tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (factors("w", 2, 2) | {"w.lora_magnitude_vector": torch.ones(2)}, "got .*magnitude_vector'; merge it"),
+        (factors("w", 2, 2) | {"w.lora_magnitude_vector": torch.ones(2)}, "got use_dora=False and a magnitude of"),
+        (factors("w", 2, 2) | {"w.lora_arrow.weight": torch.ones(2)}, r"got .*w\.lora_arrow\.weight'; merge it"),
+        (
+            factors("w", 2, 2) | {"w.lora_B.bias": torch.ones(3)},
+            r"a bias of 2 entries for .*w' in .*, got shape \(3,\)",
+        ),
         ({"w.lora_B.weight": torch.ones(2, RANK)}, r"got .*w\.lora_B\.weight' without .*w\.lora_A\.weight'"),
         ({"w.lora_A.weight": torch.ones(RANK, 2)}, r"got .*w\.lora_A\.weight' without .*w\.lora_B\.weight'"),
         ({"w.weight": torch.ones(2)}, "expected LoRA factors"),
@@ -211,6 +220,60 @@ def test_a_missing_or_damaged_part_is_named(tmp_path):
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match="got neither in"):
         open_checkpoint(folder)
+
+
+def dora(tensors, module, theta, magnitude, scale, *, turned=False):
+    """The folded weight in float64, from the paper: magnitudes times the directions of the weight with its product."""
+    a, b = (tensors[f"{module}.lora_{side}.weight"].double() for side in "AB")
+    weight = (theta.double().t() if turned else theta.double()).flatten(1)
+    weight = weight + scale * b.flatten(1) @ a.flatten(1)
+    folded = magnitude.double()[:, None] * weight / weight.square().sum(dim=1, keepdim=True).sqrt()
+    return folded.t() if turned else folded.reshape(theta.shape)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_dora_is_folded_with_the_norms_of_the_base(turned, tmp_path):
+    tensors, magnitude = factors("net.0", 700, 501), drawn(700, seed=5).abs() + 0.1
+    theta = drawn(501, 700, seed=6) if turned else drawn(700, 501, seed=6)
+    save_file({"net.0.weight": theta}, tmp_path / "base.safetensors")
+    stored = tensors | {"net.0.lora_magnitude_vector": magnitude}
+    path = adapter(tmp_path / "a", stored, use_dora=True, fan_in_fan_out=turned)
+    CheckpointMerge(tmp_path / "base.safetensors", models=[path], merger=TaskArithmetic(1.0)).run(
+        tmp_path / "out.safetensors"
+    )
+    expected = dora(tensors, "net.0", theta, magnitude, 2.0, turned=turned)
+    assert_close(load_file(tmp_path / "out.safetensors")["net.0.weight"].double(), expected, rtol=1e-5, atol=1e-5)
+    opened = open_checkpoint(path)
+    assert "DoRA adapter of rank 3" in opened.kind
+    with pytest.raises(ValueError, match=r"the base of .*adapter_model\.safetensors, whose DoRA .* got none"):
+        opened["net.0.weight"]
+    opened.attach(open_checkpoint(tmp_path / "base.safetensors"))
+    whole = opened["net.0.weight"].reshape(-1)
+    for start, stop in ((0, 1), (65_001, 65_003), (123_456, 300_000), (350_699, 350_700)):
+        assert torch.equal(opened.tensor("net.0.weight", slice(start, stop)), whole[start:stop])
+
+
+def test_dora_of_a_convolution_below_another_name(tmp_path):
+    tensors = {"model.conv.lora_A.weight": drawn(RANK, 4, 3, 3), "model.conv.lora_B.weight": drawn(6, RANK, 1, 1)}
+    magnitude, theta = drawn(1, 6, 1, 1, seed=1).abs(), drawn(6, 4, 3, 3, seed=2)
+    save_file({"conv.weight": theta, "conv.bias": drawn(6)}, tmp_path / "base.safetensors")
+    stored = tensors | {"model.conv.lora_magnitude_vector.weight": magnitude}
+    path = adapter(tmp_path / "a", stored, use_dora=True)
+    CheckpointMerge(tmp_path / "base.safetensors", models=[path], merger=TaskArithmetic(1.0)).run(
+        tmp_path / "out.safetensors"
+    )
+    expected = dora(tensors, "model.conv", theta, magnitude.reshape(-1), 2.0)
+    assert_close(load_file(tmp_path / "out.safetensors")["conv.weight"].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_bias_of_a_factor_is_added_to_the_bias(base, theta, tmp_path):
+    tensors = factors("net.0", 8, 5) | {"net.0.lora_B.bias": drawn(8, seed=4)}
+    path = adapter(tmp_path / "a", tensors, lora_bias=True)
+    job = CheckpointMerge(base, models=[path, path], merger=WeightAverage(), strict=True)
+    job.run(tmp_path / "out.safetensors")
+    merged = load_file(tmp_path / "out.safetensors")
+    assert_close(merged["net.0.bias"], theta["net.0.bias"] + 2 * drawn(8, seed=4))
+    assert_close(merged["net.0.weight"], theta["net.0.weight"] + 2 * product(tensors, "net.0"))
 
 
 class Tower(torch.nn.Module):
@@ -259,6 +322,39 @@ def test_peft_merge_and_unload(use_rslora, tmp_path):
     assert found.keys() == merged.keys()
     assert sum(not torch.equal(found[name], tensor) for name, tensor in torch.load(tmp_path / "base.pt").items()) == 14
     assert_close(found, dict(merged), rtol=0, atol=1e-6)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("kind", ["dora", "lora_bias"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_peft_merges_dora_and_biases_of_factors_alike(kind, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = Tower()
+    torch.save(model.state_dict(), tmp_path / "base.pt")
+    targets = ["embed", "conv", "point", "fc", "wide"] if kind == "dora" else ["conv", "fc", "wide"]
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=3,
+        target_modules=targets,
+        use_dora=kind == "dora",
+        lora_bias=kind == "lora_bias",
+        init_lora_weights=False,
+    )
+    tuned = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    tuned.save_pretrained(tmp_path / "adapter")
+    merged = tuned.merge_and_unload().state_dict()
+    CheckpointMerge(tmp_path / "base.pt", models=[tmp_path / "adapter"], merger=TaskArithmetic(1.0), strict=True).run(
+        tmp_path / "out.safetensors"
+    )
+    found = load_file(tmp_path / "out.safetensors")
+    changed = sum(not torch.equal(found[name], tensor) for name, tensor in torch.load(tmp_path / "base.pt").items())
+    assert changed == (5 if kind == "dora" else 6)
+    assert_close(found, dict(merged), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("saved", ["lora_head", "ia3_gate", "lora_A_probe"])

@@ -73,10 +73,10 @@ def test_an_earlier_merge_is_replaced_and_other_files_stay(before, after, base, 
     out, fresh = tmp_path / "out", tmp_path / "fresh"
     CheckpointMerge(base, models=paths, merger=TIES(0.4)).run(out, shard_bytes=before)
     (out / "config.json").write_text("{}")
-    assert existing(out, sharded=True) is not None
+    assert existing(out, "shards") is not None
     for folder in (out, fresh):
         CheckpointMerge(base, models=paths, merger=MagMax()).run(folder, shard_bytes=after)
-    assert existing(fresh, sharded=True) is not None
+    assert existing(fresh, "shards") is not None
     assert {file.name: file.read_bytes() for file in fresh.iterdir()} == {
         file.name: file.read_bytes() for file in out.iterdir() if file.name != "config.json"
     }
@@ -106,7 +106,7 @@ def test_without_hashes(base, paths, tmp_path):
     ("out", "shard_bytes", "message"),
     [
         ("merged", None, "pass --shard-size to write a folder"),
-        ("merged.safetensors", 200, "leave --shard-size out to write one file"),
+        ("merged.safetensors", 200, "leave --shard-size and --lora-rank out to write one file"),
         (".", 200, "expected an output beside the inputs"),
         ("base.safetensors", None, "expected an output beside the inputs"),
     ],

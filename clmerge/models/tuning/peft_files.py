@@ -1,14 +1,13 @@
 """LoRA adapters on disk in PEFT's format: written from adapted modules, and read into ordinary ones."""
 
 import os
-import re
-from collections import Counter
 from pathlib import Path
 
 from torch import nn
 
 from clmerge.checkpoints import open_checkpoint
 from clmerge.checkpoints.adapter import CONFIG, WEIGHTS, AdapterCheckpoint
+from clmerge.checkpoints.adapter_config import lora_config
 from clmerge.models.tuning.lora import set_adapter
 from clmerge.models.tuning.low_rank import LoRALinear, LowRank
 from clmerge.weights import save_tensors, write_json_atomic
@@ -45,25 +44,8 @@ def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
         ranks[path], alphas[path] = len(a), part.lora_scale * len(a)
         tensors[f"base_model.model.{path}.lora_A.weight"] = full_copy(a)
         tensors[f"base_model.model.{path}.lora_B.weight"] = full_copy(b)
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {re.escape(path): other for path, other in ranks.items() if other != rank},
-        "alpha_pattern": {re.escape(path): other for path, other in alphas.items() if other != alpha},
-        # A regular expression must match whole names; a list would also match the ends of other names.
-        "target_modules": "|".join(re.escape(path) for path in found),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-    }
     save_tensors(Path(folder) / WEIGHTS[0], tensors, {"format": "pt"})
-    write_json_atomic(Path(folder) / CONFIG, config)
+    write_json_atomic(Path(folder) / CONFIG, lora_config(ranks, alphas))
 
 
 def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> list[str]:

@@ -48,7 +48,7 @@ def test_files_are_in_the_layout_of_peft(tmp_path):
     tuned(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 6.0)
-    assert config["rank_pattern"] == {r"blocks\.0\.mlp\.fc1": 4, r"blocks\.0\.mlp\.fc2": 4}
+    assert config["rank_pattern"] == {r"^blocks\.0\.mlp\.fc1": 4, r"^blocks\.0\.mlp\.fc2": 4}
     assert set(config["alpha_pattern"].values()) == {4.0}
     shapes = {name: tuple(t.shape) for name, t in load_file(tmp_path / "adapter_model.safetensors").items()}
     assert shapes["base_model.model.blocks.0.attn.qkv.lora_A.weight"] == (2, 64)
