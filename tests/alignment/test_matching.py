@@ -1,0 +1,107 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from support.networks import network
+from torch import nn
+
+from clmerge.alignment import ActivationMatching, WeightMatching, random_reparametrization, spec_of
+from clmerge.alignment.descent import Descent
+
+NANO = network("open_clip")[0]
+SPEC, STATE = spec_of(NANO), NANO.state_dict()
+
+
+def planted(within_head, seed=1, noise=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    found = random_reparametrization(SPEC, generator, within_head=within_head)
+    other = found.apply(STATE)
+    for name, tensor in other.items():
+        spread = float(tensor.std()) if tensor.numel() > 1 else 0.0
+        drawn = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+        other[name] = tensor + noise * spread * drawn
+    return found, other
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 0.6])
+@pytest.mark.parametrize("within_head", ["none", "permutation"])
+def test_a_planted_permutation_is_found(within_head, noise):
+    hidden, other = planted(within_head, noise=noise)
+    found = WeightMatching(within_head).match(STATE, other, SPEC)
+    assert set(found.compose(hidden).moved().values()) == {0.0}
+    if not noise:
+        assert all(torch.equal(tensor, STATE[name]) for name, tensor in found.apply(other).items())
+
+
+@pytest.mark.parametrize(
+    ("planting", "matching"),
+    [("orthogonal", "orthogonal"), ("invertible", "invertible"), ("permutation", "orthogonal")],
+)
+def test_a_planted_basis_of_the_heads_is_found(planting, matching):
+    hidden, other = planted(planting)
+    found = WeightMatching(matching).match(STATE, other, SPEC).compose(hidden).apply(STATE)
+    assert max(float((found[name] - STATE[name]).abs().max()) for name in STATE) < 1e-13
+
+
+def test_a_fine_tuned_model_stays_where_it_is():
+    tuned = {name: tensor + 0.02 * tensor.abs().mean() * torch.randn_like(tensor) for name, tensor in STATE.items()}
+    assert set(WeightMatching().match(STATE, tuned, SPEC).moved().values()) == {0.0}
+
+
+def test_the_objective_never_falls():
+    other = network("open_clip", seed=3)[0].state_dict()
+    other = {name: tensor + torch.randn(tensor.shape, dtype=tensor.dtype) for name, tensor in other.items()}
+    descent = Descent(STATE, other, SPEC)
+    descent.run(max_sweeps=20, generator=torch.Generator().manual_seed(0))
+    inner = {
+        name: float((STATE[name] * tensor).sum())
+        for name, tensor in WeightMatching().match(STATE, other, SPEC).apply(other).items()
+    }
+    start = sum(float((STATE[name] * other[name]).sum()) for name in SPEC.moved_names)
+    values = []
+    for sweeps in range(1, len(descent.history) + 1):
+        found = WeightMatching(max_sweeps=sweeps).match(STATE, other, SPEC).apply(other)
+        values.append(sum(float((STATE[name] * found[name]).sum()) for name in SPEC.moved_names))
+    assert len(values) > 1
+    assert all(after >= before - 1e-9 for before, after in itertools.pairwise([start, *values]))
+    assert values[-1] == pytest.approx(sum(inner[name] for name in SPEC.moved_names))
+
+
+def test_two_runs_and_other_orders_of_names_give_the_same():
+    _, other = planted("permutation", noise=1.5)
+    once = WeightMatching(seed=2).match(STATE, other, SPEC).state_dict()
+    turned = dict(reversed(list(STATE.items()))), dict(reversed(list(other.items())))
+    again = WeightMatching(seed=2).match(*turned, SPEC).state_dict()
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_one_hidden_layer_is_solved_exactly():
+    torch.manual_seed(0)
+    one, two = (nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).double() for _ in range(2))
+    spec = spec_of(one)
+    found = WeightMatching().match(one.state_dict(), two.state_dict(), spec)
+    ours = torch.cat([one[0].weight, one[0].bias[:, None], one[2].weight.T], dim=1).detach().numpy()
+    theirs = torch.cat([two[0].weight, two[0].bias[:, None], two[2].weight.T], dim=1).detach().numpy()
+    best = max(itertools.permutations(range(5)), key=lambda order: float((ours * theirs[list(order)]).sum()))
+    assert np.array_equal(found.maps["hidden.0"].index.numpy(), best)
+
+
+def test_the_residual_stream_may_be_left_alone():
+    _, other = planted("permutation")
+    assert WeightMatching(residual=False).match(STATE, other, SPEC).moved()["residual"] == 0.0
+
+
+def test_what_is_missing_is_named():
+    short = {name: tensor for name, tensor in STATE.items() if name != "ln_post.bias"}
+    with pytest.raises(
+        ValueError, match=r"all parameters with units in the other network, got none named 'ln_post\.bias'"
+    ):
+        WeightMatching().match(STATE, short, SPEC)
+    with pytest.raises(ValueError, match=r"measure them with clmerge\.alignment\.correlations"):
+        ActivationMatching().match(STATE, STATE, SPEC)
+    with pytest.raises(ValueError, match=r"got 1\.0; for weights alone WeightMatching"):
+        ActivationMatching(weights=1.0)
+    with pytest.raises(ValueError, match="max_sweeps of 1 or more"):
+        WeightMatching(max_sweeps=0)
+    assert repr(WeightMatching("none")) == "WeightMatching(within_head='none', residual=True, max_sweeps=100, seed=0)"
