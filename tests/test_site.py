@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import clmerge.alignment
+import clmerge.deploy.calibration
 import clmerge.merging
 import clmerge.results.metrics
 import clmerge.weights
@@ -14,7 +15,16 @@ from clmerge.merging import registered_mergers
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("module", [clmerge.alignment, clmerge.merging, clmerge.weights, clmerge.results.metrics])
+MODULES = [
+    clmerge.alignment,
+    clmerge.deploy.calibration,
+    clmerge.merging,
+    clmerge.weights,
+    clmerge.results.metrics,
+]
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_the_reference_has_every_public_name(module):
     pages = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
     shown = re.findall(rf"^::: {re.escape(module.__name__)}\.(?:\w+\.)*(\w+)$", pages, flags=re.M)

@@ -108,10 +108,12 @@ class ValueCheck:
         if path not in self.table.classes or not isinstance(given, Mapping):
             return
         settings = self.table.settings(path)
-        for name, inner in given.items():
+        groups = [name for name, inner in given.items() if settings.get(name) == "group" and isinstance(inner, Mapping)]
+        flat = {f"{name}.{key}": inner for name in groups for key, inner in given[name].items()}
+        for name, inner in {**{name: inner for name, inner in given.items() if name not in groups}, **flat}.items():
             if name in settings:
                 self.value(f"{key}.{name}", settings[name], inner)
-            elif self.table.is_sure(path) and "." not in str(name):
+            elif self.table.is_sure(path) and (name in flat or "." not in str(name)):
                 self.no_setting([path], self._where(f"{key}.{name}"), str(name))
 
     # Configuration files -------------------------------------------------------------------------------------------

@@ -137,9 +137,7 @@ class Learner(LearnerParts):
             for name, each in self.calibrated.seconds.items():
                 before = seconds[name.rpartition("+")[0]]
                 seconds[name] = None if before is None else before + each
-        # Evaluate theta_0 + tau, as compare does from the bank, so that both have the same bits.
-        expert = self.merge.weights_with(self.merge.task_vector(self.module), self.module)
-        predictors[EXPERT] = Merged(expert)
+        predictors[EXPERT] = Merged(self.expert())
         trainer = trainers.for_evaluation(f"evaluating {len(predictors)} models")
         rows = self.evaluate(trainer, predictors, task, on=self.evaluated_tasks(task))
         kept = self._bytes_kept(task)

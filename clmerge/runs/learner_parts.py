@@ -197,6 +197,13 @@ class LearnerParts(Session):
             if not merger.task_views
         }
 
+    def expert(self) -> dict[str, Tensor]:
+        """Return the weights of the task's un-merged model by the module's own names: theta_0 + tau.
+
+        ``compare`` takes them from the bank with the same bits.
+        """
+        return self.merge.weights_with(self.merge.task_vector(self.module), self.module)
+
     def unmerged(self) -> dict[str, Tensor]:
         """Return the tensors that are trained but never merged: a trained head, and running statistics."""
         learned = not self.module.head.open_vocabulary

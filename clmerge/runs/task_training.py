@@ -71,7 +71,8 @@ class TaskTraining:
         results.add_seconds("train", time.perf_counter() - started - learner.merge.seconds)
         results.add_seconds("merge", learner.merge.seconds)
         if learner.calibrated:
-            results.bytes |= learner.calibrated.collect(learner.merged(), task, trainer.strategy.root_device)
+            device = trainer.strategy.root_device
+            results.bytes |= learner.calibrated.collect(learner.merged(), task, device, expert=learner.expert)
         run.manifest.results = results.to_dict()
         trainer.strategy.barrier("trained")
         if learner.keep_task_vectors:

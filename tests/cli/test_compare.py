@@ -134,7 +134,13 @@ def test_every_mode_of_tuning_is_evaluated_as_it_was_trained(tmp_path, mode):
         assert alike(found["models"][model], fitted["models"][model])
 
 
-CALIBRATIONS = "[{class_path: SampleTuning, init_args: {per_class: 2, epochs: 1}}, HeadAlignment]"
+CALIBRATIONS = (
+    "[{class_path: SampleTuning, init_args: {per_class: 2, epochs: 1}}, HeadAlignment, "
+    "{class_path: Repair, init_args: {adaptation: {source: buffer, per_class: 4}}}]"
+)
+
+
+NAMES = ("tuned", "aligned", "repaired")
 
 
 @pytest.mark.parametrize("mode", ["Full", "LoRA"])
@@ -143,12 +149,13 @@ def test_models_that_fit_calibrated_come_out_with_the_same_bits(tmp_path, mode, 
     run = make_run(tmp_path, *arguments, f"--learner.calibrations={CALIBRATIONS}", head="LinearHead")
     compare(run, "--mergers", "WeightAverage", "MagMax", "EMR", f"--calibrations={CALIBRATIONS}")
     fitted, found = record(run), document(run / "compare")
-    models = [f"{merger}+{name}" for merger in ("magmax", "weight_average") for name in ("tuned", "aligned")]
+    models = [f"{merger}+{name}" for merger in ("magmax", "weight_average") for name in NAMES]
     for model in ("magmax", *models):
         assert alike(found["models"][model], fitted["models"][model]), model
         assert None not in found["models"][model]["merge_seconds"]
-    assert [name for name in found["models"] if "+" in name] == [*models[2:], *models[:2]]
+    assert [name for name in found["models"] if "+" in name] == [*models[len(NAMES) :], *models[: len(NAMES)]]
     assert found["models"]["magmax+tuned"]["data"] == "buffer(2 per class)"
+    assert found["models"]["magmax+repaired"]["data"] == "buffer(4 per class, unlabelled)"
     rows = fitted["models"]["magmax+tuned"]["task_agnostic"]["R"]
     assert rows != fitted["models"]["magmax"]["task_agnostic"]["R"]
 
@@ -156,9 +163,9 @@ def test_models_that_fit_calibrated_come_out_with_the_same_bits(tmp_path, mode, 
     seen = []
     collect = CalibratedModels.collect
 
-    def counting(self, merged, task, device):
+    def counting(self, merged, task, *rest, **more):
         seen.append((*merged, *self.calibrations, task))
-        return collect(self, merged, task, device)
+        return collect(self, merged, task, *rest, **more)
 
     monkeypatch.setattr(CalibratedModels, "collect", counting)
     compare(run, "--mergers", "WeightAverage", "MagMax", "EMR", f"--calibrations={CALIBRATIONS}")

@@ -54,6 +54,14 @@ TYPOS = [
     ("fit --learner.start_policy=bse", "did you mean 'base'?"),
     ("fit --learner.epochs=[1,2,three]", "a whole number for --learner.epochs, got 'three'"),
     ("fit --learner.calibrations=[SampleTunning]", "did you mean SampleTuning?"),
+    (
+        "fit --learner.calibrations='[{class_path: Repair, init_args: {adaptation: {sourc: val}}}]'",
+        "expected a setting of Repair, got --learner.calibrations.adaptation.sourc; did you mean adaptation.source?",
+    ),
+    (
+        "fit --learner.calibrations='[{class_path: Repair, init_args: {adaptation: {source: vall}}}]'",
+        "for --learner.calibrations.adaptation.source, got 'vall'; did you mean 'val'?",
+    ),
     ("fit --stream.num_tasks=two", "a whole number for --stream.num_tasks, got 'two'"),
     ("fit --stream.num_taks=2", "a setting of ClassIncremental, got --stream.num_taks; did you mean num_tasks?"),
     (

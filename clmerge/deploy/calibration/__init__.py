@@ -4,6 +4,7 @@ from clmerge.deploy.calibration.alignment import HeadAlignment
 from clmerge.deploy.calibration.calibrated import CalibratedModels
 from clmerge.deploy.calibration.calibration import Calibration
 from clmerge.deploy.calibration.gaussians import ClassGaussians
+from clmerge.deploy.calibration.repair import Repair
 from clmerge.deploy.calibration.sample_tuning import SampleTuning
 
-__all__ = ["CalibratedModels", "Calibration", "ClassGaussians", "HeadAlignment", "SampleTuning"]
+__all__ = ["CalibratedModels", "Calibration", "ClassGaussians", "HeadAlignment", "Repair", "SampleTuning"]

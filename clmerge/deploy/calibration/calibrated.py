@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,18 +58,30 @@ class CalibratedModels:
     def __len__(self) -> int:
         return len(self.calibrations)
 
-    def collect(self, merged: Mapping[str, Mapping[str, Tensor]], task: int, device: torch.device) -> dict[str, int]:
+    def collect(
+        self,
+        merged: Mapping[str, Mapping[str, Tensor]],
+        task: int,
+        device: torch.device,
+        *,
+        expert: Callable[[], Mapping[str, Tensor]],
+    ) -> dict[str, int]:
         """Collect the calibrations' data of a task that was just merged.
 
         Args:
             merged: Merger -> weights of the merged model by the module's own names.
             task: Index of the task.
             device: Device for the computation; the module stays there.
+            expert: Returns the weights of the task's un-merged model by the module's own names.
 
         Returns:
             Bytes of the collected data, by ``calibration.NAME``.
         """
         self.module.to(device)
+        if observing := [one for one in self.calibrations.values() if one.observes]:
+            with swapped(self.module, expert()):
+                for one in observing:
+                    one.observe(self.module, self.data, task)
         for model, state in merged.items():
             with swapped(self.module, state):
                 for one in self.calibrations.values():

@@ -20,9 +20,11 @@ class Calibration(Configured, ABC):
     Attributes:
         name: The suffix of the merger's name.
         sources: arXiv ids of the papers.
+        observes: Whether it looks at the model that each task ended with.
     """
 
     sources: ClassVar[tuple[str, ...]] = ()
+    observes: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -38,6 +40,15 @@ class Calibration(Configured, ABC):
 
         Raises:
             ValueError: If it cannot.
+        """
+
+    def observe(self, module: ContinualClassifier, data: StreamDataModule, task: int) -> None:
+        """Collect what the un-merged model of a task, its expert, shows on the task's images; needs ``observes``.
+
+        Args:
+            module: The classifier with the expert's weights.
+            data: Provides the task's images.
+            task: Index of the task.
         """
 
     def collect(self, model: str, module: ContinualClassifier, data: StreamDataModule, task: int) -> None:

@@ -32,7 +32,7 @@ class Recalibrated:
         if names:
             merged = {name: self.merge.state_with(self.merge.merged_vector(name), self.run.module, merger=name)
                       for name in names}
-            self.models.collect(merged, task, self.run.device)
+            self.models.collect(merged, task, self.run.device, expert=lambda: self.run.expert(task))
 
     def add(
         self, predictors: Mapping[str, Predictor], seconds: Mapping[str, float], wanted: Sequence[str], task: int
