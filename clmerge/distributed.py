@@ -1,7 +1,11 @@
 """Communication between the processes of a distributed run outside of a fit."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
@@ -14,3 +18,16 @@ def sum_over_processes(values: Tensor) -> Tensor:
     parts: list[Tensor] = [torch.empty(0)] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, values.cpu())
     return torch.stack(parts).sum(dim=0).to(values.device)
+
+
+def of_rank_zero(value: Value) -> Value:
+    """Return the value of rank zero on every rank, because results may differ bitwise between ranks.
+
+    Args:
+        value: A value that can be pickled; equal in shape and kind on every rank.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]

@@ -145,6 +145,7 @@ def needs_of(kind: type) -> list[str]:
     merger = kind()
     needs = [f"statistics: {', '.join(sorted(merger.requires))}"] * bool(merger.requires)
     needs += ["a score on validation images"] * merger.requires_score
+    needs += ["labelled adaptation data" if merger.reads_labels else "adaptation data"] * merger.requires_gradient
     needs += ["all task vectors, in the bank or in memory"] * merger.keeps_vectors
     return needs + ["the task of every image, for its views"] * merger.task_views
 

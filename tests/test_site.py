@@ -42,6 +42,7 @@ AROUND = {"Pipeline", "DARE", "DELLA", "Breadcrumbs"}  # keep the promises of a 
         ("numbers of samples", lambda m: m.requires & {"samples", "steps"}),
         ("the base model's weights", lambda m: "weights" in m.requires),
         ("labelled validation", lambda m: m.requires_score),
+        ("images to learn", lambda m: m.requires_gradient),
         ("the task of every", lambda m: m.task_views),
         ("tasks in no fixed", lambda m: not m.order_free),
         ("tasks to be removed", lambda m: m.removable),

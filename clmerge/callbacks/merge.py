@@ -16,6 +16,7 @@ from clmerge.callbacks.frozen import FrozenParameters, announces_unfreezing
 from clmerge.callbacks.merged_evaluation import MergedEvaluation
 from clmerge.callbacks.ranks import check_same_on_all_ranks, refuse_sharding
 from clmerge.callbacks.saved_checkpoints import keep_merge, read_state
+from clmerge.deploy.learning import Losses
 from clmerge.deploy.naming import by_class
 from clmerge.deploy.running_merge import check_choice
 from clmerge.lightning_compat import refuse_unsupported_strategy
@@ -69,6 +70,8 @@ class MergeCallback(MergedEvaluation):
             there, one parameter at a time, instead of keeping copies in memory and in checkpoints.
         score: Returns the held-out accuracy of the model, higher is better; called with merged candidates swapped in.
             Only mergers that require a score (GreedySoup, PAINT) need it.
+        losses: Yields losses on adaptation images, for mergers that learn (AdaMerging); ``clmerge.deploy.learning``
+            says how they are called.
         statistics: Returns statistics of the task; called with the trained model while the task's data is available,
             for mergers that require it (Fisher: ``"fisher"``, RegMean: ``"gram"``). Returns name -> number, or name ->
             tensors by parameter name. ``"adam"`` and ``"weights"`` (theta_0) need no data and are always available.
@@ -112,6 +115,7 @@ class MergeCallback(MergedEvaluation):
         device: Literal["cpu", "model"] = "cpu",
         bank: str | Path | None = None,
         score: Callable[[LightningModule], float] | None = None,
+        losses: Losses | None = None,
         statistics: Callable[[LightningModule], Statistics] | None = None,
         images: Callable[[LightningModule], Iterable[Tensor]] | None = None,
         seed: int = 0,
@@ -124,6 +128,7 @@ class MergeCallback(MergedEvaluation):
             buffers=buffers,
             device=device,
             score=score,
+            losses=losses,
             statistics=statistics,
             images=images or training_images,
             bank=None if bank is None else TaskVectorBank(bank),

@@ -123,8 +123,8 @@ def check_statistics(merger: Merger, models: Sequence[Checkpoint]) -> None:
     Raises:
         ValueError: If the rule requires statistics other than the base's weights and counts, or a model lacks a count.
     """
-    score = ["score"] if merger.requires_score else []
-    if measured := [*score, *sorted(merger.requires - {"weights", *COUNTS})]:
+    more = ["score"] * merger.requires_score + ["gradient"] * merger.requires_gradient
+    if measured := [*more, *sorted(merger.requires - {"weights", *COUNTS})]:
         raise ValueError(
             f"expected a rule that needs what checkpoints hold, got {merger!r}, which also needs "
             f"{', '.join(measured)}: measured on images of the tasks. `clmerge compare RUN --mergers "

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from clmerge.cli.parser import CommandParser
     from clmerge.results.results import Results
     from clmerge.runs.stored_run import StoredRun
+    from clmerge.streams import AdaptationData
 
 EPILOG = """\
 examples:
@@ -33,11 +34,12 @@ def build_parser() -> "CommandParser":
     from clmerge.cli.named_code import set_policy
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
     from clmerge.deploy.calibration import Calibration
-    from clmerge.merging import Finisher, Merger, Sparsifier
+    from clmerge.merging import Finisher, Merger, Objective, Sparsifier
+    from clmerge.streams import AdaptationData
     from clmerge.streams.plan import Evaluation
 
     set_policy()
-    CommandParser.class_names = known_subclasses((Merger, Sparsifier, Finisher, Calibration))
+    CommandParser.class_names = known_subclasses((Merger, Objective, Sparsifier, Finisher, Calibration))
     parser = CommandParser(
         prog="clmerge compare",
         usage="clmerge compare RUN [RUN ...] [--mergers A B ...] [--calibrations A B ...] [options]",
@@ -66,6 +68,7 @@ def build_parser() -> "CommandParser":
     evaluation_help = (
         "What searches, scores and the table go by: task_agnostic accuracy, or task_aware (default: what the run does)."
     )
+    adaptation_help = "Images that mergers learn on; without any of these options what the run does"
     diagnose_help = "Also explain the differences: how task vectors, experts and merged models of the first run relate."
     memory_help = "GiB of accumulators and merged weights to hold at a time."
     images_help = "MiB of decoded images to hold in memory; others wait in files in the output folder meanwhile."
@@ -79,6 +82,7 @@ def build_parser() -> "CommandParser":
     parser.add_argument("--orders-seed", type=int, default=0, help="Seed of the other orders.")
     parser.add_argument("--without", type=str, nargs="+", default=[], metavar="TASK", help=without_help)
     parser.add_argument("--evaluation", type=Evaluation | None, default=None, help=evaluation_help)
+    parser.add_class_arguments(AdaptationData, "adaptation", help=adaptation_help)
     parser.add_argument("--joint", type=str | None, default=None, help=joint_help)
     parser.add_argument("--diagnose", action="store_true", help=diagnose_help)
     parser.add_argument("--out", type=str | None, default=None, help="Folder to write to (default: RUN/compare).")
@@ -105,7 +109,8 @@ def main(argv: Sequence[str]) -> int:
         parser.error("expected --scale with the values that --scale-rule chooses from, got none")
     try:
         objects = parser.instantiate(config)
-        return _compare(config, objects.mergers, objects.calibrations)
+        given = any(word.startswith("--adaptation.") for word in argv)
+        return _compare(config, objects.mergers, objects.calibrations, objects.adaptation if given else None)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return complain("compare", error)
     except Stopped as stop:
@@ -113,7 +118,7 @@ def main(argv: Sequence[str]) -> int:
         raise
 
 
-def _compare(config: Any, mergers: Any, calibrations: Any) -> int:
+def _compare(config: Any, mergers: Any, calibrations: Any, adaptation: "AdaptationData | None") -> int:
     import json
 
     from clmerge.cli.open_run import open_run
@@ -149,7 +154,7 @@ def _compare(config: Any, mergers: Any, calibrations: Any) -> int:
         )
 
     def opened(path: str, name: str) -> "tuple[StoredRun, Any]":
-        found = open_run(path, name=name, allow=config.allow, evaluation=config.evaluation)
+        found = open_run(path, name=name, allow=config.allow, evaluation=config.evaluation, adaptation=adaptation)
         found[0].leave_out(config.without)
         return found
 

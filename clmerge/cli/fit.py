@@ -62,10 +62,10 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     from clmerge.cli.named_code import set_policy
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses, load_all
     from clmerge.deploy.calibration import Calibration
-    from clmerge.merging import Merger
+    from clmerge.merging import Merger, Objective
     from clmerge.models import Backbone, Head, Tuning
     from clmerge.runs.learner import Learner
-    from clmerge.streams import DataSource, Stream, StreamDataModule
+    from clmerge.streams import AdaptationData, DataSource, Stream, StreamDataModule
     from clmerge.training.module import ContinualClassifier
     from clmerge.training.regularizers import Regularizer
 
@@ -74,7 +74,7 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     Logging.__dataclass_fields__["extra"].type = list[lightning_loggers.Logger]
     Logging.__annotations__["extra"] = list[lightning_loggers.Logger]
     models = (Backbone, Head, Tuning, Regularizer, Calibration, Optimizer)
-    bases = (Merger, Stream, DataSource, *models, Callback, lightning_loggers.Logger)
+    bases = (Merger, Objective, Stream, DataSource, *models, Callback, lightning_loggers.Logger)
     CommandParser.class_names = known_subclasses(bases)
     parser = CommandParser(
         prog="clmerge fit",
@@ -114,8 +114,9 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     parser.add_argument("--mergers", type=list[Merger], help="Mergers that ride on the run, by class name.")
     parser.add_class_arguments(StreamDataModule, "data", skip={"seed"})
     parser.add_class_arguments(
-        Learner, "learner", skip={"stream", "module", "mergers", "data", "seed"}, instantiate=False
+        Learner, "learner", skip={"stream", "module", "mergers", "data", "adaptation", "seed"}, instantiate=False
     )
+    parser.add_class_arguments(AdaptationData, "adaptation")
     parser.add_class_arguments(Logging, "logging")
     parser.set_defaults({"mergers": [{"class_path": "clmerge.merging.MagMax"}]})
     if trainer:
@@ -283,7 +284,13 @@ def _build(
     objects.data.seed = config.seed
     check = leave_unreadable_out(objects.stream, config, known)
     learner = Learner(
-        objects.stream, objects.model, objects.mergers, objects.data, seed=config.seed, **vars(objects.learner)
+        objects.stream,
+        objects.model,
+        objects.mergers,
+        objects.data,
+        adaptation=objects.adaptation,
+        seed=config.seed,
+        **vars(objects.learner),
     )
     if tells and (read := objects.model.backbone.read):
         tell(f"backbone  {read}", file=sys.stdout)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from clmerge.runs.final_predictors import FinalPredictors
     from clmerge.runs.image_classifier import ImageClassifier
     from clmerge.runs.stored_run import StoredRun
+    from clmerge.streams import AdaptationData
 
 
 ALLOW_HELP = "Packages beside the known ones whose code the run's configuration may name; that code is run."
@@ -33,6 +34,7 @@ def open_run(
     name: str,
     allow: Sequence[str] = (),
     evaluation: "Setting | None" = None,
+    adaptation: "AdaptationData | None" = None,
     merges_again: bool = True,
 ) -> "tuple[StoredRun, list[Any]]":
     """Open a finished run; return it and its mergers.
@@ -42,6 +44,7 @@ def open_run(
         name: Name of the run in the results.
         allow: Packages, beside the known ones, whose code the run's configuration may name.
         evaluation: Which reading of the logits counts; default that of the run.
+        adaptation: Images that mergers learn on; default those of the run.
         merges_again: Whether task vectors are needed, to merge them again.
 
     Raises:
@@ -66,6 +69,7 @@ def open_run(
         name=name,
         mergers=name_mergers(objects.mergers),
         evaluation=evaluation,
+        adaptation=adaptation or objects.adaptation,
         progress=sys.stderr.isatty(),
         merges_again=merges_again,
     )

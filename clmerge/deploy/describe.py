@@ -4,6 +4,7 @@ from typing import Any, TypedDict
 
 from clmerge.merging import Merger
 from clmerge.results.contract import DATA_FREE, Kind
+from clmerge.streams.adaptation import AdaptationData
 
 _WITHOUT_IMAGES = frozenset({"adam", "weights", "samples", "steps"})  # statistics that need no image
 
@@ -16,18 +17,21 @@ class Description(TypedDict):
     data: str
 
 
-def describe_merger(merger: Merger, *, search: int | None = None, calibrated_on: str = "") -> Description:
+def describe_merger(
+    merger: Merger, *, adaptation: AdaptationData | None = None, search: int | None = None, calibrated_on: str = ""
+) -> Description:
     """Return kind, rule and adaptation data of a merger's model.
 
     Args:
         merger: The merger with its settings.
+        adaptation: The images that mergers learn on.
         search: Position among the run's searches of the one that chose settings on validation images, if one did.
         calibrated_on: Images that the merged model is calibrated on, if it is.
 
     Returns:
         The arguments of ``Results.describe``. ``data`` is ``none``, or joins by ``+``: ``current`` (training images of
-        each task at its end, for statistics), ``val`` (validation images, for scores and searches) and those of the
-        calibration.
+        each task at its end, for statistics), ``val`` (validation images, for scores and searches), the adaptation data
+        that it learns on, and those of the calibration.
 
     Example:
         >>> from clmerge.merging import Fisher, TIES
@@ -36,6 +40,8 @@ def describe_merger(merger: Merger, *, search: int | None = None, calibrated_on:
     """
     statistics = merger.requires - _WITHOUT_IMAGES
     data = ["current"] * bool(statistics) + ["val"] * (merger.requires_score or search is not None)
+    if merger.requires_gradient and adaptation is not None:
+        data.append(adaptation.told(labels=merger.reads_labels))
     if calibrated_on and calibrated_on not in data:
         data.append(calibrated_on)
     return {
@@ -43,7 +49,13 @@ def describe_merger(merger: Merger, *, search: int | None = None, calibrated_on:
         "rule": {
             "merger": type(merger).__name__,
             "init_args": merger.settings(),
-            "requires": sorted({*merger.requires, *(["score"] if merger.requires_score else [])}),
+            "requires": sorted(
+                {
+                    *merger.requires,
+                    *["score"] * merger.requires_score,
+                    *["gradient"] * merger.requires_gradient,
+                }
+            ),
             "order_free": merger.order_free,
             "exact_online": merger.exact_online,
             "search": search,

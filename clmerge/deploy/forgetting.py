@@ -36,7 +36,7 @@ def all_without(
             if task not in merger.tasks:
                 raise ValueError(f"expected one of the merged tasks {list(merger.tasks)}, got {task}")
             copies[name] = deepcopy(merger)
-            if {*others} <= {*known} and not merger.requires and not merger.requires_score:
+            if {*others} <= {*known} and not (merger.requires or merger.requires_score or merger.requires_gradient):
                 _merge_anew(copies[name], others, read, base)
             elif merger.removable and task not in known:
                 raise ValueError(f"expected the vector of task {task}, got none; pass vector=, or keep a bank")

@@ -62,12 +62,13 @@ def check_names(names: Iterable[str], calibrations: Iterable[str] = ()) -> None:
         raise ValueError(f"expected another name for a merger than {taken[0]!r}, which results give something else")
 
 
-def check_requirements(mergers: Mapping[str, Merger], *, score: bool, statistics: bool) -> None:
+def check_requirements(mergers: Mapping[str, Merger], *, score: bool, losses: bool, statistics: bool) -> None:
     """Refuse mergers whose required score or statistics a run does not provide.
 
     Args:
         mergers: Mergers by name.
         score: Whether there is a held-out metric.
+        losses: Whether there are losses on adaptation images.
         statistics: Whether statistics of the task's data are measured.
 
     Raises:
@@ -78,6 +79,11 @@ def check_requirements(mergers: Mapping[str, Merger], *, score: bool, statistics
             raise ValueError(
                 f"expected score= for merger {name!r}, got none: pass a function that evaluates the model "
                 "on held-out data"
+            )
+        if merger.requires_gradient and not losses:
+            raise ValueError(
+                f"expected losses= for merger {name!r}, which learns, got none: pass a function that yields its losses "
+                "on adaptation images"
             )
         if (needed := sorted(merger.requires - PROVIDED)) and not statistics:
             raise ValueError(

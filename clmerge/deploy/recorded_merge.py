@@ -110,6 +110,7 @@ class RecordedMerge(RunningMerge):
             buffers=self.buffers,
             device=self.device,
             score=self.score,
+            losses=self.losses,
             statistics=self.statistics,
             bank=self.bank,
         )

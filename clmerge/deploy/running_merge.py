@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -10,9 +10,11 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from clmerge.deploy.learning import Losses, learning
 from clmerge.deploy.naming import by_class, check_requirements, check_settings, name_mergers
 from clmerge.deploy.predictors import Merged, PerTask, Predictor
-from clmerge.merging import Merger, Statistics, relocated
+from clmerge.distributed import of_rank_zero
+from clmerge.merging import Gradients, Merger, Statistics, relocated
 from clmerge.merging.checks import is_finite
 from clmerge.results.results import EXPERT
 from clmerge.weights import (
@@ -52,6 +54,7 @@ class RunningMerge:
             ``"re-estimated"`` for every merged model on ``images``, whenever a task has been merged.
         device: Device of base and accumulators: ``"cpu"`` or ``"model"`` for the parameters' device.
         score: Returns the held-out accuracy of the model, for mergers that require it.
+        losses: Losses on adaptation images, for mergers that learn.
         statistics: Returns statistics of a task, for mergers that require them.
         images: Training images of the task in batches, for ``buffers="re-estimated"``.
         bank: Where every task vector will lie once it is folded in, under the index of its task. Mergers that need all
@@ -76,6 +79,7 @@ class RunningMerge:
         buffers: Buffers = "latest",
         device: Literal["cpu", "model"] = "cpu",
         score: Callable[[LightningModule], float] | None = None,
+        losses: Losses | None = None,
         statistics: Callable[[LightningModule], Statistics] | None = None,
         images: Callable[[LightningModule], Iterable[Tensor]] | None = None,
         bank: TaskVectorBank | None = None,
@@ -88,11 +92,14 @@ class RunningMerge:
         deploy = None if deploy is None else by_class(deploy, self.mergers)
         if deploy is not None and deploy not in [*self.mergers, EXPERT]:
             raise ValueError(f"expected deploy to be one of {[*self.mergers, EXPERT]}, got {deploy!r}")
-        check_requirements(self.mergers, score=score is not None, statistics=statistics is not None)
+        check_requirements(
+            self.mergers, score=score is not None, losses=losses is not None, statistics=statistics is not None
+        )
         self.deploy = deploy or next(iter(self.mergers))
         self.buffers = buffers
         self.device = device
         self.score = score
+        self.losses = losses
         self.statistics = statistics
         self.images = images
         self.bank = bank
@@ -321,7 +328,18 @@ class RunningMerge:
         for name, merger in self.mergers.items():
             started = time.perf_counter()
             score = self._scorer(model) if merger.requires_score else None
-            merger.update(tau, task=task, base=self.base_fingerprint, score=score, statistics=measured)
+            with ExitStack() as stack:
+                gradients = stack.enter_context(self._gradients(model, name)) if merger.requires_gradient else None
+                merger.update(
+                    tau,
+                    task=task,
+                    base=self.base_fingerprint,
+                    score=score,
+                    gradients=gradients,
+                    statistics=measured,
+                )
+            if merger.requires_gradient:  # what processes have learned differs in the last bits
+                merger.load_state_dict(of_rank_zero(merger.state_dict()))
             self.update_seconds[name] = time.perf_counter() - started
         self.num_tasks += 1
         self._folded(tau)
@@ -359,6 +377,14 @@ class RunningMerge:
                 return float(function(pl_module))
 
         return score
+
+    def _gradients(self, model: nn.Module, merger: str) -> AbstractContextManager[Gradients]:
+        """Open the model for a merger that learns."""
+        losses = self.losses
+        assert losses is not None
+        # Statistics that are estimated for every merged model do not exist yet: the task's own are the nearest.
+        buffers = {} if self.buffers == "re-estimated" else self._running_statistics(merger)
+        return learning(model, self.base, losses, buffers=buffers, origin=self._base_origin)
 
     def accumulators(self) -> dict[str, Any]:
         """Return base, accumulators and counters: plain tensors and primitives, safe for ``weights_only`` loading."""

@@ -4,6 +4,13 @@ from clmerge.merging.finish.finisher import ClipNorm, Finisher, Scale
 from clmerge.merging.finish.grouped import GroupScale
 from clmerge.merging.finish.layers import LayerScale, LiNeS
 from clmerge.merging.finish.truncate import TruncateRank
+from clmerge.merging.learned.adamerging import AdaMerging
+from clmerge.merging.learned.adarank import AdaRank
+from clmerge.merging.learned.atlas import ATLAS
+from clmerge.merging.learned.concrete import ConcreteMask
+from clmerge.merging.learned.learned import Learned, Moment, weighted
+from clmerge.merging.learned.soups import HyperplaneSoup, LearnedSoup
+from clmerge.merging.learned.zip import ZipMerge
 from clmerge.merging.linear.arithmetic import TaskArithmetic, WeightAverage
 from clmerge.merging.linear.cofima import CoFiMA
 from clmerge.merging.linear.factors import FactorProduct
@@ -72,10 +79,11 @@ from clmerge.merging.spectral.nufilt import NuFilt
 from clmerge.merging.spectral.opcm import OPCM
 from clmerge.merging.spectral.svc import SVC
 from clmerge.merging.spectral.tsvm import TSVM
-from clmerge.merging.step import Score, Statistics
+from clmerge.merging.step import Gradient, Gradients, Score, Statistics
 from clmerge.merging.stored import Stored, relocated
 
 __all__ = [
+    "ATLAS",
     "BECAME",
     "DARE",
     "DELLA",
@@ -93,12 +101,15 @@ __all__ = [
     "WIDEN",
     "WUDI",
     "ACTMat",
+    "AdaMerging",
+    "AdaRank",
     "Agreement",
     "Breadcrumbs",
     "BreadcrumbsMask",
     "ByTask",
     "ClipNorm",
     "CoFiMA",
+    "ConcreteMask",
     "Consensus",
     "CrossEntropy",
     "DCMerge",
@@ -114,13 +125,18 @@ __all__ = [
     "Fisher",
     "FisherMaskNodes",
     "Given",
+    "Gradient",
+    "Gradients",
     "Gram",
     "GreedySoup",
     "GroupScale",
+    "HyperplaneSoup",
     "IsoC",
     "IsoCTS",
     "KnOTS",
     "LayerScale",
+    "Learned",
+    "LearnedSoup",
     "LiNeS",
     "LoRM",
     "MaTS",
@@ -130,6 +146,7 @@ __all__ = [
     "Merger",
     "MetaGPT",
     "ModelStock",
+    "Moment",
     "NuFilt",
     "Objective",
     "Outputs",
@@ -155,6 +172,7 @@ __all__ = [
     "WeightedAverage",
     "WeightedSum",
     "WiSEFT",
+    "ZipMerge",
     "adapter_of",
     "mean_of_factors",
     "negate_adapter",
@@ -162,4 +180,5 @@ __all__ = [
     "relocated",
     "sum_adapters",
     "truncate_adapter",
+    "weighted",
 ]

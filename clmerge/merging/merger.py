@@ -19,7 +19,7 @@ from clmerge.merging.identity import examine, with_statistics
 from clmerge.merging.scope import Scope, Scoped, Tally
 from clmerge.merging.sparsify.sparsifier import Sparsifier
 from clmerge.merging.state import Accumulator, listed
-from clmerge.merging.step import PIECE, Score, Statistics, Step
+from clmerge.merging.step import PIECE, Gradients, Score, Statistics, Step
 from clmerge.weights.task_vector import State, TaskVector
 
 
@@ -52,6 +52,8 @@ class Merger(Accumulator, Scoped):
             task vectors of one parameter.
         requires: Names of the statistics that ``update`` needs in addition to the vector.
         requires_score: Whether ``update`` also needs a ``score``.
+        requires_gradient: Whether ``update`` also needs ``gradients``, because the rule learns on adaptation images.
+        reads_labels: Whether it reads the labels of these images.
         scope: Whether parameters can be merged one at a time; see ``Scoped``.
         tasks: Indices of the merged tasks, in order of arrival.
         num_tasks: Number of merged tasks.
@@ -68,6 +70,8 @@ class Merger(Accumulator, Scoped):
     reading_bytes: int = 0
     requires: frozenset[str] = frozenset()
     requires_score: bool = False
+    requires_gradient: bool = False
+    reads_labels: bool = False
     scope: Scope = "parameter"
     _sees_model = frozenset({"_plan", "_overview", "_after_update", "_fold_in", "compute"})
 
@@ -127,6 +131,7 @@ class Merger(Accumulator, Scoped):
         task: int | None = None,
         base: str | None = None,
         score: Score | None = None,
+        gradients: Gradients | None = None,
         statistics: Statistics | None = None,
     ) -> None:
         """Fold in one task vector. The vector is neither changed nor kept.
@@ -137,6 +142,7 @@ class Merger(Accumulator, Scoped):
                 per-task settings. Default: one more than the largest so far, 0 at first.
             base: Fingerprint of the base model (``clmerge.weights.fingerprint``). Default: not checked.
             score: Held-out accuracy of theta0 + vector, for rules with ``requires_score``.
+            gradients: Gradients on adaptation images, for rules with ``requires_gradient``.
             statistics: The statistics named by ``requires``, for example ``{"fisher": {name: tensor}}``.
 
         Raises:
@@ -150,7 +156,7 @@ class Merger(Accumulator, Scoped):
                 f"expected a task that is not merged yet, got task {task} again (merged are {listed(self.tasks)}); "
                 "give every task vector an index of its own"
             )
-        given = Step(task=task, position=self.num_tasks, score=score, statistics=statistics or {})
+        given = Step(task=task, position=self.num_tasks, score=score, gradients=gradients, statistics=statistics or {})
         self._change(task_vector, base, given)
 
     def update_piece(self, piece: State, task: int, *, statistics: Statistics | None = None) -> None:
@@ -267,6 +273,11 @@ class Merger(Accumulator, Scoped):
         if self.requires_score and step.score is None:
             raise ValueError(
                 f"expected a held-out metric for {type(self).__name__}, got none; pass score=... to update()"
+            )
+        if self.requires_gradient and step.gradients is None:
+            raise ValueError(
+                f"expected gradients on adaptation images for {type(self).__name__}, got none; pass gradients=... to "
+                "update()"
             )
         if missing := sorted(self.requires - step.statistics.keys()):
             raise ValueError(

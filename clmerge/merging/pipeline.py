@@ -60,6 +60,8 @@ class Pipeline(Merger):
         self.task_views = self._inner.task_views
         self.requires = self._inner.requires
         self.requires_score = self._inner.requires_score
+        self.requires_gradient = self._inner.requires_gradient
+        self.reads_labels = self._inner.reads_labels
         self.keeps_vectors = self._inner.keeps_vectors
         self.reading_bytes = self._inner.reading_bytes
         self.scope = widest(self._inner, sparsifier, finisher)
@@ -71,6 +73,11 @@ class Pipeline(Merger):
             raise ValueError(
                 f"expected a finisher without the sum of the task vectors for {self._inner!r}, which scores candidates "
                 f"before they are merged, got {finisher!r}; set its alpha"
+            )
+        if finisher is not None and self.requires_gradient:
+            raise ValueError(
+                f"expected no finisher after {self._inner!r}, which learns coefficients of the vector that it returns, "
+                f"got {finisher!r}: finished, the vector would not be the one that was learned"
             )
         self._sparsify_with([])
 

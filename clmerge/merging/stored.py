@@ -157,7 +157,7 @@ class Stored(Merger):
     def _extras(self) -> dict[str, Any]:
         # Numbered instead of listed, so that tensors are found in the state like all others.
         kept = {str(position): self._described(kept) for position, kept in enumerate(self._kept)}
-        return {"wide": sorted(self._wide), "kept": kept}
+        return super()._extras() | {"wide": sorted(self._wide), "kept": kept}
 
     def _described(self, kept: _Kept) -> dict[str, Any]:
         """Return the saved form of one task: copies of its tensors, or its bank and fingerprint."""
@@ -206,6 +206,7 @@ class Stored(Merger):
 
     @override
     def _load_extras(self, extras: dict[str, Any]) -> None:
+        super()._load_extras(extras)
         described = extras.get("kept", {})
         self._wide = frozenset(extras.get("wide", ()))
         self._kept = [self._restored(described[str(position)]) for position in range(len(described))]

@@ -59,6 +59,7 @@ class FinalPredictors:
             buffers=self._buffers,
             images=lambda module: (),  # what was estimated is in the state
             score=lambda module: 0.0,  # nothing is folded in any more
+            losses=lambda model, request: iter(()),
             bank=TaskVectorBank(self._folder.bank),
         )
         merge.load_accumulators(state)

@@ -15,7 +15,7 @@ from clmerge.lightning_compat import quiet_lightning
 from clmerge.loggers import finish_loggers, log_artifacts, log_summary, log_task
 from clmerge.merging.checks import num_entries
 from clmerge.names import tell
-from clmerge.runs.notices import add_place, notices, view_lines
+from clmerge.runs.notices import adaptation_lines, add_place, notices, view_lines
 from clmerge.figures import plot_files, save_plots
 from clmerge.deploy.predictors import Merged, Predictor
 from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Results
@@ -73,7 +73,8 @@ class Learner(LearnerParts):
         if run.writes:
             matrices = matrix_lines(self.module, self.mergers) if self.mergers else ()  # a frozen backbone has none
             views = view_lines(self.mergers)
-            for line in (trainable_line(self.module), *matrices, *views, *notices(self.module, self.stream)):
+            adapted = adaptation_lines(self.mergers, self.adaptation)
+            for line in (trainable_line(self.module), *matrices, *views, *adapted, *notices(self.module, self.stream)):
                 tell(line)
         told = loggers if run.writes else ()  # but the Trainer needs the same loggers on every rank
         deployed = self.merge.deploy if self.mergers else EXPERT

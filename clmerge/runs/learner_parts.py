@@ -13,7 +13,7 @@ from clmerge.statistics.provided import PROVIDED
 from clmerge.merging import Merger, Statistics, WeightAverage
 from clmerge.training.module import ContinualClassifier
 from clmerge.training.regularized_tasks import RegularizedTasks
-from clmerge.streams import Stream, StreamDataModule
+from clmerge.streams import AdaptationData, Stream, StreamDataModule
 from clmerge.runs.session import Session
 from clmerge.weights.buffers import Buffers
 from clmerge.weights.parametrization import merged_parameters, running_statistics
@@ -52,6 +52,7 @@ class LearnerParts(Session):
         evaluate_on: Tasks whose test images are used: ``all`` of the stream, or those ``seen`` so far, which halves the
             time; forward transfer is then undefined.
         calibrations: Calibrations of merged models after every task; each adds models such as ``magmax+tuned``.
+        adaptation: Images that mergers learn on after every task; default the validation images, unlabelled.
         seed: Seed of initialisation, order of samples, augmentation and dropout, each fixed per task.
 
     Attributes:
@@ -83,10 +84,17 @@ class LearnerParts(Session):
         evaluate_every: int = 1,
         evaluate_on: Literal["all", "seen"] = "all",
         calibrations: list[Calibration] | None = None,
+        adaptation: AdaptationData | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(
-            stream, module, data, seed=seed, evaluation=evaluation, statistics_images=statistics_images
+            stream,
+            module,
+            data,
+            seed=seed,
+            evaluation=evaluation,
+            statistics_images=statistics_images,
+            adaptation=adaptation,
         )
         self.prompts = stream.class_prompts if module.head.open_vocabulary else []  # missing templates are an error
         self.epochs = epochs
@@ -104,6 +112,7 @@ class LearnerParts(Session):
             buffers=buffers,
             device=accumulators,
             score=lambda module: self.score(range(self.merge.num_tasks + 1)),
+            losses=self.losses,
             statistics=self._statistics,
             images=lambda module: self.images(self.data.task),
             seed=seed,
@@ -119,8 +128,8 @@ class LearnerParts(Session):
         """Refuse settings that do not fit the stream, the model or each other.
 
         Raises:
-            ValueError: If a merger needs a score and the stream has no validation images, or its settings do not fit
-                the parameters or the number of tasks; if ``epochs`` does not have one number per task; if the
+            ValueError: If a merger needs a score and the stream has no validation images, the adaptation data does not
+                serve it, or its settings do not fit the parameters or the number of tasks; if ``epochs`` does not have one number per task; if the
                 branches are impossible; or if images are replayed with a loss that leaves their classes out.
         """
         self._check_training()
@@ -133,6 +142,7 @@ class LearnerParts(Session):
                 f"expected validation images for merger {needy[0]!r}, got a stream that holds none out; "
                 "set stream.val_fraction above 0"
             )
+        self.check_learning(self.mergers)
         merged = merged_parameters(self.module, self.module.trained_names)
         check_settings(self.mergers, merged, len(self.tasks))
         if self.branches > 1:
@@ -182,6 +192,7 @@ class LearnerParts(Session):
             "epochs": self.epochs,
             "keep_task_vectors": self.keep_task_vectors,
             "statistics_images": self.statistics_images,
+            "adaptation": repr(self.adaptation),
             "evaluation": self.evaluation,
             "evaluate_every": self.evaluate_every,
             "evaluate_on": self.evaluate_on,

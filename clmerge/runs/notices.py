@@ -7,7 +7,7 @@ from clmerge.merging import Merger
 from clmerge.models import Classifier
 from clmerge.models.templates import GENERIC
 from clmerge.results.run_folder import RunFolder
-from clmerge.streams import Stream, Task
+from clmerge.streams import AdaptationData, Stream, Task
 
 _MOST_NAMES = 5
 
@@ -43,6 +43,21 @@ def view_lines(mergers: Mapping[str, Merger]) -> list[str]:
         "take its one model for inputs of unknown task"
         for name, merger in mergers.items()
         if merger.task_views
+    ]
+
+
+def adaptation_lines(mergers: Mapping[str, Merger], adaptation: AdaptationData) -> list[str]:
+    """Return one line for each merger that learns: the images that it looks at.
+
+    Args:
+        mergers: The run's mergers by name.
+        adaptation: The adaptation data.
+    """
+    scored = ", the images that it is scored on: no other row compares with it" if adaptation.source == "test" else ""
+    return [
+        f"{name} learns on {adaptation.told(labels=merger.reads_labels)}{scored}"
+        for name, merger in mergers.items()
+        if merger.requires_gradient
     ]
 
 

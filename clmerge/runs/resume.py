@@ -59,8 +59,9 @@ def _check_settings(run: RunFolder, settings: dict[str, Any]) -> None:
 def _describe(learner: LearnerParts, results: Results) -> None:
     """Describe the run's models in its results."""
     for name, merger in learner.mergers.items():
-        results.describe(name, **describe_merger(merger))
+        results.describe(name, **describe_merger(merger, adaptation=learner.adaptation))
     for name, merger in learner.mergers.items():
         for kind, one in learner.calibrated.calibrations.items():
-            results.describe(f"{name}+{kind}", **describe_merger(merger, calibrated_on=one.data))
+            own = describe_merger(merger, adaptation=learner.adaptation, calibrated_on=one.data)
+            results.describe(f"{name}+{kind}", **own)
     results.describe(EXPERT, kind="unmerged")

@@ -5,15 +5,17 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
+from clmerge.deploy.adapting import adaptation_losses
+from clmerge.deploy.learning import Loss, Request
 from clmerge.deploy.predictors import Predictor
 from clmerge.evaluation.evaluate import Rows, Split, accuracy_on, evaluate
-from clmerge.merging import Statistics
+from clmerge.merging import Merger, Statistics
 from clmerge.models import Classifier
 from clmerge.results.results import Results, Setting
 from clmerge.statistics.measure import measure, training_images
-from clmerge.streams import Stream, StreamDataModule
+from clmerge.streams import AdaptationData, Stream, StreamDataModule
 from clmerge.training.module import ContinualClassifier
 
 
@@ -27,6 +29,7 @@ class Session:
         seed: Seed of the run.
         evaluation: Which reading of the logits is used by searches, scores and tables; default that of the stream.
         statistics_images: Training images per task that statistics are measured on.
+        adaptation: Images that mergers learn on; default the validation images, unlabelled.
 
     Attributes:
         tasks: The tasks of the stream.
@@ -41,12 +44,14 @@ class Session:
         seed: int = 0,
         evaluation: Setting | None = None,
         statistics_images: int = 256,
+        adaptation: AdaptationData | None = None,
     ) -> None:
         self.stream, self.module, self.data = stream, module, data
         self.tasks = stream.tasks  # reads the labels, so that missing data is an error before anything is written
         self.seed = seed
         self.evaluation: Setting = evaluation or stream.evaluation
         self.statistics_images = statistics_images
+        self.adaptation = adaptation or AdaptationData()
 
     @property
     def task_classes(self) -> list[Sequence[int]]:
@@ -57,6 +62,26 @@ class Session:
     def has_validation(self) -> bool:
         """Whether every task has validation images."""
         return all(len(self.stream.dataset(task.index, "val")) for task in self.tasks)
+
+    def check_learning(self, mergers: Mapping[str, Merger]) -> None:
+        """Refuse mergers that learn, if the adaptation data does not serve them.
+
+        Args:
+            mergers: Mergers by name.
+
+        Raises:
+            ValueError: If one reads labels that it may not see, or a task has no such images.
+        """
+        for name, merger in mergers.items():
+            if merger.requires_gradient:
+                try:
+                    self.adaptation.check(self.stream, labels=merger.reads_labels)
+                except ValueError as error:
+                    raise ValueError(f"merger {name!r}: {error}") from error
+
+    def losses(self, model: nn.Module, request: Request) -> Iterator[Sequence[Loss]]:
+        """Yield the losses of every step on the adaptation data, as ``Losses`` describes it."""
+        return adaptation_losses(self.adaptation, self.data, seed=self.seed)(model, request)
 
     def new_results(self, name: str, kept: Sequence[int] | None = None) -> Results:
         """Return results without models.

@@ -20,7 +20,7 @@ from clmerge.training.module import ContinualClassifier
 from clmerge.deploy.predictors import Predictor
 from clmerge.results.results import Results, Setting
 from clmerge.results.run_folder import RunFolder
-from clmerge.streams import Stream, StreamDataModule
+from clmerge.streams import AdaptationData, Stream, StreamDataModule
 from clmerge.runs.final_predictors import FinalPredictors
 from clmerge.runs.session import Session
 from clmerge.runs.trainers import TrainerFactory, Trainers
@@ -40,6 +40,7 @@ class StoredRun(Session):
         name: Name of the run in the results.
         mergers: Its mergers by name, with no task folded in.
         evaluation: Which reading of the logits is used by searches, scores and the table; default that of the run.
+        adaptation: Images that mergers learn on; default the validation images, unlabelled.
         progress: Whether to show progress bars.
         merges_again: Whether task vectors are needed, to merge them again.
 
@@ -70,6 +71,7 @@ class StoredRun(Session):
         name: str,
         mergers: Mapping[str, Merger],
         evaluation: Setting | None = None,
+        adaptation: AdaptationData | None = None,
         progress: bool = False,
         merges_again: bool = True,
     ) -> None:
@@ -80,6 +82,7 @@ class StoredRun(Session):
             seed=config["seed"],
             evaluation=evaluation or config["learner"]["evaluation"],
             statistics_images=config["learner"]["statistics_images"],
+            adaptation=adaptation,
         )
         self.folder, self.config, self.name = folder, config, name
         self.scratch: Path | None = None

@@ -68,6 +68,8 @@ class TaskTraining:
         if learner.data.replay:
             memory = replay_memory(learner.stream, task + 1, learner.data.replay, None, seed=learner.data.seed)
             results.bytes["replay"] = memory.nbytes
+        if any(merger.requires_gradient for merger in learner.mergers.values()):
+            results.bytes["adaptation"] = learner.adaptation.nbytes(learner.data, range(task + 1))
         results.add_seconds("train", time.perf_counter() - started - learner.merge.seconds)
         results.add_seconds("merge", learner.merge.seconds)
         if learner.calibrated:

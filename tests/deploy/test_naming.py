@@ -28,9 +28,9 @@ def test_names_of_what_stands_beside_mergers_are_refused(name):
 
 
 def test_missing_requirements_are_named():
-    check_requirements({"magmax": MagMax()}, score=False, statistics=False)
-    check_requirements({"soup": GreedySoup(), "fisher": Fisher()}, score=True, statistics=True)
+    check_requirements({"magmax": MagMax()}, score=False, losses=False, statistics=False)
+    check_requirements({"soup": GreedySoup(), "fisher": Fisher()}, score=True, losses=True, statistics=True)
     with pytest.raises(ValueError, match="score= for merger 'soup'"):
-        check_requirements({"soup": GreedySoup()}, score=False, statistics=True)
+        check_requirements({"soup": GreedySoup()}, score=False, losses=False, statistics=True)
     with pytest.raises(ValueError, match=r"statistics= for merger 'fisher', which requires \['fisher'\]"):
-        check_requirements({"fisher": Fisher()}, score=True, statistics=False)
+        check_requirements({"fisher": Fisher()}, score=True, losses=False, statistics=False)

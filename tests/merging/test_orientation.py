@@ -2,9 +2,23 @@
 
 import pytest
 import torch
-from support.references import score, statistics_of
+from support.references import gradients, score, statistics_of
 
-from clmerge.merging import DELLA, OPCM, TSVM, WUDI, ACTMat, ExtSub, Fisher, IsoC, KnOTS, MaTS, RegMean, TaskArithmetic
+from clmerge.merging import (
+    DELLA,
+    OPCM,
+    TSVM,
+    WUDI,
+    ACTMat,
+    ExtSub,
+    Fisher,
+    IsoC,
+    KnOTS,
+    MaTS,
+    RegMean,
+    TaskArithmetic,
+    ZipMerge,
+)
 from clmerge.merging.orientation import from_output_rows, output_rows, outputs_first
 
 RULES = {
@@ -19,6 +33,7 @@ RULES = {
     "IsoC": IsoC,
     "TSVM": TSVM,
     "OPCM": OPCM,
+    "ZipMerge": lambda: ZipMerge(steps=3),
 }
 
 
@@ -44,7 +59,8 @@ def test_a_projection_stored_in_by_out_is_merged_as_the_layer_it_is(rule):
             statistics = statistics_of(task, {"fc.weight": (4, 6)})
             fisher = {name: outputs_first(name, statistics["fisher"]["fc.weight"])}
             given = {"fisher": fisher, "gram": {name: statistics["gram"]["fc.weight"]}}
-            merger.update({name: outputs_first(name, tau)}, task=task, score=score, statistics=given)
+            vector = {name: outputs_first(name, tau)}
+            merger.update(vector, task=task, score=score, gradients=gradients, statistics=given)
         merged.append(outputs_first(name, merger.compute()[name]))
     torch.testing.assert_close(merged[0], merged[1], rtol=1e-5, atol=1e-6)
 

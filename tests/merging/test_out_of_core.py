@@ -86,7 +86,8 @@ def assert_same_bits(merger, vectors):
 
 
 def can_be_merged_from_disk(merger):
-    return not merger.requires_score and not merger.requires - {"weights", "samples", "steps"}
+    measured = merger.requires_score or merger.requires_gradient
+    return not measured and not merger.requires - {"weights", "samples", "steps"}
 
 
 @pytest.mark.parametrize("label", [label for label, case in CASES.items() if can_be_merged_from_disk(case.build())])

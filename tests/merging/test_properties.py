@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.merger_cases import CASES, own_rules
-from support.references import score, statistics_of
+from support.references import gradients, score, statistics_of
 
 from clmerge.merging import GreedySoup
 
@@ -57,7 +57,8 @@ def suited(label, vectors):
 def fold(merger, vectors, tasks=None):
     for index, vector in enumerate(vectors):
         task = merger.num_tasks if tasks is None else tasks[index]
-        merger.update(vector, task=task, score=score, statistics=statistics_for(vector, task))
+        statistics = statistics_for(vector, task)
+        merger.update(vector, task=task, score=score, gradients=gradients, statistics=statistics)
     return merger
 
 
@@ -301,9 +302,9 @@ def test_missing_statistics_are_named(label):
     merger = CASES[label].build()
     if names := sorted(merger.requires):
         with pytest.raises(ValueError, match=names[0]):
-            merger.update(normal_streams(1)[0], score=score)
+            merger.update(normal_streams(1)[0], score=score, gradients=gradients)
     else:
-        merger.update(normal_streams(1)[0], score=score)
+        merger.update(normal_streams(1)[0], score=score, gradients=gradients)
 
 
 @each_case
@@ -373,13 +374,14 @@ def test_what_is_refused_leaves_the_state_as_it_was(label, case, message):
     merger = CASES[label].build()
     vectors = normal_streams(num_tasks=3)
     statistics = statistics_for(vectors[0], 0)
-    merger.update(vectors[0], base="a" * 64, score=score, statistics=statistics)
+    merger.update(vectors[0], base="a" * 64, score=score, gradients=gradients, statistics=statistics)
     before = merger.state_dict()
     with pytest.raises(ValueError, match=message):
         merger.update(
             spoiled(vectors[1], case),
             base="b" * 64 if case == "base" else None,
             score=score,
+            gradients=gradients,
             statistics=statistics,
         )
     assert_same_bits(merger.state_dict(), before)

@@ -5,7 +5,7 @@ from math import prod
 import pytest
 import torch
 from support.merger_cases import CASES, own_rules
-from support.references import score, statistics_of
+from support.references import gradients, score, statistics_of
 
 from clmerge.models import OpenClip
 from clmerge.statistics.collectors import gram_matrices
@@ -39,7 +39,7 @@ def test_the_size_that_is_said_is_the_size_that_is_held(label):
         generator = torch.Generator().manual_seed(task)
         vector = {name: torch.randn(shape, generator=generator) for name, shape in TOWER.items()}
         given = {name: value for name, value in statistics(task).items() if name in merger.requires}
-        merger.update(vector, task=task, score=score if merger.requires_score else None, statistics=given)
+        merger.update(vector, task=task, score=score, gradients=gradients, statistics=given)
         held = sum(tensor.nbytes for tensor in tensors_in(merger.state_dict()))
         assert claims.state_size(TOWER, task + 1) == held
 

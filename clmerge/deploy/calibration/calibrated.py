@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clmerge.deploy.calibration.calibration import Calibration
+from clmerge.distributed import of_rank_zero
 from clmerge.streams import Stream, StreamDataModule
 from clmerge.streams.splits import derived_seed
 from clmerge.training.module import ContinualClassifier
@@ -110,7 +111,7 @@ class CalibratedModels:
                 seed = derived_seed(self.seed, "calibration", name, task)
                 changed = one.calibrate(model, twin, self.data, task, seed)
                 changed = {key: value.detach().cpu() for key, value in changed.items()}
-                found[f"{model}+{name}"] = {**state, **_of_rank_zero(changed)}
+                found[f"{model}+{name}"] = {**state, **of_rank_zero(changed)}
                 self.seconds[f"{model}+{name}"] = time.perf_counter() - started
         return found
 
@@ -151,12 +152,3 @@ class CalibratedModels:
         twin = copy.deepcopy(self.module, {id(self.module.regularizers): nn.ModuleList()})
         assign(named_tensors(twin, state, origin="a merged model"), state)
         return twin
-
-
-def _of_rank_zero(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of rank zero on every rank, because results may differ bitwise between ranks."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return state
-    box = [state]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]

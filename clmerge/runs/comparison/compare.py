@@ -128,6 +128,8 @@ def compare_run(run: StoredRun, request: Request, cache: RowCache, joint: Stored
         for each, one in calibrated.items():
             rows = list(table[each].values())
             _add(results, run, each, mergers[name], rows, search=positions[name], calibration=one)
+    if any(merger.requires_gradient for merger in mergers.values()):
+        results.bytes["adaptation"] = run.adaptation.nbytes(run.data, run.kept)
     if request.scale_rule:
         for name, (rule, rows) in scale_rules(run, list(searches.values()), cache, request.memory).items():
             position = list(searches).index(name)
@@ -157,7 +159,8 @@ def _add(
 ) -> None:
     """Add a merger's model, calibrated or not, with a row for every task."""
     calibrated_on = "" if calibration is None else calibration.data
-    results.describe(name, **describe_merger(merger, search=search, calibrated_on=calibrated_on))
+    told = describe_merger(merger, adaptation=run.adaptation, search=search, calibrated_on=calibrated_on)
+    results.describe(name, **told)
     for task, row in enumerate(rows):
         size = merger.state_size(run.shapes, task + 1)
         size += 0 if calibration is None else calibration.nbytes(run.module, run.data, task)

@@ -45,6 +45,7 @@ class Refold:
             base=run.base,
             buffers=run.config["learner"]["buffers"],
             score=lambda module: run.score(self.order),
+            losses=run.losses,
             statistics=self._statistics,
             images=lambda module: run.images(self.order[-1]),
         )
@@ -72,10 +73,11 @@ def check_mergers(run: StoredRun, mergers: Mapping[str, Merger]) -> None:
     """Refuse mergers that require statistics that cannot be measured again, before anything is computed.
 
     Raises:
-        ValueError: If a merger requires Adam's second moments, or validation images that the stream does not have, or
-            its settings do not fit the run's parameters and tasks.
+        ValueError: If a merger requires Adam's second moments, validation images that the stream does not have, or
+            other adaptation data, or its settings do not fit the run's parameters and tasks.
     """
     check_settings(mergers, run.base, len(run.tasks))
+    run.check_learning(mergers)
     for name, merger in mergers.items():
         if "adam" in merger.requires:
             raise ValueError(
@@ -155,9 +157,10 @@ def sweep(
 
 
 def _told(run: StoredRun, merger: Merger) -> str:
-    """Return a merger with its settings, and what it is scored by where that matters and is not the usual one."""
+    """Return a merger with its settings, what it is scored by where that is not the usual one, and what it learns on."""
     scored = merger.requires_score and run.evaluation != "task_agnostic"
-    return f"{merger!r}{f' by {run.evaluation}' if scored else ''}{' per task' if merger.task_views else ''}"
+    learned = f" on {run.adaptation!r}" if merger.requires_gradient else ""
+    return f"{merger!r}{f' by {run.evaluation}' if scored else ''}{' per task' if merger.task_views else ''}{learned}"
 
 
 def _merged(run: StoredRun, merge: RunningMerge, names: Sequence[str]) -> tuple[dict[str, Predictor], dict[str, float]]:

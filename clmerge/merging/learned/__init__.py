@@ -1,0 +1,1 @@
+"""Rules that learn coefficients on adaptation images."""

@@ -1,0 +1,42 @@
+import pytest
+import torch
+from support.learning import distance, doubles, learn
+from support.references import Case, average
+
+from clmerge.merging import HyperplaneSoup, LearnedSoup
+
+CASES = {
+    "LearnedSoup unlearned": Case(lambda: LearnedSoup(steps=0), average(1.0)),
+    "HyperplaneSoup unlearned": Case(lambda: HyperplaneSoup(steps=0), average(1.0)),
+}
+VECTORS = [doubles(w=[1.0, 0.0]), doubles(w=[0.0, 1.0]), doubles(w=[-3.0, -3.0])]
+
+
+def test_weights_are_positive_and_sum_to_one_and_a_dominated_model_gets_less():
+    merger = learn(LearnedSoup(steps=50), VECTORS, distance([0.5, 0.5]))
+    weights = merger.coefficients["w"].softmax(dim=0)
+    assert float(weights.sum()) == pytest.approx(1, abs=1e-12)
+    assert weights[2] < 0.1
+    assert weights[0] == pytest.approx(float(weights[1]), abs=1e-3)
+
+
+@pytest.mark.parametrize("steps", [0, 5, 200])
+def test_weights_on_the_hyperplane_sum_to_one_and_may_be_negative(steps):
+    merger = learn(HyperplaneSoup(steps=steps, lr=0.05), VECTORS, distance([2.0, 2.0]))
+    taus = torch.stack([vector["w"] for vector in VECTORS])
+    merged = merger.compute()["w"]
+    # Three vectors of two entries: the weights of sum 1 are unique.
+    system = torch.cat([taus.t(), torch.ones(1, 3, dtype=torch.float64)])
+    weights = torch.linalg.solve(system, torch.cat([merged, torch.ones(1, dtype=torch.float64)]))
+    moved = merger.coefficients[""] / (taus - taus.mean(dim=0)).norm(dim=1)
+    torch.testing.assert_close(weights, 1 / 3 + moved - moved.mean())
+    if steps == 200:
+        torch.testing.assert_close(merged, torch.full((2,), 2.0, dtype=torch.float64), atol=1e-2, rtol=0)
+        assert weights.min() < 0
+
+
+def test_blocks_have_weights_of_their_own_and_equal_models_are_their_average():
+    vector = {"blocks.0.w": torch.ones(2), "blocks.1.w": torch.ones(2), "norm": torch.ones(1)}
+    merger = learn(HyperplaneSoup(steps=3), [vector] * 2, lambda vector, *_: vector["blocks.1.w"].sum())
+    assert sorted(merger.coefficients) == ["", "blocks.0.", "blocks.1."]
+    assert all(torch.equal(tensor, torch.ones_like(tensor)) for tensor in merger.compute().values())
