@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clmerge.checkpoints.adapter import CONFIG, WEIGHTS
 from clmerge.checkpoints.choice import KNOWN, choose_set, keep_chosen
+from clmerge.checkpoints.class_names import names_in
 from clmerge.checkpoints.diffusion_adapter import diffusion_adapter, is_diffusion_adapter
 from clmerge.checkpoints.names import clean_names
 from clmerge.checkpoints.peft_adapter import has_factors, peft_adapter, read_config
@@ -204,6 +205,7 @@ def _from_torch(source: Path, paths: Sequence[Path], weights: str | None) -> Che
         for name, found in state.items()
         if isinstance(found, StoredTensor)
     }
+    checkpoint.classes = next((found for file in files if (found := _classes(file))), [])
     checkpoint.sets = list(dict.fromkeys(key for file in files for key in _sets(file)))
     if weights_read := chosen[0][0] if chosen else None:
         checkpoint.weights = weights_read
@@ -240,6 +242,13 @@ def _kind_of(value: object) -> str:
     if not isinstance(value, StandIn):
         return type(value).__name__
     return _ARRAY if re.fullmatch(r"numpy\..*_reconstruct", value.path) else f"an object of {value.path}"
+
+
+def _classes(file: TorchFile) -> list[str]:
+    """Return the names of classes that a file holds beside its weights, also among hyper-parameters."""
+    content = file.content if isinstance(file.content, Mapping) else {}
+    inner = [value for value in content.values() if isinstance(value, Mapping) and not _holds_tensors(value)]
+    return next((found for part in (content, *inner) if (found := names_in(part))), [])
 
 
 def _sets(file: TorchFile) -> list[str]:

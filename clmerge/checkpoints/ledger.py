@@ -12,6 +12,7 @@ from typing import Any, get_args
 import clmerge
 from clmerge.checkpoints.adapter import WEIGHTS
 from clmerge.checkpoints.groups import Group
+from clmerge.checkpoints.heads import Heads
 from clmerge.checkpoints.reader import Checkpoint
 from clmerge.checkpoints.vectors import Origin
 from clmerge.files import parse_json
@@ -64,6 +65,8 @@ class Ledger:
         buffers: Source of the result's running statistics.
         estimated: Names of statistics estimated on images, which cannot be computed again from the files.
         images: Description of these images.
+        heads: What became of class heads and vocabularies of different size.
+        classes: Names of the rows of a union of class heads.
         lora_rank: Largest rank of the products, if the result is an adapter.
     """
 
@@ -86,12 +89,15 @@ class Ledger:
     estimated: list[str] = field(default_factory=list)
     images: str | None = None
     without: list[str] = field(default_factory=list)
+    heads: Heads = "base"
+    classes: list[str] = field(default_factory=list)
     lora_rank: int | None = None
     schema: int = SCHEMA
 
     def metadata(self) -> dict[str, str]:
         """Return the ledger as strings for the header."""
-        return {"format": "pt", KEY: json.dumps(asdict(self), sort_keys=True)}
+        named = {"classes": json.dumps(self.classes)} if self.classes else {}
+        return {"format": "pt", **named, KEY: json.dumps(asdict(self), sort_keys=True)}
 
 
 def versions() -> dict[str, str]:
@@ -178,6 +184,8 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "estimated": _are_texts,
     "images": lambda value: isinstance(value, str | None),
     "shards": _are_shards,
+    "heads": lambda value: value in get_args(Heads),
+    "classes": _are_texts,
     "lora_rank": lambda value: value is None or (type(value) is int and value >= 1),
     "schema": lambda value: True,
 }

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from clmerge.checkpoints.buffers import MergedBuffers
 from clmerge.checkpoints.faults import explained
 from clmerge.checkpoints.formats import open_checkpoint, open_models
 from clmerge.checkpoints.groups import Group, assign
+from clmerge.checkpoints.heads import Heads, settle_heads
 from clmerge.checkpoints.ledger import UNKNOWN, Ledger, as_plain, input_files, versions
 from clmerge.checkpoints.merged_adapter import MergedAdapter
 from clmerge.checkpoints.names import align_names
@@ -22,6 +24,7 @@ from clmerge.checkpoints.output import check_target, new_output
 from clmerge.checkpoints.policy import Policy, decide, describe_rows, is_left_out
 from clmerge.checkpoints.positions import fit_positions
 from clmerge.checkpoints.reader import Checkpoint, Entry, describe, float_dtype
+from clmerge.checkpoints.tied import untie
 from clmerge.checkpoints.vectors import CheckpointVectors, Origin, check_statistics
 from clmerge.checkpoints.writer import sha256_of
 from clmerge.merging import Merger
@@ -63,6 +66,8 @@ class CheckpointMerge:
             over the models, or ``"re-estimated"`` on images. Default: the base's, with a note if those of the models
             differ.
         estimation: Estimates statistics, for ``"re-estimated"``.
+        heads: What becomes of class heads and vocabularies whose sizes differ: ``"union"`` of the rows by name, those
+            of the ``"first"`` model, ``"drop"``, or the ``"base"``'s (default, with a note).
         lora_rank: Write a LoRA adapter of PEFT with products of this rank at most, in place of dense weights; all
             models must be adapters.
 
@@ -87,12 +92,15 @@ class CheckpointMerge:
         weights: str | None = None,
         buffers: Buffers | None = None,
         estimation: "Estimation | None" = None,
+        heads: Heads | None = None,
         lora_rank: int | None = None,
     ) -> None:
-        if lora_rank is not None and (origin != "base" or buffers not in (None, "base")):
+        others = {"origin": (origin, "base"), "buffers": (buffers, "base"), "heads": (heads, "base")}
+        wrong = [f"--{key} {value}" for key, (value, usual) in others.items() if value not in (None, usual)]
+        if lora_rank is not None and wrong:
             raise ValueError(
-                "expected a merge of task vectors without running statistics for --lora-rank, because an adapter is "
-                f"added to its base, got --origin {origin} and --buffers {buffers}; leave them out"
+                "expected a merge of task vectors alone for --lora-rank, because an adapter is added to its base, got "
+                f"{' and '.join(wrong)}; leave it out"
             )
         self.origin: Origin = origin
         self.base = open_checkpoint(base, weights)
@@ -107,10 +115,10 @@ class CheckpointMerge:
         for model in self.models:
             align_names(model, self.base, self.base.source)
             model.attach(self.base)
+        untie(self.base, self.models)
         wanted = None if dtype is None else float_dtype(dtype)
         dtypes = {name: entry.dtype for name, entry in self.base.entries.items()}
-        parts = assign(self.base.entries, groups, merger)
-        unused = [part.rule for part in parts if not part.names and (part.match or part.merger is not None)]
+        parts = assign(dict.fromkeys(chain(self.base.entries, *self.models)), groups, merger)
         left = {name for part in parts if part.merger is None for name in part.names}
 
         def is_wanted(name: str) -> bool:
@@ -118,6 +126,11 @@ class CheckpointMerge:
 
         self.notes = _twice(self.tasks, self.models)
         self.notes += fit_positions(self.base, self.models, is_wanted)
+        self.heads = settle_heads(self.base, self.models, heads, is_wanted)
+        self.notes += self.heads.notes
+        for part in parts:
+            part.names = [name for name in part.names if name in self.base.entries]
+        unused = [part.rule for part in parts if not part.names and (part.match or part.merger is not None)]
         self.buffers = MergedBuffers(self.base, self.models, buffers, is_wanted)
         self.notes += self.buffers.notes
         self.estimation = estimation
@@ -125,7 +138,9 @@ class CheckpointMerge:
             estimation.prepare(self.base, self.buffers.estimated)
             self.notes.append(f"measures on {estimation.what}")
         self.entries = {
-            name: Entry(entry.shape, wanted or dtypes[name]) if entry.dtype.is_floating_point else entry
+            name: Entry(entry.shape, wanted or dtypes.get(name, entry.dtype))
+            if entry.dtype.is_floating_point
+            else entry
             for name, entry in self.base.entries.items()
         }
         self.policy: Policy = decide(
@@ -136,7 +151,7 @@ class CheckpointMerge:
             strict=strict,
             left=left,
             patterns=[pattern for part in parts for pattern in part.match],
-            statistics=self.buffers.treatments,
+            treatments=self.buffers.treatments | self.heads.treatments,
         )
         if strict and unused:
             raise ValueError(
@@ -179,6 +194,8 @@ class CheckpointMerge:
             buffers=self.buffers.policy,
             estimated=self.buffers.estimated,
             images=None if estimation is None else estimation.what,
+            heads=heads or "base",
+            classes=self.heads.classes,
             lora_rank=lora_rank,
             threads=torch.get_num_threads(),
             versions=versions(),

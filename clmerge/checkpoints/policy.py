@@ -67,7 +67,7 @@ def decide(
     strict: bool = False,
     left: Collection[str] = (),
     patterns: Sequence[str] = (),
-    statistics: Mapping[str, Treatment] | None = None,
+    treatments: Mapping[str, Treatment] | None = None,
 ) -> Policy:
     """Decide the treatment of every tensor from names, shapes, dtypes and ties.
 
@@ -84,7 +84,7 @@ def decide(
         strict: Whether missing, extra and mismatched tensors are errors.
         left: Tensors without a rule.
         patterns: Further patterns that must match at least one tensor.
-        statistics: Treatment of running statistics that are not the base's.
+        treatments: Treatment of tensors for which it is decided already: statistics and heads that are not the base's.
 
     Raises:
         ValueError: If a pattern matches nothing, nothing is left to merge, or ``strict`` is violated.
@@ -100,8 +100,8 @@ def decide(
     details: dict[tuple[str, str, bool], str] = {}
     for name in base.entries:
         action, reason, detail, is_problem = _treatment(name, base, models, include, exclude)
-        if statistics and name in statistics:
-            action, reason, detail, is_problem = statistics[name]
+        if treatments and name in treatments:
+            action, reason, detail, is_problem = treatments[name]
         if name in left and (action == "merged" or is_problem):
             action, reason, detail, is_problem = "copied", "no rule is given for it", "", False
         if action == "merged" and name in tied and tied[name] in merged:

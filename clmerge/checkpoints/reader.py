@@ -46,6 +46,45 @@ class Entry:
         return self.numel * self.dtype.itemsize
 
 
+class Stand(ABC):
+    """A tensor that takes the place of one in a file.
+
+    Attributes:
+        entry: Its shape and dtype.
+    """
+
+    entry: Entry
+
+    @abstractmethod
+    def read(self, piece: slice | None = None) -> Tensor:
+        """Return the tensor, or some entries of the flat one; it must not be written to."""
+
+
+class _Given(Stand):
+    """A tensor in memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self.entry = Entry(tuple(tensor.shape), tensor.dtype)
+
+    @override
+    def read(self, piece: slice | None = None) -> Tensor:
+        return self._tensor if piece is None else self._tensor.reshape(-1)[piece]
+
+
+class _Held(Stand):
+    """A tensor of a file, under the name that it has there."""
+
+    def __init__(self, owner: "Checkpoint", stored: str, entry: Entry) -> None:
+        self._owner = owner
+        self._stored = stored
+        self.entry = entry
+
+    @override
+    def read(self, piece: slice | None = None) -> Tensor:
+        return self._owner.read_stored(self._stored, piece)
+
+
 class Checkpoint(ABC, Mapping[str, Tensor]):
     """A checkpoint as a mapping of names to tensors, which are read on access.
 
@@ -67,6 +106,7 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         ignored: Classes whose objects in the file were left out, and not executed.
         aliases: Further names of tensors listed in the file, each with the name under which the tensor is stored.
         renamed: Descriptions of how the names differ from those in the file.
+        classes: Names of classes in the file, in the order of a head's rows.
         left_out: Tensors removed by renaming, by their names in the file.
         is_flat: Whether the names have underscores in place of dots, after their first part.
     """
@@ -84,13 +124,14 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
         self.counts: dict[str, float] = {}
         self.weights = ""
         self.sets: list[str] = []
+        self.classes: list[str] = []
         self.ignored: list[str] = []
         self.aliases: dict[str, str] = {}
         self.renamed: list[str] = []
         self.left_out: list[str] = []
         self.is_flat = False
         self._in_file: dict[str, str] = {}
-        self._replaced: dict[str, Tensor] = {}
+        self._replaced: dict[str, Stand] = {}
 
     @abstractmethod
     def _read(self, name: str) -> Tensor:
@@ -109,8 +150,11 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
             piece: The wanted entries of the flat tensor. Default: all, in the tensor's shape.
         """
         if name in self._replaced:
-            return self._replaced[name] if piece is None else self._replaced[name].reshape(-1)[piece]
-        stored = self.stored(name)
+            return self._replaced[name].read(piece)
+        return self.read_stored(self.stored(name), piece)
+
+    def read_stored(self, stored: str, piece: slice | None = None) -> Tensor:
+        """Return one tensor by its name in the file, as ``tensor`` does."""
         return self._read(stored) if piece is None else self._read_piece(stored, piece)
 
     def joined(self, names: Sequence[str], piece: slice | None = None) -> Tensor:
@@ -159,8 +203,21 @@ class Checkpoint(ABC, Mapping[str, Tensor]):
             name: The name.
             tensor: The new tensor, on the CPU.
         """
-        self.entries[name] = Entry(tuple(tensor.shape), tensor.dtype)
-        self._replaced[name] = tensor
+        self.put(name, _Given(tensor))
+
+    def put(self, name: str, stand: Stand) -> None:
+        """Replace the tensor of a name, or add one, without changing the file."""
+        self.entries[name] = stand.entry
+        self._replaced[name] = stand
+
+    def hold(self, name: str) -> Stand:
+        """Return the tensor that a name has now, which can be read when the name has another."""
+        return self._replaced.get(name) or _Held(self, self.stored(name), self.entries[name])
+
+    def remove(self, name: str) -> None:
+        """Remove a name, if it is there, without changing the file."""
+        self.entries.pop(name, None)
+        self._replaced.pop(name, None)
 
     def attach(self, base: "Checkpoint") -> None:
         """Give a task vector the base that it belongs to; one that depends on the base's weights needs it to be read.
@@ -237,7 +294,9 @@ class TorchCheckpoint(Checkpoint):
 
     @override
     def memory(self, name: str) -> object | None:
-        tensor = self._replaced[name] if name in self._replaced else self._tensors[self.stored(name)]
+        if name in self._replaced:
+            return None
+        tensor = self._tensors[self.stored(name)]
         return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else None
 
     @override

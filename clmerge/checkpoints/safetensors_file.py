@@ -13,7 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import override
 
+from clmerge.checkpoints.class_names import names_in
 from clmerge.checkpoints.reader import DTYPES, Checkpoint, Entry
+from clmerge.files import parse_json
+from clmerge.results.model_facts import ModelFacts
 from clmerge.weights.bank import is_bank_header
 from clmerge.weights.factored import Product, factor_names, product_shape
 
@@ -95,6 +98,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 for name in ("samples", "steps")
                 if (count := self.metadata.get(name, "")).isdecimal() and count.isascii()
             }
+        self.classes = _classes(self.metadata, str(source))
         # save_model of the safetensors package writes the names of omitted duplicates into the header.
         self.aliases = {name: kept for name, kept in self.metadata.items() if kept in entries and name not in entries}
 
@@ -136,6 +140,15 @@ class SafetensorsCheckpoint(Checkpoint):
     def _place(self, name: str) -> _Place | None:
         """Return the location of a tensor; None if it is stored as factors or was replaced."""
         return None if name in self._replaced else self._places.get(self.stored(name))
+
+
+def _classes(metadata: dict[str, str], source: str) -> list[str]:
+    """Return the names of classes in a header: a JSON list under ``classes``, or what a run's model file says."""
+    if facts := ModelFacts.from_metadata(metadata, source):
+        return facts.classes
+    if not (text := metadata.get("classes", "")).startswith("["):
+        return []
+    return names_in({"classes": parse_json(text, f"'classes' in the header of {source}")})
 
 
 def _read_header(file: Path) -> tuple[dict[str, Any], int]:

@@ -42,6 +42,18 @@ def resolve_ties(base: Checkpoint, models: Sequence[Checkpoint]) -> dict[str, st
     return found
 
 
+def untie(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
+    """Add the further names of the base's tensors under which a model has another tensor, such as an untied head.
+
+    Args:
+        base: The base model; names are added to it.
+        models: The models.
+    """
+    for name, kept in base.aliases.items():
+        if name not in base.entries and any(_is_untied(model, name, kept) for model in models):
+            base.add_name(name, kept)
+
+
 def twins(checkpoint: Checkpoint) -> dict[str, str]:
     """Return every name that holds the same tensor as an earlier name, mapped to that name.
 
@@ -88,6 +100,13 @@ def _bits(tensor: Tensor) -> Tensor:
 def _is_constant(tensor: Tensor) -> bool:
     rows = tensor.reshape(prod(tensor.shape[:1]), -1)
     return same_bits(rows, rows[:1, :1].expand_as(rows))
+
+
+def _is_untied(model: Checkpoint, name: str, kept: str) -> bool:
+    both = name in model.entries and kept in model.entries
+    return both and (
+        model.entries[name] != model.entries[kept] or not same_bits(model.tensor(name), model.tensor(kept))
+    )
 
 
 def _agree(model: Checkpoint, own: Mapping[str, str], name: str, leader: str) -> bool:

@@ -83,6 +83,7 @@ def _planned(path: str | os.PathLike[str], ledger: Ledger) -> CheckpointMerge:
         without=ledger.without,
         weights=ledger.weights,
         buffers=ledger.buffers,
+        heads=ledger.heads,
         lora_rank=ledger.lora_rank,
     )
 

@@ -33,6 +33,7 @@ examples:
 
 def build_parser() -> "CommandParser":
     """Return the parser of ``clmerge merge``; imports torch."""
+    from clmerge.checkpoints.heads import Heads
     from clmerge.checkpoints.vectors import Origin
     from clmerge.cli.named_code import set_policy
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
@@ -84,6 +85,10 @@ def build_parser() -> "CommandParser":
         "weights; all of --models must be adapters. Exact where the merged matrices have no higher rank; the share of "
         "their energy that is kept is printed."
     )
+    heads_help = (
+        "Class heads and vocabularies whose sizes differ: those of the base (default, with a warning), the union of "
+        "their rows by class name or token, those of the first model that has them, or none (drop)."
+    )
     allow_help = (
         "Packages beside clmerge, torch, Lightning, timm, open_clip, avalanche, torchvision and torchmetrics whose "
         "code the configuration for --buffers re-estimated may name; that code is run."
@@ -100,6 +105,7 @@ def build_parser() -> "CommandParser":
     parser.add_argument("--dtype", type=str | None, default=None, help=dtype_help)
     parser.add_argument("--out", type=str | None, default=None, help="The safetensors file to write, or the folder.")
     parser.add_argument("--shard-size", type=str | None, default=None, help=shard_help)
+    parser.add_argument("--heads", type=Heads | None, default=None, help=heads_help)
     parser.add_argument("--lora-rank", type=int | None, default=None, help=lora_rank_help)
     parser.add_argument("--include", type=str, nargs="+", default=[], help=include_help)
     parser.add_argument("--exclude", type=str, nargs="+", default=[], help=exclude_help)
@@ -236,6 +242,7 @@ def _merge(parser: "CommandParser", config: Any, groups: "list[Group]") -> int:
         weights=config.weights,
         buffers=config.buffers,
         estimation=estimation,
+        heads=config.heads,
         lora_rank=config.lora_rank,
     )
     print(job.describe(), flush=True)

@@ -168,7 +168,7 @@ def test_what_cannot_be_one_adapter_is_refused(base, theta, tmp_path):
         ({"lora_rank": 0}, "expected --lora-rank of at least 1, got 0"),
         ({"models": [path, tmp_path / "whole.safetensors"]}, r"got .*whole\.safetensors \(safetensors\); leave"),
         ({"origin": "zero"}, "got --origin zero"),
-        ({"buffers": "latest"}, "and --buffers latest"),
+        ({"buffers": "latest"}, "got --buffers latest"),
         ({"include": ["net.1.*"]}, "expected a merged matrix with factors for --lora-rank, got none"),
     ):
         arguments = {"models": [path], "merger": MagMax(), "lora_rank": 2} | options
