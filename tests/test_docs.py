@@ -234,6 +234,7 @@ PYTHON = {
     ("mergers.md", 0): (dict, lambda found: found["here"].tasks == (0,)),
     ("removing.md", 0): (in_a_project, lambda found: found["merge"].mergers["magmax"].tasks == (1,)),
     ("results.md", 0): (in_a_run, lambda found: found["results"].num_finished == 2),
+    ("search.md", 0): (dict, lambda found: abs(found["best"]["scale"] - 0.5) < 0.1 and len(found["tried"]) == 40),
     ("sources.md", 0): (dict, lambda found: [len(found["stream"].dataset(3, s)) for s in SPLITS] == [16, 4, 20]),
     ("tuning.md", 0): (in_a_module, lambda found: found["MyModule"]()),
 }

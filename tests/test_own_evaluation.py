@@ -22,6 +22,7 @@ from clmerge.results.results import Results
 from clmerge.results.table import render_text
 from clmerge.runs.comparison import searches
 from clmerge.runs.comparison.searches import search_all
+from clmerge.search.goal import Goal
 from clmerge.search.search import Search
 from clmerge.streams import ClassIncremental, DomainIncremental, TaskIncremental
 
@@ -114,7 +115,9 @@ def test_a_search_goes_by_it(monkeypatch, evaluation, chosen):
 
     monkeypatch.setattr(searches, "sweep", sweep)
     run = SimpleNamespace(kept=[0, 1], counted=list, name="run", evaluation=evaluation)
-    found = Search("task_arithmetic", TaskArithmetic(), {"scale": [0.2, 0.8]}, check=lambda merger: None)
+    found = Search(
+        "task_arithmetic", TaskArithmetic(), {"scale": [0.2, 0.8]}, check=lambda merger: None, goal=Goal([1, 1])
+    )
     search_all(run, [found], None, 0)
     assert found.chosen == {"scale": chosen}
 

@@ -21,6 +21,7 @@ EPILOG = """\
 examples:
   clmerge compare runs/digits --mergers MagMax TIES TaskArithmetic TSVM
   clmerge compare runs/digits --mergers TIES TaskArithmetic --scale 0.1:1.5:0.1 --grid TIES.density=0.1,0.2,0.5
+  clmerge compare runs/digits --mergers TaskArithmetic --grid 'TaskArithmetic.weights[*]=0:1:0.1' --search cma_es
   clmerge compare runs/digits --mergers MagMax OPCM --orders 10
   clmerge compare runs/seed0 runs/seed1 runs/seed2 --mergers MagMax TIES --out runs/three-seeds
   clmerge compare runs/digits --joint runs/all-classes --diagnose
@@ -35,6 +36,7 @@ def build_parser() -> "CommandParser":
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
     from clmerge.deploy.calibration import Calibration
     from clmerge.merging import Finisher, Merger, Objective, Sparsifier
+    from clmerge.search.methods import Method
     from clmerge.streams import AdaptationData
     from clmerge.streams.plan import Evaluation
 
@@ -55,9 +57,19 @@ def build_parser() -> "CommandParser":
     )
     scale_help = "Values of scale to choose from on validation images: first:last:step or a,b,c."
     grid_help = (
-        "Values of other parameters, for example TIES.density=0.1,0.2; all combinations are tried, with more than two "
-        "parameters those that differential evolution asks for."
+        "Values of other parameters, for example TIES.density=0.1,0.2, Pipeline.finisher.scale=0.5,1 or, one parameter "
+        "for every task, TaskArithmetic.weights[*]=0:1:0.1."
     )
+    search_help = (
+        "How to search: grid (default for one or two parameters), differential_evolution (default for more), "
+        "preferences, cma_es, gaussian, nsga or quadratic."
+    )
+    budget_help = "How many points of a search to evaluate for each merger (default: the strategy's own choice)."
+    preference_help = (
+        "How much tasks count in the score of a search, by name or index: others do not; a negative weight unlearns "
+        "(default: all that are merged count the same)."
+    )
+    at_least_help = "Accuracies that a search must keep, as shares of the base model's on the validation images."
     rule_help = "Also let the scale after task t follow from the best scales after the tasks before (needs --scale)."
     orders_help = "Merge the experts in this many orders (0: the run's own only)."
     joint_help = "A run that was trained on all classes together, for a reference row."
@@ -77,6 +89,10 @@ def build_parser() -> "CommandParser":
     parser.add_argument("--calibrations", type=list[Calibration], default=[], help=calibrations_help)
     parser.add_argument("--scale", type=str | None, default=None, help=scale_help)
     parser.add_argument("--grid", type=str, nargs="+", default=[], metavar="NAME.PARAMETER=VALUES", help=grid_help)
+    parser.add_argument("--search", type=Method | None, default=None, help=search_help)
+    parser.add_argument("--budget", type=int | None, default=None, help=budget_help)
+    parser.add_argument("--preference", type=str, nargs="+", default=[], metavar="TASK=WEIGHT", help=preference_help)
+    parser.add_argument("--at-least", type=str, nargs="+", default=[], metavar="TASK=SHARE", help=at_least_help)
     parser.add_argument("--scale-rule", action="store_true", help=rule_help)
     parser.add_argument("--orders", type=int, default=0, help=orders_help)
     parser.add_argument("--orders-seed", type=int, default=0, help="Seed of the other orders.")
@@ -105,6 +121,10 @@ def main(argv: Sequence[str]) -> int:
     config = parser.parse_args(list(argv))
     if config.orders < 0 or config.memory <= 0 or config.image_memory < 0:
         parser.error("expected --orders and --image-memory of 0 or more and --memory above 0")
+    if config.budget is not None and config.budget < 1:
+        parser.error("expected --budget of 1 or more")
+    if (config.search or config.budget or config.preference or config.at_least) and not (config.scale or config.grid):
+        parser.error("expected --scale or --grid with what to search, got neither")
     if config.scale_rule and config.scale is None:
         parser.error("expected --scale with the values that --scale-rule chooses from, got none")
     try:
@@ -131,6 +151,7 @@ def _compare(config: Any, mergers: Any, calibrations: Any, adaptation: "Adaptati
     from clmerge.results.results import Results, to_document
     from clmerge.runs.comparison.compare import Request, check_alike, check_request, compare_run
     from clmerge.runs.comparison.row_cache import RowCache
+    from clmerge.runs.comparison.searches import Sought
     from clmerge.runs.comparison.table import print_comparison
     from clmerge.weights import write_json_atomic
 
@@ -143,8 +164,14 @@ def _compare(config: Any, mergers: Any, calibrations: Any, adaptation: "Adaptati
     def request(mergers: Any) -> Request:
         return Request(
             name_mergers(mergers),
-            scale=config.scale,
-            grid=config.grid,
+            sought=Sought(
+                scale=config.scale,
+                grid=config.grid,
+                method=config.search,
+                budget=config.budget,
+                preference=config.preference,
+                at_least=config.at_least,
+            ),
             scale_rule=config.scale_rule,
             orders=config.orders,
             orders_seed=config.orders_seed,

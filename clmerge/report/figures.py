@@ -6,6 +6,7 @@ from clmerge.figures.accuracy import Model, forgetting_chart
 from clmerge.figures.charts import Grid, HeatChart, LineChart, Panel
 from clmerge.figures.numbers import plural
 from clmerge.report.charts import Figure, line_of, look, values_of
+from clmerge.report.fronts import front_figures
 from clmerge.report.searches import order_figures, search_figures
 from clmerge.report.study import EXPERT, ZERO_SHOT, Entry, Spread, Study
 from clmerge.results.results import Setting
@@ -18,7 +19,7 @@ def make_figures(study: Study, setting: Setting) -> list[Figure]:
 
 def common_figures(study: Study) -> list[Figure]:
     """Return the figures that do not depend on how accuracy is measured, in reading order."""
-    return [*_growth(study), *_seconds(study), *search_figures(study)]
+    return [*_growth(study), *_seconds(study), *search_figures(study), *front_figures(study)]
 
 
 MOST_LINES = 7  # number of mergers that are not drawn faintly in the background

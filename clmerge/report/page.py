@@ -20,6 +20,7 @@ from clmerge.report.charts import Figure, look
 from clmerge.report.citations import bibtex
 from clmerge.report.diagnostics import measured_on
 from clmerge.report.figures import make_figures, ranked
+from clmerge.report.fronts import fronts_of
 from clmerge.report.ledger import merged_of, report_versions, sources_of
 from clmerge.report.searches import chosen_of
 from clmerge.report.study import REFERENCES, Entry, Study
@@ -107,6 +108,7 @@ def render_page(
         diagnostics=diagnostics,
         measured_on=measured_on(study),
         searches=chosen_of(study),
+        fronts=fronts_of(study),
         several_runs=len(study.runs) > 1,
         ledger=merged_of(study),
         sources=sources_of(study),

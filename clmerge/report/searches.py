@@ -36,7 +36,8 @@ def search_figures(study: Study) -> Iterable[Figure]:
     for entry in study.mergers:
         found = _searches(entry)
         names = {tuple(search["parameters"]) for _, search in found}
-        if names and len(names) == 1 and len(parameters := names.pop()) == 1 and _numeric(found, parameters[0]):
+        listed = {search["method"] for _, search in found} == {"grid"}  # others try numbers of their own in each run
+        if listed and len(names) == 1 and len(parameters := names.pop()) == 1 and _numeric(found, parameters[0]):
             curves.setdefault(parameters[0], []).append(_curve(entry, parameters[0], [s for _, s in found]))
         elif found:
             yield from _dots(entry, [search for _, search in found])

@@ -171,7 +171,11 @@ def _search(value: Any, where: str) -> None:
             "chosen": keyed(_setting),
             "score": maybe(number),
         },
-        {"rule": maybe(record({"chosen": by_task, "used": by_task}))},
+        {
+            "rule": maybe(record({"chosen": by_task, "used": by_task})),
+            "front": listed(count),
+            "goal": record({"weights": listed(number), "at_least": keyed(number)}),
+        },
     )(value, where)
     given = {f"{where}.points[{index}].values": point["values"] for index, point in enumerate(value["points"])}
     for at, values in {**given, f"{where}.chosen": value["chosen"]}.items():

@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import json
 import shutil
@@ -19,7 +20,9 @@ from clmerge.merging import WeightAverage
 from clmerge.report import read_study
 from clmerge.report.diagnostics import diagnostic_figures
 from clmerge.report.figures import common_figures
+from clmerge.report.fronts import fronts_of
 from clmerge.results.results import Results, validate
+from clmerge.runs.stored_run import StoredRun
 from clmerge.weights import TaskVectorBank, load_tensors
 
 CONFIG = """
@@ -451,3 +454,82 @@ def test_a_scale_that_views_do_not_depend_on_is_not_searched(tmp_path, capsys):
     for form in ("md", "latex"):
         assert main(["report", str(run), "--format", form]) == 0
         assert "emr: must be told the task" in capsys.readouterr().out
+
+
+def searched(run, *arguments):
+    """Search weights per task, and return the search and the merger's model."""
+    weights = ["--mergers", "TaskArithmetic", "--grid", "TaskArithmetic.weights[*]=0:1:0.5"]
+    compare(run, *weights, *arguments)
+    document = record(run / "compare")
+    validate({"schema": 2, "runs": [document]})
+    return document["searches"][0], document["models"]["task_arithmetic"]
+
+
+def test_a_search_of_weights_goes_on_where_it_was_interrupted(run, monkeypatch):
+    options = ["--search", "cma_es", "--budget", "14"]
+    passes = []
+    evaluate = StoredRun.evaluate_again
+
+    def interrupted(self, label, predictors, task, split="test"):
+        passes.append(split)
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+        return evaluate(self, label, predictors, task, split)
+
+    monkeypatch.setattr(StoredRun, "evaluate_again", interrupted)
+    with pytest.raises(AssertionError, match="130"):
+        searched(run, *options)
+    found, model = searched(run, *options)
+    assert passes.count("val") == 3  # one of them was cut off, and the first is not repeated
+    assert found["method"] == "cma_es"
+    assert len(found["points"]) == 14
+    assert model["data"] == "val"
+    assert model["rule"]["init_args"]["weights"] == [found["chosen"][f"weights[{task}]"] for task in range(3)]
+    best = max(point["score"] for point in found["points"])
+    assert found["score"] == best
+
+
+def test_a_sweep_of_preferences_has_a_front_in_table_and_report(run, tmp_path, capsys):
+    found, _ = searched(run, "--search", "preferences", "--budget", "6", "--mergers.scale=1")
+    assert len(found["points"]) == 6
+    assert found["front"]
+    study = read_study([run / "compare"])
+    fronts = fronts_of(study)
+    printed = capsys.readouterr().out
+    assert ("points that no other beats on all tasks" in printed) == bool(fronts)
+    assert [figure.name for figure in common_figures(study) if figure.name.startswith("front_")] == [
+        "front_task_arithmetic" for _ in fronts
+    ]
+
+
+def test_adapters_of_other_tasks_are_composed_for_one_that_was_left_out(run):
+    found, model = searched(run, "--without", "2", "--preference", "2=1", "--search", "quadratic", "--budget", "8")
+    assert list(found["parameters"]) == ["weights[0]", "weights[1]"]
+    assert found["goal"]["weights"] == [0, 0, 1]
+    assert len(found["points"][0]["accuracy"]) == 2  # those of the merged tasks
+    assert list(model["probes"]["forgotten"]["values"]) == [record(run)["tasks"][2]]
+
+
+def test_a_task_is_unlearned_within_a_limit(run):
+    compare(
+        *(run, "--mergers", "TaskArithmetic", "--scale=-1:1:0.5", "--preference", "0=-1", "--at-least", "1=0.9"),
+    )
+    (found,) = record(run / "compare")["searches"]
+    at_least = found["goal"]["at_least"]["1"]
+    kept = [point for point in found["points"] if point["accuracy"][1] >= at_least]
+    assert {"scale": 0.0} in [point["values"] for point in kept]
+    assert found["score"] == max(point["score"] for point in kept) == -min(point["accuracy"][0] for point in kept)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--search", "cma_es"], "expected --scale or --grid with what to search"),
+        (["--scale", "0.5", "--budget", "0"], "expected --budget of 1 or more"),
+        (["--scale", "0.5", "--preference", "nine=1"], "expected TASK=NUMBER in --preference"),
+    ],
+)
+def test_a_search_that_makes_no_sense_is_refused(arguments, told, run, capsys):
+    with pytest.raises(SystemExit) if told.startswith("expected --") else contextlib.nullcontext():
+        assert main(["compare", str(run), "--mergers", "MagMax", *arguments]) == 1
+    assert told in capsys.readouterr().err

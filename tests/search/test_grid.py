@@ -1,7 +1,7 @@
 import pytest
 
-from clmerge.merging import DARE, OPCM, TALL, TIES, MagMax
-from clmerge.search.grid import grids, parse_values, points, with_values
+from clmerge.merging import DARE, OPCM, TALL, TIES, LayerScale, MagMax, Pipeline
+from clmerge.search.grid import grids, parse_values, points, value_at, with_values
 
 
 def test_ranges_hold_both_ends_without_rounding_errors():
@@ -64,3 +64,34 @@ def test_a_word_for_a_number_is_refused(text):
         grids({"ties": TIES()}, None, [f"ties.{text}"])
     with pytest.raises(ValueError, match="expected numbers as scale of TIES, got 'x'"):
         grids({"ties": TIES()}, "0.1,x", [])
+
+
+def test_a_parameter_may_be_that_of_a_part_or_an_entry_of_a_list():
+    merger = Pipeline(TIES(), finisher=LayerScale([1.0, 1.0]))
+    mergers = {"pipeline": merger}
+    found = grids(mergers, None, ["Pipeline.finisher.coefficients[*]=0:1:0.5", "Pipeline.reducer.density=0.1,0.3"])
+    assert list(found["pipeline"]) == ["finisher.coefficients[0]", "finisher.coefficients[1]", "reducer.density"]
+    changed = with_values(merger, {"finisher.coefficients[1]": 0.5, "reducer.density": 0.3})
+    assert (changed.finisher.coefficients, changed.reducer.density) == ([1.0, 0.5], 0.3)
+    assert (merger.finisher.coefficients, merger.reducer.density) == ([1.0, 1.0], 0.2)
+    assert value_at(merger, "finisher.coefficients[1]") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("finisher.coeficients[0]", "expected a parameter of LayerScale .*'coefficients'"),
+        ("finisher.coefficients[5]", "expected a list that long as finisher.coefficients"),
+        ("reducer.weights[*]", "expected a list as reducer.weights"),
+        ("finisher..default", "expected a parameter such as"),
+        ("reducer.density.more", "expected a rule or a part at 'reducer.density'"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_refused(path, told):
+    with pytest.raises(ValueError, match=told):
+        grids({"p": Pipeline(TIES(), finisher=LayerScale([1.0, 1.0]))}, None, [f"p.{path}=0,1"])
+
+
+def test_a_word_for_the_number_of_a_part_is_refused():
+    with pytest.raises(ValueError, match=r"expected numbers as finisher.coefficients\[0\] of Pipeline, got 'many'"):
+        grids({"p": Pipeline(finisher=LayerScale([1.0]))}, None, ["p.finisher.coefficients[0]=many"])

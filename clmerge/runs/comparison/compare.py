@@ -1,7 +1,7 @@
 """Compare mergers on one finished run: search settings, merge, evaluate, add references."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from clmerge.deploy.calibration import CalibratedModels, Calibration
 from clmerge.deploy.describe import describe_merger
@@ -15,7 +15,7 @@ from clmerge.runs.comparison.references import add_references, check_joint
 from clmerge.runs.comparison.recalibrated import calibrated_names
 from clmerge.runs.comparison.refold import check_mergers, sweep
 from clmerge.runs.comparison.row_cache import CachedRow, RowCache
-from clmerge.runs.comparison.searches import plan_searches, scale_rules, search_all
+from clmerge.runs.comparison.searches import Sought, plan_searches, scale_rules, search_all
 from clmerge.runs.stored_run import StoredRun
 from clmerge.search.search import Search
 
@@ -29,8 +29,7 @@ class Request:
 
     Args:
         mergers: Mergers by name.
-        scale: Values of ``scale`` to choose from, for every merger that has one.
-        grid: Values of other parameters, ``NAME.PARAMETER=VALUES``.
+        sought: What to search, how, and what for.
         scale_rule: Whether to also try a rule for the scale as a function of t.
         orders: Number of orders of the experts to merge in; 0 for the run's own only.
         orders_seed: Seed of the other orders.
@@ -40,8 +39,7 @@ class Request:
     """
 
     mergers: Mapping[str, Merger]
-    scale: str | None = None
-    grid: list[str] = field(default_factory=list)
+    sought: Sought = Sought()
     scale_rule: bool = False
     orders: int = 0
     orders_seed: int = 0
@@ -73,8 +71,8 @@ def check_request(run: StoredRun, request: Request, joint: StoredRun | None = No
     check_mergers(run, mergers)
     if joint is not None:
         check_joint(run, joint)
-    searches = plan_searches(run, mergers, request.scale, request.grid)
-    for name, merger in mergers.items() if request.scale is not None else ():
+    searches = plan_searches(run, mergers, request.sought)
+    for name, merger in mergers.items() if request.sought.scale is not None else ():
         if "scale" in merger.ignored_by_views:
             tell(f"{name}: scale is not searched: its views for the tasks do not depend on it")
     return searches
@@ -120,6 +118,8 @@ def compare_run(run: StoredRun, request: Request, cache: RowCache, joint: Stored
     for name, search in searches.items():
         mergers[name] = search.build()
         results.searches.append(search.to_dict(name))
+        if not search.keeps_limits:
+            tell(f"{name}: no point that was tried keeps the limits of --at-least; the one that misses least is taken")
     table = sweep(run, mergers, cache, memory=request.memory, calibrations=request.calibrations)
     positions = {name: list(searches).index(name) if name in searches else None for name in mergers}
     for name, merger in mergers.items():

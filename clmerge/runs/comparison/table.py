@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from clmerge.names import shorten
+from clmerge.report.fronts import Front, fronts_of
 from clmerge.report.runs import number
 from clmerge.report.study import Entry, Spread, Study
 from clmerge.results.results import Setting
@@ -15,6 +16,7 @@ from clmerge.runs.comparison.compare import FORGOTTEN
 from clmerge.results.table import align, percent, told_note
 
 _NAME_LENGTH = 80
+_FRONT_LINES = 12
 _NOTES = {
     "A": "A1, A2, ...: average accuracy in % on the tasks so far, after each task",
     "worst": "worst: lowest accuracy on a task; gap: how far below the tasks' own experts; norm.: share of theirs",
@@ -70,6 +72,7 @@ def comparison_lines(study: Study, setting: Setting) -> tuple[list[str], list[st
         for search in run.results.searches
         if search["model"] == entry.model
     ]
+    chosen += [line for front in fronts_of(study) for line in _front_lines(front)]
     orders = [
         _order_note(f"{entry.name} of {run.results.name}" if several else entry.name, part, setting)
         for entry in study.mergers
@@ -122,6 +125,15 @@ def _search_note(search: Mapping[str, Any], name: str) -> str:
     if search["rule"] is None:
         return note
     return f"{note}; best scale after task t: {search['rule']['a']:.2f} * t^{search['rule']['b']:.2f}"
+
+
+def _front_lines(front: Front) -> Iterator[str]:
+    """Describe the points that no other one beats on all tasks; of many, the rest is left to the report."""
+    yield f"{front.name} of {front.run}: {len(front.rows)} points that no other beats on all tasks ({', '.join(front.tasks)})"
+    for values, accuracies, _ in front.rows[:_FRONT_LINES]:
+        yield f"  {values}: {' '.join(percent(value) for value in accuracies)}"
+    if len(front.rows) > _FRONT_LINES:
+        yield f"  ... {len(front.rows) - _FRONT_LINES} more in the report"
 
 
 def _chosen(name: str, value: Any, values: Sequence[Any]) -> str:

@@ -1,11 +1,13 @@
 import itertools
+import sys
 from types import SimpleNamespace
 
 import pytest
 
 from clmerge.merging import DELLA, TIES, MagMax, TaskArithmetic
 from clmerge.runs.comparison import searches
-from clmerge.runs.comparison.searches import plan_searches, scale_rules, search_all
+from clmerge.runs.comparison.searches import Sought, plan_searches, scale_rules, search_all
+from clmerge.search.goal import Goal
 from clmerge.search.scale_rule import ScaleRule, fit_rule
 from clmerge.search.search import Search
 
@@ -37,7 +39,8 @@ def passes(monkeypatch):
 RUN = SimpleNamespace(
     has_validation=True,
     base={},
-    tasks=[0] * NUM_TASKS,
+    tasks=[SimpleNamespace(name=f"task {t}") for t in range(NUM_TASKS)],
+    stream=SimpleNamespace(dataset=lambda task, split: [0] * 50),
     kept=list(range(NUM_TASKS)),
     counted=list,
     name="run",
@@ -46,8 +49,8 @@ RUN = SimpleNamespace(
 )
 
 
-def search_of(name, merger, grid):
-    return Search(name, merger, grid, check=lambda candidate: None)
+def search_of(name, merger, grid, **options):
+    return Search(name, merger, grid, check=lambda candidate: None, goal=Goal([1.0] * NUM_TASKS), **options)
 
 
 def test_grids_of_all_mergers_go_together_over_validation_images_only(passes):
@@ -84,8 +87,8 @@ def test_more_than_two_parameters_are_searched_by_evolution_on_the_grid(passes):
 
 def test_the_first_of_equals_is_chosen_and_points_count_once():
     found = search_of("magmax", MagMax(), {"scale": [1, 2]})
-    found.keep([{"scale": 1}, {"scale": 2}], [[0.5], [0.5]])
-    found.keep([{"scale": 1}], [[0.5]])
+    found.keep([{"scale": 1}, {"scale": 2}], [[0.5] * NUM_TASKS] * 2)
+    found.keep([{"scale": 1}], [[0.5] * NUM_TASKS])
     assert found.chosen == {"scale": 1}
     assert len(found.tried) == 2
 
@@ -96,9 +99,9 @@ def test_settings_that_a_merger_refuses_are_named_before_anything_is_tried():
 
 
 def test_a_run_without_validation_images_is_refused():
-    run = SimpleNamespace(has_validation=False, folder=SimpleNamespace(path="runs/x"))
+    run = SimpleNamespace(**{**vars(RUN), "has_validation": False})
     with pytest.raises(ValueError, match="val_fraction above 0"):
-        plan_searches(run, {"magmax": MagMax()}, "1", [])
+        plan_searches(run, {"magmax": MagMax()}, Sought(scale="1"))
 
 
 def test_a_rule_uses_earlier_tasks_only(passes):
@@ -131,6 +134,88 @@ def test_a_rule_needs_positive_scales(passes):
 def test_a_point_that_does_not_fit_the_tasks_is_refused_before_anything_is_evaluated(passes):
     with pytest.raises(ValueError, match=r"merger 'task_arithmetic': expected one entry for each of the 3 tasks"):
         plan_searches(
-            RUN, {"task_arithmetic": TaskArithmetic()}, None, ["TaskArithmetic.weights=[1.0,1.0,1.0],[1.0,1.0]"]
+            RUN,
+            {"task_arithmetic": TaskArithmetic()},
+            Sought(grid=["TaskArithmetic.weights=[1.0,1.0,1.0],[1.0,1.0]"]),
         )
     assert not passes
+
+
+def searched(sought, merger, passes):
+    (found,) = plan_searches(RUN, {"own": merger}, sought).values()
+    search_all(RUN, [found], None, 0)
+    return found
+
+
+@pytest.mark.parametrize("method", ["cma_es", "gaussian", "quadratic"])
+def test_strategies_find_numbers_that_are_not_listed(method, passes):
+    found = searched(Sought(scale="0.0,1.0", method=method, budget=25), TaskArithmetic(), passes)
+    assert found.chosen["scale"] == pytest.approx(1 / 3, abs=0.1)  # a kink, not a parabola
+    assert len(found.tried) <= 25
+    assert {split for split, *_ in passes} == {"val"}
+
+
+def test_a_search_goes_on_from_the_rows_that_it_left(passes):
+    """Told the same accuracies, a strategy asks for the same points."""
+    sought = Sought(grid=["TaskArithmetic.weights[*]=0:1:0.5"], method="cma_es", budget=30)
+    points = [searched(sought, TaskArithmetic(), passes).tried for _ in range(2)]
+    assert points[0] == points[1]
+
+
+def test_entries_of_a_list_are_searched_but_for_tasks_that_are_left_out(passes):
+    run = SimpleNamespace(**{**vars(RUN), "kept": [0, 2]})
+    (found,) = plan_searches(
+        run, {"own": TaskArithmetic()}, Sought(grid=["TaskArithmetic.weights[*]=0,1"])
+    ).values()
+    assert list(found.grid) == ["weights[0]", "weights[2]"]
+    assert found.candidate({"weights[0]": 0.5, "weights[2]": 0}).weights == [0.5, 1.0, 0]
+    assert found.goal.weights == [1.0, 0.0, 1.0]
+
+
+def test_all_strategies_ask_together(passes):
+    sought = Sought(scale="0:1:0.1", grid=["DELLA.drop_rate=0.2,0.3", "DELLA.window=0.02,0.06"])
+    found = plan_searches(RUN, {"della": DELLA(), "magmax": MagMax()}, sought)
+    search_all(RUN, list(found.values()), None, 0)
+    assert [search.method for search in found.values()] == ["differential_evolution", "grid"]
+    assert len(passes) == 6
+    assert {name.split()[0] for name in passes[0][1]} == {"della", "magmax"}
+
+
+def test_preferences_and_limits_are_read_by_name_or_index():
+    (found,) = plan_searches(
+        RUN, {"m": MagMax()}, Sought(scale="1", preference=["task 1=-2", "0=1"], at_least=["task 2=0.95"])
+    ).values()
+    assert (found.goal.weights, found.goal.at_least) == ([1.0, -2.0, 0.0], {2: 0.95})
+    for wrong in ("task 9=1", "0", "0=x", "0=nan"):
+        with pytest.raises(ValueError, match=r"expected TASK=NUMBER in --preference.*0 \(task 0\), 1"):
+            plan_searches(RUN, {"m": MagMax()}, Sought(scale="1", preference=[wrong]))
+    with pytest.raises(ValueError, match="a task that counts"):
+        plan_searches(RUN, {"m": MagMax()}, Sought(scale="1", preference=["0=0"]))
+
+
+def test_a_limit_is_a_share_of_what_the_base_model_reaches(monkeypatch):
+    def sweep(run, mergers, cache, **options):
+        def row(merger):
+            return [merger.scale, 1 - merger.scale**2, 0.5] if merger.scale else [0.1, 0.9, 0.5]
+
+        return {name: {NUM_TASKS: {"task_agnostic": row(merger)}} for name, merger in mergers.items()}
+
+    monkeypatch.setattr(searches, "sweep", sweep)
+    sought = Sought(scale="0.1:0.9:0.1", preference=["0=1"], at_least=["1=0.8"])
+    (found,) = plan_searches(RUN, {"m": TaskArithmetic()}, sought).values()
+    search_all(RUN, [found], None, 0)
+    assert found.goal.at_least[1] == pytest.approx(0.72)
+    assert found.chosen == {"scale": 0.5}  # 0.9 would be best, but keeps 0.19 of what must be 0.72
+    assert found.keeps_limits
+
+
+def test_the_front_holds_what_no_other_point_beats():
+    found = search_of("magmax", MagMax(), {"scale": [1, 2, 3]})
+    found.keep([{"scale": each} for each in (1, 2, 3)], [[0.9, 0.1, 0.5], [0.5, 0.5, 0.4], [0.4, 0.5, 0.4]])
+    assert found.to_dict("magmax")["front"] == [0, 1]
+
+
+def test_a_library_that_is_missing_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cma", None)
+    with pytest.raises(ValueError, match=r"library cma for the search 'cma_es'.*clmerge\[search\]"):
+        plan_searches(RUN, {"m": MagMax()}, Sought(scale="0,1", method="cma_es"))
