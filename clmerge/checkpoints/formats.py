@@ -14,6 +14,7 @@ from clmerge.checkpoints.adapter import CONFIG, WEIGHTS
 from clmerge.checkpoints.choice import KNOWN, choose_set, keep_chosen
 from clmerge.checkpoints.class_names import names_in
 from clmerge.checkpoints.diffusion_adapter import diffusion_adapter, is_diffusion_adapter
+from clmerge.checkpoints.modules import ModulesOf
 from clmerge.checkpoints.names import clean_names
 from clmerge.checkpoints.peft_adapter import has_factors, peft_adapter, read_config
 from clmerge.checkpoints.pickled import StandIn, StoredTensor, UnreadTensor
@@ -194,11 +195,14 @@ def _from_index(index: Path, source: Path, weights: str | None) -> Checkpoint:
 
 def _from_torch(source: Path, paths: Sequence[Path], weights: str | None) -> Checkpoint:
     files = [TorchFile(path) for path in paths]
+    modules = [ModulesOf(file) for file in files]
     chosen = [_chosen(file, weights) for file in files]
     states = [_tensors_of(file, state) for file, (_, state) in zip(files, chosen, strict=True)]
     is_lightning = any("pytorch-lightning_version" in file.content for file in files)
-    kind = "Lightning checkpoint" if is_lightning else "torch.save"
-    checkpoint = TorchCheckpoint(source, paths, states, kind, [path for file in files for path in file.ignored])
+    kind = "Lightning checkpoint" if is_lightning else "torch.jit.save" if files[0].is_script else "torch.save"
+    kind += next((f" of a module {one.root}" for one in modules if one.root), "")
+    ignored = [path for file, found in zip(files, modules, strict=True) for path in found.others(file.ignored)]
+    checkpoint = TorchCheckpoint(source, paths, states, kind, ignored)
     checkpoint.verifiers = {
         name: partial(file.verify, found)
         for file, (_, state) in zip(files, chosen, strict=True)

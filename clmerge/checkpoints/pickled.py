@@ -34,9 +34,9 @@ _STORAGES = {
 # Classes of plain values and parts of tensors, which are not listed among the ignored ones.
 _QUIET = {
     *_DTYPES,
-    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset", "bytearray")),
+    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("frozenset", "bytearray")),
     *("torch.Size", "torch.device", "torch.serialization._get_layout", "_codecs.encode", "collections.Counter"),
-    *("copyreg._reconstructor", "copy_reg._reconstructor", "builtins.object", "__builtin__.object"),
+    *("builtins.object", "__builtin__.object"),
 }
 _FAULTS = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, struct.error)
 
@@ -46,11 +46,17 @@ class StandIn(dict[Any, Any]):
 
     Args:
         path: Dotted path of the class.
+
+    Attributes:
+        state: The object's attributes, if the pickle has them.
+        members: The texts in it, if it is a set.
     """
 
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path = path
+        self.state: Any = None
+        self.members: list[str] = []
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
@@ -181,6 +187,16 @@ class _Machine:
             pairs = zip(items[::2], items[1::2], strict=True)
             target.update((key, value) for key, value in pairs if isinstance(key, str | int | float | bytes))
 
+    def join(self, argument: Any) -> None:
+        items, target = self.past_mark(), self.stack[-1]
+        if isinstance(target, StandIn):
+            target.members.extend(item for item in items if isinstance(item, str))
+
+    def build(self, argument: Any) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, StandIn):
+            target.state = state
+
     def frozen(self, argument: Any) -> None:
         self.past_mark()
         self.push(StandIn("frozenset"))
@@ -250,6 +266,17 @@ def _dictionary(*arguments: Any) -> dict[Any, Any]:
     return found
 
 
+def _set(items: Any = None, *rest: Any) -> StandIn:
+    found = StandIn("set")
+    found.members = [item for item in items if isinstance(item, str)] if isinstance(items, list) else []
+    return found
+
+
+def _reconstructed(kind: Any, *rest: Any) -> StandIn:
+    """Return a stand-in for an object that copyreg makes, as in the oldest protocols."""
+    return StandIn(kind.path if isinstance(kind, Global) else "object")
+
+
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> StoredTensor | UnreadTensor:
     """Describe a tensor; ``rest`` is requires_grad, hooks, and flags that change the meaning of its bits."""
     if not isinstance(storage, Storage):
@@ -296,6 +323,10 @@ _CALLS: Mapping[str, Callable[..., Any]] = {
     "collections.OrderedDict": _dictionary,
     "collections.defaultdict": lambda *arguments: {},
     "builtins.dict": _dictionary,
+    "builtins.set": _set,
+    "__builtin__.set": _set,
+    "copyreg._reconstructor": _reconstructed,
+    "copy_reg._reconstructor": _reconstructed,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _typed_tensor,
@@ -328,7 +359,7 @@ _STEPS: Mapping[str, Callable[[_Machine, Any], Any]] = {
     "EMPTY_TUPLE": lambda m, a: m.push(()),
     "EMPTY_SET": lambda m, a: m.push(StandIn("set")),
     "FROZENSET": _Machine.frozen,
-    "ADDITEMS": lambda m, a: m.past_mark(),
+    "ADDITEMS": _Machine.join,
     "APPEND": lambda m, a: m.add([m.stack.pop()]),
     "APPENDS": lambda m, a: m.add(m.past_mark()),
     "LIST": lambda m, a: m.push(m.past_mark()),
@@ -350,6 +381,6 @@ _STEPS: Mapping[str, Callable[[_Machine, Any], Any]] = {
     "REDUCE": lambda m, a: m.made(),
     "NEWOBJ": lambda m, a: m.made(),
     "NEWOBJ_EX": lambda m, a: m.made(drop=1),
-    "BUILD": _Machine.pop,
+    "BUILD": _Machine.build,
     "BINPERSID": _Machine.persistent,
 }

@@ -15,6 +15,7 @@ from clmerge.checkpoints.pickled import Pickle, StoredTensor, unpickled
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # at the beginning of files from before PyTorch 1.6
 _LOCAL = struct.Struct("<4s22xHH")  # a record's local header: signature, lengths of name and extra field
+_LONGEST_CODE = 1 << 24
 _DENSE = 1 << 26  # bytes up to which a tensor may be larger than its file, as an expanded tensor is
 
 
@@ -28,6 +29,7 @@ class TorchFile:
         path: The file.
         content: Its object, with ``StoredTensor`` for tensors and ``StandIn`` for objects of classes.
         ignored: Classes whose objects were left out.
+        is_script: Whether ``torch.jit.save`` wrote it; its code is text that nothing runs.
 
     Raises:
         ValueError: If the file was not written by ``torch.save``, or is damaged.
@@ -35,6 +37,8 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.is_script = False
+        self._code: dict[str, zipfile.ZipInfo] = {}
         self._sums: dict[str, int] = {}  # checksums of records that are not verified yet
         try:
             with path.open("rb") as file:
@@ -86,6 +90,28 @@ class TorchFile:
         part = whole[storage.start * item : (storage.start + storage.numel) * item]
         return torch.empty(0, dtype=found.dtype).set_(part, found.offset, found.shape, found.stride)
 
+    def code(self, module: str) -> str:
+        """Return the text of a module's code in a file of ``torch.jit.save``, empty if there is none; never run.
+
+        Args:
+            module: Its dotted name, such as ``__torch__.torch.nn.modules.linear``.
+
+        Raises:
+            ValueError: If the text is damaged, or longer than 16 MB.
+        """
+        info = self._code.get(f"code/{module.replace('.', '/')}.py")
+        if info is None:
+            return ""
+        with zipfile.ZipFile(self.path) as archive:
+            try:
+                with archive.open(info) as record:
+                    text = record.read(_LONGEST_CODE + 1)
+            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+                raise ValueError(f"expected the code of {module} in {self.path}, got {error}; copy it again") from error
+        if len(text) > _LONGEST_CODE:
+            raise ValueError(f"expected at most {_LONGEST_CODE:,} bytes of code of {module} in {self.path}, got more")
+        return text.decode("utf-8", errors="replace")
+
     def verify(self, found: StoredTensor) -> None:
         """Compare the data of a tensor with the archive's checksum; each record is verified once.
 
@@ -121,8 +147,8 @@ class TorchFile:
                 others[name] = info
             if "data.pkl" not in others:
                 raise ValueError("a zip archive without data.pkl")
-            if "constants.pkl" in others:
-                raise ValueError("TorchScript, which is code; save the state_dict of the module it was made from")
+            self.is_script = "constants.pkl" in others
+            self._code = {name: info for name, info in others.items() if name.startswith("code/")}
             if "byteorder" in others and self._bytes(file, others["byteorder"]) != b"little":
                 raise ValueError("numbers with their largest byte first")
             for name, info in others.items():

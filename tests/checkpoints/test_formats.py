@@ -112,11 +112,12 @@ def test_what_is_no_state_dict_is_refused(tmp_path):
 def test_a_file_without_tensors_is_told_what_it_has(tmp_path):
     net = torch.nn.Sequential(torch.nn.Linear(2, 2))
     arrays = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
-    whole = r"an object of torch\.nn\.modules\.container\.Sequential"
+    other = r"an object of torch\.optim\.sgd\.SGD"
+    optimizer = torch.optim.SGD(net.parameters())
     numbers = "save tensors in place of the arrays, as torch.from_numpy gives them"
     for content, message in (
-        (net, f"got {whole}; save the state_dict"),
-        ({"model": net}, rf"got dict with model \({whole}\); save the state_dict"),
+        (optimizer, f"got {other}; save the state_dict"),
+        ({"model": optimizer}, rf"got dict with model \({other}\); save the state_dict"),
         (arrays, rf"got dict with 0\.bias \(a NumPy array\), 0\.weight \(a NumPy array\); {numbers}"),
         ({"state_dict": arrays}, rf"got dict with state_dict \(dict\); {numbers}"),
         ({}, "got dict; save the state_dict"),
