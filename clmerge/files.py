@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 _DEAD_AFTER = 24 * 3600.0  # seconds without a write, where it cannot be checked whether the process is alive
+_NUMBERS = re.compile(r"\[\n([^\[\]{}\"]+)\n *\]")
 _in_use: set[str] = set()
 
 
@@ -168,7 +169,7 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
-    """Write an object as indented JSON, atomically.
+    """Write an object as indented JSON, atomically; lists of numbers are on one line.
 
     Args:
         path: The file to write.
@@ -177,7 +178,10 @@ def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
     Raises:
         ValueError: If ``obj`` holds NaN or Infinity; the old file stays.
     """
-    write_text_atomic(path, json.dumps(obj, indent=2, allow_nan=False) + "\n")
+    text = json.dumps(obj, indent=2, allow_nan=False)
+    # Line ends within texts are escaped, so this finds nothing but lists without texts, lists and objects in them.
+    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
+    write_text_atomic(path, text + "\n")
 
 
 def parse_json(text: str | bytes, source: str) -> Any:

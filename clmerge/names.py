@@ -4,9 +4,12 @@ import hashlib
 import re
 import sys
 import unicodedata
+from collections.abc import Sequence
 from typing import TextIO
 
 _JOINERS = "\u200c\u200d"  # kept, because some scripts and emoji need them
+_LABEL = 24  # characters of a task's name that is shown as it is
+_OF_CLASS = 20  # characters of a class's name in the name of a task
 _LONGEST = 120  # bytes of a file name; leaves room for extensions within the 255 bytes of file systems
 _UNSAFE = re.compile(r'[<>:"/\\|?*]')
 
@@ -72,6 +75,49 @@ def shorten(name: str, length: int) -> str:
     """
     name = shown(name)
     return name if len(name) <= length else name[: length - 2].rstrip() + ".."
+
+
+def safe_name(text: str) -> str:
+    """Return the text with all characters except letters and digits of any script and ``.`` replaced by ``_``.
+
+    Accented letters are composed, because file systems differ in their normalisation.
+
+    Example:
+        >>> safe_name("T-shirt/top")
+        'T_shirt_top'
+    """
+    composed = unicodedata.normalize("NFC", text)
+    kept = "".join(char if char == "." or unicodedata.category(char)[0] in "LMN" else "\0" for char in composed)
+    return re.sub("\0+", "_", kept).strip("_.") or "_"
+
+
+def task_label(index: int, name: str, classes: Sequence[str], *, numbered: bool = True) -> str:
+    """Return the name of a task for readers: as it is if it is short, else its first classes and their number.
+
+    Args:
+        index: Position of the task, from 0.
+        name: Its name, which identifies it.
+        classes: Names of its classes.
+        numbered: Whether a name that was shortened begins with the number of the task, which tells it from others.
+
+    Example:
+        >>> classes = ["100 km/h speed limit", "120 km/h speed limit", *"abcdef"]
+        >>> task_label(2, "100_km_h_speed_limit-120_km_h_speed_limit-and-6", classes)
+        '3: 100 km/h speed limit ... (8 classes)'
+        >>> task_label(0, "zero-one", ["zero", "one"]), task_label(0, "street_scenes_by_night_in_rain", ["ant"])
+        ('zero-one', '1: street_scenes_by_night..')
+    """
+    if len(name) <= _LABEL:
+        return shown(name)
+    if not classes or not name.startswith(safe_name(classes[0])[:_OF_CLASS]):  # it is not made of the classes
+        text = shorten(name, _LABEL)
+    else:
+        fitting = [count for count in range(1, len(classes) + 1) if len(", ".join(classes[:count])) <= _LABEL]
+        count = max(fitting, default=1)
+        first = shorten(", ".join(classes[:count]), _LABEL)
+        rest = "" if count == len(classes) else f"{'' if first.endswith('..') else ' ...'} ({len(classes)} classes)"
+        text = first + rest
+    return f"{index + 1}: {text}" if numbered else text
 
 
 def file_name(name: str) -> str:

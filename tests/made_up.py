@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from clmerge.results.confusion import Confusion
 from clmerge.results.results import Results
 
 
@@ -30,4 +31,21 @@ def make_results(
             row[task] = 0.98 if model == "expert" else 0.9 - 0.02 * models.index(model)
             shown = np.where(np.arange(num_tasks) > task, np.nan, row) if growing else row
             results.add_row(model, shown, np.minimum(shown + 0.1, 1))
+    return results
+
+
+def answer(results, seed=0):
+    """Count answers by class for all models but zero-shot, with the task-aware ones right more often; return them."""
+    generator = np.random.default_rng(seed)
+    size = len(results.class_names)
+    for index, model in enumerate(name for name in results.models if name != "zero_shot"):
+        found = {}
+        for setting, share in (("task_agnostic", 0.4), ("task_aware", 0.8)):
+            counts = np.zeros((size, size + 1), dtype=np.int64)
+            for true in range(size):
+                for _ in range(20 + index):
+                    taken = true if generator.random() < share else int(generator.integers(size + 1))
+                    counts[true, taken] += 1
+            found[setting] = Confusion.of_counts(counts, range(size))
+        results.set_confusion(model, found)
     return results

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from clmerge.names import file_name, shorten, shown, visible
+from clmerge.names import file_name, safe_name, shorten, shown, task_label, visible
 
 HOSTILE = [
     "../../x",
@@ -68,3 +68,43 @@ def test_joiners_of_scripts_and_emoji_stay():
 def test_blank_names_are_seen():
     assert [shown(""), shown("  ")] == ['""', '"  "']
     assert len(shorten("x" * 3000, 18)) == 18
+
+
+def test_safe_name_is_never_empty():
+    assert safe_name("/") == "_"
+
+
+def test_safe_name_keeps_the_letters_of_every_script():
+    for name in ("фото", "猫", "हिन्दी", "ελιά", "Übung", "가나다"):
+        assert safe_name(name) == name
+    assert safe_name("U\u0308bung 1/2") == "\u00dcbung_1_2", "as one letter, however it was written"
+    assert safe_name("a_-b\u200b\U0001f600\x1b\u202ec") == "a_b_c"
+
+
+SIGNS = ["100 km/h speed limit", "120 km/h speed limit", *"abcdef"]
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "label"),
+    [
+        ("zero-one-two", ["zero", "one", "two"], "zero-one-two"),
+        ("apple-aquarium_fish-and-3", ["apple", "aquarium fish", *"abc"], "3: apple, aquarium fish, a ... (5 classes)"),
+        ("100_km_h_speed_limit-120_km_h_speed_limit-and-6", SIGNS, "3: 100 km/h speed limit ... (8 classes)"),
+        (
+            "no_parking_on_sunday-no_stopping",
+            ["no parking on sundays", "no stopping"],
+            "3: no parking on sundays ... (2 classes)",
+        ),
+        (
+            "red_and_white_circle-stop",
+            ["red and white circle 20 kph", "stop"],
+            "3: red and white circle 2.. (2 classes)",
+        ),
+        ("street_scenes_by_night_in_rain", ["ant", "bee"], "3: street_scenes_by_night.."),
+        ("a_data_set_without_classes", [], "3: a_data_set_without_cla.."),
+        ("", [], '""'),
+    ],
+)
+def test_labels_of_tasks_are_short_and_their_classes_can_be_read(name, classes, label):
+    assert task_label(2, name, classes) == label
+    assert task_label(2, name, classes, numbered=False) == label.removeprefix("3: ")

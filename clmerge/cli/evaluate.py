@@ -11,6 +11,7 @@ from clmerge.names import tell
 if TYPE_CHECKING:
     from clmerge.cli.parser import CommandParser
     from clmerge.evaluation.evaluate import Rows
+    from clmerge.models import Backbone
     from clmerge.results.results import Results
     from clmerge.runs.session import Session
 
@@ -21,7 +22,8 @@ examples:
   clmerge evaluate runs/digits
   clmerge evaluate runs/digits --models magmax expert --split val
   clmerge evaluate runs/digits --models magmax --stream ClassIncremental --stream.source ImageFolderSource \\
-      --stream.source.root photos --stream.num_tasks 1 --out photos-of-digits
+      --stream.source.root photos --stream.num_tasks 1 --split all --out photos-of-digits
+  clmerge evaluate runs/digits/model/magmax.safetensors --stream ClassIncremental --stream.source SklearnDigits
   clmerge evaluate merged.safetensors --backbone OpenClip --stream ClassIncremental --stream.source SklearnDigits
 """
 
@@ -49,14 +51,19 @@ def build_parser() -> "CommandParser":
     )
     models_help = "Models of the run, by name or class of merger (default: all that can be evaluated)."
     stream_help = "The stream to evaluate on (default: the run's own)."
-    backbone_help = "The architecture of a checkpoint; it needs a text tower."
+    backbone_help = (
+        "The architecture of a checkpoint (default: the one that a file of a run names); needs a text tower."
+    )
+    split_help = (
+        "Which images; all are those of training, validation and test, for a folder that nothing was trained on."
+    )
     evaluation_help = "What the table shows: task_agnostic accuracy, or task_aware (default: what the stream does)."
     out_help = "Folder for results.json, with one row per model, the same after every task."
     parser.add_argument("target", type=str, metavar="RUN|CHECKPOINT", help="A finished run, or a file of weights.")
     parser.add_argument("--models", type=str, nargs="+", default=[], metavar="NAME", help=models_help)
     parser.add_subclass_arguments(Stream, "stream", required=False, help=stream_help)
     parser.add_subclass_arguments(Backbone, "backbone", required=False, help=backbone_help)
-    parser.add_argument("--split", type=Literal["test", "val"], default="test", help="Which images.")
+    parser.add_argument("--split", type=Literal["test", "val", "all"], default="test", help=split_help)
     parser.add_argument("--evaluation", type=Evaluation | None, default=None, help=evaluation_help)
     parser.add_argument("--out", type=str | None, default=None, help=out_help)
     parser.add_argument("--allow", type=str, nargs="+", default=[], metavar="PACKAGE", help=ALLOW_HELP)
@@ -73,8 +80,8 @@ def main(argv: Sequence[str]) -> int:
     is_run = Path(config.target).is_dir()
     if is_run and config.backbone is not None:
         parser.error(f"expected --backbone with a checkpoint alone, got it with the run {config.target}")
-    if not is_run and (config.backbone is None or config.stream is None):
-        parser.error(f"expected --backbone and --stream with {config.target}, which is no run folder")
+    if not is_run and config.stream is None:
+        parser.error(f"expected --stream with {config.target}, which is no run folder")
     if not is_run and config.models:
         parser.error(f"expected --models with a run, got it with {config.target}, which is one model")
     try:
@@ -106,7 +113,7 @@ def _of_run(config: Any, parser: "CommandParser") -> "Found":
     if config.split == "val" and not session.has_validation:
         raise ValueError(f"expected validation images for --split val, got a stream without: {session.stream.name}")
     trainer = run.trainers.for_evaluation(f"{run.name}: {config.split} images")
-    rows = session.evaluate(trainer, predictors, len(session.tasks) - 1, split=config.split)
+    rows = session.evaluate(trainer, predictors, len(session.tasks) - 1, split=config.split, confusion=True)
     for name in predictors:
         found = run.results.model(name)
         if name != ZERO_SHOT:
@@ -128,7 +135,7 @@ def _of_checkpoint(config: Any, parser: "CommandParser") -> "Found":
     quiet_lightning()
     seed_everything(0, workers=True, verbose=False)
     objects = parser.instantiate(config)
-    stream, backbone = objects.stream, objects.backbone
+    stream, backbone = objects.stream, objects.backbone or _recorded_backbone(parser, config.target)
     load_weights(backbone, config.target)
     module, data = ContinualClassifier(backbone), StreamDataModule()
     data.setup_stream(stream, backbone.train_transform, backbone.eval_transform)
@@ -137,20 +144,56 @@ def _of_checkpoint(config: Any, parser: "CommandParser") -> "Found":
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     trainer = Trainer(devices=1, enable_progress_bar=sys.stderr.isatty(), **quiet)  # type: ignore[arg-type]
     name = Path(config.target).stem
-    rows = session.evaluate(trainer, {name: Merged()}, len(session.tasks) - 1, split=config.split)
+    rows = session.evaluate(trainer, {name: Merged()}, len(session.tasks) - 1, split=config.split, confusion=True)
     return _filled(session.new_results(f"{name} on {stream.name}"), session, rows, config)
 
 
+def _recorded_backbone(parser: "CommandParser", file: str) -> "Backbone":
+    """Return the backbone that the header of a model file of a run names, built as for the run."""
+    from clmerge.cli.parser import known_subclasses
+    from clmerge.models import Backbone, ZeroShotHead
+    from clmerge.results.model_facts import KEY, ModelFacts
+    from clmerge.shapes import brief
+    from clmerge.weights import load_metadata
+
+    option = "name the architecture with --backbone, for example --backbone OpenClip"
+    facts = None
+    if Path(file).suffix == ".safetensors":
+        facts = ModelFacts.from_metadata(load_metadata(file), file)
+    if facts is None:
+        raise ValueError(
+            f"expected a file in model/ of a run, whose header ({KEY}) names its backbone, got {file}: {option}"
+        )
+    name, settings = facts.backbone.get("class"), facts.backbone.get("settings")
+    own = [each for each in known_subclasses((Backbone,)) if each == name]
+    if not own or not isinstance(settings, dict):
+        raise ValueError(
+            f"expected a backbone of clmerge with its settings in the header of {file}, got {brief(name)}"
+            f"{' without settings' if own else ''}: {option}"
+        )
+    if facts.head != ZeroShotHead.__name__:
+        raise ValueError(
+            f"expected a model with a text head, got {file}, whose {brief(facts.head)} is a file of its own: evaluate "
+            "the run folder, which has both"
+        )
+    # A checkpoint that the run began with may be gone; its weights are all replaced.
+    kept = {key: value for key, value in settings.items() if not (key == "pretrained" and _is_path(value))}
+    found: Backbone = parser.instantiate(
+        parser.parse_object({"target": file, "backbone": {"class_path": name, "init_args": kept}})
+    ).backbone
+    return found
+
+
+def _is_path(pretrained: object) -> bool:
+    return isinstance(pretrained, str) and bool(Path(pretrained).suffix)
+
+
 def _filled(results: "Results", session: "Session", rows: "Rows", config: Any) -> "Found":
-    from clmerge.results.results import ZERO_SHOT
     from clmerge.runs.foreign_stream import repeated
 
     results.evaluation = config.evaluation or session.evaluation
-    zero = rows.get(ZERO_SHOT)
-    if zero is not None:
-        results.set_zero_shot(zero["task_agnostic"], zero["task_aware"])
-    results.set_samples([len(session.stream.dataset(task.index, config.split)) for task in session.tasks])
-    return repeated(results, {name: row for name, row in rows.items() if name != ZERO_SHOT}), rows
+    results.set_samples([session.num_images(task.index, config.split) for task in session.tasks])
+    return repeated(results, rows), rows
 
 
 def _show(results: "Results", rows: "Rows", config: Any) -> int:

@@ -14,13 +14,16 @@ from typing_extensions import override
 from clmerge.deploy.predictors import Predictor
 from clmerge.distributed import sum_over_processes
 from clmerge.models import Classifier
+from clmerge.results.confusion import Confusion, Confusions, ModelRow
+from clmerge.results.contract import SETTINGS
 from clmerge.results.metrics import TaskAccuracy
+from clmerge.results.metrics.confusion import ConfusionCounts
 from clmerge.streams import StreamDataModule
 from clmerge.weights.exchange import Exchange
 from clmerge.weights.modes import eval_mode
 
-Rows = dict[str, dict[str, list[float]]]
-Split: TypeAlias = Literal["val", "test"]
+Rows = dict[str, ModelRow]
+Split: TypeAlias = Literal["val", "test", "all"]
 
 
 class Evaluator(LightningModule):
@@ -32,6 +35,7 @@ class Evaluator(LightningModule):
             ``_orig_mod.`` of ``torch.compile``; the module's own are used for missing names.
         task_classes: Global class ids of every task.
         num_classes: Number of classes ``C`` of the stream.
+        confusion: Whether answers are counted by class, too.
     """
 
     def __init__(
@@ -40,6 +44,8 @@ class Evaluator(LightningModule):
         predictors: Mapping[str, Predictor],
         task_classes: Sequence[Sequence[int]],
         num_classes: int,
+        *,
+        confusion: bool = False,
     ) -> None:
         super().__init__()
         self.module = module
@@ -47,8 +53,11 @@ class Evaluator(LightningModule):
         self._exchange: Exchange | None = None
         self._rows: Rows = {}
         self._accuracies = {name: TaskAccuracy(len(task_classes), num_classes, task_classes) for name in predictors}
+        self._order = list(dict.fromkeys(class_id for classes in task_classes for class_id in classes))
+        counted = self.predictors if confusion else {}
+        self._answers = {name: ConfusionCounts(num_classes, task_classes) for name in counted}
         # A ModuleDict refuses names with dots, and mergers are named after settings such as density0.1.
-        self.metrics = nn.ModuleList(self._accuracies.values())
+        self.metrics = nn.ModuleList([*self._accuracies.values(), *self._answers.values()])
 
     @override
     def on_test_start(self) -> None:
@@ -87,7 +96,11 @@ class Evaluator(LightningModule):
             return logits.float()
 
         for name, predictor in self.predictors.items():
-            self._accuracies[name].update(predictor.scores(compute, tasks), labels, tasks)
+            scores = predictor.scores(compute, tasks)
+            self._accuracies[name].update(scores, labels, tasks)
+            if name in self._answers:
+                known = torch.tensor([predictor.knows(task) for task in tasks.tolist()], device=tasks.device)
+                self._answers[name].update(scores[known], labels[known], tasks[known])
 
     @override
     def on_test_epoch_end(self) -> None:
@@ -98,9 +111,18 @@ class Evaluator(LightningModule):
             aware = [value if predictor.knows(task) else math.nan for task, value in enumerate(aware)]
             agnostic = [math.nan] * len(agnostic) if predictor.needs_task else agnostic
             self._rows[name] = {"task_agnostic": agnostic, "task_aware": aware}
+            if name in self._answers:
+                self._rows[name]["confusion"] = self._confusions(name)
+
+    def _confusions(self, name: str) -> Confusions:
+        counts = self._answers[name].compute().cpu().numpy()
+        found = {setting: Confusion.of_counts(counts[index], self._order) for index, setting in enumerate(SETTINGS)}
+        if self.predictors[name].needs_task:
+            del found["task_agnostic"]
+        return found
 
     def rows(self) -> Rows:
-        """Return name -> ``task_agnostic`` and ``task_aware``, one accuracy in [0, 1] per task, NaN where undefined.
+        """Return the row of every predictor by its name.
 
         Raises:
             RuntimeError: If ``trainer.test`` has not run.
@@ -136,6 +158,7 @@ def evaluate(
     num_classes: int,
     split: Split = "test",
     tasks: Sequence[int] | None = None,
+    confusion: bool = False,
 ) -> Rows:
     """Return the accuracy of every predictor on every task, from one ``trainer.test``.
 
@@ -146,17 +169,21 @@ def evaluate(
         data: Provides the test images of all tasks.
         task_classes: Global class ids of every task.
         num_classes: Number of classes of the stream.
-        split: Split of every task to evaluate on.
+        split: Split of every task to evaluate on; ``all`` are the training, validation and test images.
         tasks: Indices of the tasks to evaluate on; default all.
+        confusion: Whether answers are counted by class, too. Counts of C classes take 16 C (C + 1) bytes for every
+            predictor, on its device; of more than 2000 classes pairs are not counted.
 
     Returns:
         Name -> ``task_agnostic`` and ``task_aware``, one accuracy in [0, 1] per task; NaN for a task without test
         images or unknown to the predictor, and for every ``task_agnostic`` accuracy of a predictor that needs the task.
+        With ``confusion``, also a :class:`clmerge.results.confusion.Confusion` for every reading that is defined, over
+        the images of the tasks that the predictor knows.
 
     Raises:
         RuntimeError: If names or shapes of weights differ from the module's.
     """
-    evaluator = Evaluator(module, predictors, task_classes, num_classes)
+    evaluator = Evaluator(module, predictors, task_classes, num_classes, confusion=confusion)
     try:
         if split == "test" and (tasks is None or len(tasks) == len(task_classes)):
             trainer.test(evaluator, datamodule=data, verbose=False)

@@ -19,12 +19,14 @@ from clmerge.figures.accuracy import (
     plot_matrices,
     plot_matrix,
 )
+from clmerge.figures.confusion import confused, plot_confusion
 from clmerge.names import file_name
 from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Results, Setting
 from clmerge.weights import write_bytes_atomic
 
 __all__ = [
     "plot_average_accuracy",
+    "plot_confusion",
     "plot_files",
     "plot_final_accuracy",
     "plot_forgetting_curves",
@@ -41,9 +43,10 @@ def save_plots(results: Results, folder: str | Path) -> list[Path]:
     """Draw every picture of a run and write it as PNG, replacing each file atomically.
 
     The pictures are ``matrices.png`` (the best merger's matrix beside the expert's), ``forgetting_curves.png``,
-    ``average_accuracy.png`` and ``final_accuracy.png``. Those in the folder itself show the run's default reading of
-    the logits; those in its subfolder ``task_aware`` (or ``task_agnostic``) show the other one. The folder also gets
-    the matrix of every model (``matrix_MODEL.png``) except the zero-shot one, whose rows are all the same.
+    ``average_accuracy.png``, ``final_accuracy.png`` and, of a finished run, ``confusion.png``. Those in the folder
+    itself show the run's default reading of the logits; those in its subfolder ``task_aware`` (or ``task_agnostic``)
+    show the other one. The folder also gets the matrix of every model (``matrix_MODEL.png``) except the zero-shot one,
+    whose rows are all the same.
 
     Args:
         results: Results of the run so far, at least one finished task.
@@ -92,6 +95,8 @@ def _plots(results: Results, folder: Path) -> dict[Path, Callable[[], Figure]]:
         target = folder if setting == results.evaluation else folder / setting
         pair = [model for model in (results.best_merger(setting), EXPERT) if model in moving] or moving
         plots[target / "matrices.png"] = partial(plot_matrices, results, pair, setting=setting)
+        if answered := confused(results, pair, setting):
+            plots[target / "confusion.png"] = partial(plot_confusion, results, answered, setting=setting)
         plots[target / "forgetting_curves.png"] = partial(plot_forgetting_curves, results, setting=setting)
         plots[target / "average_accuracy.png"] = partial(plot_average_accuracy, results, setting=setting)
         plots[target / "final_accuracy.png"] = partial(plot_final_accuracy, results, setting=setting)

@@ -89,7 +89,7 @@ def plot_matrices(results: Results, models: Sequence[str], *, setting: Setting |
     grids = [Grid(model, _model(results, model, setting).matrix) for model in models]
     after = [str(task + 1) for task in range(results.num_finished)]
     name = _accuracy("accuracy", setting).replace(", ", ",\n")
-    return draw(HeatChart(grids, "after task", "on task", after, results.tasks, name))
+    return draw(HeatChart(grids, "after task", "on task", after, results.task_labels(), name))
 
 
 def plot_forgetting_curves(results: Results, *, setting: Setting | None = None) -> Figure:
@@ -107,7 +107,7 @@ def plot_forgetting_curves(results: Results, *, setting: Setting | None = None) 
     """
     setting = setting or results.evaluation
     models = [_model(results, model, setting) for model in results.models]
-    return draw(forgetting_chart(models, results.tasks, _accuracy("accuracy", setting)))
+    return draw(forgetting_chart(models, results.task_labels(), _accuracy("accuracy", setting)))
 
 
 def plot_average_accuracy(results: Results, *, setting: Setting | None = None) -> Figure:
@@ -148,7 +148,7 @@ def plot_final_accuracy(results: Results, *, setting: Setting | None = None) -> 
         lines.append(Line(name, model.look, [(x + offset, value) for x, value in by_task(last)]))
     name = _accuracy(f"accuracy after task {results.num_finished}", setting)
     panel = Panel("", lines, y_range=(0.0, 1.0))
-    return draw(LineChart([panel], "task", name, dots=True, x_labels=results.tasks))
+    return draw(LineChart([panel], "task", name, dots=True, x_labels=results.task_labels()))
 
 
 def _model(results: Results, model: str, setting: Setting) -> Model:

@@ -6,7 +6,8 @@ Names have exactly one slash, so that grouping by the first and by the last slas
     cl/average_accuracy                of the deployed model, to sort and compare runs; likewise the other figures. In
                                        the run's default reading of the logits, which ``cl/evaluation`` names
     cl_average_accuracy/MODEL          of every model (magmax ..., expert, zero_shot), side by side
-    cl_accuracy_MODEL/TASK             accuracy on one task: the forgetting curves of a model
+    cl_accuracy_MODEL/TASK             accuracy on one task: the forgetting curves of a model; long names of tasks are
+                                       shortened, as in tables
 
 ``cl_task_aware_...`` is the same in the task-aware reading; all other ``cl_`` names with a model are task-agnostic.
 """
@@ -60,7 +61,7 @@ def task_metrics(results: Results, deployed: str | None = None) -> dict[str, flo
             if model == deployed and prefix != "cl":
                 metrics |= {f"{prefix}/{name}": value for name, value in values.items()}
             metrics |= {f"{prefix}_{name}/{part_of_key(model)}": value for name, value in values.items()}
-            row = zip(results.tasks, figures["R"][-1], strict=True)
+            row = zip(results.task_labels(), figures["R"][-1], strict=True)
             metrics |= {
                 f"{prefix}_accuracy_{part_of_key(model)}/{part_of_key(task)}": accuracy for task, accuracy in row
             }

@@ -1,5 +1,6 @@
 """Log a stream to any Lightning loggers: figures after every task, pictures, final summary and artifacts."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from clmerge.results.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_MLFLOW_BATCH = 1000  # largest number of metrics of one call
 
 
 @rank_zero_only
@@ -65,7 +68,7 @@ def log_task(
             if images:
                 weights_and_biases.log_tables(logger.experiment, results)
         else:
-            logger.log_metrics({TASK_KEY: task_index + 1.0, **metrics}, step=task_index + 1)
+            _log_metrics(logger, {TASK_KEY: task_index + 1.0, **metrics}, task_index + 1)
     if images:
         from clmerge.figures import plot_matrix
 
@@ -90,13 +93,16 @@ def log_summary(loggers: Sequence[Logger], results: Results, *, deployed: str | 
         results: Results of the run, at least one finished task.
         deployed: The run's deployed model. Default: the first merger.
     """
-    from clmerge.figures import plot_average_accuracy, plot_final_accuracy, plot_forgetting_curves
+    from clmerge.figures import plot_average_accuracy, plot_confusion, plot_final_accuracy, plot_forgetting_curves
+    from clmerge.figures.confusion import confused
 
     pictures = {
         "cl/average_accuracy_curves": partial(plot_average_accuracy, results),
         "cl/forgetting_curves": partial(plot_forgetting_curves, results),
         "cl/final_accuracy": partial(plot_final_accuracy, results),
     }
+    for model in confused(results, results.models):
+        pictures[f"cl_confusion/{part_of_key(model)}"] = partial(plot_confusion, results, [model])
     _show(loggers, pictures, results.num_finished)
     summary = {
         **task_metrics(results, deployed),
@@ -107,6 +113,7 @@ def log_summary(loggers: Sequence[Logger], results: Results, *, deployed: str | 
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             weights_and_biases.log_chart(logger.experiment, results)
+            weights_and_biases.log_classes(logger.experiment, results, deployed_model(results, deployed))
             weights_and_biases.summarise(logger.experiment, summary)
 
 
@@ -155,6 +162,36 @@ def finish_loggers(loggers: Sequence[Logger], *, success: bool = True) -> None:
         logger.finalize("success" if success else "failed")
         if isinstance(logger, WandbLogger):
             logger.experiment.finish(exit_code=0 if success else 1)
+
+
+def _log_metrics(logger: Logger, metrics: Mapping[str, float], step: int) -> None:
+    """Log metrics to any logger but W&B's; to MLflow in parts and under names that it accepts."""
+    if not isinstance(logger, MLFlowLogger):
+        logger.log_metrics(dict(metrics), step=step)
+        return
+    found = list(zip(mlflow_names(list(metrics)), metrics.values(), strict=True))
+    for start in range(0, len(found), _MLFLOW_BATCH):
+        logger.log_metrics(dict(found[start : start + _MLFLOW_BATCH]), step=step)
+
+
+def mlflow_names(names: Sequence[str]) -> list[str]:
+    """Return names of metrics in the letters that Lightning's logger for MLflow passes on, all different.
+
+    Example:
+        >>> mlflow_names(["cl_forgetting/magmax+tuned", "cl/task"])
+        ['cl_forgetting/magmax_tuned', 'cl/task']
+    """
+    taken: set[str] = set()
+    found = []
+    for name in names:
+        own = plain = re.sub(r"[^a-zA-Z0-9_/. -]", "_", name)
+        count = 1
+        while own in taken:
+            count += 1
+            own = f"{plain}-{count}"
+        taken.add(own)
+        found.append(own)
+    return found
 
 
 def _show(loggers: Sequence[Logger], draw: "Mapping[str, Callable[[], Figure]]", num_tasks: int) -> None:

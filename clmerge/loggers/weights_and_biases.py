@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _STEP_KEY = "trainer/global_step"
 _CONNECT_SECONDS = 2.0
 _INIT_SECONDS = 20.0
+_MOST_IN_MATRIX = 100  # classes: W&B keeps 10 000 rows of a table
 
 _log = logging.getLogger(__name__)
 
@@ -166,6 +167,7 @@ def log_tables(run: "Run", results: Results) -> None:
     """Log the accuracy matrix of every model as a table with one row per entry."""
     import wandb
 
+    tasks = results.task_labels()
     _log_on_tasks(
         run,
         results.num_finished,
@@ -173,7 +175,7 @@ def log_tables(run: "Run", results: Results) -> None:
             f"{prefix}_matrix_table/{part_of_key(model)}": wandb.Table(
                 columns=["after_task", "on_task", "task", "accuracy"],
                 data=[
-                    [row + 1, column + 1, results.tasks[column], None if math.isnan(accuracy) else accuracy]
+                    [row + 1, column + 1, tasks[column], None if math.isnan(accuracy) else accuracy]
                     for row, accuracies in enumerate(results.matrix(model, setting).tolist())
                     for column, accuracy in enumerate(accuracies)
                 ],
@@ -197,6 +199,47 @@ def log_chart(run: "Run", results: Results) -> None:
         xname="tasks learned",
     )
     run.log({"cl/average_accuracy_chart": chart})
+
+
+def log_classes(run: "Run", results: Results, deployed: str | None) -> None:
+    """Log accuracies by class and confused classes of every model as tables, and the confusion matrix of one.
+
+    Args:
+        run: The run.
+        results: Results of a finished run; nothing is logged of models whose answers were not counted by class.
+        deployed: The model whose matrix W&B draws, if there are at most 100 classes.
+    """
+    import wandb
+
+    names = results.class_names
+    tables: dict[str, Any] = {}
+    for model in results.models:
+        for prefix, setting in PREFIXES.items():
+            if (found := results.confusion(model, setting)) is None:
+                continue
+            key = part_of_key(model)
+            known = zip(names, found.images, found.accuracies, strict=True)
+            tables[f"{prefix}_class_accuracy_table/{key}"] = wandb.Table(
+                columns=["class", "images", "accuracy"], data=[list(row) for row in known if row[1]]
+            )
+            if found.wrong is not None:
+                answers: list[list[Any]] = [
+                    [name, name, count] for name, count in zip(names, found.right, strict=True) if count
+                ]
+                answers += [[names[i], None if j is None else names[j], count] for i, j, count in found.wrong]
+                tables[f"{prefix}_confusion_table/{key}"] = wandb.Table(
+                    columns=["class", "taken_for", "images"], data=answers
+                )
+    if tables:
+        _log_on_tasks(run, results.num_finished, tables)
+    own = None if deployed is None else results.confusion(deployed)
+    if own is not None and own.wrong is not None and len(names) <= _MOST_IN_MATRIX:
+        matrix = own.matrix().tolist()
+        cells = [[names[i], names[j], count] for i, row in enumerate(matrix) for j, count in enumerate(row)]
+        fields = {name: name for name in ("Actual", "Predicted", "nPredictions")}  # as W&B's stored chart reads them
+        title = {"title": f"{deployed}, {results.evaluation.replace('_', '-')}"}
+        table = wandb.Table(columns=list(fields), data=cells)
+        run.log({"cl/confusion_matrix": wandb.plot_table("wandb/confusion_matrix/v1", table, fields, title)})
 
 
 def log_searches(run: "Run", searches: Sequence[Mapping[str, Any]]) -> None:

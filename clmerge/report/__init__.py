@@ -55,6 +55,8 @@ def write_report(study: Study, out: str | Path, *, title: str | None = None, lef
     for view in views:
         target = folder if view.setting == study.evaluation else folder / view.setting
         files[target / "models.csv"] = view.table_csv.encode()
+        if view.classes:
+            files[target / "classes.csv"] = view.classes_csv.encode()
         files |= _draw_figures(view.figures, target)
     name = title or ", ".join(dict.fromkeys(run.name for run in study.runs))
     files[page] = render_page(study, views, common, diagnostics, title=name, folder=folder.name, left=left).encode()

@@ -6,6 +6,7 @@ from clmerge.figures.accuracy import Model, forgetting_chart
 from clmerge.figures.charts import Grid, HeatChart, LineChart, Panel
 from clmerge.figures.numbers import plural
 from clmerge.report.charts import Figure, line_of, look, values_of
+from clmerge.report.classes import confusion_figures
 from clmerge.report.fronts import front_figures
 from clmerge.report.searches import order_figures, search_figures
 from clmerge.report.study import EXPERT, ZERO_SHOT, Entry, Spread, Study
@@ -131,6 +132,7 @@ _BUILDERS: Sequence[Callable[[Study, Setting], Iterable[Figure]]] = (
     _average_accuracy,
     _matrices,
     _forgetting_curves,
+    confusion_figures,
     _bytes,
     order_figures,
 )

@@ -18,6 +18,7 @@ from clmerge.figures.numbers import percent, plural, show
 from clmerge.names import visible
 from clmerge.report.charts import Figure, look
 from clmerge.report.citations import bibtex
+from clmerge.report.classes import MOST_LISTED, ClassTable, class_tables, classes_csv
 from clmerge.report.diagnostics import measured_on
 from clmerge.report.figures import make_figures, ranked
 from clmerge.report.fronts import fronts_of
@@ -60,6 +61,8 @@ class View:
     references: Mapping[str, str]
     figures: Sequence[Figure]
     table_csv: str
+    classes: Sequence[ClassTable]
+    classes_csv: str
 
 
 def make_views(study: Study) -> list[View]:
@@ -110,6 +113,7 @@ def render_page(
         searches=chosen_of(study),
         fronts=fronts_of(study),
         several_runs=len(study.runs) > 1,
+        most_listed=MOST_LISTED,
         ledger=merged_of(study),
         sources=sources_of(study),
         versions=report_versions(),
@@ -142,6 +146,8 @@ def _view(study: Study, setting: Setting) -> View:
         {entry.model: REFERENCES[entry.model] for entry in entries if not entry.is_merger},
         make_figures(study, setting),
         table_csv(study, setting),
+        class_tables(study, setting),
+        classes_csv(study, setting),
     )
 
 

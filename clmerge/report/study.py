@@ -11,6 +11,7 @@ from clmerge.report.groups import group_labels
 from clmerge.report.looks import join_looks
 from clmerge.report.rules import Rule
 from clmerge.report.runs import Run, number
+from clmerge.results.confusion import Confusion, summed
 from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Setting
 
 # Models that are not merged (bounds and baselines), with descriptions.
@@ -107,6 +108,13 @@ class Entry:
         """Return the seconds a merge takes after every task; empty if unknown."""
         return _known([run.results.model(self.model).merge_seconds for run in self.runs])
 
+    def confusion(self, setting: Setting) -> Confusion | None:
+        """Return the answers by class, those of all runs together; None if a run lacks them or has other classes."""
+        found = [run.results.confusion(self.model, setting) for run in self.runs]
+        known = [confusion for confusion in found if confusion is not None]
+        same = len({tuple(run.results.class_names) for run in self.runs}) == 1
+        return summed(known) if known and same and len(known) == len(found) else None
+
     def _figures(self, setting: Setting) -> list[Mapping[str, Any]]:
         return [run.figures(self.model, setting) for run in self.runs]
 
@@ -118,7 +126,8 @@ class Study:
     Attributes:
         runs: The runs, cut after the same task.
         entries: Mergers first, then references.
-        tasks: Names of the tasks; numbers if the runs' names differ.
+        tasks: Names of the tasks for readers; numbers if the runs' names differ.
+        numbered: The same, for places that have the number of the task beside them.
         notes: Notes that the reader should see first.
         evaluation: The reading of the logits that is shown first.
     """
@@ -126,6 +135,7 @@ class Study:
     runs: tuple[Run, ...]
     entries: tuple[Entry, ...]
     tasks: tuple[str, ...]
+    numbered: tuple[str, ...]
     notes: tuple[str, ...]
     evaluation: Setting = SETTINGS[0]
 
@@ -191,10 +201,12 @@ def make_study(runs: Sequence[Run]) -> Study:
     notes = [*_unfinished(runs, common)]
     cut = tuple(join_looks([run.until(common) for run in runs]))
     groups = _groups(cut)
-    tasks, note = _task_names(cut)
+    tasks, beside, note = _task_names(cut)
     if len({run.results.evaluation for run in runs}) > 1:
         notes.append(f"the runs go by different accuracies; {runs[0].results.evaluation} is shown first")
-    return Study(cut, tuple(_entries(groups)), tuple(tasks), tuple(notes + note), runs[0].results.evaluation)
+    return Study(
+        cut, tuple(_entries(groups)), tuple(tasks), tuple(beside), tuple(notes + note), runs[0].results.evaluation
+    )
 
 
 def _entries(groups: Mapping[str, Sequence[Run]]) -> Iterable[Entry]:
@@ -235,12 +247,14 @@ def _unfinished(runs: Sequence[Run], common: int) -> Iterable[str]:
         yield f"So that all can be compared, everything below is after task {common}."
 
 
-def _task_names(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
-    names = runs[0].results.tasks
-    if all(run.results.tasks == names for run in runs):
-        return [shown(name) for name in names], []
-    numbered = [f"task {index + 1}" for index in range(len(names))]
-    return numbered, ["The runs have different tasks, or call them differently: tasks are numbered below."]
+def _task_names(runs: Sequence[Run]) -> tuple[list[str], list[str], list[str]]:
+    """Return the names of the tasks, those for places that have their numbers, and notes on them."""
+    first = runs[0].results
+    if all(run.results.tasks == first.tasks for run in runs):
+        return first.task_labels(), first.task_labels(numbered=False), []
+    numbers = [f"task {index + 1}" for index in range(first.num_tasks)]
+    note = "The runs have different tasks, or call them differently: tasks are numbered below."
+    return numbers, numbers, [note]
 
 
 def _last_number(value: Any) -> float:

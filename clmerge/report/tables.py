@@ -222,7 +222,7 @@ def escape_markdown(text: str) -> str:
 
 
 def _task_column(study: Study, setting: Setting, task: int) -> Column:
-    name = study.tasks[task]
+    name = study.numbered[task]
     short = name if len(name) <= 6 else f"T{task + 1}"
     return Column(
         f"task_{task + 1}",
@@ -314,7 +314,7 @@ def _runs(entries: Sequence[Entry]) -> str:
 def _names_of(wanted: Sequence[Column], study: Study) -> str:
     """List the names of tasks that are too long for a heading."""
     named = [c.title for c in wanted if c.key.startswith("task_")]
-    pairs = [f"{title} {name}" for title, name in zip(named, study.tasks, strict=False) if title != name]
+    pairs = [f"{title} {name}" for title, name in zip(named, study.numbered, strict=False) if title != name]
     return f" {', '.join(pairs)}." if pairs else ""
 
 

@@ -1,6 +1,6 @@
 """The contract of ``results.json``: a list of runs, each with the figures of its models; checked before it is read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from clmerge.results.diagnostics_contract import validate_diagnostics
@@ -71,10 +71,12 @@ def validate_run(run: Any, where: str = "") -> None:
     if twice := [name for name in tasks if tasks.count(name) > 1]:
         refuse(place(where, "tasks"), "different names", twice)
     _run(len(tasks))(run, where)
+    classes = len(class_names(run["classes"]))
     models = place(where, "models")
     lists: dict[str, list[Any]] = {}
     for model, found in run["models"].items():
         at = place(models, model)
+        maybe(record({}, dict.fromkeys(SETTINGS, _confusion(classes))))(found.get("confusion"), place(at, "confusion"))
         lists |= {f"{at}.{setting}.R": found[setting]["R"] for setting in SETTINGS if found[setting] is not None}
         lists |= {f"{at}.{key}": found[key] for key in ("bytes_kept", "merge_seconds") if found.get(key) is not None}
     same_length(lists, "finished task")
@@ -150,6 +152,40 @@ def _figures(num_tasks: int) -> Check:
     def checked(value: Any, where: str) -> None:
         record(required)(value, where)
         same_length({f"{where}.{key}": value[key] for key in ("R", *per_row)}, "finished task")
+
+    return checked
+
+
+def class_names(classes: Sequence[Sequence[str]]) -> list[str]:
+    """Return the different names of the classes of all tasks, in the order in which they arrive."""
+    return list(dict.fromkeys(name for names in classes for name in names))
+
+
+def _confusion(num_classes: int) -> Check:
+    counts = listed(count, num_classes)
+
+    def checked(value: Any, where: str) -> None:
+        record({"images": counts, "right": counts, "wrong": maybe(listed(listed(maybe(count), 3)))})(value, where)
+        if value["wrong"] is None:
+            return
+        total, seen = list(value["right"]), set()
+        for index, (true, taken, size) in enumerate(value["wrong"]):
+            if (
+                true is None
+                or not size
+                or max(true, taken or 0) >= num_classes
+                or true == taken
+                or (true, taken) in seen
+            ):
+                refuse(
+                    f"{where}.wrong[{index}]",
+                    f"class, another of {num_classes} or null, and a number of images, once for each pair",
+                    value["wrong"][index],
+                )
+            seen.add((true, taken))
+            total[true] += size
+        if total != value["images"]:
+            refuse(f"{where}.images", f"the sums of right and wrong, {brief(total)}", value["images"])
 
     return checked
 

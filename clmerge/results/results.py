@@ -5,7 +5,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clmerge.results.contract import DATA_FREE, SCHEMA, SETTINGS, Kind, Setting, validate, validate_run
+from clmerge.names import task_label
+from clmerge.results.confusion import Confusion, Confusions
+from clmerge.results.contract import (
+    DATA_FREE,
+    SCHEMA,
+    SETTINGS,
+    Kind,
+    Setting,
+    class_names,
+    validate,
+    validate_run,
+)
 from clmerge.results.metrics.continual import Array, Row
 from clmerge.results.metrics.matrix import AccuracyMatrix, Figures, check_row
 from clmerge.results.model_record import ModelRecord, to_json
@@ -126,6 +137,7 @@ class Results:
         self.diagnostics: dict[str, Any] | None = None
         self._models: dict[str, ModelRecord] = {}
         self._zero_shot: dict[Setting, list[float]] | None = None
+        self._confusions: dict[str, Confusions] = {}
         if samples is not None:
             self.set_samples(samples)
 
@@ -133,6 +145,20 @@ class Results:
     def num_tasks(self) -> int:
         """Number of tasks of the stream."""
         return len(self.tasks)
+
+    def task_labels(self, *, numbered: bool = True) -> list[str]:
+        """Return the names of the tasks for readers; :attr:`tasks` identifies them.
+
+        Args:
+            numbered: Whether names that are shortened begin with the number of the task.
+        """
+        pairs = zip(self.tasks, self.classes, strict=True)
+        return [task_label(index, *pair, numbered=numbered) for index, pair in enumerate(pairs)]
+
+    @property
+    def class_names(self) -> list[str]:
+        """The different names of all classes, in the order in which they arrive."""
+        return class_names(self.classes)
 
     @property
     def num_finished(self) -> int:
@@ -221,6 +247,41 @@ class Results:
             record.kind = "unmerged" if is_reference(model) else "merged"
             self._models[model] = record
         record.add_row(rows, bytes_kept=bytes_kept, merge_seconds=merge_seconds)
+
+    def set_confusion(self, model: str, confusions: Confusions) -> None:
+        """Set the answers of a model after the last task, by class.
+
+        Args:
+            model: One of :attr:`models`.
+            confusions: The answers by reading of the logits, over :attr:`class_names`.
+
+        Raises:
+            ValueError: If the number of classes differs.
+        """
+        for found in confusions.values():
+            if len(found.images) != len(self.class_names):
+                raise ValueError(
+                    f"expected answers for {len(self.class_names)} classes, got {len(found.images)} for {model!r}"
+                )
+        self._confusions[model] = dict(confusions)
+
+    def take_confusion(self, model: str, other: "Results") -> None:
+        """Set the answers of a model to those of other results of the same run, if these have any."""
+        if model in other._confusions:
+            self.set_confusion(model, other._confusions[model])
+
+    def confusion(self, model: str, setting: Setting | None = None) -> Confusion | None:
+        """Return the answers of a model after the last task, by class; None if they were not counted.
+
+        Args:
+            model: One of :attr:`models`.
+            setting: Which reading of the logits; default :attr:`evaluation`.
+
+        Raises:
+            ValueError: If there is no such model.
+        """
+        self.model(model)
+        return self._confusions.get(model, {}).get(setting or self.evaluation)
 
     def add_seconds(self, key: str, value: float) -> None:
         """Add to the seconds spent on an activity.
@@ -322,6 +383,8 @@ class Results:
             raise ValueError(f"expected at most {self.num_finished} finished tasks, got {num_finished}")
         earlier = copy.copy(self)
         earlier._models = {name: model.until(num_finished) for name, model in self._models.items()}
+        if num_finished < self.num_finished:
+            earlier._confusions = {}
         earlier.searches, earlier.orders, earlier.diagnostics = [], None, None
         return earlier
 
@@ -329,6 +392,7 @@ class Results:
         """Return the results with the models of another look at the same run; if both have a model, this one's."""
         merged = copy.copy(self)
         merged._models = {**other._models, **self._models}
+        merged._confusions = {**other._confusions, **self._confusions}
         if merged._zero_shot is None:
             merged._zero_shot = other._zero_shot
         merged.seconds = {**other.seconds, **self.seconds}
@@ -349,6 +413,7 @@ class Results:
 
         found = copy.copy(self)
         found._models = by_model(self._models)
+        found._confusions = by_model(self._confusions)
         found.searches = [{**each, "model": names.get(each["model"], each["model"])} for each in self.searches]
         if self.orders:
             found.orders = {**self.orders, "models": by_model(self.orders["models"])}
@@ -383,10 +448,7 @@ class Results:
             "classes": [list(names) for names in self.classes],
             "samples": None if self.samples is None else list(self.samples),
             "baseline": None if self._zero_shot is None else to_json(self._zero_shot),
-            "models": {
-                model: self.model(model).to_dict({setting: self.figures(model, setting) for setting in SETTINGS})
-                for model in self.models
-            },
+            "models": {model: self._model_to_dict(model) for model in self.models},
             "searches": to_json(self.searches),
             "orders": to_json(self.orders),
             "diagnostics": to_json(self.diagnostics),
@@ -394,6 +456,12 @@ class Results:
             "bytes": dict(self.bytes),
             **({"options": [list(options) for options in self.options]} if self.options else {}),
         }
+
+    def _model_to_dict(self, model: str) -> dict[str, Any]:
+        found = self.model(model).to_dict({setting: self.figures(model, setting) for setting in SETTINGS})
+        if model in self._confusions:
+            found["confusion"] = {setting: one.to_dict() for setting, one in self._confusions[model].items()}
+        return found
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "Results":
@@ -425,6 +493,9 @@ class Results:
             for model, found in document["models"].items()
             if model != ZERO_SHOT
         }
+        for model, found in document["models"].items():
+            if answers := found.get("confusion"):
+                results._confusions[model] = {s: Confusion.from_dict(answers[s]) for s in SETTINGS if s in answers}
         for key, value in document["seconds"].items():
             results.add_seconds(key, value)
         results.path, results.group = document.get("path"), document.get("group")

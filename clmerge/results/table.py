@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clmerge.names import shorten
+from clmerge.results.confusion import ModelRow
 from clmerge.results.results import Results, Setting, is_reference
 
 _NAME_LENGTH = 60
@@ -96,7 +97,7 @@ def render_text(results: Results, *, setting: Setting | None = None, width: int 
     return "\n".join([cells.title, *body, *notes])
 
 
-def final_text(results: Results, rows: Mapping[str, Mapping[str, Sequence[float]]], *, split: str) -> str:
+def final_text(results: Results, rows: Mapping[str, ModelRow], *, split: str) -> str:
     """Return a table of the accuracies of finished models on every task, as plain text.
 
     Args:
@@ -105,7 +106,7 @@ def final_text(results: Results, rows: Mapping[str, Mapping[str, Sequence[float]
         split: Which images, for the title.
     """
     setting = results.evaluation
-    names = [shorten(name, _NAME_LENGTH) for name in results.tasks]
+    names = results.task_labels(numbered=False)
     short = all(len(name) <= 6 for name in names)
     headings = names if short else [f"T{task + 1}" for task in range(len(names))]
     lines = [["model", *headings, "average"]]
@@ -163,7 +164,7 @@ def _cells(results: Results, setting: Setting, width: int) -> _Cells:
     if told := [model for model in results.mergers if results.model(model).needs_task]:
         notes.append(told_note(told))
 
-    tasks = [shorten(name, _NAME_LENGTH) for name in results.tasks[:done]]
+    tasks = results.task_labels(numbered=False)[:done]
     short = all(len(name) <= 6 for name in tasks)
     headings = tasks if short else [f"T{task + 1}" for task in range(done)]
     rows = _rows(names, accuracies, figures)

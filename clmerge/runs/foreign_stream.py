@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from clmerge.deploy.predictors import Predictor
 from clmerge.deploy.selected import Selected
-from clmerge.results.results import Results
+from clmerge.results.confusion import ModelRow
+from clmerge.results.results import ZERO_SHOT, Results
 from clmerge.runs.session import Session
 from clmerge.runs.stored_run import StoredRun
 from clmerge.streams import Stream
@@ -76,14 +77,18 @@ def _task_of(results: Results, names: Sequence[str]) -> int | None:
     )
 
 
-def repeated(results: Results, rows: Mapping[str, Mapping[str, list[float]]]) -> Results:
+def repeated(results: Results, rows: Mapping[str, ModelRow]) -> Results:
     """Add the same row after every task for every model: that of the finished model, as for ``zero_shot``.
 
     Args:
         results: Results without rows.
-        rows: Name -> ``task_agnostic`` and ``task_aware``, one accuracy per task.
+        rows: The rows by model, with the answers by class.
     """
     for name, row in rows.items():
-        for _ in results.tasks:
-            results.add_row(name, row["task_agnostic"], row["task_aware"])
+        if name == ZERO_SHOT:
+            results.set_zero_shot(row["task_agnostic"], row["task_aware"])
+        else:
+            for _ in results.tasks:
+                results.add_row(name, row["task_agnostic"], row["task_aware"])
+        results.set_confusion(name, row["confusion"])
     return results

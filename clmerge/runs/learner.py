@@ -140,11 +140,14 @@ class Learner(LearnerParts):
                 seconds[name] = None if before is None else before + each
         predictors[EXPERT] = Merged(self.expert())
         trainer = trainers.for_evaluation(f"evaluating {len(predictors)} models")
-        rows = self.evaluate(trainer, predictors, task, on=self.evaluated_tasks(task))
+        last = task == len(self.tasks) - 1
+        rows = self.evaluate(trainer, predictors, task, on=self.evaluated_tasks(task), confusion=last)
         kept = self._bytes_kept(task)
         for name, row in rows.items():
             accuracies = (row[setting] for setting in SETTINGS)
             results.add_row(name, *accuracies, bytes_kept=kept[name], merge_seconds=seconds.get(name))
+            if last:
+                results.set_confusion(name, row["confusion"])
         results.add_seconds("evaluate", time.perf_counter() - started)
         self._commit(run, results, task)
 
@@ -164,8 +167,9 @@ class Learner(LearnerParts):
         started = time.perf_counter()
         if self.module.head.open_vocabulary:
             trainer = trainers.for_evaluation("evaluating zero-shot")
-            row = self.evaluate(trainer, {ZERO_SHOT: Merged()}, 0)[ZERO_SHOT]
+            row = self.evaluate(trainer, {ZERO_SHOT: Merged()}, 0, confusion=True)[ZERO_SHOT]
             results.set_zero_shot(row["task_agnostic"], row["task_aware"])
+            results.set_confusion(ZERO_SHOT, row["confusion"])
         results.add_seconds("evaluate", time.perf_counter() - started)
         run.manifest.results = results.to_dict()
         run.commit()

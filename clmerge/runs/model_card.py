@@ -148,7 +148,7 @@ def _accuracy(results: Results, model: str) -> list[str]:
         if "zero_shot" in results.models
         else "On the test images of each task after the last one, in %.",
         "",
-        "| model | reading | " + " | ".join(_safe(name) for name in results.tasks) + " | average |",
+        "| model | reading | " + " | ".join(_safe(name) for name in results.task_labels()) + " | average |",
         "|---|---|" + "---|" * (len(results.tasks) + 1),
     ]
     for name in dict.fromkeys((model, "zero_shot")):

@@ -13,7 +13,7 @@ from clmerge.deploy.predictors import Predictor
 from clmerge.evaluation.evaluate import Rows, Split, accuracy_on, evaluate
 from clmerge.merging import Merger, Statistics
 from clmerge.models import Classifier
-from clmerge.results.results import Results, Setting
+from clmerge.results.results import SETTINGS, Results, Setting
 from clmerge.statistics.measure import measure, training_images
 from clmerge.streams import AdaptationData, Stream, StreamDataModule
 from clmerge.training.module import ContinualClassifier
@@ -83,6 +83,12 @@ class Session:
         """Yield the losses of every step on the adaptation data, as ``Losses`` describes it."""
         return adaptation_losses(self.adaptation, self.data, seed=self.seed)(model, request)
 
+    def num_images(self, task: int, split: Split) -> int:
+        """Return the number of images of a task in a split, or in all of them."""
+        if split == "all":
+            return sum(len(self.stream.dataset(task, each)) for each in ("train", "val", "test"))
+        return len(self.stream.dataset(task, split))
+
     def new_results(self, name: str, kept: Sequence[int] | None = None) -> Results:
         """Return results without models.
 
@@ -109,6 +115,7 @@ class Session:
         split: Split = "test",
         on: Sequence[int] | None = None,
         module: Classifier | None = None,
+        confusion: bool = False,
     ) -> Rows:
         """Return the accuracies of several models on all tasks.
 
@@ -119,6 +126,7 @@ class Session:
             split: Which images.
             on: Indices of the tasks whose images are used; default all. Accuracies on others are NaN.
             module: Another classifier of the same classes; default the session's own.
+            confusion: Whether answers are counted by class, too; for models that know all classes.
         """
         rows = evaluate(
             trainer,
@@ -129,10 +137,14 @@ class Session:
             num_classes=len(self.stream.class_names),
             split=split,
             tasks=on,
+            confusion=confusion,
         )
         known = len(self.tasks) if self.module.head.open_vocabulary else task + 1
         unknown = [math.nan] * (len(self.tasks) - known)
-        return {name: {s: row[:known] + unknown for s, row in settings.items()} for name, settings in rows.items()}
+        for row in rows.values():
+            for setting in SETTINGS:
+                row[setting] = row[setting][:known] + unknown
+        return rows
 
     @torch.no_grad()
     def score(self, tasks: Sequence[int]) -> float:

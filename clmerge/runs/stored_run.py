@@ -237,7 +237,15 @@ class StoredRun(Session):
         self.data.cache_mb = image_memory
         self.data.keep_images(folder)
 
-    def evaluate_again(self, label: str, predictors: Mapping[str, Predictor], task: int, split: Split = "test") -> Rows:
+    def evaluate_again(
+        self,
+        label: str,
+        predictors: Mapping[str, Predictor],
+        task: int,
+        split: Split = "test",
+        *,
+        confusion: bool = False,
+    ) -> Rows:
         """Return the accuracies of several models on all tasks, exactly as ``fit`` does after a task.
 
         Args:
@@ -245,8 +253,11 @@ class StoredRun(Session):
             predictors: Predictors by name.
             task: The latest task that was merged; a head that grows has no accuracy on later ones.
             split: Which images.
+            confusion: Whether answers are counted by class, too.
         """
-        return self.evaluate(self.trainers.for_evaluation(label), predictors, task, split=split)
+        return self.evaluate(
+            self.trainers.for_evaluation(label), predictors, task, split=split, confusion=confusion
+        )
 
     def _check_bank(self) -> None:
         if not self.base:

@@ -115,7 +115,7 @@ class TaskTraining:
         learner = self.learner
         seed = derived_seed(learner.seed, "task", task, *([branch] if branch else []))
         return self.trainers.for_fit(
-            f"task {task + 1}/{len(learner.tasks)} {learner.tasks[task].name}{label}",
+            f"task {task + 1}/{len(learner.tasks)} {learner.tasks[task].label}{label}",
             seed,
             self.run.checkpoint(task, branch),
             callbacks,

@@ -8,13 +8,14 @@ from typing import Literal, TypeAlias
 
 from typing_extensions import override
 
+from clmerge.names import safe_name
 from clmerge.streams.avalanche_index import IndexDataset, avalanche_benchmarks, experience_indices
 from clmerge.streams.layout import ValidationCut
 from clmerge.streams.orders import CLASS_ORDERS
 from clmerge.streams.plan import StreamPlan, Task
 from clmerge.streams.sources import DataSource
 from clmerge.streams.splits import derived_seed
-from clmerge.streams.stream import Stream, safe_name, task_names
+from clmerge.streams.stream import Stream, task_names
 
 NamedOrder: TypeAlias = Literal[
     "natural", "random", "magmax_cifar100", "magmax_cub200", "magmax_imagenet_r", "magmax_domainnet"

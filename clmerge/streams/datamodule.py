@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -205,18 +205,22 @@ class StreamDataModule(LightningDataModule):
         """Return the test batches of all tasks in one loader."""
         return self.eval_dataloader("test")
 
-    def eval_dataloader(self, split: Split = "test", tasks: Sequence[int] | None = None) -> DataLoader[Any]:
+    def eval_dataloader(
+        self, split: Split | Literal["all"] = "test", tasks: Sequence[int] | None = None
+    ) -> DataLoader[Any]:
         """Return batches ``(images, labels, task_ids)`` of one split of several tasks, in order.
 
         Args:
-            split: "train", "val" or "test"; the evaluation transform is used for all of them.
+            split: "train", "val", "test" or "all" of them; the evaluation transform is used for every image.
             tasks: indices of the tasks (default: all of the stream).
 
         Raises:
             ValueError: if there are no images, or fewer images than processes.
         """
         chosen = range(len(self.stream.tasks)) if tasks is None else tasks
-        images = TaskImages([self._images(split, task) for task in chosen], list(chosen))
+        splits: Sequence[Split] = ("train", "val", "test") if split == "all" else (split,)
+        places = [(task, own) for task in chosen for own in splits]
+        images = TaskImages([self._images(own, task) for task, own in places], [task for task, _ in places])
         return self._eval_loader(images, in_memory=images.in_memory, persistent=False)
 
     def _images(self, split: Split, task: int) -> ImageDataset | CachedImages:

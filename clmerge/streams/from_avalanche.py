@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
+from clmerge.names import safe_name
 from clmerge.streams.decoding import as_rgb
 from clmerge.streams.layout import split_plan
 from clmerge.streams.plan import Split, SplitPlan, StreamPlan, Task
 from clmerge.streams.sources import LabelledImages
 from clmerge.streams.splits import stratified_cut
-from clmerge.streams.stream import Stream, safe_name, task_names, unique_names
+from clmerge.streams.stream import Stream, task_names, unique_names
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,12 +8,13 @@ from functools import cached_property
 
 from typing_extensions import override
 
+from clmerge.names import safe_name
 from clmerge.streams.avalanche_index import experience_indices, one_experience_each
 from clmerge.streams.layout import ValidationCut
 from clmerge.streams.plan import StreamPlan, Task
 from clmerge.streams.source_groups import SourceGroup
 from clmerge.streams.sources import DataSource
-from clmerge.streams.stream import Stream, safe_name, unique_names
+from clmerge.streams.stream import Stream, unique_names
 
 
 class MultiSourceStream(Stream):

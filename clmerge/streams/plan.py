@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from clmerge.names import task_label
 from clmerge.streams.sources import DataSource, LabelledImages
 
 Split: TypeAlias = Literal["train", "val", "test"]
@@ -28,6 +29,11 @@ class Task:
     name: str
     classes: tuple[int, ...]
     class_names: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """The name for readers, next to the number of the task."""
+        return task_label(self.index, self.name, self.class_names, numbered=False)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +16,7 @@ from clmerge.streams.files import FileImages
 from clmerge.streams.image_folder import ImageFolderSource
 from clmerge.streams.orders import DOMAIN_ORDERS
 from clmerge.streams.sources import DataSource, LabelledImages, Templates
-from clmerge.streams.split_folders import Role, split_folders, usual_splits
+from clmerge.streams.split_folders import Role, split_folders, subfolders, usual_splits
 
 Domains: TypeAlias = Literal["magmax_domainnet", "magmax_imagenet_r"] | list[str]
 
@@ -54,7 +56,8 @@ class DomainFolders(SourceGroup):
 
     Args:
         root: the tree.
-        domains: names of the domains in order, or the name of a published order.
+        domains: names of the domains in order, or the name of a published order; needed, because the order is yours to
+            choose (without it, the error lists the folders).
         split_first: whether the tree is ``ROOT/{train,test}/DOMAIN/CLASS/*``.
         train_folder: name of the train folder (default: the one with a usual name).
         test_folder: name of the test folder (default: the one with a usual name).
@@ -69,7 +72,7 @@ class DomainFolders(SourceGroup):
         self,
         root: str | Path,
         *,
-        domains: Domains,
+        domains: Domains | None = None,
         split_first: bool = False,
         train_folder: str | None = None,
         test_folder: str | None = None,
@@ -79,7 +82,7 @@ class DomainFolders(SourceGroup):
         templates: Templates = None,
     ) -> None:
         self.root = Path(root).expanduser()
-        self.domains = domain_names(domains)
+        self.domains = None if domains is None else domain_names(domains)
         self.split_first = split_first
         self.train_folder = train_folder
         self.test_folder = test_folder
@@ -90,7 +93,29 @@ class DomainFolders(SourceGroup):
 
     @override
     def sources(self) -> list[DataSource]:
+        if self.domains is None:
+            raise ValueError(self._without_domains())
         return [self._split_first(domain) if self.split_first else self._source(domain) for domain in self.domains]
+
+    def _without_domains(self) -> str:
+        """Return the message for a tree whose domains were not named, with the option to paste."""
+        top = self.root
+        if self.split_first and top.is_dir():
+            top = split_folders(top, train=self.train_folder, test=self.test_folder, val=self.val_folder).train
+        found = [folder.name for folder in subfolders(top)] if top.is_dir() else []
+        if not found:
+            return f"expected folders of domains in {top.absolute()}, found none"
+        if any(usual_splits(top).values()):
+            return (
+                f"expected domains, the names of the domains in order, got none; {top.absolute()} has folders of "
+                f"splits ({', '.join(found[:5])}): set split_first=true if the domains are in them"
+            )
+        listed = "[" + ", ".join(json.dumps(name, ensure_ascii=False) for name in found) + "]"
+        option = shlex.quote(f"--stream.sources.domains={listed}")
+        return (
+            f"expected domains, the names of the domains in the order in which they are learned, got none; "
+            f"{top.absolute()} has {len(found)} folders. All of them by name: {option}"
+        )
 
     def _source(self, domain: str) -> DataSource:
         folder = self.root / domain

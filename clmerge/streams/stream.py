@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from clmerge.names import safe_name
 from clmerge.streams.overlap import require_disjoint
 from clmerge.streams.plan import Evaluation, Split, SplitPlan, StreamPlan, Task, Transform
 
@@ -43,7 +43,7 @@ class Stream(ABC):
 
     @cached_property
     def _plan(self) -> StreamPlan:
-        plan = self._build()
+        plan = _told_apart(self._build())
         require_disjoint(plan)
         return plan
 
@@ -103,7 +103,7 @@ class Stream(ABC):
             raise ValueError(f"expected a split in {sorted(plans[task])}, got {split!r}")
         from clmerge.streams.images import ImageDataset  # imports torch
 
-        label = f"{_SPLIT_NAMES[split]} images of task {task + 1}, {self._plan.tasks[task].name}"
+        label = f"{_SPLIT_NAMES[split]} images of task {task + 1}, {self._plan.tasks[task].label}"
         return ImageDataset(plans[task][split], transform, label=label)
 
     def keep(self, task: int, split: Split, positions: Sequence[int]) -> None:
@@ -117,20 +117,6 @@ class Stream(ABC):
         plan = self._plan.splits[task][split]
         indices, targets = (tuple(values[p] for p in positions) for values in (plan.indices, plan.targets))
         self._plan.splits[task][split] = SplitPlan(plan.images, indices, targets)
-
-
-def safe_name(text: str) -> str:
-    """Return the text with all characters except letters and digits of any script and ``.`` replaced by ``_``.
-
-    Accented letters are composed, because file systems differ in their normalisation.
-
-    Example:
-        >>> safe_name("T-shirt/top")
-        'T_shirt_top'
-    """
-    composed = unicodedata.normalize("NFC", text)
-    kept = "".join(char if char == "." or unicodedata.category(char)[0] in "LMN" else "\0" for char in composed)
-    return re.sub("\0+", "_", kept).strip("_.") or "_"
 
 
 def task_names(class_names: Sequence[Sequence[str]]) -> list[str]:
@@ -152,6 +138,21 @@ def task_names(class_names: Sequence[Sequence[str]]) -> list[str]:
             name += f"-and-{len(parts) - 2}" if len(parts) > 2 else ""
         names.append(name)
     return unique_names(names)
+
+
+def _told_apart(plan: StreamPlan) -> StreamPlan:
+    """Number class names that repeat, as ``crane`` does in ImageNet, so that a name denotes one class everywhere."""
+    taken: set[str] = set()
+    names: list[str] = []
+    for name in plan.class_names:
+        own, count = name, 1
+        while own in taken or (count > 1 and own in plan.class_names):
+            count += 1
+            own = f"{name}-{count}"
+        taken.add(own)
+        names.append(own)
+    tasks = [replace(task, class_names=tuple(names[class_id] for class_id in task.classes)) for task in plan.tasks]
+    return replace(plan, class_names=tuple(names), tasks=tuple(tasks))
 
 
 def unique_names(names: Sequence[str]) -> list[str]:

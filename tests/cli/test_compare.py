@@ -103,6 +103,11 @@ def test_models_that_fit_evaluated_come_out_with_the_same_bits(run, capsys):
     for model, figures in fitted["models"].items():
         assert alike(found["models"][model], figures), model
     assert fitted["models"]["fisher"] != fitted["models"]["regmean"]
+    assert {"task_agnostic", "task_aware"} == fitted["models"]["magmax"]["confusion"].keys()
+    ensemble = Results.from_dict(found).confusion("ensemble", "task_agnostic")
+    assert sum(ensemble.images) == sum(found["samples"])
+    last = found["models"]["ensemble"]["task_agnostic"]["R"][-1]
+    assert sum(ensemble.right) == pytest.approx(sum(a * n for a, n in zip(last, found["samples"], strict=True)))
     shown = capsys.readouterr()
     assert "magmax" in shown.out
     assert "task 2/3: 10 models, test images" in shown.err
@@ -299,6 +304,7 @@ def test_a_task_that_is_left_out_is_as_if_it_never_came(run, capsys):
     assert found["tasks"] == [names[0], names[2]]
     R, expert = (found["models"][model]["task_agnostic"]["R"] for model in ("magmax", "expert"))
     assert [len(row) for row in R] == [2, 2]
+    assert not [model for model in found["models"].values() if "confusion" in model], "of all tasks or of none"
     before = whole["models"]["expert"]["task_agnostic"]["R"]
     assert expert == [[before[0][0], before[0][2]], [before[2][0], before[2][2]]]
     assert found["models"]["ensemble"]["bytes_kept"][1] < whole["models"]["ensemble"]["bytes_kept"][2]

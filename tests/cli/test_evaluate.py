@@ -2,11 +2,14 @@ import json
 import math
 
 import pytest
+import torch
 from support.small_runs import learned_run, text_run
 
 from clmerge.cli import main
 from clmerge.report import read_study
+from clmerge.results.model_facts import ModelFacts
 from clmerge.results.results import Results, validate
+from clmerge.weights import save_tensors
 
 OTHER = ["--stream", "ClassIncremental", "--stream.source", "SklearnDigits", "--stream.source.test_fraction", "0.1"]
 
@@ -40,6 +43,17 @@ def test_the_own_stream_gives_the_accuracies_of_the_run(folders, which, capsys):
                 for a, b in zip(row, known.matrix(model, setting)[-1].tolist(), strict=True):
                     assert a == b or (math.isnan(a) and math.isnan(b))
         assert found.model(model).kind == known.model(model).kind
+        for setting in ("task_agnostic", "task_aware"):
+            answers = found.confusion(model, setting)
+            assert answers == known.confusion(model, setting), "fit counts answers by class after the last task"
+            assert (answers is None) == (found.model(model).needs_task and setting == "task_agnostic")
+            if answers is not None:  # accuracies by class make the accuracies by task
+                assert answers.wrong or setting == "task_aware"
+                places, matrix = found.class_names, found.matrix(model, setting)[-1]
+                for names, samples, accuracy in zip(found.classes, found.samples, matrix, strict=True):
+                    own = [places.index(name) for name in names]
+                    assert sum(answers.images[i] for i in own) == samples
+                    assert sum(answers.right[i] for i in own) / samples == pytest.approx(accuracy)
 
 
 def test_another_order_of_the_same_classes(folders, capsys):
@@ -93,13 +107,60 @@ def test_validation_images(folders, capsys):
     assert "expected validation images for --split val" in capsys.readouterr().err
 
 
-def test_a_checkpoint(folders, capsys):
+def test_all_images_of_a_folder_on_which_nothing_was_trained(folders, tmp_path, capsys):
+    from streams.tiny_layouts import write_tree
+
+    write_tree(tmp_path / "photos", ["ant", "bee", "cat"], 6)
+    photos = ["--stream", "ClassIncremental", "--stream.source", "ImageFolderSource", "--stream.num_tasks", "1"]
+    photos += ["--stream.source.root", str(tmp_path / "photos"), "--models", "magmax"]
+    assert sum(evaluated(capsys, folders["text_run"], *photos).samples) < 18
+    found = evaluated(capsys, folders["text_run"], *photos, "--split", "all")
+    assert found.samples == [18]
+    assert found.confusion("magmax").images == [6, 6, 6]
+    assert found.matrix("magmax")[0][0] == sum(found.confusion("magmax").right) / 18
+    assert main(["evaluate", str(folders["text_run"]), *photos, "--split", "all"]) == 0
+    assert "Accuracy in % on all images, task-agnostic, 18 images" in capsys.readouterr().out
+
+
+STREAM = [*OTHER, "--stream.num_tasks", "2", "--stream.class_order", "random"]
+
+
+@pytest.mark.parametrize("backbone", [["--backbone", "OpenClip"], []])
+def test_a_checkpoint(folders, capsys, backbone):
+    """A file of a run names its backbone in its header."""
     run = folders["text_run"]
     file = run / "model" / "magmax.safetensors"
-    stream = [*OTHER, "--stream.num_tasks", "2", "--stream.class_order", "random"]
-    found = evaluated(capsys, file, "--backbone", "OpenClip", *stream)
+    found = evaluated(capsys, file, *backbone, *STREAM)
     assert found.models == ["magmax"]
     assert found.matrix("magmax")[-1].tolist() == pytest.approx(recorded(run).matrix("magmax")[-1].tolist())
+    assert found.confusion("magmax") == recorded(run).confusion("magmax")
+
+
+def header(**changes):
+    facts = {"class": "OpenClip", "settings": {"name": "nano"}}
+    return ModelFacts("m", "r", {**facts, **changes.pop("backbone", {})}, "ZeroShotHead", "Full()", None, "", ["a"], [])
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        (None, "whose header (clmerge.model) names its backbone, got"),
+        (header(backbone={"class": "os.system"}), "expected a backbone of clmerge with its settings"),
+        (header(backbone={"settings": None}), "got 'OpenClip' without settings: name the architecture with --backbone"),
+    ],
+)
+def test_a_file_that_names_no_backbone_needs_the_option(facts, message, tmp_path, capsys):
+    file = tmp_path / "model.safetensors"
+    save_tensors(file, {"w": torch.zeros(2)}, metadata={} if facts is None else facts.to_metadata())
+    assert main(["evaluate", str(file), *STREAM]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_model_whose_learned_head_is_elsewhere_is_not_evaluated_with_another(folders, capsys):
+    assert main(["evaluate", str(folders["learned_run"] / "model" / "magmax.safetensors"), *STREAM]) == 1
+    assert "whose 'LinearHead' is a file of its own: evaluate the run folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -108,7 +169,7 @@ def test_a_checkpoint(folders, capsys):
         (["nowhere"], 1, "expected a run folder or a checkpoint, got nowhere"),
         (["{run}", "--models", "tise"], 1, "expected one of the models magmax, emr"),
         (["{run}", "--backbone", "OpenClip"], 2, "expected --backbone with a checkpoint alone"),
-        (["{run}/config.yaml"], 2, "expected --backbone and --stream with"),
+        (["{run}/config.yaml"], 2, "expected --stream with"),
         (["{run}", "--spilt", "val"], 2, "did you mean --split?"),
         (["{run}", "--split", "tset"], 2, "did you mean 'test'?"),
         (["{run}/model", "--models", "magmax"], 1, "expected a run folder with a manifest.json"),

@@ -73,19 +73,22 @@ def trainer(**options):
     )
 
 
-def run(module, weights, data=None):
+def run(module, weights, data=None, **options):
     predictors = {name: found if isinstance(found, Predictor) else Merged(found) for name, found in weights.items()}
-    return evaluate(trainer(), module, predictors, data or Data(), task_classes=CLASSES, num_classes=4)
+    return evaluate(trainer(), module, predictors, data or Data(), task_classes=CLASSES, num_classes=4, **options)
 
 
-def expected_row(module, state):
-    """Load the weights and count by hand."""
+def logits_of(module, state):
     twin = ContinualClassifier(ToyBackbone(), LinearHead())
     twin.begin_stream(4)
     twin.load_state_dict(module.state_dict())
     twin.load_state_dict(state or {}, strict=False)
-    data = Data()
-    logits = twin.eval()(data.images)
+    return twin.eval()(Data().images)
+
+
+def expected_row(module, state):
+    """Load the weights and count by hand."""
+    data, logits = Data(), logits_of(module, state)
     row = {"task_agnostic": [], "task_aware": []}
     for task, classes in enumerate(CLASSES):
         own, labels = logits[data.tasks == task], data.labels[data.tasks == task]
@@ -128,6 +131,41 @@ def test_views_answer_the_images_of_their_own_tasks(module, weights):
     assert rows["half"]["task_aware"][1] == expected[1]
     assert rows["magmax"] == expected_row(module, views[0])
     assert sorted(asked) == [0, 1, 1], "a view is made once, when its task comes up"
+
+
+def expected_answers(logits, setting, tasks=(0, 1)):
+    """Count by hand which class is taken for which; classes in the order in which they arrive."""
+    data, order = Data(), [c for classes in CLASSES for c in classes]
+    table = torch.zeros(4, 4, dtype=torch.int64)
+    for row, label, task in zip(logits, data.labels.tolist(), data.tasks.tolist(), strict=True):
+        competing = list(range(4)) if setting == "task_agnostic" else list(CLASSES[task])
+        taken = competing[int(row[competing].argmax())]
+        table[order.index(label), order.index(taken)] += task in tasks
+    return table.tolist()
+
+
+def test_answers_are_counted_by_class_in_the_same_pass(module, weights):
+    rows = run(module, {**weights, "expert": None}, confusion=True)
+    assert {name: {**row, "confusion": 0} for name, row in rows.items()} == {
+        name: {**row, "confusion": 0} for name, row in run(module, {**weights, "expert": None}).items()
+    }
+    for name, state in {**weights, "expert": None}.items():
+        for setting, found in rows[name]["confusion"].items():
+            expected = expected_answers(logits_of(module, state), setting)
+            assert found.matrix().tolist() == expected, (name, setting)
+            assert (found.images, found.right) == ([sum(r) for r in expected], [expected[i][i] for i in range(4)])
+
+
+def test_answers_of_a_model_that_needs_the_task_are_those_with_the_task(module, weights):
+    views = [weights["magmax"], weights["a.b.c"]]
+    rows = run(
+        module, {"emr": PerTask(views.__getitem__, [0, 1]), "half": PerTask(views.__getitem__, [1])}, confusion=True
+    )
+    first, second = (expected_answers(logits_of(module, views[t]), "task_aware", tasks=[t]) for t in (0, 1))
+    assert list(rows["emr"]["confusion"]) == list(rows["half"]["confusion"]) == ["task_aware"]
+    both = (torch.tensor(first) + torch.tensor(second)).tolist()
+    assert rows["emr"]["confusion"]["task_aware"].matrix().tolist() == both
+    assert rows["half"]["confusion"]["task_aware"].matrix().tolist() == second, "no answer to what it does not know"
 
 
 def test_every_image_is_encoded_once_per_model(module, weights):
@@ -203,7 +241,9 @@ def figures(**options):
     module, data, runner = ContinualClassifier(ToyBackbone(), CosineHead()), Data(), trainer(**options)
     module.begin_stream(4)
     module.begin_task(range(4), data.test_dataloader())
-    rows = evaluate(runner, module, {"expert": Merged()}, data, task_classes=CLASSES, num_classes=4)
+    rows = evaluate(runner, module, {"expert": Merged()}, data, task_classes=CLASSES, num_classes=4, confusion=True)
+    answers = rows["expert"].pop("confusion")
+    rows["expert"]["answers"] = {setting: found.to_dict() for setting, found in answers.items()}
     accuracy = accuracy_on(module, data.test_dataloader())
     again = ContinualClassifier(module.backbone, CosineHead())
     again.begin_stream(4)

@@ -1,7 +1,7 @@
 import matplotlib
 import numpy as np
 import pytest
-from made_up import make_results
+from made_up import answer, make_results
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
@@ -97,8 +97,8 @@ def test_save_plots_writes_pngs_and_leaves_pyplot_alone(tmp_path):
     from matplotlib import pyplot
 
     backend, figures = matplotlib.get_backend(), pyplot.get_fignums()
-    files = save_plots(make_results(2, ("magmax", "expert")), tmp_path / "plots")
-    overview = ["average_accuracy.png", "final_accuracy.png", "forgetting_curves.png", "matrices.png"]
+    files = save_plots(answer(make_results(2, ("magmax", "expert"))), tmp_path / "plots")
+    overview = ["average_accuracy.png", "confusion.png", "final_accuracy.png", "forgetting_curves.png", "matrices.png"]
     expected = [
         *overview,
         "matrix_expert.png",

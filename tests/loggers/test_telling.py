@@ -1,9 +1,10 @@
 import csv
+import re
 from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from made_up import make_results
+from made_up import answer, make_results
 
 from clmerge.loggers import describe_run, finish_loggers, log_facts, log_summary, log_task, task_metrics
 
@@ -83,8 +84,9 @@ def test_tensorboard_draws_figures_against_tasks(tmp_path):
     images = set(events.Tags()["images"])
     assert {"cl_matrix/magmax", "cl_matrix/expert"} <= images
     assert [event.step for event in events.Images("cl_matrix/magmax")] == [1, 2]
-    log_summary([logger], results)
+    log_summary([logger], answer(results))
     finish_loggers([logger])
+    assert {"cl_confusion/magmax", "cl_confusion/expert"} <= set(events.Reload().Tags()["images"])
     assert "cl/forgetting_curves" in events.Reload().Tags()["images"]
 
 
@@ -102,6 +104,23 @@ def test_mlflow_gets_metrics_against_tasks_parameters_and_pictures(monkeypatch):
     assert (told[0]["stream"], told[0]["seed"]) == ("digits", 3)
     assert told[1] == (2, {"cl/task": 2.0, **task_metrics(results)})
     assert ("r1", "cl_matrix/magmax_002.png") in shown
+
+
+def test_mlflow_gets_names_that_it_accepts_and_not_too_many_at_once(monkeypatch):
+    told = []
+    logger = object.__new__(MLFlowLogger)
+    monkeypatch.setattr(MLFlowLogger, "log_metrics", lambda self, metrics, step: told.append((step, metrics)))
+    monkeypatch.setattr(MLFlowLogger, "save", lambda self: None)
+    results = make_results(80, ("magmax", "magmax+tuned", "magmax_tuned", "a", "b", "c", "d"), names="\u4e2d {}")
+    log_task([logger], results, 79, images=False)
+    assert {step for step, _ in told} == {80}
+    assert all(len(metrics) <= 1000 for _, metrics in told)
+    assert len(told) == 2
+    found = [(name, value) for _, metrics in told for name, value in metrics.items()]
+    assert [value for _, value in found] == [80.0, *task_metrics(results).values()]
+    assert len({name for name, _ in found}) == len(found)
+    assert all(re.fullmatch(r"[a-zA-Z0-9_/. -]+", name) for name, _ in found)
+    assert {"cl_forgetting/magmax_tuned", "cl_forgetting/magmax_tuned-2"} <= {name for name, _ in found}
 
 
 def test_the_configuration_goes_to_every_logger_but_wandbs(tmp_path):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from made_up import make_results
+from made_up import answer, make_results
 from wandb_reader import find_runs
 
 from clmerge.loggers import (
@@ -41,7 +41,7 @@ def test_an_offline_run_holds_everything(wandb_home):
     for finished in (1, 2):
         logger.log_metrics({"train/loss": 1.0 / finished}, step=10 * finished)
         log_task([logger], make_results(2, finished=finished), finished - 1)
-    results = make_results(2)
+    results = answer(make_results(2))
     log_summary([logger], results)
     finish_loggers([logger])
 
@@ -79,6 +79,28 @@ def test_an_offline_run_holds_everything(wandb_home):
     assert [nrows for _, nrows in run.rows("cl_matrix_table/magmax/nrows")] == [2, 4]
     assert len(run.rows("cl_task_aware_matrix_table/zero_shot/path")) == 2
     assert len(run.rows("cl/forgetting_curves/path")) == 1
+    assert [task for task, _ in run.rows("cl_confusion/ties_density0.1/path")] == [2]
+
+    def table(name):
+        ((_, path),) = run.rows(f"{name}/path")
+        return json.loads((run.folder / "files" / path).read_text())
+
+    names, answers = results.class_names, results.confusion("magmax", "task_aware")
+    accuracies = table("cl_task_aware_class_accuracy_table/magmax")
+    assert accuracies["columns"] == ["class", "images", "accuracy"]
+    assert accuracies["data"] == [list(row) for row in zip(names, answers.images, answers.accuracies, strict=True)]
+    found = table("cl_task_aware_confusion_table/magmax")
+    assert found["columns"] == ["class", "taken_for", "images"]
+    assert {(a, b): n for a, b, n in found["data"]} == {
+        **{(name, name): count for name, count in zip(names, answers.right, strict=True)},
+        **{(names[i], None if j is None else names[j]): count for i, j, count in answers.wrong},
+    }
+    assert not [name for row in run.history for name in row if "confusion_table/zero_shot" in name], "none was counted"
+    (path,) = [value for row in run.history for key, value in row.items() if key == "cl/confusion_matrix_table/path"]
+    matrix = json.loads((run.folder / "files" / path).read_text())
+    assert matrix["columns"] == ["Actual", "Predicted", "nPredictions"]
+    counts = results.confusion("magmax").matrix()
+    assert matrix["data"] == [[names[i], names[j], int(counts[i, j])] for i in range(4) for j in range(4)]
 
     command = wandb_sync_command(wandb_home / "run")
     assert shlex.split(command) == ["wandb", "sync", str(run.folder)]

@@ -5,7 +5,7 @@ from made_up import make_results
 from rich.console import Console
 
 from clmerge.results.results import Results
-from clmerge.results.table import render_table, render_text
+from clmerge.results.table import final_text, render_table, render_text
 
 
 def printed(results, width=80, **options):
@@ -65,6 +65,21 @@ def test_text_is_ascii_and_brackets_in_names_are_no_markup():
     assert render_text(results).isascii()
     assert "ties[bold] *" in printed(results)
     assert "100.0" in printed(results)
+
+
+def test_long_names_of_tasks_are_shown_by_their_classes():
+    signs = ["100 km/h speed limit", "120 km/h speed limit", *"abcdef"]
+    results = Results(["100_km_h_speed_limit-120_km_h_speed_limit-and-6", "zero"], classes=[signs, ["0"]])
+    results.add_row("ties", [1.0, 0.25], [1.0, 0.5])
+    results.add_row("ties", [1.0, 0.25], [1.0, 0.5])
+    lines = render_text(results).splitlines()
+    assert lines[1].split()[:3] == ["model", "T1", "T2"]
+    assert lines[-1] == "T1 100 km/h speed limit ... (8 classes), T2 zero"
+    row = {"task_agnostic": [1.0, 0.25], "task_aware": [1.0, 0.5]}
+    assert "T1 100 km/h speed limit ... (8 classes), T2 zero" in final_text(results, {"ties": row}, split="test")
+    assert results.to_dict()["tasks"][0] == "100_km_h_speed_limit-120_km_h_speed_limit-and-6", (
+        "what identifies it stays"
+    )
 
 
 def test_best_is_not_marked_without_mergers():

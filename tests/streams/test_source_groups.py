@@ -1,6 +1,9 @@
+import shlex
+
 import pytest
 from streams.tiny_layouts import write_domain_lists, write_tree
 
+from clmerge.cli.fit import build_parser
 from clmerge.streams import DomainFolders, DomainLists, ImageFolderSource, PrefixDomains
 from clmerge.streams.source_groups import domain_names
 
@@ -64,6 +67,37 @@ def test_file_name_prefix_is_the_domain(tmp_path):
     assert sources[0].templates == tree.templates
     with pytest.raises(RuntimeError, match="begin with 'toy_'"):
         PrefixDomains(tree, domains=["toy"]).sources()[0].train()
+
+
+@pytest.mark.parametrize("split_first", [False, True])
+def test_without_domains_the_folders_are_listed_with_the_option_to_paste(tmp_path, split_first):
+    tops = [tmp_path / "train", tmp_path / "test"] if split_first else [tmp_path]
+    for top in tops:
+        for domain in ("photo", "art work"):
+            write_tree(top / domain, ["cat", "dog"], 2)
+    with pytest.raises(ValueError, match="has 2 folders") as error:
+        DomainFolders(tmp_path, split_first=split_first).sources()
+    option = shlex.split(str(error.value).partition("by name: ")[2])
+    assert option == ['--stream.sources.domains=["art work", "photo"]']
+    named = [
+        "--model.backbone=OpenClip",
+        "--stream=DomainIncremental",
+        "--stream.sources=DomainFolders",
+        f"--stream.sources.root={tmp_path}",
+    ]
+    stream = build_parser().parse_args([*named, *option]).stream
+    assert stream.init_args.sources.init_args.domains == ["art work", "photo"]
+
+
+def test_without_domains_folders_of_splits_are_no_domains(tmp_path):
+    for split in ("train", "test"):
+        write_tree(tmp_path / split / "photo", ["cat"], 1)
+    with pytest.raises(ValueError, match=r"folders of splits \(test, train\): set split_first=true"):
+        DomainFolders(tmp_path).sources()
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "nowhere"):
+        with pytest.raises(ValueError, match=f"expected folders of domains in .*{folder}, found none"):
+            DomainFolders(tmp_path / folder).sources()
 
 
 def test_published_order_of_the_renditions():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from made_up import make_results
+from made_up import answer, make_results
 
 from clmerge.checkpoints.ledger import configured_from
 from clmerge.deploy.describe import describe_merger
@@ -35,7 +35,16 @@ def config_of(**changes):
 
 
 def write_run(
-    folder: Path, *, num_tasks=3, finished=None, models=MODELS, config=None, shift=0.0, bank=True, names="task {}"
+    folder: Path,
+    *,
+    num_tasks=3,
+    finished=None,
+    models=MODELS,
+    config=None,
+    shift=0.0,
+    bank=True,
+    names="task {}",
+    answers=False,
 ):
     """Write a run; ``shift`` lowers all accuracies, so that repetitions differ. Return its record."""
     folder.mkdir(parents=True)
@@ -47,6 +56,8 @@ def write_run(
             for rows in zip(*(results.matrix(model, s) for s in ("task_agnostic", "task_aware")), strict=True):
                 lowered.add_row(model, *(row * (1 - shift) for row in rows))
         results = lowered
+    if answers:
+        answer(results, seed=0 if config is None else config["seed"])
     results.add_seconds("train", 12.5)
     results.name = folder.name
     config = config or config_of()

@@ -107,8 +107,8 @@ class TaskAccuracy(Metric):
         """
         self._check(logits, labels, tasks)
         one_hot = tasks.unsqueeze(1) == torch.arange(self.num_tasks, device=tasks.device)
-        agnostic = _is_right(logits, self.agnostic_classes.expand_as(logits), labels)
-        aware = _is_right(logits, self.own_classes[tasks], labels)
+        agnostic = predicted(logits, self.agnostic_classes.expand_as(logits)) == labels
+        aware = predicted(logits, self.own_classes[tasks]) == labels
         self.correct_agnostic += (one_hot & agnostic.unsqueeze(1)).sum(dim=0)
         self.correct_aware += (one_hot & aware.unsqueeze(1)).sum(dim=0)
         self.samples += one_hot.sum(dim=0)
@@ -154,10 +154,17 @@ class TaskAccuracy(Metric):
             )
 
 
-def _is_right(logits: Tensor, competing: Tensor, labels: Tensor) -> Tensor:
-    """Return whether each sample has its label on top, ``(batch,)`` bool, from three ``(batch, ...)`` tensors."""
+def predicted(logits: Tensor, competing: Tensor) -> Tensor:
+    """Return the competing class with the highest logit for each sample, -1 where none wins.
+
+    Of equal logits the lowest class id wins; none wins where a competing logit is NaN or all are ``-inf``.
+
+    Args:
+        logits: ``(batch, num_classes)``.
+        competing: Which classes compete, of the same shape.
+    """
     scores = logits.masked_fill(~competing, float("-inf"))
-    predicted = scores.argmax(dim=1)  # unlike the index max() returns, promised to be the first of equal values
+    found = scores.argmax(dim=1)  # unlike the index max() returns, promised to be the first of equal values
     best = scores.amax(dim=1)
     # amax passes NaN on, so one test of the winner covers NaN anywhere among the competing logits.
-    return (predicted == labels) & ~best.isnan() & (best != float("-inf"))
+    return found.masked_fill(best.isnan() | (best == float("-inf")), -1)

@@ -11,7 +11,7 @@ from clmerge.names import tell
 from clmerge.results.results import SETTINGS, Results, Setting
 from clmerge.runs.comparison.diagnose import diagnose_run
 from clmerge.runs.comparison.orders import order_sweep
-from clmerge.runs.comparison.references import add_references, check_joint
+from clmerge.runs.comparison.references import add_confusion, add_references, check_joint
 from clmerge.runs.comparison.recalibrated import calibrated_names
 from clmerge.runs.comparison.refold import check_mergers, sweep
 from clmerge.runs.comparison.row_cache import CachedRow, RowCache
@@ -166,6 +166,7 @@ def _add(
         size += 0 if calibration is None else calibration.nbytes(run.module, run.data, task)
         accuracies = (run.counted(row[setting]) for setting in SETTINGS)
         results.add_row(name, *accuracies, bytes_kept=size, merge_seconds=row["merge_seconds"])
+        add_confusion(results, run, name, row)
     if forgotten := [task for task in range(len(run.tasks)) if task not in run.kept]:
         reading: Setting = "task_aware" if merger.task_views else run.evaluation
         results.model(name).probes[FORGOTTEN] = {

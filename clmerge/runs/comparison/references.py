@@ -41,12 +41,23 @@ def add_references(results: Results, run: StoredRun, cache: RowCache, joint: Sto
         results.add_row(TASK_ORACLE, unknown, own[: t + 1] + unknown[t + 1 :], bytes_kept=grows[t])
     for t, row in enumerate(ensemble(run, cache)):
         results.add_row(ENSEMBLE, *(run.counted(row[setting]) for setting in SETTINGS), bytes_kept=grows[t])
+        add_confusion(results, run, ENSEMBLE, row)
+    if len(tasks) == len(run.tasks):
+        for model in (EXPERT, ZERO_SHOT):
+            results.take_confusion(model, run.results)
     if ZERO_SHOT in run.results.models:
         results.set_zero_shot(*(run.results.matrix(ZERO_SHOT, setting)[0][tasks] for setting in SETTINGS))
     if joint is not None:
         row = joint_row(run, joint, cache)
         for _ in tasks:
             results.add_row(JOINT, *(run.counted(row[setting]) for setting in SETTINGS), bytes_kept=weights)
+        add_confusion(results, run, JOINT, row)
+
+
+def add_confusion(results: Results, run: StoredRun, model: str, row: CachedRow) -> None:
+    """Add the answers of a finished model by class, if its row has them and all tasks of the run count."""
+    if "confusion" in row and len(run.kept) == len(run.tasks):
+        results.set_confusion(model, row["confusion"])
 
 
 def ensemble(run: StoredRun, cache: RowCache) -> list[CachedRow]:
@@ -67,7 +78,8 @@ def ensemble(run: StoredRun, cache: RowCache) -> list[CachedRow]:
             label = f"{run.name}: task {t}/{len(tasks)}: ensemble of experts, test images"
             run.enter(task)
             predictor.add(run.expert(task))
-            rows[key] = make_row(run.evaluate_again(label, {ENSEMBLE: predictor}, task)[ENSEMBLE])
+            confusion = t == len(run.tasks)
+            rows[key] = make_row(run.evaluate_again(label, {ENSEMBLE: predictor}, task, confusion=confusion)[ENSEMBLE])
         cache.add(rows)
     return [cache[key] for key in keys]
 
@@ -104,6 +116,6 @@ def joint_row(run: StoredRun, joint: StoredRun, cache: RowCache) -> CachedRow:
     if key not in cache:
         joint.enter(len(joint.tasks) - 1)
         trainer = run.trainers.for_evaluation(f"{run.name}: joint training, test images")
-        rows = run.evaluate(trainer, {JOINT: Merged()}, len(run.tasks) - 1, module=joint.module)
+        rows = run.evaluate(trainer, {JOINT: Merged()}, len(run.tasks) - 1, module=joint.module, confusion=True)
         cache.add({key: make_row(rows[JOINT])})
     return cache[key]

@@ -151,7 +151,8 @@ def sweep(
             predictors, seconds = recalibrated.add(predictors, seconds, missing, task)
             label = f"{run.name}: task {count}/{len(order)}: {len(missing)} {what}, {split} images"
             with _line(label, silent=run.trainers.progress):
-                rows = run.evaluate_again(label, predictors, max(order[:count]), split)
+                confusion = split == "test" and order[:count] == list(range(len(run.tasks)))
+                rows = run.evaluate_again(label, predictors, max(order[:count]), split, confusion=confusion)
             cache.add({keys[name, count]: make_row(rows[name], seconds[name]) for name in missing})
     return {name: {count: cache[keys[name, count]] for count in counts} for name in told}
 

@@ -5,28 +5,32 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import clmerge
+from clmerge.results.confusion import Confusion, Confusions, ModelRow
 from clmerge.results.results import SETTINGS
 from clmerge.results.run_lock import hold_lock
-from clmerge.shapes import amount, keyed, listed, maybe, record, share
+from clmerge.shapes import amount, count, keyed, listed, maybe, record, share
 from clmerge.weights import write_json_atomic
 from clmerge.files import parse_json
 
 
 class CachedRow(TypedDict):
-    """Accuracies of one merged model on every task, NaN where undefined, and the seconds that merging took."""
+    """Accuracies of one merged model on every task, NaN where undefined, and the seconds that merging took.
+
+    ``confusion`` is there for a finished model.
+    """
 
     task_agnostic: list[float]
     task_aware: list[float]
     merge_seconds: float
+    confusion: NotRequired[Confusions]
 
 
-def make_row(accuracies: Mapping[str, list[float]], merge_seconds: float = 0.0) -> CachedRow:
-    """Return the row of accuracies by setting."""
-    agnostic, aware = (accuracies[setting] for setting in SETTINGS)
-    return {"task_agnostic": agnostic, "task_aware": aware, "merge_seconds": merge_seconds}
+def make_row(found: ModelRow, merge_seconds: float = 0.0) -> CachedRow:
+    """Return the row of a model that was evaluated."""
+    return {**found, "merge_seconds": merge_seconds}
 
 
 class RowCache:
@@ -99,14 +103,30 @@ class RowCache:
         write_json_atomic(self.file, {key: _to_json(row) for key, row in self._rows.items()})
 
 
-_ROWS = keyed(record({**dict.fromkeys(map(str, SETTINGS), listed(maybe(share))), "merge_seconds": amount}))
+def _answers(value: Any, where: str) -> None:
+    counts = record({"images": listed(count), "right": listed(count), "wrong": maybe(listed(listed(maybe(count), 3)))})
+    record({}, dict.fromkeys(map(str, SETTINGS), counts))(value, where)
+
+
+_ROWS = keyed(
+    record(
+        {**dict.fromkeys(map(str, SETTINGS), listed(maybe(share))), "merge_seconds": amount},
+        {"confusion": _answers},
+    )
+)
 
 
 def _to_json(row: CachedRow) -> dict[str, Any]:
     agnostic, aware = ([None if math.isnan(v) else v for v in row[s]] for s in SETTINGS)
-    return {"task_agnostic": agnostic, "task_aware": aware, "merge_seconds": row["merge_seconds"]}
+    found = {"task_agnostic": agnostic, "task_aware": aware, "merge_seconds": row["merge_seconds"]}
+    if "confusion" in row:
+        found["confusion"] = {setting: one.to_dict() for setting, one in row["confusion"].items()}
+    return found
 
 
 def _from_json(row: Mapping[str, Any]) -> CachedRow:
     agnostic, aware = ([math.nan if v is None else float(v) for v in row[s]] for s in SETTINGS)
-    return {"task_agnostic": agnostic, "task_aware": aware, "merge_seconds": float(row["merge_seconds"])}
+    found: CachedRow = {"task_agnostic": agnostic, "task_aware": aware, "merge_seconds": float(row["merge_seconds"])}
+    if "confusion" in row:
+        found["confusion"] = {s: Confusion.from_dict(row["confusion"][s]) for s in SETTINGS if s in row["confusion"]}
+    return found

@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from clmerge.results.confusion import Confusion
 from clmerge.runs.comparison.row_cache import RowCache, make_row
 
 
@@ -16,6 +17,10 @@ def test_rows_come_back_with_the_same_bits(tmp_path):
         assert math.isnan(again[key]["task_agnostic"][1])
         assert again[key]["task_aware"] == row["task_aware"]
     assert "c" not in again
+    answers = {"task_aware": Confusion([2, 1], [1, 1], [(0, None, 1)])}
+    ledger.add({"c": make_row({**row, "confusion": answers})})
+    assert RowCache(tmp_path / "rows.json")["c"]["confusion"] == answers
+    assert "confusion" not in RowCache(tmp_path / "rows.json")["a"]
 
 
 def test_keys_differ_in_everything_that_matters():
