@@ -1,6 +1,6 @@
 """Lightning callbacks: the part of clmerge that plugs into existing projects.
 
-Both are imported on first use, because ``clmerge report`` uses this package without Lightning.
+They are imported on first use, because ``clmerge report`` uses this package without Lightning.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from clmerge.callbacks.best_weights import BestWeights
     from clmerge.callbacks.merge import MergeCallback
+    from clmerge.callbacks.trajectory_average import TrajectoryAverage
 
-_HOMES = {"BestWeights": "best_weights", "MergeCallback": "merge"}
+_HOMES = {"BestWeights": "best_weights", "MergeCallback": "merge", "TrajectoryAverage": "trajectory_average"}
 
-__all__ = ["BestWeights", "MergeCallback"]
+__all__ = ["BestWeights", "MergeCallback", "TrajectoryAverage"]
 
 
 def __getattr__(name: str) -> object:

@@ -14,6 +14,8 @@ from clmerge.merging import Merger, Statistics, WeightAverage
 from clmerge.training.module import ContinualClassifier
 from clmerge.training.regularized_tasks import RegularizedTasks
 from clmerge.streams import AdaptationData, Stream, StreamDataModule
+from clmerge.training.trajectory import TrajectoryRule
+from clmerge.streams import Stream, StreamDataModule
 from clmerge.runs.session import Session
 from clmerge.weights.buffers import Buffers
 from clmerge.weights.parametrization import merged_parameters, running_statistics
@@ -33,6 +35,8 @@ class LearnerParts(Session):
         deploy: Merger whose model is the result, or ``expert`` for the un-merged one; default the first merger.
         start_from: Merger whose model is the start under ``merged``, for instance a moving average (``wise_ft``);
             default the deployed one.
+        trajectory: Average of the weights along every fit, which replaces its last weights: the expert of a task, and
+            where the next one starts under ``previous``; default none.
         branches: Branches of every task: models with one start, each trained on its own part of the task's images,
             that are merged into the task's model (Branch-and-Merge, arXiv 2407.08699).
         rounds: How often a task branches and merges; every round starts from the merge of the one before (ColD
@@ -73,6 +77,7 @@ class LearnerParts(Session):
         epochs: list[int] | None = None,
         deploy: str | None = None,
         start_from: str | None = None,
+        trajectory: TrajectoryRule | None = None,
         branches: int = 1,
         rounds: int = 1,
         branch_merger: Merger | None = None,
@@ -98,6 +103,7 @@ class LearnerParts(Session):
         )
         self.prompts = stream.class_prompts if module.head.open_vocabulary else []  # missing templates are an error
         self.epochs = epochs
+        self.trajectory = trajectory
         self.branches, self.rounds = branches, rounds
         self.branch_merger = branch_merger or WeightAverage()
         self.branch_steps: int | None = None
@@ -156,6 +162,11 @@ class LearnerParts(Session):
             )
         if self.epochs is not None and len(self.epochs) != len(self.tasks):
             raise ValueError(f"expected epochs for each of the {len(self.tasks)} tasks, got {len(self.epochs)} numbers")
+        if self.trajectory is not None and self.trajectory.monitor is not None and not self.has_validation:
+            raise ValueError(
+                f"expected validation images for {self.trajectory}, got a stream that holds none out; set "
+                "stream.val_fraction above 0"
+            )
         if self.evaluate_every < 1:
             raise ValueError(f"expected learner.evaluate_every of 1 or more, got {self.evaluate_every}")
         branches, rounds = self.branches, self.rounds
@@ -185,6 +196,7 @@ class LearnerParts(Session):
             "start_from": merge.start_from,
             "deploy": merge.deploy,
             "buffers": merge.buffers,
+            "trajectory": repr(self.trajectory),
             "branches": self.branches,
             "rounds": self.rounds,
             "branch_merger": repr(self.branch_merger),

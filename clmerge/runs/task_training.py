@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
+from clmerge.callbacks import TrajectoryAverage
 from clmerge.runs.branching import BranchedTask, branch_label
 from clmerge.statistics.provided import provided
 from clmerge.runs.learner_parts import LearnerParts
@@ -65,6 +66,8 @@ class TaskTraining:
                 "without training; set trainer.max_epochs to 1 or more"
             )
         results.bytes |= learner.regularized.end(trainer.strategy.root_device)
+        if learner.trajectory is not None:
+            results.bytes["trajectory"] = learner.trajectory.nbytes
         if learner.data.replay:
             memory = replay_memory(learner.stream, task + 1, learner.data.replay, None, seed=learner.data.seed)
             results.bytes["replay"] = memory.nbytes
@@ -113,6 +116,8 @@ class TaskTraining:
 
     def _trainer(self, task: int, *, callbacks: Sequence[Callback] = (), branch: int = 0, label: str = "") -> Trainer:
         learner = self.learner
+        if learner.trajectory is not None:
+            callbacks = [TrajectoryAverage(learner.trajectory), *callbacks]
         seed = derived_seed(learner.seed, "task", task, *([branch] if branch else []))
         return self.trainers.for_fit(
             f"task {task + 1}/{len(learner.tasks)} {learner.tasks[task].label}{label}",

@@ -52,12 +52,23 @@ def estimated_statistics(module: nn.Module, batches: Iterable[Tensor]) -> dict[s
                     buffer.copy_(buffers[name])
 
 
-def check_callable(model: nn.Module) -> None:
-    """Raise a TypeError if a module has no ``forward``, which Lightning does not require."""
+def has_running_statistics(model: nn.Module) -> bool:
+    """Return whether a model has batch normalisation that keeps running statistics."""
+    return any(isinstance(part, _BatchNorm) and part.running_mean is not None for part in model.modules())
+
+
+def check_callable(model: nn.Module, setting: str = "buffers='re-estimated'", others: str = "'latest', 'base' or 'mean'") -> None:
+    """Raise a TypeError if a module has no ``forward``, which Lightning does not require.
+
+    Args:
+        model: The module.
+        setting: The setting that calls it, for the message.
+        others: The settings that do not.
+    """
     if type(model).forward.__module__.split(".")[0] in ("lightning", "pytorch_lightning", "torch"):
         raise TypeError(
-            f"expected {type(model).__name__} to have a forward(inputs), which buffers='re-estimated' calls with "
-            "training images, got none; define it, or choose 'latest', 'base' or 'mean'"
+            f"expected {type(model).__name__} to have a forward(inputs), which {setting} calls with training images, "
+            f"got none; define it, or choose {others}"
         )
 
 
