@@ -32,6 +32,55 @@ def callbacks_of(trainer: Any) -> list[Callback]:
     return callbacks
 
 
+def refuse_used_average(trainer: Trainer) -> None:
+    """Refuse, when training starts, an average of weights by Lightning that counts the steps of an earlier fit.
+
+    Raises:
+        RuntimeError: For a ``WeightAveraging`` that would average nothing and put the initial weights back.
+    """
+    other: Any
+    for other in callbacks_of(trainer):
+        if is_lightning(other, "WeightAveraging") and (
+            other._latest_update_step > trainer.global_step
+            or other._latest_update_epoch >= max(trainer.current_epoch, 0)
+        ):
+            raise RuntimeError(
+                f"expected a new {type(other).__name__} for every fit, got one that was used in an earlier fit: it "
+                "would average nothing and put the weights of the start back; build a new one for every Trainer, or "
+                "use clmerge.callbacks.TrajectoryAverage"
+            )
+
+
+def refuse_empty_average(trainer: Trainer, *, trained: bool) -> None:
+    """Refuse, when a fit ends, what an average of weights by Lightning has left that is not its average.
+
+    Args:
+        trainer: The Trainer.
+        trained: Whether the fit has trained; if not, it was resumed after its last epoch.
+
+    Raises:
+        RuntimeError: For a ``WeightAveraging`` that has taken in no weights and has put those of the start back, or
+            whose fit is resumed after its last epoch, which does not put the average in place.
+    """
+    other: Any
+    for other in callbacks_of(trainer):
+        if not is_lightning(other, "WeightAveraging"):
+            continue
+        never = other._latest_update_step == 0 and other._latest_update_epoch < 0
+        if trained and never:
+            raise RuntimeError(
+                f"expected {type(other).__name__} to take in weights, got a fit that ended before: it has put the "
+                "weights of the start back, and nothing can be merged; average from an earlier step on, or use "
+                "clmerge.callbacks.TrajectoryAverage"
+            )
+        if not trained:
+            raise RuntimeError(
+                f"expected a fit with {type(other).__name__} to end without interruption, got one that is resumed "
+                "after its last epoch: Lightning does not put the average in place then; resume from an earlier "
+                "checkpoint, or use clmerge.callbacks.TrajectoryAverage"
+            )
+
+
 def put_callback(trainer: Any, callback: Callback, *, first: bool) -> None:
     """Move a Trainer's callback to the first or the last place; takes effect from the next hook on."""
     _given.setdefault(trainer, trainer.callbacks)

@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from clmerge.callbacks.best_weights import BestWeights
     from clmerge.callbacks.merge import MergeCallback
+    from clmerge.callbacks.population import Population
     from clmerge.callbacks.trajectory_average import TrajectoryAverage
 
-_HOMES = {"BestWeights": "best_weights", "MergeCallback": "merge", "TrajectoryAverage": "trajectory_average"}
+_HOMES = {
+    "BestWeights": "best_weights",
+    "MergeCallback": "merge",
+    "Population": "population",
+    "TrajectoryAverage": "trajectory_average",
+}
 
-__all__ = ["BestWeights", "MergeCallback", "TrajectoryAverage"]
+__all__ = ["BestWeights", "MergeCallback", "Population", "TrajectoryAverage"]
 
 
 def __getattr__(name: str) -> object:

@@ -19,7 +19,7 @@ from clmerge.callbacks.saved_checkpoints import keep_merge, read_state
 from clmerge.deploy.learning import Losses
 from clmerge.deploy.naming import by_class
 from clmerge.deploy.running_merge import check_choice
-from clmerge.lightning_compat import refuse_unsupported_strategy
+from clmerge.lightning_compat import refuse_empty_average, refuse_unsupported_strategy, refuse_used_average
 from clmerge.merging import Merger, Statistics
 from clmerge.results.results import EXPERT
 from clmerge.statistics.provided import check_provided, provided, training_images
@@ -231,6 +231,7 @@ class MergeCallback(MergedEvaluation):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_used_average(trainer)
         if self._goes_on is False:  # the checkpoint is of an earlier task: this one starts here
             self.apply_start_policy(pl_module)
         self.start(pl_module, self.include, self.exclude, frozen=announces_unfreezing(trainer))
@@ -269,6 +270,7 @@ class MergeCallback(MergedEvaluation):
         goes_on = not self.save_state if self._goes_on is None else self._goes_on
         resumed = trainer.ckpt_path is not None and trainer.global_step > 0 and trainer.fit_loop.done
         if self._trained or (resumed and goes_on and self.base):
+            refuse_empty_average(trainer, trained=self._trained)
             with on_device(pl_module, trainer.strategy.root_device):  # Lightning has moved it to the CPU
                 self._merge(trainer, pl_module)
         else:

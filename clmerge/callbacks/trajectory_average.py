@@ -32,8 +32,8 @@ class TrajectoryAverage(Callback):
     trained parameters are averaged, under the module's own names (LoRA's factors as factors), and floating buffers;
     frozen parts need no memory. The rule is emptied when a fit begins, so that one instance can serve any number of
     Trainers. A fit that collects nothing warns and leaves its last weights. The state is saved in Lightning's
-    checkpoints, which hold the training weights; a fit that was killed at any time, also between its last checkpoint and
-    its end, resumes to the same bits.
+    checkpoints, which hold the training weights; a fit that was killed at any time, also between its last checkpoint
+    and its end, resumes to the same bits.
 
     Args:
         rule: What is averaged: ``Mean``, ``EMA``, ``Latest``, ``LossValley`` or ``Accepting``.
@@ -72,7 +72,11 @@ class TrajectoryAverage(Callback):
         self._forget()  # before Lightning restores a checkpoint
         for other in callbacks_of(trainer):
             averages = is_lightning(other, "WeightAveraging", "StochasticWeightAveraging")
-            if averages or isinstance(other, BestWeights) or (isinstance(other, TrajectoryAverage) and other is not self):
+            if (
+                averages
+                or isinstance(other, BestWeights)
+                or (isinstance(other, TrajectoryAverage) and other is not self)
+            ):
                 raise ValueError(
                     f"expected one callback that puts weights in place when a fit ends, got TrajectoryAverage and "
                     f"{type(other).__name__}; remove one of them"
@@ -197,7 +201,7 @@ class TrajectoryAverage(Callback):
         if trainer.is_global_zero:
             tell(f"the weights are the average of {self.rule.count} by {type(self.rule).__name__}")
 
-    # State -------------------------------------------------------------------------------------------------------------
+    # State -------------------------------------------------------------------------------------------------------
 
     @override
     def state_dict(self) -> dict[str, Any]:

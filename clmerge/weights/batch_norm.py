@@ -57,7 +57,9 @@ def has_running_statistics(model: nn.Module) -> bool:
     return any(isinstance(part, _BatchNorm) and part.running_mean is not None for part in model.modules())
 
 
-def check_callable(model: nn.Module, setting: str = "buffers='re-estimated'", others: str = "'latest', 'base' or 'mean'") -> None:
+def check_callable(
+    model: nn.Module, setting: str = "buffers='re-estimated'", others: str = "'latest', 'base' or 'mean'"
+) -> None:
     """Raise a TypeError if a module has no ``forward``, which Lightning does not require.
 
     Args:

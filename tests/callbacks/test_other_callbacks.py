@@ -6,7 +6,13 @@ import pytest
 import pytorch_lightning
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import BackboneFinetuning, Callback, EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    Callback,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from support.foreign import BackboneModule, weights
 from support.tiny import toy_loader
 from torch import nn
@@ -84,18 +90,49 @@ def test_running_statistics_that_weight_averaging_estimates_are_left_in_place():
     torch.testing.assert_close(merge.merged_state(), weights(model), rtol=1e-6, atol=1e-6)
 
 
-def test_an_average_of_an_earlier_fit_that_undoes_this_one_is_noticed(model):
+def test_an_average_of_an_earlier_fit_is_refused_before_training(model):
     merge, ema = MergeCallback(MagMax()), EMAWeightAveraging(decay=0.5)
     new_trainer(merge, ema).fit(model, toy_loader(0))
-    ema._latest_update_step = 10**6  # as after a longer fit: it never averages again
-    model.load_state_dict(merge.base)
-    merge.start_policy = "previous"
     before = copy.deepcopy(model.state_dict())
-    merge.vectors[0] = ""  # only a vector that occurred before counts
-    new_trainer(merge, ema).fit(model, toy_loader(1))
+    with pytest.raises(RuntimeError, match=r"expected a new EMAWeightAveraging for every fit.*TrajectoryAverage"):
+        new_trainer(merge, ema).fit(model, toy_loader(1))
     torch.testing.assert_close(model.state_dict(), before)
-    with pytest.warns(RuntimeWarning, match="the vector of task 2 is that of task 1: nothing that this fit trained is"):
-        new_trainer(merge, ema).fit(model, toy_loader(2))
+    new_trainer(merge, EMAWeightAveraging(decay=0.5)).fit(model, toy_loader(1))
+    assert merge.num_tasks == 2
+
+
+def test_an_average_that_took_in_nothing_is_refused(model):
+    merge = MergeCallback(MagMax())
+    late = EMAWeightAveraging(decay=0.5, update_starting_at_step=10**6)
+    with pytest.raises(RuntimeError, match=r"to take in weights, got a fit that ended before.*TrajectoryAverage"):
+        new_trainer(merge, late).fit(model, toy_loader(0))
+    assert merge.num_tasks == 0
+
+
+def test_an_average_whose_fit_was_killed_before_its_merge_is_refused(model, tmp_path):
+    class Killed(Callback):
+        def on_train_end(self, trainer, pl_module):
+            raise RuntimeError("killed")
+
+    def trainer(*callbacks):
+        return Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=list(callbacks),
+        )
+
+    def parts():
+        saving = ModelCheckpoint(dirpath=tmp_path, filename="last", enable_version_counter=False)
+        return MergeCallback(MagMax(), base=base), EMAWeightAveraging(decay=0.5), saving
+
+    base = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer(Killed(), *parts()).fit(model, toy_loader(0))
+    with pytest.raises(RuntimeError, match=r"resumed after its last epoch.*TrajectoryAverage"):
+        trainer(*parts()).fit(model, toy_loader(0), ckpt_path=tmp_path / "last.ckpt")
 
 
 # Swaps -----------------------------------------------------------------------------------------------------------

@@ -47,8 +47,7 @@ class Recorded(ForeignModule):
 
 def fit(module, callbacks, *, epochs, ckpt_path=None, train=0, **options):
     trainer = Trainer(
-        **{"max_epochs": epochs}
-        | options,
+        **{"max_epochs": epochs} | options,
         accelerator="cpu",
         logger=False,
         num_sanity_val_steps=0,
@@ -217,7 +216,7 @@ def test_a_fit_that_collects_nothing_keeps_its_last_weights():
 
 
 def test_settings_that_do_not_fit():
-    with pytest.raises(TypeError, match="which buffers='recompute' calls .* or choose 'average' or 'latest'"):
+    with pytest.raises(TypeError, match=r"which buffers='recompute' calls .* or choose 'average' or 'latest'"):
         fit(ForeignModule(batch_norm=True), [TrajectoryAverage(Mean())], epochs=1)
     with pytest.raises(ValueError, match="got TrajectoryAverage and EMAWeightAveraging"):
         fit(Recorded(), [TrajectoryAverage(Mean()), EMAWeightAveraging()], epochs=1)
@@ -242,7 +241,8 @@ class Kill(Callback):
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize(
-    ("epoch", "hook"), [(1, "on_train_epoch_start"), (3, "on_train_epoch_start"), (4, "on_train_end"), (4, "on_fit_end")]
+    ("epoch", "hook"),
+    [(1, "on_train_epoch_start"), (3, "on_train_epoch_start"), (4, "on_train_end"), (4, "on_fit_end")],
 )
 def test_a_fit_that_was_killed_has_the_same_average(tmp_path, name, epoch, hook):
     def started():
@@ -282,4 +282,6 @@ def test_persistent_workers_are_not_read_twice_in_an_epoch():
         callbacks=[TrajectoryAverage(EMA(0.5, validates="average"))],
     )
     with pytest.raises(ValueError, match="set buffers to 'latest' or 'average'"):
-        trainer.fit(Recorded(batch_norm=True), loader, DataLoader(TensorDataset(torch.randn(4, 4), torch.ones(4).long())))
+        trainer.fit(
+            Recorded(batch_norm=True), loader, DataLoader(TensorDataset(torch.randn(4, 4), torch.ones(4).long()))
+        )

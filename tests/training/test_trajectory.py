@@ -84,8 +84,7 @@ def test_the_mean_is_that_of_weight_average_over_the_same_vectors():
 def test_ema_in_closed_form(n):
     b, given = 0.7, points(7)[:n]
     expected = {
-        name: b ** (n - 1) * given[0][name]
-        + (1 - b) * sum(b ** (n - i) * given[i - 1][name] for i in range(2, n + 1))
+        name: b ** (n - 1) * given[0][name] + (1 - b) * sum(b ** (n - i) * given[i - 1][name] for i in range(2, n + 1))
         for name in given[0]
     }
     assert close(fed(EMA(b), given), expected)
