@@ -31,9 +31,12 @@ def kinds() -> dict[str, type]:
     from clmerge.merging import Finisher, Merger, Sparsifier
     from clmerge.models import Backbone, Head, Tuning
     from clmerge.streams import DataSource, SourceGroup, Stream
+    from clmerge.training.exchange_rules import ExchangeRule
     from clmerge.training.regularizers import Regularizer
+    from clmerge.training.trajectory import TrajectoryRule
 
     own = (Merger, Sparsifier, Finisher, Stream, DataSource, SourceGroup, Backbone, Head, Tuning, Regularizer)
+    own = (*own, TrajectoryRule, ExchangeRule)
     return {base.__name__: base for base in (*own, Calibration, Optimizer, Transform, Callback, Logger)}
 
 

@@ -9,6 +9,14 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "scripts" / "check_gpu.py"
 
 
+@pytest.mark.exhaustive
+def test_the_benchmark_of_averages_runs_on_tiny_shapes():
+    command = [sys.executable, SCRIPT.with_name("bench_trajectory.py"), "--tiny"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "Lightning's EMA, all of CLIP" in result.stdout
+
+
 PARTS = {"merge": "TIES by tensor", "spectral": "TSVM", "evaluate": "Evaluating 8 models in one pass"}
 
 

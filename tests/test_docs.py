@@ -34,6 +34,7 @@ NOT_RUN = {
     "python examples/find_learning_rate.py": "tests/test_examples.py runs it",
     "python scripts/methods_data.py": "needs the data sets",
     "python scripts/bench_methods.py": "takes hours",
+    "python scripts/bench_trajectory.py": "tests/test_check_gpu.py runs it on small shapes",
     "pip install wandb-workspaces": "needs a network",
     "python scripts/wandb_report.py": "needs W&B's server",
     "python scripts/convert_results.py": "needs files of schema 1; tests/test_convert_results.py runs it",
@@ -243,6 +244,7 @@ ELSEWHERE = {
     "CONTRIBUTING.md": "below",
     "other_callbacks.md": "tests/callbacks/test_docs.py",
     "own_rule.md": "tests/merging/test_bases.py",
+    "trajectories.md": "tests/callbacks/test_docs.py",
 }
 
 

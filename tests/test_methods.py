@@ -21,6 +21,7 @@ def clip(tmp_path_factory):
 # One of every kind runs in the normal suite.
 FEW = {
     *("attention_only", "bam", "chitale_lora", "ewc", "fisher", "iel", "joint", "lora_task_arithmetic", "magmax"),
+    *("aswa", "late_phase", "papa", "swa", "swad"),
     *("lorm", "nufilt", "regmean", "replay", "sam_merging", "simple_cil", "slca_alignment", "tangent_task_arithmetic"),
 }
 

@@ -15,7 +15,9 @@ from clmerge.merging import Finisher, Merger, Sparsifier
 from clmerge.models import Backbone, Head, Tuning
 from clmerge.streams import DataSource, Stream
 from clmerge.streams.source_groups import SourceGroup
+from clmerge.training.exchange_rules import ExchangeRule
 from clmerge.training.regularizers import Regularizer
+from clmerge.training.trajectory import TrajectoryRule
 
 ROOT = Path(__file__).parent.parent
 CHOSEN = (
@@ -29,6 +31,8 @@ CHOSEN = (
     SourceGroup,
     Stream,
     Regularizer,
+    TrajectoryRule,
+    ExchangeRule,
     Calibration,
 )
 PACKAGES = [

@@ -248,7 +248,7 @@ class Population(Callback):
             statistics = estimated_statistics(pl_module, training_images(pl_module))
             assign(named_tensors(pl_module, statistics, origin="the mean's running statistics"), statistics)
         if trainer.is_global_zero:
-            tell(f"the weights are the mean of {self.size} members ({type(self.exchange).__name__})")
+            tell(f"the weights are replaced by the mean of {self.size} members ({type(self.exchange).__name__})")
 
     # State ---------------------------------------------------------------------------------------------------------
 

@@ -199,7 +199,7 @@ class TrajectoryAverage(Callback):
         statistics = self._statistics(pl_module)
         assign({name: own[name] for name in statistics}, statistics)
         if trainer.is_global_zero:
-            tell(f"the weights are the average of {self.rule.count} by {type(self.rule).__name__}")
+            tell(f"the weights are replaced by their average: {type(self.rule).__name__}, {self.rule.count} collected")
 
     # State -------------------------------------------------------------------------------------------------------
 

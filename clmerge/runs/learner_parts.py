@@ -15,7 +15,6 @@ from clmerge.training.module import ContinualClassifier
 from clmerge.training.regularized_tasks import RegularizedTasks
 from clmerge.streams import AdaptationData, Stream, StreamDataModule
 from clmerge.training.trajectory import TrajectoryRule
-from clmerge.streams import Stream, StreamDataModule
 from clmerge.runs.session import Session
 from clmerge.weights.buffers import Buffers
 from clmerge.weights.parametrization import merged_parameters, running_statistics

@@ -1,4 +1,4 @@
-"""The code of docs/other_callbacks.md runs, block after block."""
+"""The code of docs/other_callbacks.md and docs/trajectories.md runs, block after block."""
 
 import re
 from pathlib import Path
@@ -60,6 +60,18 @@ def test_the_blocks_run_one_after_another(tmp_path, monkeypatch):
         line = TEXT[: TEXT.index(block)].count("\n")
         exec(compile("\n" * line + block, str(DOCS / "other_callbacks.md"), "exec"), names)
     assert (tmp_path / "out" / "merged.safetensors").is_file()
+
+
+def test_the_page_on_averages_runs():
+    text = (DOCS / "trajectories.md").read_text()
+    [block] = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    names = {"MergeCallback": MergeCallback, "MagMax": MagMax, "Trainer": Trainer}
+    names |= {"quiet": quiet | {"enable_checkpointing": False}, "model": BackboneModule()}
+    names["loaders"] = [toy_loader(task) for task in range(2)]
+    exec(compile(block, "trajectories.md", "exec"), names)
+    assert names["merge"].num_tasks == 2
+    assert names["average"].rule.count == 6
 
 
 @pytest.mark.parametrize("name", ["lifecycle.md", "other_callbacks.md"])
