@@ -19,8 +19,8 @@ class LossValley(TrajectoryRule):
     The weights between two validations form a segment, their mean, judged by the loss of the training weights at its
     end. The valley begins at the first segment whose loss is the smallest of the ``n_converge`` that begin with it;
     with the mean of these losses times ``1 + tolerance`` as threshold it goes on to the last segment before the first
-    one from which ``n_tolerance`` segments in a row lie above the threshold. Segments weigh equally. A fit that does not
-    converge gives its last segment. The published code loses the first segment where ``n_tolerance <= n_converge``;
+    one from which ``n_tolerance`` segments in a row lie above the threshold. Segments weigh equally. A fit that does
+    not converge gives its last segment. The published code loses the first segment where ``n_tolerance <= n_converge``;
     here it always counts. It keeps up to ``max(n_converge, n_tolerance) + 2`` copies of the weights.
 
     Args:
