@@ -20,6 +20,7 @@ def clip(tmp_path_factory):
 
 # One of every kind runs in the normal suite.
 FEW = {
+    *("adamerging_continual", "atlas"),
     *("attention_only", "bam", "chitale_lora", "ewc", "fisher", "iel", "joint", "lora_task_arithmetic", "magmax"),
     *("aswa", "late_phase", "papa", "swa", "swad"),
     *("lorm", "nufilt", "regmean", "replay", "sam_merging", "simple_cil", "slca_alignment", "tangent_task_arithmetic"),
@@ -32,6 +33,7 @@ FEW = {
 def test_method_runs_on_the_quickstart_stream(method, clip, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("CLMERGE_RUN_DIR", raising=False)
     monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])  # drawn elsewhere; seconds each
+    monkeypatch.setattr("clmerge.merging.learned.learned.checked_steps", lambda steps, least: min(steps, 2))
     arguments = ["fit", "--config", str(CONFIGS / "quickstart.yaml")]
     arguments += ["--config", str(CONFIGS / "methods" / f"{method}.yaml"), "--run_dir", str(tmp_path / "run")]
     arguments += [f"--model.backbone.name={clip}", "--stream.num_tasks=2", "--logging.wandb=false"]

@@ -1,6 +1,6 @@
 """Gradients of losses by merged weights, for rules that learn: the weights are put into the model itself."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -100,38 +100,42 @@ class _ModelGradients:
 
         def gradient(vector: TaskVector) -> tuple[float, TaskVector]:
             devices = {name: tensor.device for name, tensor in vector.items()}
-            with self._holding(vector):
-                weights = {name: self.own[name] for name in devices}
-                total, slopes = 0.0, dict[str, Tensor]()
-                for loss in next(steps):
-                    with torch.enable_grad():
-                        for weight in weights.values():
-                            weight.requires_grad_()
-                        value = loss(self.model)
-                    found = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
-                    total += float(value.detach())
-                    for name, slope in zip(weights, found, strict=True):
-                        if slope is not None:
-                            slopes[name] = slopes[name].add_(slope) if name in slopes else slope
-                for weight in weights.values():
-                    weight.requires_grad_(False)
-            return total, {name: slope.to(devices[name]) for name, slope in slopes.items()}
+            weights = {name: self.own[name] for name in devices}
+            with self._holding(vector, take=True):
+                total = 0.0
+                try:
+                    for weight in weights.values():
+                        weight.requires_grad_()
+                    for loss in next(steps):
+                        with torch.enable_grad():
+                            value = loss(self.model)
+                            torch.autograd.backward(value)  # adds to what the losses before have left
+                        total += float(value.detach())
+                    slopes = {n: weight.grad.to(devices[n]) for n, weight in weights.items() if weight.grad is not None}
+                finally:
+                    for weight in weights.values():
+                        weight.grad = None
+                        weight.requires_grad_(False)
+            return total, slopes
 
         return gradient
 
     @contextmanager
-    def _holding(self, vector: State) -> Iterator[None]:
-        """Put theta_0 plus a vector into the model, without copying what the model has."""
+    def _holding(self, vector: State, *, take: bool = False) -> Iterator[None]:
+        """Put theta_0 plus a vector into the model, without copying what the model has; ``take`` empties the vector."""
         before: dict[str, Tensor] = {}
-        moved: Mapping[str, Tensor] = {
-            **apply_task_vector({name: self.base[name] for name in vector}, vector),
-            **self.buffers,
-        }
+
+        def put(name: str, value: Tensor) -> None:
+            own = self.own[name]
+            before[name] = own.data
+            own.data = value.to(own.device, own.dtype)
+
         try:
-            for name, value in moved.items():
-                own = self.own[name]
-                before[name] = own.data
-                own.data = value.to(own.device, own.dtype)
+            for name in list(vector):
+                tau = vector.pop(name) if take and isinstance(vector, dict) else vector[name]
+                put(name, apply_task_vector({name: self.base[name]}, {name: tau})[name])
+            for name, value in self.buffers.items():
+                put(name, value)
             yield
         finally:
             for name, data in before.items():

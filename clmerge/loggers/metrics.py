@@ -6,6 +6,7 @@ Names have exactly one slash, so that grouping by the first and by the last slas
     cl/average_accuracy                of the deployed model, to sort and compare runs; likewise the other figures. In
                                        the run's default reading of the logits, which ``cl/evaluation`` names
     cl_average_accuracy/MODEL          of every model (magmax ..., expert, zero_shot), side by side
+    cl_data/MODEL                      in W&B's summary: the images that it looked at beside the training of each task
     cl_accuracy_MODEL/TASK             accuracy on one task: the forgetting curves of a model; long names of tasks are
                                        shortened, as in tables
 

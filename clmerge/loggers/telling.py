@@ -109,6 +109,7 @@ def log_summary(loggers: Sequence[Logger], results: Results, *, deployed: str | 
         "cl/deployed": deployed_model(results, deployed),
         "cl/best_merger": results.best_merger(),
         "cl/evaluation": results.evaluation,
+        **{f"cl_data/{part_of_key(model)}": results.model(model).data for model in results.mergers},
     }
     for logger in loggers:
         if isinstance(logger, WandbLogger):

@@ -15,7 +15,10 @@ Statistics = Mapping[str, State | float]
 
 
 Gradient = Callable[[TaskVector], tuple[float, TaskVector]]
-"""The loss of theta0 + vector on the next images, and its gradient by parameter; a parameter may be missing."""
+"""The loss of theta0 + vector on the next images, and its gradient by parameter; a parameter may be missing.
+
+The vector is taken over: it may be empty afterwards, so that it takes no memory beside the weights.
+"""
 
 
 class Gradients(Protocol):

@@ -59,6 +59,10 @@ PAPERS = {
         "Separate the Wheat from the Chaff: Model Deficiency Unlearning via Parameter-Efficient Module Operation",
         "Xinshuo Hu, Dongfang Li, Baotian Hu, Zihao Zheng, Zhenyu Liu, Min Zhang",
     ),
+    "2310.02575": Paper(
+        "AdaMerging: Adaptive Model Merging for Multi-Task Learning",
+        "Enneng Yang, Zhenyi Wang, Li Shen, Shiwei Liu, Guibing Guo, Xingwei Wang, Dacheng Tao",
+    ),
     "2310.12808": Paper(
         "Model Merging by Uncertainty-Based Gradient Matching",
         "Nico Daheim, Thomas Möllenhoff, Edoardo Maria Ponti, Iryna Gurevych, Mohammad Emtiyaz Khan",
@@ -67,8 +71,16 @@ PAPERS = {
         "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
         "Le Yu, Bowen Yu, Haiyang Yu, Fei Huang, Yongbin Li",
     ),
+    "2311.13600": Paper(
+        "ZipLoRA: Any Subject in Any Style by Effectively Merging LoRAs",
+        "Viraj Shah, Nataniel Ruiz, Forrester Cole, Erika Lu, Svetlana Lazebnik, Yuanzhen Li, Varun Jampani",
+    ),
     "2312.04339": Paper(
         "Merging by Matching Models in Task Parameter Subspaces", "Derek Tam, Mohit Bansal, Colin Raffel"
+    ),
+    "2312.06173": Paper(
+        "Concrete Subspace Learning based Interference Elimination for Multi-task Model Fusion",
+        "Anke Tang, Li Shen, Yong Luo, Liang Ding, Han Hu, Bo Du, Dacheng Tao",
     ),
     "2312.06795": Paper(
         "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks",
@@ -105,6 +117,14 @@ PAPERS = {
     "2406.11617": Paper(
         "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling",
         "Pala Tej Deep, Rishabh Bhardwaj, Soujanya Poria",
+    ),
+    "2407.02880": Paper(
+        "Knowledge Composition using Task Vectors with Learned Anisotropic Scaling",
+        "Frederic Z. Zhang, Paul Albert, Cristian Rodriguez-Opazo, Anton van den Hengel, Ehsan Abbasnejad",
+    ),
+    "2407.03641": Paper(
+        "Learning Scalable Model Soup on a Single GPU: An Efficient Subspace Training Strategy",
+        "Tao Li, Weisen Jiang, Fanghui Liu, Xiaolin Huang, James T. Kwok",
     ),
     "2407.06322": Paper(
         "MagMax: Leveraging Model Merging for Seamless Continual Learning",
@@ -144,6 +164,10 @@ PAPERS = {
         "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
         "Daniel Marczak, Simone Magistri, Sebastian Cygert, Bartłomiej Twardowski, Andrew D. Bagdanov, "
         "Joost van de Weijer",
+    ),
+    "2503.22178": Paper(
+        "AdaRank: Adaptive Rank Pruning for Enhanced Model Merging",
+        "Chanhyuk Lee, Jiho Choi, Chanryeol Lee, Donggyun Kim, Seunghoon Hong",
     ),
     "2503.08099": Paper(
         "Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task Vectors",

@@ -13,6 +13,7 @@ from clmerge.report.charts import value_of
 from clmerge.report.figures import ranked
 from clmerge.report.searches import order_spread
 from clmerge.report.study import UNDEFINED, Entry, Spread, Study
+from clmerge.results.contract import DATA_FREE
 from clmerge.results.results import Setting
 from clmerge.results.table import told_note
 
@@ -151,12 +152,14 @@ def table_csv(study: Study, setting: Setting) -> str:
         row = [entry.name]
         for column in wanted:
             row += numbers_of(value_of(column.of(entry)))[:2]
-        rows.append([*row, str(len(entry.runs))])
-    return to_csv([*heading, "runs"], rows)
+        rows.append([*row, str(len(entry.runs)), entry.data if entry.is_merger else ""])
+    return to_csv([*heading, "runs", "data"], rows)
 
 
 def paper_table(study: Study, setting: Setting, form: Format) -> str:
     """Return the table as Markdown or LaTeX (with booktabs): accuracy per task, average, forgetting, BWT, in percent.
+
+    What the models looked at beside the training of each task is the last column, where one did.
 
     Args:
         study: The runs.
@@ -181,9 +184,15 @@ def paper_table(study: Study, setting: Setting, form: Format) -> str:
         f"Accuracy in % after task {study.num_finished} of {len(study.tasks)}, {setting.replace('_', '-')}, "
         f"{_runs(entries)}.{' Bold: best merger.' if study.ranking(setting) else ''}{_names_of(wanted, study)}{told}"
     )
+    titles = [column.title for column in wanted]
+    if any(entry.data != DATA_FREE for entry in entries if entry.is_merger):
+        titles.append("data")
+        escape = escape_markdown if form == "md" else escape_latex
+        data = [escape(entry.data) if entry.is_merger else MISSING for entry in entries]
+        cells = [[*row, own] for row, own in zip(cells, data, strict=True)]
     if form == "md":
-        return _markdown(caption, names, wanted, cells)
-    return _latex(caption, names, wanted, cells, entries)
+        return _markdown(caption, names, titles, cells)
+    return _latex(caption, names, titles, cells, entries)
 
 
 def escape_latex(text: str) -> str:
@@ -233,9 +242,9 @@ def _task_column(study: Study, setting: Setting, task: int) -> Column:
     )
 
 
-def _markdown(caption: str, names: Sequence[str], wanted: Sequence[Column], cells: Sequence[Sequence[str]]) -> str:
+def _markdown(caption: str, names: Sequence[str], titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     lines = [
-        ["model", *(escape_markdown(column.title) for column in wanted)],
+        ["model", *(escape_markdown(title) for title in titles)],
         *([escape_markdown(name), *row] for name, row in zip(names, cells, strict=True)),
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -256,11 +265,11 @@ def _markdown(caption: str, names: Sequence[str], wanted: Sequence[Column], cell
 def _latex(
     caption: str,
     names: Sequence[str],
-    wanted: Sequence[Column],
+    titles: Sequence[str],
     cells: Sequence[Sequence[str]],
     entries: Sequence[Entry],
 ) -> str:
-    heading = " & ".join(["Model", *(escape_latex(column.title) for column in wanted)])
+    heading = " & ".join(["Model", *(escape_latex(title) for title in titles)])
     rows = []
     for index, (name, row) in enumerate(zip(names, cells, strict=True)):
         if index and entries[index - 1].is_merger and not entries[index].is_merger:
@@ -271,7 +280,7 @@ def _latex(
             r"\begin{table}[t]",
             r"\centering",
             rf"\caption{{{escape_latex(caption)}}}",
-            rf"\begin{{tabular}}{{l{'r' * len(wanted)}}}",
+            rf"\begin{{tabular}}{{l{'r' * len(titles)}}}",
             r"\toprule",
             heading + r" \\",
             r"\midrule",

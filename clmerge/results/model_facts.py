@@ -7,6 +7,7 @@ from typing import Any
 
 import clmerge
 from clmerge.files import parse_json
+from clmerge.results.contract import DATA_FREE
 from clmerge.shapes import Check, anything, count, keyed, listed, maybe, record, text
 
 KEY = "clmerge.model"  # in the metadata of a safetensors file, a JSON text
@@ -26,6 +27,7 @@ class ModelFacts:
         calibration: Name of the calibration; empty if there is none.
         classes: Names of all classes; their positions are the indices of logits.
         tasks: The merged tasks in order: ``name``, and ``classes`` as positions in ``classes``.
+        data: Images that the model looked at beside the training of each task, as in ``results.json``.
         templates: Prompt templates by class, grouped: ``templates`` and the positions of their ``classes``.
         version: Version of clmerge that wrote the file.
     """
@@ -39,6 +41,7 @@ class ModelFacts:
     calibration: str
     classes: list[str]
     tasks: list[dict[str, Any]]
+    data: str = DATA_FREE
     templates: list[dict[str, Any]] = field(default_factory=list)
     version: str = clmerge.__version__
 
@@ -65,7 +68,7 @@ class ModelFacts:
             return None
         found = parse_json(metadata[KEY], f"{where}: {KEY}")
         _CHECK(found, where)
-        return cls(**{each.name: found[each.name] for each in fields(cls)})
+        return cls(**{each.name: found[each.name] for each in fields(cls) if each.name in found})
 
 
 _CHECK: Check = record(
@@ -81,5 +84,6 @@ _CHECK: Check = record(
         "tasks": listed(record({"name": text, "classes": listed(count)})),
         "templates": listed(record({"templates": listed(text), "classes": listed(count)})),
         "version": text,
-    }
+    },
+    {"data": text},  # older versions of clmerge wrote none
 )

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from clmerge.names import shorten
 from clmerge.results.confusion import ModelRow
+from clmerge.results.contract import DATA_FREE
 from clmerge.results.results import Results, Setting, is_reference
 
 _NAME_LENGTH = 60
@@ -34,7 +35,8 @@ def render_table(results: Results, *, setting: Setting | None = None, width: int
     """Return a rich table with one row per model: accuracy on each task, average accuracy, forgetting, BWT.
 
     Percentages after the latest finished task. The best merger, by average accuracy, is bold and starred.
-    Every task has a column if the table fits the width; otherwise only the first, the latest and the worst task.
+    Every task has a column if the table fits the width; otherwise only the first, the latest and the worst task. What
+    the models looked at beside the training of each task is the last column, where one did.
 
     Args:
         results: Results of the run so far, at least one finished task.
@@ -161,21 +163,24 @@ def _cells(results: Results, setting: Setting, width: int) -> _Cells:
     figures = [_latest_figures(results, model, setting) for model in models]
     notes = [_HINTS[setting], *(["* best merger by average accuracy"] if best else [])]
 
-    if told := [model for model in results.mergers if results.model(model).needs_task]:
-        notes.append(told_note(told))
+    if needy := [model for model in results.mergers if results.model(model).needs_task]:
+        notes.append(told_note(needy))
 
     tasks = results.task_labels(numbered=False)[:done]
     short = all(len(name) <= 6 for name in tasks)
     headings = tasks if short else [f"T{task + 1}" for task in range(done)]
-    rows = _rows(names, accuracies, figures)
-    if _width([["model", *headings, *_FIGURES], *rows]) > width:
+    told = [["-" if is_reference(model) else results.model(model).data] for model in models]
+    last = ["data"] if any(results.model(model).data != DATA_FREE for model in results.mergers) else []
+    told = told if last else [[] for _ in models]
+    rows = _rows(names, accuracies, figures, told)
+    if _width([["model", *headings, *_FIGURES, *last], *rows]) > width:
         headings = ["first", "latest", "worst"]
-        rows = _rows(names, [[row[0], row[-1], min(row, key=_nan_first)] for row in accuracies], figures)
+        rows = _rows(names, [[row[0], row[-1], min(row, key=_nan_first)] for row in accuracies], figures, told)
         notes.append(f"first, latest and worst of the {done} tasks seen so far")
     elif not short:
         notes.append(", ".join(f"{h} {name}" for h, name in zip(headings, tasks, strict=True)))
     title = f"Accuracy in % after task {done} of {results.num_tasks}, {setting.replace('_', '-')}"
-    return _Cells(title, notes, ["model", *headings, *_FIGURES], rows, models, best)
+    return _Cells(title, notes, ["model", *headings, *_FIGURES, *last], rows, models, best)
 
 
 def _latest_figures(results: Results, model: str, setting: Setting) -> list[float]:
@@ -183,10 +188,12 @@ def _latest_figures(results: Results, model: str, setting: Setting) -> list[floa
     return [figures["average_accuracy"][-1], figures["forgetting"], figures["backward_transfer"]]
 
 
-def _rows(names: list[str], accuracies: list[list[float]], figures: list[list[float]]) -> list[list[str]]:
+def _rows(
+    names: list[str], accuracies: list[list[float]], figures: list[list[float]], told: list[list[str]]
+) -> list[list[str]]:
     return [
-        [name, *map(percent, accuracy), *map(percent, numbers)]
-        for name, accuracy, numbers in zip(names, accuracies, figures, strict=True)
+        [name, *map(percent, accuracy), *map(percent, numbers), *last]
+        for name, accuracy, numbers, last in zip(names, accuracies, figures, told, strict=True)
     ]
 
 

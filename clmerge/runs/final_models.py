@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from clmerge.bounded_yaml import load_yaml
+from clmerge.deploy.describe import describe_merger
 from clmerge.results.model_facts import ModelFacts
 from clmerge.results.results import EXPERT, HEAD
 from clmerge.results.run_folder import RunFolder
@@ -32,7 +33,9 @@ def save_models(run: RunFolder, learner: LearnerParts, more: Mapping[str, State]
         whole = dict(module.backbone.model.state_dict())
     for name, merger in learner.mergers.items():
         merged = {key.removeprefix(prefix): value for key, value in merge.merged_state(name).items()}
-        own = replace(facts, model=name, rule={"merger": type(merger).__name__, "init_args": merger.settings()})
+        rule = {"merger": type(merger).__name__, "init_args": merger.settings()}
+        data = describe_merger(merger, adaptation=learner.adaptation)["data"]
+        own = replace(facts, model=name, rule=rule, data=data)
         metadata = {"merger": repr(merger), "tuning": repr(module.tuning), **own.to_metadata()}
         save_tensors(run.model(name), {**whole, **merged}, metadata=metadata)
     for name, tensors in more.items():
@@ -40,7 +43,9 @@ def save_models(run: RunFolder, learner: LearnerParts, more: Mapping[str, State]
         label, _, calibration = model.rpartition("+")
         merger = learner.mergers[label]
         rule = {"merger": type(merger).__name__, "init_args": merger.settings()}
-        own = replace(facts, model=model, rule=rule, calibration=calibration)
+        kept = learner.calibrated.calibrations[calibration].data
+        data = describe_merger(merger, adaptation=learner.adaptation, calibrated_on=kept)["data"]
+        own = replace(facts, model=model, rule=rule, calibration=calibration, data=data)
         save_tensors(run.model(name), tensors, metadata=own.to_metadata())
     expert = replace(facts, model=EXPERT)
     if merge.deploy == EXPERT:

@@ -60,7 +60,7 @@ def test_the_gradient_is_that_of_the_losses_at_theta_zero_plus_the_vector():
     base, context = opened(model, steps_of(squares, absolutes))
     vector = vector_for(base)
     with context as gradients:
-        loss, slopes = gradients(Entropy(), [0], seed=0, expert=lambda task: {})(vector)
+        loss, slopes = gradients(Entropy(), [0], seed=0, expert=lambda task: {})(dict(vector))
     twin = network().eval()
     weights = {name: (base[name] + vector[name]).requires_grad_() for name in base}
     out = functional_call(twin, weights, IMAGES)
@@ -81,7 +81,7 @@ def test_lora_learns_by_dense_weights():
     _, context = opened(model, steps_of(squares), base)
     vector = vector_for(base)
     with context as gradients:
-        _, slopes = gradients(Entropy(), [0], seed=0, expert=lambda task: {})(vector)
+        _, slopes = gradients(Entropy(), [0], seed=0, expert=lambda task: {})(dict(vector))
     twin = network().eval()
     weights = {name: (base[name] + vector[name]).requires_grad_() for name in base}
     whole = functional_call(twin, {**dense_base, **weights}, IMAGES).square().mean()

@@ -1,8 +1,10 @@
+import json
+
 import pytest
 from support.run_folders import config_of, write_run
 
 from clmerge.report import paper_table, read_study
-from clmerge.report.tables import escape_latex
+from clmerge.report.tables import escape_latex, table_csv
 
 
 @pytest.fixture
@@ -53,3 +55,18 @@ def test_several_runs_have_deviations_and_long_names_a_key(tmp_path):
 
 def test_latex_cannot_be_broken_by_a_name():
     assert escape_latex(r"a\b{c}~^$#&%") == r"a\textbackslash{}b\{c\}\textasciitilde{}\textasciicircum{}\$\#\&\%"
+
+
+def test_what_models_looked_at_is_a_column_of_every_table(tmp_path):
+    write_run(tmp_path / "a", models=("magmax", "adamerging", "expert"))
+    document = json.loads((tmp_path / "a" / "results.json").read_text())
+    document["runs"][0]["models"]["adamerging"]["data"] = "val(unlabelled)"
+    (tmp_path / "a" / "results.json").write_text(json.dumps(document))
+    study = read_study([tmp_path / "a"])
+    lines = paper_table(study, "task_agnostic", "md").splitlines()
+    assert cells(lines[0])[-1] == "data"
+    told = {cells(line)[0]: cells(line)[-1] for line in lines[2:5]}
+    assert told == {"magmax": "none", "adamerging": "val(unlabelled)", "expert": "-"}
+    assert "val(unlabelled) \\\\" in paper_table(study, "task_agnostic", "latex")
+    csv = {line.split(",")[0]: line.split(",")[-1] for line in table_csv(study, "task_agnostic").splitlines()}
+    assert csv == {"model": "data", "magmax": "none", "adamerging": "val(unlabelled)", "expert": "", "zero_shot": ""}

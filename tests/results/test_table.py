@@ -91,3 +91,15 @@ def test_best_is_not_marked_without_mergers():
 def test_nothing_to_show_is_an_error():
     with pytest.raises(ValueError, match="at least one finished task"):
         render_text(make_results(finished=0))
+
+
+def test_what_models_looked_at_is_a_column_where_one_did():
+    results = make_results(3, ("magmax", "adamerging", "expert"), names="t{}")
+    assert "data" not in render_text(results)
+    results.describe("adamerging", data="val(10 per class, unlabelled)")
+    lines = render_text(results, width=120).splitlines()
+    assert lines[1].split()[-1] == "data"
+    shown = {line.split()[0]: line[-40:] for line in lines[2:5]}
+    assert shown["adamerging"].endswith("val(10 per class, unlabelled)")
+    assert shown["magmax"].endswith(" none")
+    assert shown["expert"].endswith(" -")

@@ -176,7 +176,8 @@ class Learned(Stored):
         losses: dict[str, float] = {}
         for number in range(self.steps):
             moment = Moment(number, step.task, survey)
-            loss, slopes = gradient({n: self._combine(n, taus(n), coefficients, moment) for n in shapes})
+            merged = {name: self._combine(name, taus(name), coefficients, moment) for name in shapes}
+            loss, slopes = gradient(merged)
             if not math.isfinite(loss):
                 raise ValueError(
                     f"expected a finite loss while {self!r} learns, got {loss} at step {number + 1} after task "
