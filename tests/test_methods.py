@@ -23,7 +23,18 @@ FEW = {
     *("adamerging_continual", "atlas"),
     *("attention_only", "bam", "chitale_lora", "ewc", "fisher", "iel", "joint", "lora_task_arithmetic", "magmax"),
     *("aswa", "late_phase", "papa", "swa", "swad"),
-    *("lorm", "nufilt", "regmean", "replay", "sam_merging", "simple_cil", "slca_alignment", "tangent_task_arithmetic"),
+    *(
+        "lorahub",
+        "lorm",
+        "map",
+        "nufilt",
+        "regmean",
+        "replay",
+        "sam_merging",
+        "simple_cil",
+        "slca_alignment",
+        "tangent_task_arithmetic",
+    ),
 }
 
 

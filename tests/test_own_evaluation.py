@@ -16,13 +16,13 @@ from clmerge.cli import main
 from clmerge.evaluation.evaluate import accuracy_on
 from clmerge.loggers import metrics, telling
 from clmerge.merging import TaskArithmetic
+from clmerge.merging.strategies.goal import Goal
 from clmerge.report import read_study
 from clmerge.report.page import make_views
 from clmerge.results.results import Results
 from clmerge.results.table import render_text
 from clmerge.runs.comparison import searches
 from clmerge.runs.comparison.searches import search_all
-from clmerge.search.goal import Goal
 from clmerge.search.search import Search
 from clmerge.streams import ClassIncremental, DomainIncremental, TaskIncremental
 

@@ -36,7 +36,7 @@ def build_parser() -> "CommandParser":
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
     from clmerge.deploy.calibration import Calibration
     from clmerge.merging import Finisher, Merger, Objective, Sparsifier
-    from clmerge.search.methods import Method
+    from clmerge.merging.strategies.methods import Method
     from clmerge.streams import AdaptationData
     from clmerge.streams.plan import Evaluation
 

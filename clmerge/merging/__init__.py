@@ -12,6 +12,7 @@ from clmerge.merging.learned.learned import Learned, Moment, weighted
 from clmerge.merging.learned.soups import HyperplaneSoup, LearnedSoup
 from clmerge.merging.learned.zip import ZipMerge
 from clmerge.merging.linear.arithmetic import TaskArithmetic, WeightAverage
+from clmerge.merging.linear.cocktail import LMCocktail
 from clmerge.merging.linear.cofima import CoFiMA
 from clmerge.merging.linear.factors import FactorProduct
 from clmerge.merging.linear.fedatt import FedAtt
@@ -81,6 +82,7 @@ from clmerge.merging.spectral.svc import SVC
 from clmerge.merging.spectral.tsvm import TSVM
 from clmerge.merging.step import Gradient, Gradients, Score, Statistics
 from clmerge.merging.stored import Stored, relocated
+from clmerge.merging.strategies.weight_search import WeightSearch
 
 __all__ = [
     "ATLAS",
@@ -134,6 +136,7 @@ __all__ = [
     "IsoC",
     "IsoCTS",
     "KnOTS",
+    "LMCocktail",
     "LayerScale",
     "Learned",
     "LearnedSoup",
@@ -169,6 +172,7 @@ __all__ = [
     "TruncateRank",
     "TunableMagMax",
     "WeightAverage",
+    "WeightSearch",
     "WeightedAverage",
     "WeightedSum",
     "WiSEFT",

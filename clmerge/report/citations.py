@@ -55,6 +55,10 @@ PAPERS = {
         "TIES-Merging: Resolving Interference When Merging Models",
         "Prateek Yadav, Derek Tam, Leshem Choshen, Colin Raffel, Mohit Bansal",
     ),
+    "2307.13269": Paper(
+        "LoraHub: Efficient Cross-Task Generalization via Dynamic LoRA Composition",
+        "Chengsong Huang, Qian Liu, Bill Yuchen Lin, Tianyu Pang, Chao Du, Min Lin",
+    ),
     "2308.08090": Paper(
         "Separate the Wheat from the Chaff: Model Deficiency Unlearning via Parameter-Efficient Module Operation",
         "Xinshuo Hu, Dongfang Li, Baotian Hu, Zihao Zheng, Zhenyu Liu, Min Zhang",
@@ -138,6 +142,10 @@ PAPERS = {
     "2410.19735": Paper(
         "Model merging with SVD to tie the Knots",
         "George Stoica, Pratik Ramesh, Boglarka Ecsedi, Leshem Choshen, Judy Hoffman",
+    ),
+    "2311.13534": Paper(
+        "LM-Cocktail: Resilient Tuning of Language Models via Model Merging",
+        "Shitao Xiao, Zheng Liu, Peitian Zhang, Xingrun Xing",
     ),
     "2402.18913": Paper(
         "AdaMergeX: Cross-Lingual Transfer with Large Language Models via Adaptive Adapter Merging",

@@ -11,7 +11,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from clmerge.merging import Merger
-from clmerge.search.space import is_numeric
+from clmerge.merging.strategies.space import is_numeric
 from clmerge.settings import Configured
 
 _STEP = re.compile(r"([A-Za-z_]\w*)|\[(\d+|\*)\]")

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from clmerge.merging import Merger
-from clmerge.search.goal import Goal, front
+from clmerge.merging.strategies.goal import Goal, front
+from clmerge.merging.strategies.methods import METHODS, default_method
+from clmerge.merging.strategies.space import Space
+from clmerge.merging.strategies.strategy import Problem
 from clmerge.search.grid import Values, points, value_at, with_values
-from clmerge.search.methods import METHODS, default_method
-from clmerge.search.space import Space
-from clmerge.search.strategy import Problem
 
 _CHECKED = 1000  # points of a grid that are tried on the merger's constructor
 

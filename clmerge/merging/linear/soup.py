@@ -4,15 +4,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots
+from clmerge.merging.linear.mixed import Mixed
 from clmerge.merging.merger import Merger
 from clmerge.merging.step import Score, Step
-from clmerge.merging.stored import Stored
-from clmerge.weights.task_vector import State, TaskVector, accumulator_dtype
+from clmerge.weights.task_vector import State, TaskVector
 
 
 def measured(score: Score, vector: TaskVector) -> float:
@@ -102,7 +101,7 @@ class GreedySoup(Merger):
         return slots["sum"] / self.num_kept
 
 
-class SortedSoup(Stored):
+class SortedSoup(Mixed):
     """Average the task vectors that improve a held-out metric, best model first (Wortsman et al., arXiv 2203.05482).
 
     The recipe as published: after every task all models theta_0 + tau_t are scored alone and sorted, and each is kept
@@ -128,54 +127,28 @@ class SortedSoup(Stored):
     name = "sorted_soup"
     summary = "mean of the task vectors that do not lower a held-out metric, best first"
     source = "2203.05482"
-    order_free = False
-    removable = False
     requires_score = True
 
     def __init__(self, strict: bool = False) -> None:
         super().__init__()
         self.strict = strict
-        self._chosen: list[int] = []  # positions, in the order in which they were taken
 
     @override
-    def _plan(self, vector: State, step: Step) -> list[int]:
-        """Return the positions of the vectors that are averaged."""
+    def _plan(self, vector: State, step: Step) -> list[float]:
+        count = step.position + 1
         if step.score is None:
-            return [*self._chosen, step.position]
+            raise ValueError("expected a held-out metric for SortedSoup, got none; pass score=... to update()")
         latest = self._sparsified(vector, step.task)
-        singles = [measured(step.score, self._mean([p], latest)) for p in range(step.position + 1)]
-        ranked = sorted(range(len(singles)), key=lambda position: -singles[position])
+        singles = [measured(step.score, self._mixture(_mean_of([p], count), latest)) for p in range(count)]
+        ranked = sorted(range(count), key=lambda position: -singles[position])
         chosen, best = ranked[:1], singles[ranked[0]]
         for position in ranked[1:]:
-            value = measured(step.score, self._mean([*chosen, position], latest))
+            value = measured(step.score, self._mixture(_mean_of([*chosen, position], count), latest))
             if value > best or (value == best and not self.strict):
                 chosen, best = [*chosen, position], value
-        return chosen
+        return _mean_of(chosen, count)
 
-    def _mean(self, positions: Sequence[int], latest: State) -> TaskVector:
-        """Return the mean of kept vectors; the one after the last of them is the latest."""
-        found = {}
-        for name in latest:
-            last = latest[name]
-            kept = [self._tau(p, name) if p < self.num_tasks else last for p in positions]
-            dtype = accumulator_dtype(last)
-            found[name] = torch.stack([tau.to(last.device, dtype) for tau in kept]).mean(dim=0)
-        return found
 
-    @override
-    def _after_update(self, step: Step, plan: list[int]) -> None:
-        self._chosen = plan
-
-    @override
-    def _read(self, name: str, slots: Slots, overview: Any) -> Tensor:
-        taus = self._taus(slots)
-        return torch.stack([taus[position] for position in self._chosen]).mean(dim=0)
-
-    @override
-    def _extras(self) -> dict[str, Any]:
-        return {**super()._extras(), "chosen": list(self._chosen)}
-
-    @override
-    def _load_extras(self, extras: dict[str, Any]) -> None:
-        super()._load_extras(extras)
-        self._chosen = list(extras.get("chosen", ()))
+def _mean_of(positions: Sequence[int], count: int) -> list[float]:
+    """Return the weights with which a sum is the mean of some of the vectors."""
+    return [(position in positions) / len(positions) for position in range(count)]

@@ -65,12 +65,12 @@ def check_request(run: StoredRun, request: Request, joint: StoredRun | None = No
         raise ValueError(
             "expected --calibrations, which keep data of all tasks of a run, or --without, got both: leave one out"
         )
-    CalibratedModels(request.calibrations, run.module, run.data, run.stream, seed=run.seed)  # refuses what cannot be
     if request.diagnose and len(run.kept) < len(run.tasks):
         raise ValueError("expected --diagnose, which describes all task vectors of a run, or --without, got both")
-    check_mergers(run, mergers)
     if joint is not None:
         check_joint(run, joint)
+    check_mergers(run, mergers)
+    CalibratedModels(request.calibrations, run.module, run.data, run.stream, seed=run.seed)  # refuses what cannot be
     searches = plan_searches(run, mergers, request.sought)
     for name, merger in mergers.items() if request.sought.scale is not None else ():
         if "scale" in merger.ignored_by_views:

@@ -10,7 +10,7 @@ from clmerge.merging import Merger, TaskArithmetic
 from clmerge.runs.comparison.refold import sweep
 from clmerge.runs.comparison.row_cache import CachedRow, RowCache
 from clmerge.runs.stored_run import StoredRun
-from clmerge.search.goal import Goal
+from clmerge.merging.strategies.goal import Goal
 from clmerge.search.grid import Values, grids, with_values
 from clmerge.search.scale_rule import ScaleRule
 from clmerge.search.search import Search, mean_accuracy

@@ -7,7 +7,7 @@ import pytest
 from clmerge.merging import DELLA, TIES, MagMax, TaskArithmetic
 from clmerge.runs.comparison import searches
 from clmerge.runs.comparison.searches import Sought, plan_searches, scale_rules, search_all
-from clmerge.search.goal import Goal
+from clmerge.merging.strategies.goal import Goal
 from clmerge.search.scale_rule import ScaleRule, fit_rule
 from clmerge.search.search import Search
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from clmerge.search.extra import needed
-from clmerge.search.strategy import Generations, Strategy
+from clmerge.merging.strategies.extra import needed
+from clmerge.merging.strategies.strategy import Generations, Strategy
 
 _WIDTH = 1 / 6  # of the first generation, as a share of the range; mergekit's
 
@@ -32,7 +32,8 @@ class CmaEs(Strategy):
             evolution: Any = cma.CMAEvolutionStrategy(
                 np.clip(problem.space.unit(problem.start), 0.05, 0.95),
                 _WIDTH,
-                {"bounds": [0, 1], "seed": problem.seed + 1, "verbose": -9},  # 0 would be the time
+                # Seed 0 would be the time; a limit of the width is an error of cma 4.5 in one dimension.
+                {"bounds": [0, 1], "seed": problem.seed + 1, "maxstd": np.inf, "verbose": -9},
             )
         left = self.budget
         while left > 0 and not evolution.stop():

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from clmerge.search.goal import Goal, front
-from clmerge.search.methods import METHODS
-from clmerge.search.plain import simplex
-from clmerge.search.quadratic import Surrogate, num_terms
-from clmerge.search.space import Space
-from clmerge.search.strategy import Problem
+from clmerge.merging.strategies.goal import Goal, front
+from clmerge.merging.strategies.methods import METHODS
+from clmerge.merging.strategies.plain import simplex
+from clmerge.merging.strategies.quadratic import Surrogate, num_terms
+from clmerge.merging.strategies.space import Space
+from clmerge.merging.strategies.strategy import Problem
 
 WEIGHTS = {f"weights[{task}]": [round(0.1 * i, 1) for i in range(11)] for task in range(3)}
 BEST = np.array([0.3, 0.6, 0.8])

@@ -4,9 +4,9 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from clmerge.search.goal import front
-from clmerge.search.space import Units
-from clmerge.search.strategy import Generations, Strategy, sobol
+from clmerge.merging.strategies.goal import front
+from clmerge.merging.strategies.space import Units
+from clmerge.merging.strategies.strategy import Generations, Strategy, sobol
 
 _DRAWN = 4096  # points at which the surrogate is read
 _BATCH = 8

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from clmerge.search.extra import needed
-from clmerge.search.strategy import LIMIT, Generations, Strategy
+from clmerge.merging.strategies.extra import needed
+from clmerge.merging.strategies.strategy import LIMIT, Generations, Strategy
 
 _POPULATION = 10
 
@@ -89,7 +89,13 @@ def _quiet(optuna: Any) -> Iterator[None]:
     numpy_state = np.random.get_state()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # The process is fitted by gradients, also for a rule that is updated without.
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             yield
     finally:

@@ -6,8 +6,8 @@ import math
 import numpy as np
 from typing_extensions import override
 
-from clmerge.search.space import Units, is_numeric
-from clmerge.search.strategy import Generations, Strategy, sobol
+from clmerge.merging.strategies.space import Units, is_numeric
+from clmerge.merging.strategies.strategy import Generations, Strategy, sobol
 
 _POPULATION = 8  # per parameter
 _GENERATIONS = 5

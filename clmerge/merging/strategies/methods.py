@@ -2,11 +2,11 @@
 
 from typing import Literal
 
-from clmerge.search.evolution import CmaEs
-from clmerge.search.plain import DifferentialEvolution, Grid, Preferences
-from clmerge.search.quadratic import Quadratic
-from clmerge.search.sampled import Gaussian, Nsga
-from clmerge.search.strategy import Strategy
+from clmerge.merging.strategies.evolution import CmaEs
+from clmerge.merging.strategies.plain import DifferentialEvolution, Grid, Preferences
+from clmerge.merging.strategies.quadratic import Quadratic
+from clmerge.merging.strategies.sampled import Gaussian, Nsga
+from clmerge.merging.strategies.strategy import Strategy
 
 Method = Literal["grid", "differential_evolution", "preferences", "cma_es", "gaussian", "nsga", "quadratic"]
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from clmerge.search.goal import Goal
-from clmerge.search.space import Space, Units
+from clmerge.merging.strategies.goal import Goal
+from clmerge.merging.strategies.space import Space, Units
 
 Told = Sequence[Sequence[float]]
 """The accuracies on all tasks of every point that was asked for."""
