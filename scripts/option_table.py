@@ -30,13 +30,14 @@ def kinds() -> dict[str, type]:
     from clmerge.deploy.calibration import Calibration
     from clmerge.merging import Finisher, Merger, Sparsifier
     from clmerge.models import Backbone, Head, Tuning
+    from clmerge.runs.launching import Launcher
     from clmerge.streams import DataSource, SourceGroup, Stream
     from clmerge.training.exchange_rules import ExchangeRule
     from clmerge.training.regularizers import Regularizer
     from clmerge.training.trajectory import TrajectoryRule
 
     own = (Merger, Sparsifier, Finisher, Stream, DataSource, SourceGroup, Backbone, Head, Tuning, Regularizer)
-    own = (*own, TrajectoryRule, ExchangeRule)
+    own = (*own, TrajectoryRule, ExchangeRule, Launcher)
     return {base.__name__: base for base in (*own, Calibration, Optimizer, Transform, Callback, Logger)}
 
 

@@ -28,6 +28,8 @@ PROGRAMS = re.compile(r"(clmerge \w+|python|pip|wandb|pytest|scripts/\w+|\.venv/
 BASE = ROOT / "clmerge" / "models" / "nano_clip" / "open_clip_model.safetensors"
 NOT_RUN = {
     "clmerge fit --config stranger.yaml": "is refused; tests/cli/test_named_code.py says how",
+    "clmerge fit --config configs/quickstart.yaml --learner.start_policy=base --run_dir runs/ray": "starts Ray; "
+    "tests/cli/test_launch.py has one",
     "scripts/quickstart": "installs gigabytes; the fit that it runs is the README's",
     "scripts/test": "is what runs this",
     "scripts/docs": "is what .ci/run runs beside this",
@@ -151,7 +153,7 @@ def completed(line):
         words[words.index("...") : words.index("...") + 1] = MODELS
         words += [] if "--merger" in words else ["--merger", "TIES"]
         words += [] if "--out" in words else ["--out", "other.safetensors"]
-    if words[1] == "fit" and "--config" in words:
+    if words[1] in ("fit", "sweep") and "--config" in words:
         words += SHORT
     if "--out" in words or "--recipe" in words:
         out = Path(words[words.index("--out") + 1] if "--out" in words else "merged.safetensors")

@@ -30,6 +30,7 @@ from clmerge.weights.parametrization import read_factors, renew, unmerged_parame
 from clmerge.weights.swap import assign, is_swapped, named_tensors
 
 StartPolicy = Literal["base", "previous", "merged"]
+HandOver = Callable[[Statistics, int], None]
 
 
 class MergeCallback(MergedEvaluation):
@@ -85,6 +86,8 @@ class MergeCallback(MergedEvaluation):
         bank: The bank of the task vectors, if there is one; another may be set before the first task.
         num_tasks: Number of tasks merged so far.
         vectors: Fingerprints of the merged task vectors, in order.
+        hand_over: Called with the statistics and optimizer steps of a finished task, in place of merging it; for a
+            process that trains a task which another one merges.
         seconds: Duration of the last merge.
         update_seconds: Duration of the last update of every merger, by name.
 
@@ -147,6 +150,7 @@ class MergeCallback(MergedEvaluation):
         self.exclude = list(exclude)
         self.seed = seed
         self.save_state = save_state
+        self.hand_over: HandOver | None = None
         self.seconds = 0.0
         self._task_name: str | None = None
         self._task_samples: int | None = None
@@ -303,7 +307,7 @@ class MergeCallback(MergedEvaluation):
             self.task_vector(pl_module), pl_module, trainer, given=given, steps=trainer.global_step, again=again
         )
         self._pending, self._given = False, None
-        if self.vectors[-1] in before:
+        if before and self.vectors[-1] in before:
             warnings.warn(
                 f"the vector of task {self.num_tasks - 1} is that of task {before.index(self.vectors[-1])}: nothing "
                 "that this fit trained is left in the model; give every Trainer new callbacks (an average of weights "
@@ -336,6 +340,10 @@ class MergeCallback(MergedEvaluation):
             again: Whether the bank may already hold the vector, after an interruption.
         """
         started = time.perf_counter()
+        if self.hand_over is not None:
+            self.hand_over(self.measured(CheckedVector(tau), model, given), steps)
+            self.num_tasks += 1
+            return
         task, counts = self.task, {"steps": steps, "samples": self._task_samples}
 
         def store(tau: State) -> None:

@@ -14,6 +14,7 @@ from clmerge.names import tell
 
 COMMANDS = {
     "fit": "train a stream of tasks, merge after every task, evaluate all tasks after every task",
+    "sweep": "run fit for several seeds and settings, some at a time",
     "compare": "merge a finished run's task vectors again with any mergers, without training",
     "evaluate": "evaluate a finished run's models, or a checkpoint, on its own or another stream",
     "predict": "show the most likely classes of images by a model of a finished run",
@@ -77,12 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         from clmerge.cli.fit import spread_lists
+        from clmerge.cli.launch import name_launchers
         from clmerge.cli.own_configs import use_own_configs
+        from clmerge.cli.parent import follow_parent
         from clmerge.cli.quick_check import check_arguments
         from clmerge.cli.value_check import OptionError
 
+        follow_parent()
         try:
-            words = check_arguments(command, spread_lists(use_own_configs(arguments[1:])))
+            words = check_arguments(command, name_launchers(spread_lists(use_own_configs(arguments[1:]))))
         except OptionError as error:
             tell(f"clmerge {command}: {error}")
             raise SystemExit(2) from error

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from clmerge.cli.parser import CommandParser
     from clmerge.results.results import Results
     from clmerge.results.run_folder import RunFolder
+    from clmerge.runs.launching.task_jobs import TaskJobs
     from clmerge.runs.learner import Learner
     from clmerge.streams import Stream
     from clmerge.streams.data_check import DataCheck
@@ -64,6 +65,7 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     from clmerge.deploy.calibration import Calibration
     from clmerge.merging import Merger, Objective
     from clmerge.models import Backbone, Head, Tuning
+    from clmerge.runs.launching import Launcher
     from clmerge.runs.learner import Learner
     from clmerge.streams import AdaptationData, DataSource, Stream, StreamDataModule
     from clmerge.training.module import ContinualClassifier
@@ -74,7 +76,7 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     Logging.__dataclass_fields__["extra"].type = list[lightning_loggers.Logger]
     Logging.__annotations__["extra"] = list[lightning_loggers.Logger]
     models = (Backbone, Head, Tuning, Regularizer, Calibration, Optimizer)
-    bases = (Merger, Objective, Stream, DataSource, *models, Callback, lightning_loggers.Logger)
+    bases = (Merger, Objective, Stream, DataSource, Launcher, *models, Callback, lightning_loggers.Logger)
     CommandParser.class_names = known_subclasses(bases)
     parser = CommandParser(
         prog="clmerge fit",
@@ -98,6 +100,8 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     parser.add_argument("--auto_resume", "--auto-resume", action="store_true", help=auto_help)
     parser.add_argument("--name", type=str, default="run", help="What the run is called in folders and in W&B.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of everything that is random.")
+    seeds_help = "Run each of these seeds in a folder of its own in --run_dir, as clmerge sweep does: --seeds 0 1 2."
+    parser.add_argument("--seeds", type=list[int] | None, default=None, help=seeds_help)
     check_help = "Open every image before the first task; end with 1 and the name of each that cannot be read."
     parser.add_argument("--check_data", "--check-data", action="store_true", help=check_help)
     skip_help = "Open every image before the first task and leave out, count and record those that cannot be read."
@@ -118,6 +122,11 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     )
     parser.add_class_arguments(AdaptationData, "adaptation")
     parser.add_class_arguments(Logging, "logging")
+    launcher_help = (
+        "Train the tasks apart from each other under learner.start_policy=base: local (processes of this machine), or "
+        "ray; the results have the same bits."
+    )
+    parser.add_subclass_arguments(Launcher, "launcher", required=False, help=launcher_help)
     parser.set_defaults({"mergers": [{"class_path": "clmerge.merging.MagMax"}]})
     if trainer:
         parser.add_class_arguments(Trainer, "trainer", skip=_OWNED_BY_LEARNER, instantiate=False)
@@ -127,20 +136,26 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
 
 def main(argv: Sequence[str]) -> int:
     """Run ``clmerge fit``; return the exit code."""
+    from clmerge.cli.launch import split_launcher
     from clmerge.cli.resume import complete_line, split_resume
 
-    resumed, arguments = split_resume(argv)
+    if any(word.startswith("--seeds=") for word in argv):
+        from clmerge.cli.sweep import main as sweep
+
+        return sweep(out_for_run_dir(argv))
+    launcher, others = split_launcher(argv)
+    resumed, arguments = split_resume(others)
     if resumed is not None and not arguments and (line := complete_line(resumed)):
         tell(line, file=sys.stdout)
         return 0
-    return _run(arguments, resumed)
+    return _run(arguments, resumed, launcher)
 
 
-_LISTS = ("--mergers", "--calibrations", "--learner.calibrations")
+_LISTS = ("--mergers", "--calibrations", "--learner.calibrations", "--seeds")
 
 
 def spread_lists(argv: Sequence[str]) -> list[str]:
-    """Rewrite ``--mergers A B C`` and ``--mergers=A``, and calibrations alike, as the list that the parser reads.
+    """Rewrite ``--mergers A B C`` and ``--mergers=A``, calibrations and seeds alike, as the list that the parser reads.
 
     Example:
         >>> spread_lists(["--mergers", "MagMax", "TIES", "--seed", "1"])
@@ -152,7 +167,7 @@ def spread_lists(argv: Sequence[str]) -> list[str]:
         option, given, name = argv[position].partition("=")
         position += 1
         names: list[str] = []
-        if option in _LISTS and given and name.isidentifier() and name != "null":
+        if option in _LISTS and given and (name.isidentifier() or name.isdecimal()) and name != "null":
             names = [name]
         elif option in _LISTS and not given:
             end = position
@@ -166,14 +181,26 @@ def spread_lists(argv: Sequence[str]) -> list[str]:
     return result
 
 
-def _run(arguments: Sequence[str], resume: str | None) -> int:
+def out_for_run_dir(argv: Sequence[str]) -> list[str]:
+    """Rewrite ``--run_dir`` as ``--out``, the folder of several runs.
+
+    Example:
+        >>> out_for_run_dir(["--run_dir", "runs/a", "--seeds=[0, 1]"])
+        ['--out', 'runs/a', '--seeds=[0, 1]']
+    """
+    return [word.replace("--run_dir", "--out", 1) if word.partition("=")[0] == "--run_dir" else word for word in argv]
+
+
+def _run(arguments: Sequence[str], resume: str | None, launcher: Sequence[str]) -> int:
     from clmerge.cli.failures import is_foreseen
+    from clmerge.cli.launch import build_launcher, task_jobs
     from clmerge.cli.preflight import check_run
     from clmerge.cli.ranks import find_processes
     from clmerge.cli.rehearsal import fast_dev_config
     from clmerge.cli.requeue import requeue_hint
     from clmerge.cli.resume import complete_line, find_run, give_hint, open_run, record_changes, recorded_words
     from clmerge.results.run_folder import RunFolder
+    from clmerge.runs.launching.task_jobs import check_apart
     from clmerge.streams.data_check import RECORD
     from clmerge.streams.decoding import UnreadableImageError
     from clmerge.streams.overview import stream_lines
@@ -183,7 +210,7 @@ def _run(arguments: Sequence[str], resume: str | None) -> int:
     try:
         words: Sequence[str] = [] if resume is None else arguments
         parser = build_parser()
-        config = parser.parse_args([*arguments] if resume is None else recorded_words(resume, words))
+        config = parser.parse_args([*(arguments if resume is None else recorded_words(resume, words)), *launcher])
         if config.stream is None:
             parser.error("expected --stream or a --config that has one, got neither")
         repeatable = config.auto_resume
@@ -193,7 +220,7 @@ def _run(arguments: Sequence[str], resume: str | None) -> int:
             if line := complete_line(resume):
                 tell(line, file=sys.stdout)
                 return 0
-            config = parser.parse_args(recorded_words(resume, words))
+            config = parser.parse_args([*recorded_words(resume, words), *launcher])
         if config.fast_dev_run:
             fast_dev_config(config)
         build = trainer_factory(config)
@@ -202,8 +229,11 @@ def _run(arguments: Sequence[str], resume: str | None) -> int:
         if resume is not None:
             run, changes = open_run(resume, words, writes=processes.writes)
         known = run.path if run is not None else None if processes.writes else Path(processes.folder)
-        learner, logging, check = _build(parser, config, known, tells=processes.writes)
+        learner, logging, check = build_run(parser, config, known, tells=processes.writes)
         check_run(learner, build)
+        jobs_by = build_launcher(config.launcher)
+        if jobs_by is not None:
+            check_apart(learner)
         if config.dry_run or config.fast_dev_run:
             return _rehearse(learner, build, config, writes=processes.writes)
         if run is None:
@@ -222,7 +252,7 @@ def _run(arguments: Sequence[str], resume: str | None) -> int:
                 check.save(run.path / RECORD)
             for line in stream_lines(learner.stream):
                 tell(line)
-        _fit(learner, logging, config, run, build)
+        _fit(learner, logging, config, run, build, None if jobs_by is None else task_jobs(run, jobs_by))
     except Exception as error:
         hint = ""
         if run is not None and not run.is_untrained:
@@ -265,10 +295,17 @@ def _rehearse(learner: "Learner", build: Any, config: Any, *, writes: bool) -> i
     return 0
 
 
-def _build(
+def build_run(
     parser: "CommandParser", config: Any, known: Path | None, *, tells: bool
 ) -> "tuple[Learner, Logging, DataCheck | None]":
-    """Build the learner; ``known`` is the run folder, if it exists."""
+    """Build the learner of a parsed configuration.
+
+    Args:
+        parser: The parser.
+        config: What it parsed.
+        known: The run folder, if it exists.
+        tells: Whether this process prints.
+    """
     from lightning.pytorch import seed_everything
 
     from clmerge.runs.learner import Learner
@@ -279,6 +316,7 @@ def _build(
         raise ValueError(f"expected a seed from 0 to {2**32 - 1}, got {config.seed}")
     seed_everything(config.seed, workers=True, verbose=False)
     without_extra = config.clone()
+    without_extra.launcher = None  # which is no part of the learner
     without_extra.logging.extra = []  # built when the run has a folder, to which they write
     objects = parser.instantiate(without_extra)
     objects.data.seed = config.seed
@@ -322,7 +360,9 @@ def leave_unreadable_out(stream: "Stream", config: Any, run: Path | None) -> "Da
     return check
 
 
-def _fit(learner: "Learner", logging: Logging, config: Any, run: "RunFolder", build: Any) -> None:
+def _fit(
+    learner: "Learner", logging: Logging, config: Any, run: "RunFolder", build: Any, jobs: "TaskJobs | None"
+) -> None:
     from clmerge.loggers import describe_run
 
     facts = describe_run(
@@ -335,6 +375,7 @@ def _fit(learner: "Learner", logging: Logging, config: Any, run: "RunFolder", bu
         report=_print_table if run.writes else None,
         progress=config.trainer.enable_progress_bar,
         artifacts=logging.artifacts,
+        jobs=jobs,
     )
     if run.writes:
         _print_ending(results, run, wandb=logging.wandb)
@@ -342,7 +383,17 @@ def _fit(learner: "Learner", logging: Logging, config: Any, run: "RunFolder", bu
 
 def _config_text(parser: "CommandParser", config: Any) -> str:
     kept = config.clone()
-    for key in ("config", "run_dir", "resume", "auto_resume", "check_data", "dry_run", "fast_dev_run"):
+    for key in (
+        "config",
+        "run_dir",
+        "resume",
+        "auto_resume",
+        "seeds",
+        "launcher",
+        "check_data",
+        "dry_run",
+        "fast_dev_run",
+    ):
         kept.pop(key, None)
     header = "# The configuration of this run; `clmerge fit --config FILE` with this file runs it again.\n"
     return header + str(parser.dump(kept, skip_validation=True))

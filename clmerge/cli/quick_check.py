@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from clmerge.cli.option_table import OptionTable, Type, option_table
 from clmerge.cli.option_values import alternatives, item_of, kinds_of
+from clmerge.cli.sweep import split_sweep
 from clmerge.cli.value_check import OptionError, ValueCheck
 
 
@@ -28,6 +29,10 @@ def check_arguments(command: str, arguments: Sequence[str], table: OptionTable |
         OptionError: If an option, class, setting or value is certainly wrong.
     """
     table = table or option_table()
+    if command == "sweep":  # whose runs take the options of fit
+        own, others = split_sweep(arguments)
+        _WordCheck(command, table).words(own)
+        return [*own, *check_arguments("fit", others, table)]
     if command not in table.commands:
         return [*arguments]
     check = _WordCheck(command, table)

@@ -320,10 +320,7 @@ class RunningMerge:
         tau = tau if isinstance(tau, CheckedVector) else CheckedVector(tau)
         if self.bank is not None and tau.stored is None:
             tau.stored = BankVector(self.bank, task, tau.sha256)
-        measured = dict(given or {})
-        if self.statistics is not None and self.required_statistics - measured.keys():
-            with swapped(model, self.weights_with(tau, model)):
-                measured |= self.statistics(model)
+        measured = self.measured(tau, model, given)
         self._merge_buffers(model)
         for name, merger in self.mergers.items():
             started = time.perf_counter()
@@ -346,6 +343,22 @@ class RunningMerge:
         if store is not None:
             store(tau)
         self._estimate_all(model)
+
+    def measured(
+        self, tau: Mapping[str, Tensor], model: LightningModule, given: Statistics | None = None
+    ) -> dict[str, Any]:
+        """Return the statistics of a task that the mergers require; ``statistics=`` measures those that are not given.
+
+        Args:
+            tau: The task vector.
+            model: The model with the task's running statistics and head, if any.
+            given: Known statistics.
+        """
+        known = dict(given or {})
+        if self.statistics is not None and self.required_statistics - known.keys():
+            with swapped(model, self.weights_with(tau, model)):
+                known |= self.statistics(model)
+        return known
 
     def _folded(self, tau: CheckedVector) -> None:
         """Record a vector that every merger has folded in."""

@@ -4,6 +4,7 @@ from clmerge.merging.finish.finisher import ClipNorm, Finisher, Scale
 from clmerge.merging.finish.grouped import GroupScale
 from clmerge.merging.finish.layers import LayerScale, LiNeS
 from clmerge.merging.finish.truncate import TruncateRank
+from clmerge.merging.joining import joined
 from clmerge.merging.learned.adamerging import AdaMerging
 from clmerge.merging.learned.adarank import AdaRank
 from clmerge.merging.learned.atlas import ATLAS
@@ -178,6 +179,7 @@ __all__ = [
     "WiSEFT",
     "ZipMerge",
     "adapter_of",
+    "joined",
     "mean_of_factors",
     "negate_adapter",
     "registered_mergers",

@@ -19,7 +19,7 @@ from clmerge.weights import checksum, load_tensors, save_tensors, save_torch, wr
 from clmerge.weights.checksums import MANIFEST, verify_files
 
 # Folders that only a run makes.
-_OWN = ("bank", "checkpoints", "logs", "model", "plots", "state", "unmerged")
+_OWN = ("bank", "checkpoints", "jobs", "logs", "model", "plots", "state", "unmerged")
 _OWN_FILES = ("config.yaml", "data_check.json", "results.json", LOCK, MANIFEST)
 
 
@@ -117,7 +117,8 @@ class RunFolder:
     @property
     def tasks_begun(self) -> int:
         """Number of tasks whose training has begun."""
-        began = self.manifest.branch > 0 or any((self.path / "checkpoints").glob("task_*"))
+        begun = (entry for folder in ("checkpoints", "jobs") for entry in (self.path / folder).glob("task_*"))
+        began = self.manifest.branch > 0 or any(begun)
         return self.manifest.trained + began
 
     def change_options(self, options: Sequence[str], *, begin_anew: bool) -> bool:
@@ -136,7 +137,7 @@ class RunFolder:
         began = self.tasks_begun > manifest.trained
         if begin_anew and not manifest.finished:
             # Before the commit: a kill in between loses epochs, but never mixes two sets of options.
-            for found in checkpoints if self.writes else ():
+            for found in [*checkpoints, *(self.path / "jobs").glob("task_*")] if self.writes else ():
                 shutil.rmtree(found) if found.is_dir() else found.unlink()
             manifest.branch = 0
             manifest.step, manifest.epochs = manifest.task_step, manifest.task_epochs
@@ -186,6 +187,10 @@ class RunFolder:
     def checkpoint(self, task: int, branch: int = 0) -> Path:
         """Lightning's checkpoint of the last completed epoch of a task, or a branch of it, in training."""
         return self.path / "checkpoints" / f"task_{task:03d}{f'_branch_{branch:03d}' * (branch > 0)}.ckpt"
+
+    def job(self, task: int) -> Path:
+        """Folder of the job that trains a task apart from the others; it is removed when the task is merged."""
+        return self.path / "jobs" / f"task_{task:03d}"
 
     def has_whole(self, checkpoint: Path) -> bool:
         """Return whether there is an intact checkpoint; a damaged one is reported and removed.
@@ -336,6 +341,9 @@ class RunFolder:
             for found in sorted((self.path / folder).glob("task_*")):  # the user's callbacks may write here as well
                 if found not in keep:
                     shutil.rmtree(found) if found.is_dir() else found.unlink()
+        for found in sorted((self.path / "jobs").glob("task_*")):  # the folder of a job and its log
+            if int(found.name.split(".")[0][5:]) < self.manifest.trained:
+                shutil.rmtree(found) if found.is_dir() else found.unlink()
         for kept in (self.bank, self.path / "unmerged"):  # remove files of a task that was merged but not committed
             for found in sorted(kept.glob("task_*.safetensors")):
                 if found.stem[5:].isdecimal() and int(found.stem[5:]) >= self.manifest.trained:

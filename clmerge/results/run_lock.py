@@ -13,6 +13,7 @@ from pathlib import Path
 from clmerge.names import tell
 
 LOCK = ".lock"
+_patience = 0.0  # seconds to wait for another process
 # Descriptor and number of holders of every folder that this process has locked.
 _held: dict[Path, list[int]] = {}
 
@@ -44,8 +45,19 @@ def hold_lock(folder: Path, holder: object) -> Callable[[], object]:
     return weakref.finalize(holder, _release, folder, os.getpid())
 
 
+def wait_for_locks(seconds: float) -> None:
+    """Let this process wait for a folder that another one has locked, instead of refusing it at once.
+
+    Args:
+        seconds: How long.
+    """
+    global _patience
+    _patience = seconds
+
+
 def _locked_file(folder: Path) -> int | None:
     file = folder / LOCK
+    until = time.monotonic() + _patience
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -59,6 +71,9 @@ def _locked_file(folder: Path) -> int | None:
         except BlockingIOError:
             found = os.pread(descriptor, 1000, 0).decode("utf-8", "replace")
             os.close(descriptor)
+            if time.monotonic() < until:
+                time.sleep(0.2)
+                continue
             raise BlockingIOError(
                 errno.EAGAIN, f"expected a folder that no other process writes, got {folder}, which {_owner(found)}"
             ) from None

@@ -20,6 +20,7 @@ from clmerge.figures import plot_files, save_plots
 from clmerge.deploy.predictors import Merged, Predictor
 from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Results
 from clmerge.runs.resume import restore
+from clmerge.runs.launching.task_jobs import TaskJobs, check_apart
 from clmerge.results.run_folder import RunFolder
 from clmerge.runs.task_training import TaskTraining
 from clmerge.search.grid import with_values
@@ -44,6 +45,7 @@ class Learner(LearnerParts):
         report: Callable[[Results], None] | None = None,
         progress: bool | None = None,
         artifacts: bool = False,
+        jobs: TaskJobs | None = None,
     ) -> Results:
         """Train and evaluate the tasks that the run folder lacks, and return the results of the whole stream.
 
@@ -54,19 +56,19 @@ class Learner(LearnerParts):
             report: Called with the results after every evaluated task.
             progress: Whether to show progress bars instead of a line per epoch; default where stderr is a terminal.
             artifacts: Whether to log base, task vectors and merged models to W&B as artifacts at the end.
+            jobs: Train the tasks apart from each other, in place of this process; the results have the same bits.
 
         Raises:
-            ValueError: If artifacts are requested and the run will keep no task vectors.
+            ValueError: If artifacts are requested and the run will keep no task vectors, or jobs are to train tasks
+                that depend on each other.
         """
         if artifacts:
             self.require_task_vectors()
+        if jobs is not None:
+            check_apart(self)
         progress = sys.stderr.isatty() if progress is None else progress
         trainers = Trainers(trainer, run, loggers, progress=progress)
-        quiet_lightning()
-        seed_everything(self.seed, workers=True, verbose=False)
-        backbone = self.module.backbone
-        self.data.setup_stream(self.stream, backbone.train_transform, backbone.eval_transform)
-        self.module.begin_stream(len(self.stream.class_names), self.prompts)
+        self._begin()
         if self.keep_task_vectors:
             self.merge.bank = TaskVectorBank(run.bank)
         results = restore(self, run)
@@ -78,7 +80,7 @@ class Learner(LearnerParts):
                 tell(line)
         told = loggers if run.writes else ()  # but the Trainer needs the same loggers on every rank
         deployed = self.merge.deploy if self.mergers else EXPERT
-        training = TaskTraining(self, run, trainers)
+        training = TaskTraining(self, run, trainers, jobs)
         success = False
         try:
             if not run.manifest.results:
@@ -86,6 +88,8 @@ class Learner(LearnerParts):
             for task in filter(self.is_evaluated, range(results.num_finished)):
                 # The loggers of a killed run may lack metrics that the manifest has.
                 log_task(told, results, task, deployed=deployed)
+            if jobs is not None:
+                jobs.start(range(run.manifest.trained, len(self.tasks)))
             pace = Pace(len(self.tasks), results.seconds)
             for task in range(run.manifest.evaluated, len(self.tasks)):
                 if run.manifest.trained == task:
@@ -109,8 +113,42 @@ class Learner(LearnerParts):
             add_place(error, run, self.tasks)
             raise
         finally:
+            if jobs is not None:
+                jobs.close()
             finish_loggers(told, success=success)
         return results
+
+    def train_apart(
+        self, run: RunFolder, task: int, *, trainer: TrainerFactory = Trainer, loggers: Sequence[Logger] = ()
+    ) -> None:
+        """Train one task in a run folder of its own, from where it was interrupted; another process merges it.
+
+        Args:
+            run: Folder of the task; ``trained.pt`` appears there when the task is trained.
+            task: Index of the task.
+            trainer: As for ``fit``.
+            loggers: Lightning loggers.
+
+        Raises:
+            ValueError: If the task depends on the one before.
+        """
+        check_apart(self)
+        self._begin()
+        try:
+            TaskTraining(self, run, Trainers(trainer, run, loggers, progress=False)).train_apart(task)
+        except Exception as error:
+            add_place(error, run, self.tasks)
+            raise
+        finally:
+            finish_loggers(loggers if run.writes else (), success=True)
+
+    def _begin(self) -> None:
+        """Seed everything, and set data and module up for the stream."""
+        quiet_lightning()
+        seed_everything(self.seed, workers=True, verbose=False)
+        backbone = self.module.backbone
+        self.data.setup_stream(self.stream, backbone.train_transform, backbone.eval_transform)
+        self.module.begin_stream(len(self.stream.class_names), self.prompts)
 
     def require_task_vectors(self) -> None:
         """Raise a ValueError unless the run will keep task vectors."""

@@ -1,7 +1,9 @@
 """Train the tasks of a run: one fit or several branches of every task, the merge, and the commit of both."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -9,6 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from clmerge.callbacks import TrajectoryAverage
 from clmerge.runs.branching import BranchedTask, branch_label
 from clmerge.statistics.provided import provided
+from clmerge.runs.launching.task_jobs import TaskJobs
+from clmerge.runs.launching.trained_task import TrainedTask
 from clmerge.runs.learner_parts import LearnerParts
 from clmerge.results.results import Results
 from clmerge.results.run_folder import RunFolder
@@ -24,12 +28,17 @@ class TaskTraining:
         learner: The learner with stream, module, data and merged models.
         run: The run folder.
         trainers: Builds the run's Trainers.
+        jobs: Train the tasks in place of this process, if there are any.
     """
 
-    def __init__(self, learner: LearnerParts, run: RunFolder, trainers: Trainers) -> None:
+    def __init__(
+        self, learner: LearnerParts, run: RunFolder, trainers: Trainers, jobs: TaskJobs | None = None
+    ) -> None:
         self.learner = learner
         self.run = run
         self.trainers = trainers
+        self.jobs = jobs
+        self._slot: int | None = None  # by which the run folder of a job calls its only task
 
     def train(self, results: Results, task: int) -> None:
         """Train a task, from its last checkpoint if there is one, merge it, and commit.
@@ -45,9 +54,10 @@ class TaskTraining:
         started = time.perf_counter()
         info = learner.tasks[task]
         learner.data.task = task
-        learner.merge.apply_start_policy(learner.module)
-        learner.merge.next_task(info.name, samples=len(learner.stream.dataset(task, "train")))
-        if not learner.mergers:
+        self._next(task)
+        if self.jobs is not None:
+            trainer = self._adopt(results, task, self.jobs.wait(task))
+        elif not learner.mergers:
             trainer = self._trainer(task)
             self._begin(trainer, task)
             if any(parameter.requires_grad for parameter in learner.module.parameters()):
@@ -85,6 +95,72 @@ class TaskTraining:
         accumulators = learner.merge.accumulators() | {"calibration": learner.calibrated.state_dict()}
         run.commit_state(task, learner.module.state_dict(), accumulators)
 
+    def train_apart(self, task: int) -> None:
+        """Train a task, and write down what another process needs to merge it.
+
+        Args:
+            task: Index of the task.
+        """
+        learner, merge = self.learner, self.learner.merge
+        started = time.perf_counter()
+        self._slot = 0
+        handed: list[tuple[Mapping[str, Any], int]] = []
+        merge.hand_over = lambda statistics, steps: handed.append((statistics, steps))
+        learner.data.task = task
+        if task:
+            learner.module.resume_tasks([one.classes for one in learner.tasks[:task]])
+        self._next(task, index=task)
+        if learner.branches == 1:
+            trainer = self._trainer(task, callbacks=[merge])
+            self._begin(trainer, task)
+            merge.take_base(learner.module)
+            self._fit(trainer, task)
+        else:
+            trainer = self._train_branches(task)
+        if not handed:
+            raise RuntimeError(f"expected a fit that trains task {task}, got none: set trainer.max_epochs to 1 or more")
+        if self.run.writes:
+            manifest, (statistics, steps) = self.run.manifest, handed[-1]
+            weights = {name: tensor.detach().cpu() for name, tensor in learner.module.state_dict().items()}
+            kept = {name: value for name, value in statistics.items() if name != "weights"}  # which are theta_0
+            seconds = time.perf_counter() - started
+            base = merge.base_fingerprint or ""
+            done = TrainedTask(task, base, weights, kept, steps, manifest.step, manifest.epochs, seconds)
+            done.save(self.run.path / "trained.pt")
+        trainer.strategy.barrier("trained")
+
+    def _adopt(self, results: Results, task: int, file: Path) -> Trainer:
+        """Take over a task that a job has trained, and merge it."""
+        learner, merge = self.learner, self.learner.merge
+        trainer = self._trainer(task)
+        self._begin(trainer, task)
+        merge.take_base(learner.module)
+        found = TrainedTask.load(file, next(iter(merge.base.values())).device)
+        if (found.task, found.base) != (task, merge.base_fingerprint):
+            raise ValueError(
+                f"expected task {task}, trained from the base {str(merge.base_fingerprint)[:12]}, in {file}, got task "
+                f"{found.task} from {found.base[:12]}: remove {file.parent}, and the task is trained again"
+            )
+        learner.module.load_state_dict(found.weights)
+        theta0 = provided(merge.required_statistics & {"weights"}, trainer, learner.module, merge.base)
+        given = {**found.statistics, **theta0}
+        merge.commit(
+            merge.task_vector(learner.module), learner.module, trainer, given=given, steps=found.steps, again=True
+        )
+        self.run.manifest.step += found.logged
+        self.run.manifest.epochs += found.epochs
+        results.add_seconds("train", found.seconds)
+        return trainer
+
+    def _next(self, task: int, index: int | None = None) -> None:
+        """Tell the merge which task comes, and set the weights that it starts from."""
+        merge, samples = self.learner.merge, len(self.learner.stream.dataset(task, "train"))
+        merge.next_task(self.learner.tasks[task].name, samples=samples, index=index)
+        merge.apply_start_policy(self.learner.module)
+
+    def _slot_of(self, task: int) -> int:
+        return task if self._slot is None else self._slot
+
     def _train_branches(self, task: int) -> Trainer:
         """Train a task in branches, commit each of them, and merge the result of the last round."""
         learner, run = self.learner, self.run
@@ -105,7 +181,7 @@ class TaskTraining:
             self._fit(trainer, task, branch=branched.done)
             branched.end()
             trainer.strategy.barrier("branch")
-            run.commit_branch(task, branched.done, branched.state_dict())
+            run.commit_branch(self._slot_of(task), branched.done, branched.state_dict())
         learner.data.part = (0, 1)
         given = provided(learner.merge.required_statistics, trainer, learner.module, learner.merge.base)
         learner.branch_steps = run.manifest.step - run.manifest.task_step
@@ -122,7 +198,7 @@ class TaskTraining:
         return self.trainers.for_fit(
             f"task {task + 1}/{len(learner.tasks)} {learner.tasks[task].label}{label}",
             seed,
-            self.run.checkpoint(task, branch),
+            self.run.checkpoint(self._slot_of(task), branch),
             callbacks,
             **({} if learner.epochs is None else {"max_epochs": learner.epochs[task]}),
             **({} if len(learner.stream.dataset(task, "val")) else {"limit_val_batches": 0}),
@@ -139,4 +215,4 @@ class TaskTraining:
 
     def _fit(self, trainer: Trainer, task: int, *, branch: int = 0) -> None:
         self.learner.module.epoch_offset = self.run.manifest.epochs
-        self.trainers.fit(trainer, self.learner.module, self.learner.data, self.run.checkpoint(task, branch))
+        self.trainers.fit(trainer, self.learner.module, self.learner.data, self.run.checkpoint(self._slot_of(task), branch))

@@ -1,0 +1,136 @@
+"""The options of launchers, and the job that trains one task: ``python -m clmerge.cli.launch RUN TASK``."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clmerge.results.run_folder import RunFolder
+    from clmerge.runs.launching import Job, Launcher
+    from clmerge.runs.launching.task_jobs import TaskJobs
+
+_NAMES = {"local": "LocalLauncher", "ray": "RayLauncher"}
+
+
+def name_launchers(argv: Sequence[str]) -> list[str]:
+    """Rewrite ``--launcher local`` and ``--launcher=ray`` with the names of the classes.
+
+    Example:
+        >>> name_launchers(["--seed=1", "--launcher", "local"])
+        ['--seed=1', '--launcher=LocalLauncher']
+    """
+    found: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, given, value = word.partition("=")
+        if name == "--launcher":
+            value = value if given else next(words, "")
+            word = f"{name}={_NAMES.get(value, value)}"
+        found.append(word)
+    return found
+
+
+def split_launcher(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate the options of the launcher, which change how a run is computed but not what it is, from the others.
+
+    Example:
+        >>> split_launcher(["--launcher=LocalLauncher", "--seed", "1", "--launcher.jobs", "2"])
+        (['--launcher=LocalLauncher', '--launcher.jobs=2'], ['--seed', '1'])
+    """
+    mine: list[str] = []
+    others: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, given, value = word.partition("=")
+        if (name != "--launcher" and not name.startswith("--launcher.")) or name == "--launcher.help":
+            others.append(word)
+        else:
+            mine.append(f"{name}={value if given else next(words, '')}")
+    return mine, others
+
+
+def build_launcher(options: Any) -> "Launcher | None":
+    """Return the launcher of a parsed configuration, None without one."""
+    from clmerge.cli.parser import CommandParser
+    from clmerge.runs.launching import Launcher
+
+    if options is None:
+        return None
+    parser = CommandParser(exit_on_error=False)
+    parser.add_subclass_arguments(Launcher, "launcher")
+    found: Launcher = parser.instantiate(parser.parse_object({"launcher": options.as_dict()})).launcher
+    return found
+
+
+def task_jobs(run: "RunFolder", launcher: "Launcher") -> "TaskJobs":
+    """Return the jobs that train the tasks of a run.
+
+    Args:
+        run: The run folder; its configuration is what the jobs train by.
+        launcher: Runs the jobs.
+    """
+    import torch
+
+    from clmerge.runs.launching import Job
+    from clmerge.runs.launching.task_jobs import TaskJobs
+
+    path = run.path.resolve()
+    threads = (("OMP_NUM_THREADS", str(torch.get_num_threads())),)  # sums depend on it
+
+    def job(task: int) -> "Job":
+        folder = run.job(task).resolve()
+        return Job(
+            f"task {task + 1}",
+            (sys.executable, "-m", "clmerge.cli.launch", str(path), str(task)),
+            log=f"{folder}.log",
+            commit=str(folder / "trained.pt"),
+            folder=str(Path.cwd()),
+            variables=threads,
+        )
+
+    return TaskJobs(run, launcher, job)
+
+
+def train_task(folder: str, task: int) -> int:
+    """Train one task of a run in a folder of its own; return the exit code.
+
+    Args:
+        folder: Folder of the run.
+        task: Index of the task.
+    """
+    from lightning.pytorch.loggers import CSVLogger
+
+    from clmerge.cli.failures import say
+    from clmerge.cli.fit import build_parser, build_run, trainer_factory
+    from clmerge.cli.preflight import check_run
+    from clmerge.cli.ranks import find_processes
+    from clmerge.cli.resume import recorded_words
+    from clmerge.results.run_folder import RunFolder
+    from clmerge.weights.checksums import MANIFEST
+
+    try:
+        whole = RunFolder(folder, writes=False)
+        config = build_parser().parse_args([*recorded_words(folder, []), "--trainer.enable_progress_bar=false"])
+        build = trainer_factory(config)
+        processes = find_processes(build, folder)
+        learner, _, _ = build_run(build_parser(), config, whole.path, tells=False)
+        check_run(learner, build)
+        mine = whole.job(task)
+        there = (mine / MANIFEST).is_file()
+        run = (RunFolder.open if there else RunFolder.create)(mine, writes=processes.writes)
+        processes.publish(run.path)
+        loggers: list[Any] = [CSVLogger(whole.logs, name=f"task_{task:03d}")] if config.logging.csv else []
+        learner.train_apart(run, task, trainer=build, loggers=loggers)
+    except Exception as error:
+        say(f"fit, task {task + 1}", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    from clmerge.cli.parent import follow_parent
+    from clmerge.cli.signals import run_until_stopped
+
+    follow_parent()
+    sys.exit(run_until_stopped("fit", lambda: train_task(sys.argv[1], int(sys.argv[2]))))
