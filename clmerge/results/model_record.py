@@ -112,6 +112,12 @@ def to_json(value: Any) -> Any:
         >>> to_json({"a": [1.0, math.nan]})
         {'a': [1.0, None]}
     """
+    # Matrices of a long stream are millions of numbers, converted at every commit: the common types come first.
+    kind = type(value)
+    if kind is float:
+        return None if value != value else value
+    if kind is list or kind is tuple:
+        return [(None if item != item else item) if type(item) is float else to_json(item) for item in value]
     if isinstance(value, Mapping):
         return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

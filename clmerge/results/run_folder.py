@@ -1,8 +1,8 @@
 """The run folder: an atomic manifest records what is committed; other files are listed in it or derived from it."""
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -222,7 +222,7 @@ class RunFolder:
     def commit(self) -> None:
         """Write the manifest in memory to disk, which commits it."""
         if self.writes:
-            write_json_atomic(self.path / MANIFEST, asdict(self.manifest))
+            write_text_atomic(self.path / MANIFEST, json.dumps(vars(self.manifest), allow_nan=False) + "\n")
             if self.manifest.results:
                 write_json_atomic(self.results, {"schema": SCHEMA, "runs": [self.manifest.results]})
 

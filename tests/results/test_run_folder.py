@@ -210,15 +210,15 @@ def test_older_states_and_checkpoints_go_only_after_the_manifest_points_to_the_n
     run.commit_state(0, MODULE, ACCUMULATORS)
     write_checkpoint(run, 1)
     seen = []
-    write = clmerge.results.run_folder.write_json_atomic
+    write = clmerge.results.run_folder.write_text_atomic
 
     def record(path, found):
         if path.name == "manifest.json":
-            seen.append((files(run.path), found["state"]))
+            seen.append((files(run.path), json.loads(found)["state"]))
         write(path, found)
 
     run.manifest.evaluated = 1
-    monkeypatch.setattr(clmerge.results.run_folder, "write_json_atomic", record)
+    monkeypatch.setattr(clmerge.results.run_folder, "write_text_atomic", record)
     run.commit_state(1, MODULE, ACCUMULATORS)
     old = ["checkpoints/task_001.ckpt", "state/task_000/accumulators.pt", "state/task_000/module.safetensors"]
     new = ["state/task_001/accumulators.pt", "state/task_001/module.safetensors"]
@@ -243,7 +243,7 @@ def test_a_state_is_flushed_before_the_manifest_points_to_it(run, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("broken", ["save_tensors", "save_torch", "checksum", "write_json_atomic"])
+@pytest.mark.parametrize("broken", ["save_tensors", "save_torch", "checksum", "write_text_atomic"])
 def test_a_commit_of_state_that_fails_anywhere_leaves_the_old_state(run, monkeypatch, broken):
     run.commit_state(0, MODULE, ACCUMULATORS)
     write_checkpoint(run, 1)

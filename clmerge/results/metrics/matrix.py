@@ -143,7 +143,9 @@ def check_row(accuracies: Row, num_tasks: int) -> Array:
     row = continual.to_array(accuracies)
     if row.shape != (num_tasks,):
         raise ValueError(f"expected one accuracy per task, shape ({num_tasks},), got shape {row.shape}")
-    wrong = [float(value) for value in row if value < 0 or value > 1]
-    if wrong:
-        raise ValueError(f"expected accuracies in [0, 1], got {wrong[0]}; percentages are made when they are shown")
+    wrong = row[(row < 0) | (row > 1)]
+    if len(wrong):
+        raise ValueError(
+            f"expected accuracies in [0, 1], got {float(wrong[0])}; percentages are made when they are shown"
+        )
     return row

@@ -76,6 +76,7 @@ def check_apart(learner: LearnerParts) -> None:
         "no regularizers, which keep what they know of earlier tasks, got some": bool(module.regularizers),
         "a head that knows all classes, got one that learns them": not module.head.open_vocabulary,
         "a model without running statistics, got some": bool(running_statistics(module)),
+        "no learner.trajectory, whose bytes only a fit knows, got one": learner.trajectory is not None,
         "weights to merge, got a frozen backbone": not learner.mergers,
         "that all trained weights are merged, got others": any(one.requires_grad for one in others.values()),
     }
