@@ -23,18 +23,8 @@ FEW = {
     *("adamerging_continual", "atlas"),
     *("attention_only", "bam", "chitale_lora", "ewc", "fisher", "iel", "joint", "lora_task_arithmetic", "magmax"),
     *("aswa", "late_phase", "papa", "swa", "swad"),
-    *(
-        "lorahub",
-        "lorm",
-        "map",
-        "nufilt",
-        "regmean",
-        "replay",
-        "sam_merging",
-        "simple_cil",
-        "slca_alignment",
-        "tangent_task_arithmetic",
-    ),
+    *("adamergex_ia3", "lorahub", "lorm", "map", "nufilt", "regmean", "replay", "sam_merging", "simple_cil"),
+    *("slca_alignment", "tangent_task_arithmetic"),
 }
 
 

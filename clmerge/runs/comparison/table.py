@@ -139,7 +139,8 @@ def _front_lines(front: Front) -> Iterator[str]:
 def _chosen(name: str, value: Any, values: Sequence[Any]) -> str:
     """Return a chosen value as text, with a hint if a wider range may hold a better one."""
     numbers = len(values) > 1 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    return f"{name}={value}" + " (at the edge of what was tried)" * (numbers and value in (min(values), max(values)))
+    shown = f"{value:.4g}" if isinstance(value, float) else value
+    return f"{name}={shown}" + " (at the edge of what was tried)" * (numbers and value in (min(values), max(values)))
 
 
 def _order_note(model: str, part: Mapping[str, Any], setting: Setting) -> str:
