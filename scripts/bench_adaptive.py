@@ -57,10 +57,10 @@ class Memory(threading.Thread):
             self.largest = max(self.largest, self.now())
 
 
-def batches(num_tasks: int, num_images: int) -> list[torch.Tensor]:
+def batches(num_tasks: int, num_images: int, size: tuple[int, int]) -> list[torch.Tensor]:
     """Return a batch of random images for every task."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(num_images, 3, 224, 224, generator=generator) for _ in range(num_tasks)]
+    return [torch.randn(num_images, 3, *size, generator=generator) for _ in range(num_tasks)]
 
 
 def entropy(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ def measure(what: str, bank: TaskVectorBank, args: argparse.Namespace) -> dict[s
     visual = {name: tensor for name, tensor in model.named_parameters() if name.startswith("0.")}
     size = sum(tensor.nbytes for tensor in visual.values())
     base = {name: tensor.detach().clone() for name, tensor in visual.items()}
-    images = batches(args.tasks, args.images)
+    images = batches(args.tasks, args.images, model[0].image_size)
     before, watch, times = Memory.now(), Memory(), []
     if what == "plain":
         for _ in range(args.steps + 1):
@@ -130,7 +130,10 @@ def main() -> int:
             command += [f"--{name}={getattr(args, name)}" for name in ("tasks", "images", "steps")]
             text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found[what] = json.loads(text.splitlines()[-1])
-            print(f"{what}: {found[what]['seconds']:.2f} CPU s a step, {found[what]['models']:.2f} models of memory")
+            print(
+                f"{what}: {found[what]['seconds']:.2f} CPU s a step, {found[what]['models']:.2f} models of memory",
+                flush=True,
+            )
     more = found["learned"]["models"]
     ratio = found["learned"]["seconds"] / found["plain"]["seconds"]
     print(

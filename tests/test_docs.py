@@ -35,6 +35,7 @@ NOT_RUN = {
     "scripts/docs": "is what .ci/run runs beside this",
     "python examples/find_learning_rate.py": "tests/test_examples.py runs it",
     "python scripts/methods_data.py": "needs the data sets",
+    "python scripts/bench_adaptive.py": "takes minutes; tests/test_bench_adaptive.py runs it on small shapes",
     "python scripts/bench_methods.py": "takes hours",
     "python scripts/bench_trajectory.py": "tests/test_check_gpu.py runs it on small shapes",
     "pip install wandb-workspaces": "needs a network",
@@ -243,6 +244,7 @@ PYTHON = {
 }
 # The first defines a merger, which would be one in all tests that follow: it has a process of its own.
 ELSEWHERE = {
+    "adaptive.md": "tests/merging/learned/test_docs.py",
     "CONTRIBUTING.md": "below",
     "other_callbacks.md": "tests/callbacks/test_docs.py",
     "own_rule.md": "tests/merging/test_bases.py",
