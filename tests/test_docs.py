@@ -37,12 +37,13 @@ NOT_RUN = {
     "python scripts/methods_data.py": "needs the data sets",
     "python scripts/bench_adaptive.py": "takes minutes; tests/test_bench_adaptive.py runs it on small shapes",
     "python scripts/bench_methods.py": "takes hours",
-    "python scripts/bench_trajectory.py": "tests/test_check_gpu.py runs it on small shapes",
     "pip install wandb-workspaces": "needs a network",
     "python scripts/wandb_report.py": "needs W&B's server",
     "python scripts/convert_results.py": "needs files of schema 1; tests/test_convert_results.py runs it",
     "clmerge push runs/digits --model TIES --repo USER/NAME": "needs the hub; tests/cli/test_push.py has one",
     "wandb sweep": "needs W&B's server",
+    "clmerge fit --config configs/quickstart.yaml --logging.extra='[{class_path: MLFlow": "needs MLflow's server, "
+    "which tests/loggers/test_mlflow.py has",
     "wandb agent": "needs W&B's server",
 }
 SPLITS = ("train", "val", "test")

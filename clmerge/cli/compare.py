@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -230,13 +231,15 @@ def _log_to_wandb(run: "StoredRun", results: "Results", out: Path) -> None:
     """Log a comparison of one run as a W&B run of its own, in the group of that run."""
     from clmerge.loggers import build_wandb_logger, describe_run, finish_loggers, log_comparison
 
-    facts = describe_run(run.config, stream=run.stream.name, num_tasks=len(run.tasks), mergers=results.mergers)
+    describe = partial(describe_run, run.config, stream=run.stream.name, num_tasks=len(run.tasks))
+    own = [name for name in run.results.mergers if run.results.model(name).kind != "calibrated"]
+    facts = describe(mergers=results.mergers)
     options = run.config["logging"]
     logger = build_wandb_logger(
         out / "logs",
         project=options["project"],
         name=f"compare {facts.name}",
-        group=options["group"] or facts.group,
+        group=options["group"] or describe(mergers=own).group,
         tags=["compare", *facts.tags],
         job_type="compare",
         config={**facts.settings, "run": str(run.folder.path)},

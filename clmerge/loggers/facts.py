@@ -1,5 +1,7 @@
 """Describe a run for dashboards: name, group, tags, and the configuration under flat keys for filters."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +10,20 @@ _DEFAULT_NAME = "run"  # the default of --name in clmerge fit
 _PLACES = ("config", "run_dir", "resume", "logging")  # where a run is stored is not a property of it
 _TAG_LENGTH = 64  # W&B accepts no longer tags
 _NAMED_MERGERS = 3
+_EXPERIMENT = ("stream", "model", "mergers", "data", "learner", "trainer")  # parts that repetitions have in common
+# Settings of these that say how a run is carried out, which may differ from machine to machine.
+_MACHINE = {"data/num_workers", "data/cache_eval", "data/cache_mb"} | {
+    f"trainer/{key}"
+    for key in (
+        "accelerator",
+        "devices",
+        "num_nodes",
+        "strategy",
+        "profiler",
+        "enable_progress_bar",
+        "log_every_n_steps",
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -16,7 +32,8 @@ class RunFacts:
 
     Attributes:
         name: Stream, method, tuning, start policy and seed.
-        group: The name without the seed, shared by all seeds of an experiment.
+        group: The name without the seed, and a digest of all settings in which repetitions of a run agree: it is shared
+            by all seeds of an experiment, and by nothing else.
         tags: Scenario, tuning, start policy and mergers.
         settings: ``stream``, ``scenario``, ``num_tasks``, ``method``, ``tuning``, ``start_policy``, ``backbone`` and
             ``seed``, then the configuration, flat, by keys with slashes.
@@ -41,7 +58,7 @@ def describe_run(config: Mapping[str, Any], *, stream: str, num_tasks: int, merg
         >>> config = {"name": "run", "seed": 3, "stream": {"class_path": "clmerge.streams.ClassIncremental"}}
         >>> facts = describe_run(config, stream="digits-5", num_tasks=5, mergers=["magmax", "ties"])
         >>> facts.name, facts.group, facts.settings["scenario"]
-        ('digits-5 magmax+ties full s3', 'digits-5 magmax+ties full', 'ClassIncremental')
+        ('digits-5 magmax+ties full s3', 'digits-5 magmax+ties full 11e7ff', 'ClassIncremental')
     """
     kept = {key: value for key, value in config.items() if key not in _PLACES}
     model, learner = kept.get("model") or {}, kept.get("learner") or {}
@@ -67,10 +84,17 @@ def describe_run(config: Mapping[str, Any], *, stream: str, num_tasks: int, merg
     tags = [scenario, tuning, start_policy, *mergers]
     return RunFacts(
         name=f"{group} s{first['seed']}",
-        group=group,
+        group=f"{group} {_digest(kept)}",
         tags=[tag[:_TAG_LENGTH] for tag in dict.fromkeys(tags) if tag],
         settings=first | {key: value for key, value in flatten(kept).items() if key not in first},
     )
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    """Return a short digest of the settings in which repetitions of a run agree: all but seeds, name and machine."""
+    flat = flatten({key: config[key] for key in _EXPERIMENT if key in config})
+    kept = {key: value for key, value in flat.items() if key.split("/")[-1] != "seed" and key not in _MACHINE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:6]
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

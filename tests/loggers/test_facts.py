@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from clmerge.loggers import describe_run
@@ -79,16 +81,39 @@ def test_the_whole_configuration_is_flat():
 def test_name_group_and_tags():
     facts = describe()
     assert facts.name == "digits-5 ties_density0.1+magmax+ties full base s7"
-    assert facts.group == "digits-5 ties_density0.1+magmax+ties full base"
+    assert re.fullmatch(r"digits-5 ties_density0\.1\+magmax\+ties full base [0-9a-f]{6}", facts.group)
     assert facts.tags == ["ClassIncremental", "full", "base", *MERGERS]
     assert describe(name="mine").name.startswith("mine ties")
     assert describe(seed=8).group == facts.group
     assert describe(seed=8).name != facts.name
 
 
+def test_a_group_holds_the_repetitions_of_one_experiment_and_nothing_else():
+    def group(**changes):
+        return describe(**changes).group
+
+    stream, optimizer = CONFIG["stream"], CONFIG["model"]["optimizer"]
+    same = [
+        {"seed": 8},
+        {"stream": {**stream, "init_args": {**stream["init_args"], "seed": 8}}},
+        {"trainer": {"max_epochs": 3, "devices": 2, "accelerator": "gpu"}, "data": {"num_workers": 4}},
+        {"logging": {"project": "q"}, "run_dir": "elsewhere"},
+    ]
+    assert {group(**changes) for changes in same} == {group()}
+    others = [
+        {"model": {**CONFIG["model"], "optimizer": {**optimizer, "init_args": {"lr": 0.002, "betas": [0.9, 0.999]}}}},
+        {"model": {**CONFIG["model"], "regularizers": [{"class_path": "clmerge.training.regularizers.EWC"}]}},
+        {"trainer": {"max_epochs": 4}},
+        {"stream": {**stream, "init_args": {**stream["init_args"], "num_tasks": 2}}},
+        {"data": {"replay": 500}},
+        {"mergers": CONFIG["mergers"][:2]},
+    ]
+    assert len({group(), *(group(**changes) for changes in others)}) == 1 + len(others)
+
+
 def test_many_mergers_do_not_make_a_long_name():
     facts = describe_run(CONFIG, stream="digits-5", num_tasks=5, mergers=list("abcdef"))
-    assert facts.group == "digits-5 a+b+c+3 more full base"
+    assert facts.group.rpartition(" ")[0] == "digits-5 a+b+c+3 more full base"
     assert facts.settings["method"] == "a+b+c+d+e+f"
 
 
