@@ -324,7 +324,7 @@ class RunningMerge:
         self._merge_buffers(model)
         for name, merger in self.mergers.items():
             started = time.perf_counter()
-            score = self._scorer(model) if merger.requires_score else None
+            score = self.scorer(model) if merger.requires_score else None
             with ExitStack() as stack:
                 gradients = stack.enter_context(self._gradients(model, name)) if merger.requires_gradient else None
                 merger.update(
@@ -376,7 +376,12 @@ class RunningMerge:
             raise RuntimeError("expected images= for buffers='re-estimated', got none; pass the task's training images")
         return estimated_statistics(model, self.images(model))
 
-    def _scorer(self, pl_module: LightningModule) -> Callable[[Mapping[str, Tensor]], float]:
+    def scorer(self, pl_module: LightningModule) -> Callable[[Mapping[str, Tensor]], float]:
+        """Return a function that gives the held-out accuracy of theta_0 plus a vector.
+
+        Args:
+            pl_module: The module, into which the weights are swapped.
+        """
         function = self.score
         assert function is not None
 

@@ -1,10 +1,11 @@
 """Train one task in branches: several fits from one start, each on a part of the data, merged after every round."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from clmerge.callbacks import MergeCallback
 from clmerge.merging import Merger
@@ -13,13 +14,17 @@ from clmerge.weights import TaskVector
 from clmerge.weights.parametrization import own_names, renew
 from clmerge.weights.swap import assign, full_copy, named_tensors
 
+Reference: TypeAlias = Literal["start", "base"]
+
 
 class BranchedTask:
     """The fits of one task: in each of ``rounds`` rounds, ``branches`` models are trained from one start and merged.
 
     The vector of a branch is its weights minus the start; the merged vector is added to the start, which begins the
-    next round (Branch-and-Merge, arXiv 2407.08699; repeated, ColD Fusion, arXiv 2212.01378). Weights that are trained
-    but not merged, such as a head, are averaged over the branches. Running statistics continue from branch to branch.
+    next round (Branch-and-Merge, arXiv 2407.08699; repeated, ColD Fusion, arXiv 2212.01378). With ``reference="base"`` it
+    is the weights minus theta_0, and the merged vector is added to that (Model Stock in rounds, arXiv 2403.19522).
+    Weights that are trained but not merged, such as a head, are averaged over the branches. Running statistics continue
+    from branch to branch.
 
     Args:
         merge: The callback that holds theta_0 and selects the merged parameters.
@@ -28,13 +33,25 @@ class BranchedTask:
         branches: Branches per round.
         rounds: Rounds of the task.
         seed: Seed of the initial factors of low-rank tuning modes.
+        reference: What branch vectors are measured from: the ``start`` of the round, or the ``base``.
+        starts: Vectors from theta_0 at which the branches of the first round start instead, one after another (Model
+            Ratatouille, arXiv 2212.10445); default the module's weights.
 
     Attributes:
         done: Number of finished fits, over all rounds.
     """
 
     def __init__(
-        self, merge: MergeCallback, module: nn.Module, merger: Merger, *, branches: int, rounds: int, seed: int
+        self,
+        merge: MergeCallback,
+        module: LightningModule,
+        merger: Merger,
+        *,
+        branches: int,
+        rounds: int,
+        seed: int,
+        reference: Reference = "start",
+        starts: Sequence[TaskVector] = (),
     ) -> None:
         self.merge = merge
         self.module = module
@@ -42,6 +59,8 @@ class BranchedTask:
         self.branches = branches
         self.rounds = rounds
         self.seed = seed
+        self.reference = reference
+        self.starts = list(starts)
         self.done = 0
         merger.reset()
         merge.take_base(module)
@@ -55,25 +74,35 @@ class BranchedTask:
         return self.done == self.branches * self.rounds
 
     def begin(self) -> None:
-        """Load the start of the round into the model; a checkpoint of the branch may replace it."""
-        self._place(self._start, self._rest_start)
+        """Load the start of the branch into the model; a checkpoint of the branch may replace it."""
+        others = self.starts if self.done < self.branches else []
+        self._place(others[self.done % len(others)] if others else self._start, self._rest_start)
         renew(self.module, seed=derived_seed(self.seed, "branch", self.done), task=self.merge.task)
 
-    def end(self) -> None:
+    def end(self, *, samples: int, steps: int) -> None:
         """Fold the trained branch into the merger; after the last branch of a round, load the merge into the model.
+
+        Args:
+            samples: Number of the branch's training images.
+            steps: Its optimizer steps.
 
         Raises:
             ValueError: If the weights hold NaN or Inf.
         """
         theta = self.merge.task_vector(self.module)
-        moved = {name: tensor - self._start[name] for name, tensor in theta.items()}
-        self.merger.update(moved, task=self.done)
+        origin = self._origin(theta)
+        self.merger.update(
+            {name: tensor - origin[name] for name, tensor in theta.items()},
+            task=self.done,
+            statistics={"samples": samples, "steps": steps},
+            score=self._scorer(origin) if self.merger.requires_score else None,
+        )
         for name, tensor in self._rest().items():
             self._rest_sum[name] += tensor.detach()
         self.done += 1
         if self.done % self.branches == 0:
             merged = self.merger.compute()
-            self._start = {name: tensor + merged[name].to(tensor) for name, tensor in self._start.items()}
+            self._start = {name: tensor + merged[name].to(tensor) for name, tensor in origin.items()}
             self._rest_start = {name: total / self.branches for name, total in self._rest_sum.items()}
             self._rest_sum = {name: torch.zeros_like(total) for name, total in self._rest_sum.items()}
             self.merger.reset()
@@ -100,6 +129,16 @@ class BranchedTask:
         self._start = dict(state["start"])
         self._rest_start, self._rest_sum = dict(state["rest_start"]), dict(state["rest_sum"])
         self._place(self._start, self._rest_start)
+
+    def _origin(self, theta: TaskVector) -> TaskVector:
+        """Return what branch vectors are measured from, as a vector from theta_0."""
+        if self.reference == "start":
+            return self._start
+        return {name: torch.zeros_like(tensor) for name, tensor in theta.items()}
+
+    def _scorer(self, origin: TaskVector) -> Callable[[Mapping[str, Tensor]], float]:
+        score = self.merge.scorer(self.module)
+        return lambda moved: score({name: tensor + moved[name].to(tensor) for name, tensor in origin.items()})
 
     def _place(self, vector: TaskVector, rest: Mapping[str, Tensor]) -> None:
         values = {**self.merge.weights_with(vector, self.module), **rest}

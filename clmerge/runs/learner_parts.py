@@ -41,6 +41,14 @@ class LearnerParts(Session):
         rounds: How often a task branches and merges; every round starts from the merge of the one before (ColD
             Fusion, arXiv 2212.01378).
         branch_merger: Merges the branches, as differences from their start; default ``WeightAverage``.
+        branch_images: Whether the task's images are ``split`` among its branches, or every branch has ``all`` of them,
+            in an order and with augmentation of its own.
+        branch_reference: What branches are measured from when they are merged: the ``start`` of their round, or the
+            ``base`` (Model Stock in rounds, arXiv 2403.19522).
+        branch_starts: Where the branches of a task's first round start: all where the task does (``task``), or each at
+            the vector of an earlier task, the latest first (``experts``; Model Ratatouille, arXiv 2212.10445).
+        branch_settings: Optimizer settings of every branch, such as ``lr`` and ``weight_decay``, one mapping each (DiWA,
+            arXiv 2205.09739); default the same for all.
         buffers: Running statistics of merged models: of the ``latest`` task, of the ``base``, their ``mean``, or
             ``re-estimated`` for each of them on the task's training images.
         accumulators: Device of base and accumulators: ``cpu``, or ``model`` for the parameters' device.
@@ -80,6 +88,10 @@ class LearnerParts(Session):
         branches: int = 1,
         rounds: int = 1,
         branch_merger: Merger | None = None,
+        branch_images: Literal["split", "all"] = "split",
+        branch_reference: Literal["start", "base"] = "start",
+        branch_starts: Literal["task", "experts"] = "task",
+        branch_settings: list[dict[str, float]] | None = None,
         buffers: Buffers = "latest",
         accumulators: Literal["cpu", "model"] = "cpu",
         keep_task_vectors: bool = True,
@@ -105,6 +117,8 @@ class LearnerParts(Session):
         self.trajectory = trajectory
         self.branches, self.rounds = branches, rounds
         self.branch_merger = branch_merger or WeightAverage()
+        self.branch_images, self.branch_reference = branch_images, branch_reference
+        self.branch_starts, self.branch_settings = branch_starts, branch_settings
         self.branch_steps: int | None = None
         self.evaluate_every, self.evaluate_on = evaluate_every, evaluate_on
         self.keep_task_vectors = keep_task_vectors
@@ -174,8 +188,23 @@ class LearnerParts(Session):
                 f"expected 1 branch or more and 1 round or more, of several branches each, got {branches} branches and "
                 f"{rounds} rounds"
             )
-        if branches > 1 and (wanted := self.branch_merger.requires | self.merge.required_statistics & {"adam"}):
-            raise ValueError(f"expected mergers for branches that need task vectors alone, got one that needs {wanted}")
+        measured = self.branch_merger.requires - {"samples", "steps"}
+        if branches > 1 and (wanted := measured | self.merge.required_statistics & {"adam"}):
+            raise ValueError(
+                "expected mergers for branches that need task vectors, sample counts or scores alone, got one that needs "
+                f"{sorted(wanted)}"
+            )
+        if branches > 1 and self.branch_merger.requires_score and not self.has_validation:
+            raise ValueError(
+                f"expected validation images for branch_merger {self.branch_merger.name!r}, got a stream that holds none "
+                "out; set stream.val_fraction above 0"
+            )
+        if self.branch_settings is not None and len(self.branch_settings) != branches:
+            raise ValueError(
+                f"expected branch_settings for each of the {branches} branches, got {len(self.branch_settings)}"
+            )
+        if self.branch_starts == "experts" and branches > 1 and not self.keep_task_vectors:
+            raise ValueError("expected keep_task_vectors=true with branch_starts='experts', which reads them, got false")
 
     def is_evaluated(self, task: int) -> bool:
         """Return whether the models are evaluated after a task."""
@@ -199,6 +228,10 @@ class LearnerParts(Session):
             "branches": self.branches,
             "rounds": self.rounds,
             "branch_merger": repr(self.branch_merger),
+            "branch_images": self.branch_images,
+            "branch_reference": self.branch_reference,
+            "branch_starts": self.branch_starts,
+            "branch_settings": self.branch_settings,
             "calibrations": [repr(one) for one in self.calibrated.calibrations.values()],
             "epochs": self.epochs,
             "keep_task_vectors": self.keep_task_vectors,

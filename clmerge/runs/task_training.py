@@ -19,6 +19,7 @@ from clmerge.results.run_folder import RunFolder
 from clmerge.streams.replay import replay_memory
 from clmerge.streams.splits import derived_seed
 from clmerge.runs.trainers import Trainers
+from clmerge.weights import TaskVector
 
 
 class TaskTraining:
@@ -170,7 +171,15 @@ class TaskTraining:
         trainer = self._trainer(task, branch=done, label=branch_label(done, **sizes))
         self._begin(trainer, task)
         learner.module.to(trainer.strategy.root_device)  # if no branch is left to train, no Trainer moves it
-        branched = BranchedTask(learner.merge, learner.module, learner.branch_merger, seed=learner.seed, **sizes)
+        branched = BranchedTask(
+            learner.merge,
+            learner.module,
+            learner.branch_merger,
+            seed=learner.seed,
+            reference=learner.branch_reference,
+            starts=self._starts(task),
+            **sizes,
+        )
         if done:
             branched.load_state_dict(run.load_branch())
         while not branched.finished:
@@ -178,18 +187,30 @@ class TaskTraining:
                 label = branch_label(branched.done, **sizes)
                 trainer = self._trainer(task, branch=branched.done, label=label)
             branched.begin()
-            learner.data.part = (branched.done % learner.branches, learner.branches)
+            branch, before = branched.done % learner.branches, run.manifest.step
+            split = learner.branch_images == "split"
+            learner.data.part = (branch, learner.branches) if split else (0, 1)
+            learner.data.branch = 0 if split else branched.done
+            learner.module.optimizer_settings = (learner.branch_settings or [{}] * learner.branches)[branch]
             self._fit(trainer, task, branch=branched.done)
-            branched.end()
+            branched.end(samples=learner.data.num_train_images, steps=run.manifest.step - before)
             trainer.strategy.barrier("branch")
             run.commit_branch(self._slot_of(task), branched.done, branched.state_dict())
-        learner.data.part = (0, 1)
+        learner.data.part, learner.data.branch, learner.module.optimizer_settings = (0, 1), 0, {}
         given = provided(learner.merge.required_statistics, trainer, learner.module, learner.merge.base)
         learner.branch_steps = run.manifest.step - run.manifest.task_step
         learner.merge.commit(
             branched.vector(), learner.module, trainer, given=given, steps=learner.branch_steps, again=True
         )
         return trainer
+
+    def _starts(self, task: int) -> list[TaskVector]:
+        """Return the vectors at which the branches of a task's first round start, if not where the task does."""
+        bank, learner = self.learner.merge.bank, self.learner
+        if bank is None or learner.branch_starts == "task" or not task:
+            return []
+        latest = range(task - 1, max(task - 1 - learner.branches, -1), -1)
+        return [{name: bank[one][name] for name in learner.merge.base} for one in latest]
 
     def _trainer(self, task: int, *, callbacks: Sequence[Callback] = (), branch: int = 0, label: str = "") -> Trainer:
         learner = self.learner

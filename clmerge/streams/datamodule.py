@@ -52,6 +52,7 @@ class StreamDataModule(LightningDataModule):
 
     Attributes:
         part: ``(index, count)``: train on one of ``count`` class-balanced parts of the task's images.
+        branch: Draws an order and augmentation of its own for a branch that trains on all images; 0 is the task's.
 
     Raises:
         ValueError: if a number is out of range.
@@ -91,6 +92,7 @@ class StreamDataModule(LightningDataModule):
         self._eval_transform: Transform | None = None
         self._task = 0
         self.part = (0, 1)
+        self.branch = 0
         self._cache: dict[tuple[Split, int], CachedImages | None] = {}
         self._image_files: Path | None = None
 
@@ -150,19 +152,31 @@ class StreamDataModule(LightningDataModule):
             self._cache = {key: images for key, images in self._cache.items() if key[0] == "test"}
         self._task = task
 
+    @property
+    def num_train_images(self) -> int:
+        """Number of the current task's training images, or of those in its part."""
+        return len(self._current())
+
+    def _current(self) -> ImageDataset:
+        current = self.stream.dataset(self._task, "train", self._train_transform)
+        part, num_parts = self.part
+        if num_parts == 1:
+            return current
+        return subset(
+            current, dealt(current.targets, num_parts, seed=derived_seed(self.seed, "parts", self._task))[part]
+        )
+
+    def _branch(self) -> list[int]:
+        return [self.branch] if self.branch else []
+
     @override
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the shuffled training batches of the current task, with those from memory under ``replay``."""
-        current = self.stream.dataset(self._task, "train", self._train_transform)
-        part, num_parts = self.part
-        if num_parts > 1:
-            current = subset(
-                current, dealt(current.targets, num_parts, seed=derived_seed(self.seed, "parts", self._task))[part]
-            )
+        current = self._current()
         memory = self.memory(self._train_transform)
         images = Images([current, *memory.parts]) if len(memory) else current
         shuffled = images if self.replay == "all" else current
-        seed = derived_seed(self.seed, "order", self._task)
+        seed = derived_seed(self.seed, "order", self._task, *self._branch())
         world_size, rank = self._placement()
         order = (
             BalancedSampler(shuffled.targets, seed=seed, num_replicas=world_size, rank=rank)
@@ -175,7 +189,7 @@ class StreamDataModule(LightningDataModule):
             sampler = ReplaySampler(order, len(current), len(memory), batch_size=batch_size, seed=seed)
             batch_size *= 2
         return DataLoader(
-            SeededDataset(images, seed=derived_seed(self.seed, "images", self._task)),
+            SeededDataset(images, seed=derived_seed(self.seed, "images", self._task, *self._branch())),
             batch_size=batch_size,
             sampler=sampler,
             generator=self._generator(),

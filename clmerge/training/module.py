@@ -73,6 +73,7 @@ class ContinualClassifier(Classifier, LightningModule):
         self.warmup_steps = warmup_steps
         self.regularizers = nn.ModuleList(regularizers or [])
         self.epoch_offset = 0
+        self.optimizer_settings: dict[str, float] = {}  # those of one fit, such as a branch, in place of the factory's
         # Metrics add up sums and counts over processes; Lightning's own mean is inexact for shares of unequal size.
         self.val_loss = MeanMetric(nan_strategy="disable")
         self.val_accuracy = MeanMetric(nan_strategy="disable")
@@ -132,6 +133,13 @@ class ContinualClassifier(Classifier, LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         optimizer = self.build_optimizer([p for p in self.parameters() if p.requires_grad])
+        for group in optimizer.param_groups:
+            if unknown := next((name for name in self.optimizer_settings if name not in group), None):
+                raise ValueError(
+                    f"expected a setting of {type(optimizer).__name__}, one of {sorted(group.keys() - {'params'})}, got "
+                    f"{unknown!r}"
+                )
+            group.update(self.optimizer_settings)
         if isinstance(optimizer, SAM) and self.trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 f"expected trainer.accumulate_grad_batches=1 with {type(optimizer).__name__}, got "

@@ -8,7 +8,7 @@ from support.records import without_times
 from clmerge import ContinualClassifier, Learner
 from clmerge.runs.branching import BranchedTask
 from clmerge.callbacks import MergeCallback
-from clmerge.merging import SLERP, Fisher, MagMax, WeightAverage, WiSEFT
+from clmerge.merging import PAINT, SLERP, Fisher, GreedySoup, MagMax, ModelStock, WeightAverage, WeightedAverage, WiSEFT
 from clmerge.models import CosineHead, LinearHead, OpenClip, ZeroShotHead
 from clmerge.results.run_folder import RunFolder
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
@@ -116,7 +116,7 @@ def test_branches_are_merged_as_vectors_from_their_start(clip):
         assert torch.equal(module.backbone.model.visual.proj, start)
         with torch.no_grad():
             module.backbone.model.visual.proj.add_(step)
-        task.end()
+        task.end(samples=1, steps=1)
     assert task.finished
     wanted = SLERP()
     for step in steps:
@@ -209,10 +209,105 @@ def test_the_expert_can_be_deployed(clip, tmp_path):
         MergeCallback(MagMax(), deploy="ties")
 
 
+def test_branches_on_all_images_differ_by_order_and_augmentation(clip, tmp_path):
+    fits: list[dict] = []
+    learner = make_learner(clip, branches=2, branch_images="all", num_tasks=1)
+    learner.fit(RunFolder.create(tmp_path / "run"), trainer=traced(fits))
+    targets = list(learner.stream.dataset(0, "train").targets)
+    assert sorted(fits[0]["labels"]) == sorted(fits[1]["labels"]) == sorted(targets)
+    assert fits[0]["labels"] != fits[1]["labels"]
+    plain: list[dict] = []
+    make_learner(clip, num_tasks=1).fit(RunFolder.create(tmp_path / "plain"), trainer=traced(plain))
+    assert fits[0]["labels"] == plain[0]["labels"]  # the first branch is the fit without branches
+    assert torch.equal(fits[0]["end"], plain[0]["end"])
+
+
+def test_vectors_from_the_base(clip, tmp_path):
+    fits: list[dict] = []
+    options = {"branches": 2, "rounds": 2, "branch_reference": "base", "branch_merger": ModelStock(), "num_tasks": 1}
+    learner = make_learner(clip, **options)
+    learner.fit(RunFolder.create(tmp_path / "run"), trainer=traced(fits))
+    base = learner.merge.base[NAME]
+    stock = ModelStock()
+    for fit in fits[2:]:
+        stock.update({NAME: fit["end"] - base})
+    vector = TaskVectorBank(tmp_path / "run" / "bank")[0][NAME]
+    torch.testing.assert_close(vector, stock.compute()[NAME], rtol=0, atol=1e-6)
+
+
+def test_branches_that_start_at_earlier_experts(clip, tmp_path):
+    fits: list[dict] = []
+    learner = make_learner(clip, branches=2, start_policy="base", branch_starts="experts", num_tasks=3)
+    learner.fit(RunFolder.create(tmp_path / "run"), trainer=traced(fits))
+    bank, base = TaskVectorBank(tmp_path / "run" / "bank"), learner.merge.base[NAME]
+    assert torch.equal(fits[0]["start"], fits[1]["start"])
+    for fit in fits[2:4]:  # one earlier task: both start there
+        torch.testing.assert_close(fit["start"], base + bank[0][NAME], rtol=0, atol=1e-6)
+    torch.testing.assert_close(fits[4]["start"], base + bank[1][NAME], rtol=0, atol=1e-6)
+    torch.testing.assert_close(fits[5]["start"], base + bank[0][NAME], rtol=0, atol=1e-6)
+    mean = (fits[4]["end"] + fits[5]["end"]) / 2
+    torch.testing.assert_close(base + bank[2][NAME], mean, rtol=0, atol=1e-6)
+
+
+def test_settings_of_every_branch(clip, tmp_path):
+    rates = []
+
+    class Rates(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            [group] = trainer.optimizers[0].param_groups
+            if batch_idx == 0:
+                rates.append((group["lr"], group["weight_decay"]))
+
+    settings = [{"lr": 1e-3}, {"lr": 2e-3, "weight_decay": 0.5}]
+    learner = make_learner(clip, branches=2, branch_images="all", branch_settings=settings, num_tasks=1)
+
+    def build(**given):
+        given["callbacks"] = [*given["callbacks"], Rates()]
+        return Trainer(accelerator="cpu", max_epochs=1, **given)
+
+    learner.fit(RunFolder.create(tmp_path / "run"), trainer=build)
+    assert rates == [(1e-3, 0.01), (2e-3, 0.5)]
+    assert learner.module.optimizer_settings == {}
+    assert learner.data.branch == 0
+    learner = make_learner(clip, branches=2, branch_settings=[{"speed": 1.0}, {}], num_tasks=1)
+    with pytest.raises(ValueError, match=r"a setting of AdamW, one of \[.*'lr'.*\], got 'speed'"):
+        learner.fit(RunFolder.create(tmp_path / "wrong"), trainer=build)
+
+
+@pytest.mark.parametrize("merger", [WeightedAverage(), GreedySoup(), PAINT()], ids=lambda merger: merger.name)
+def test_branches_by_size_and_by_score(clip, tmp_path, merger):
+    fits: list[dict] = []
+    learner = make_learner(clip, branches=2, branch_merger=merger, num_tasks=1)
+    scored: list[torch.Tensor] = []
+    given = learner.merge.score
+
+    def score(module):
+        scored.append(module.backbone.model.visual.proj.detach().clone())
+        return given(module)
+
+    learner.merge.score = score
+    learner.fit(RunFolder.create(tmp_path / "run"), trainer=traced(fits))
+    result = learner.merge.base[NAME] + TaskVectorBank(tmp_path / "run" / "bank")[0][NAME]
+    if merger.name == "weighted_average":
+        sizes = torch.tensor([len(fit["labels"]) for fit in fits], dtype=torch.float64)
+        assert sizes[0] != sizes[1]
+        first, second = (fit["end"].double() for fit in fits)
+        expected = (sizes[0] * first + sizes[1] * second) / sizes.sum()
+        torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-6)
+    else:  # what is scored is a model between the branches, not a vector from the start
+        between = [(fits[0]["end"] - one).norm() + (fits[1]["end"] - one).norm() for one in scored if len(scored)]
+        whole = (fits[0]["end"] - fits[1]["end"]).norm()
+        assert min(float(one) for one in between) == pytest.approx(float(whole), rel=1e-4)
+
+
 def test_what_branches_cannot_do_is_refused(clip):
+    with pytest.raises(ValueError, match="branch_settings for each of the 2 branches, got 1"):
+        make_learner(clip, branches=2, branch_settings=[{}])
+    with pytest.raises(ValueError, match="keep_task_vectors=true with branch_starts"):
+        make_learner(clip, branches=2, branch_starts="experts", keep_task_vectors=False)
     with pytest.raises(ValueError, match="1 branch or more and 1 round or more"):
         make_learner(clip, branches=0)
     with pytest.raises(ValueError, match="of several branches each, got 1 branches and 2 rounds"):
         make_learner(clip, rounds=2)
-    with pytest.raises(ValueError, match="need task vectors alone"):
+    with pytest.raises(ValueError, match="need task vectors, sample counts or scores alone"):
         make_learner(clip, branches=2, branch_merger=Fisher())
