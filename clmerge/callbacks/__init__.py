@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from clmerge.callbacks.best_weights import BestWeights
     from clmerge.callbacks.merge import MergeCallback
+    from clmerge.callbacks.online_merging import OnlineMerging
     from clmerge.callbacks.population import Population
     from clmerge.callbacks.trajectory_average import TrajectoryAverage
 
 _HOMES = {
     "BestWeights": "best_weights",
     "MergeCallback": "merge",
+    "OnlineMerging": "online_merging",
     "Population": "population",
     "TrajectoryAverage": "trajectory_average",
 }
 
-__all__ = ["BestWeights", "MergeCallback", "Population", "TrajectoryAverage"]
+__all__ = ["BestWeights", "MergeCallback", "OnlineMerging", "Population", "TrajectoryAverage"]
 
 
 def __getattr__(name: str) -> object:

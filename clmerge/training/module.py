@@ -136,8 +136,8 @@ class ContinualClassifier(Classifier, LightningModule):
         for group in optimizer.param_groups:
             if unknown := next((name for name in self.optimizer_settings if name not in group), None):
                 raise ValueError(
-                    f"expected a setting of {type(optimizer).__name__}, one of {sorted(group.keys() - {'params'})}, got "
-                    f"{unknown!r}"
+                    f"expected a setting of {type(optimizer).__name__}, one of {sorted(group.keys() - {'params'})}, "
+                    f"got {unknown!r}"
                 )
             group.update(self.optimizer_settings)
         if isinstance(optimizer, SAM) and self.trainer.accumulate_grad_batches != 1:
