@@ -96,7 +96,7 @@ class WeightMatching(Aligner):
         self, reference: State, other: State, spec: PermutationSpec, *, correlations: Correlations | None = None
     ) -> Reparametrization:
         """Return the map that carries ``other`` into the units of ``reference``; correlations are not used."""
-        reference, other = _covered(reference, spec, "the reference"), _covered(other, spec, "the other network")
+        reference, other = covered(reference, spec, "the reference"), covered(other, spec, "the other network")
         if self.within_head != "invertible":
             return self._descend(reference, other, spec, self.within_head)
         ours, theirs = balanced(reference, spec), balanced(other, spec)
@@ -157,7 +157,7 @@ class ActivationMatching(Aligner):
             ValueError: If the correlations of a group are missing, or a parameter is.
         """
         found = require_correlations(correlations, spec)
-        reference, other = _covered(reference, spec, "the reference"), _covered(other, spec, "the other network")
+        reference, other = covered(reference, spec, "the reference"), covered(other, spec, "the other network")
         norms = {key: (_norms(reference, spec, key), _norms(other, spec, key)) for key in spec.groups}
 
         def scores(key: str, products: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ def _norms(state: State, spec: PermutationSpec, key: str) -> Tensor:
     return torch.where(squares > 0, squares, 1.0).sqrt()
 
 
-def _covered(state: State, spec: PermutationSpec, origin: str) -> dict[str, Tensor]:
+def covered(state: State, spec: PermutationSpec, origin: str) -> dict[str, Tensor]:
     """Return the parameters with units, after a check that all of them are there."""
     found = {name: state[name].detach() for name in spec.moved_names if name in state}
     spec.check(found, origin=origin, whole=True)

@@ -61,6 +61,7 @@ class PermutationSpec:
     Attributes:
         groups: Groups by name.
         fixed: Names of parameters and buffers without such units.
+        outputs: Group that the network's outputs lie along, if its readers are no part of the network.
 
     Raises:
         ValueError: If an axis is claimed twice, or a group of heads cannot be divided.
@@ -74,6 +75,7 @@ class PermutationSpec:
 
     groups: Mapping[str, Group]
     fixed: Sequence[str] = ()
+    outputs: str = ""
     _found: dict[str, list[tuple[str, Axis]]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -155,7 +157,7 @@ class PermutationSpec:
             key: replace(group, axes=tuple(replace(axis, name=prefix + axis.name) for axis in group.axes))
             for key, group in self.groups.items()
         }
-        return PermutationSpec(groups, tuple(prefix + name for name in self.fixed))
+        return PermutationSpec(groups, tuple(prefix + name for name in self.fixed), self.outputs)
 
     def without(self, groups: Iterable[str]) -> "PermutationSpec":
         """Return the specification with some groups pinned: their units stay where they are."""
@@ -164,11 +166,8 @@ class PermutationSpec:
             raise ValueError(f"expected groups of {sorted(self.groups)}, got {sorted(unknown)[0]!r}")
         kept = {key: group for key, group in self.groups.items() if key not in pinned}
         covered = {axis.name for group in kept.values() for axis in group.axes}
-        return PermutationSpec(kept, tuple(name for name in self.fixed_and_moved() if name not in covered))
-
-    def fixed_and_moved(self) -> list[str]:
-        """Return all covered names in order."""
-        return [*self._found, *self.fixed]
+        fixed = tuple(name for name in (*self._found, *self.fixed) if name not in covered)
+        return PermutationSpec(kept, fixed, "" if self.outputs in pinned else self.outputs)
 
     def extended(self, readers: Mapping[str, Sequence[Axis]]) -> "PermutationSpec":
         """Return the specification with more axes of its groups, such as those of a classifier on the features.
@@ -178,4 +177,4 @@ class PermutationSpec:
         """
         groups = {key: replace(group, axes=(*group.axes, *readers.get(key, ()))) for key, group in self.groups.items()}
         added = {axis.name for axes in readers.values() for axis in axes}
-        return PermutationSpec(groups, tuple(name for name in self.fixed if name not in added))
+        return PermutationSpec(groups, tuple(name for name in self.fixed if name not in added), self.outputs)

@@ -10,10 +10,8 @@ from clmerge.alignment.vit import open_clip_spec, timm_vit_spec
 
 __all__ = ["mlp_spec", "resnet_spec", "spec_of"]
 
-Known = tuple[PermutationSpec, str]  # a specification, and the group that the encoder's outputs lie along, if one
 
-
-def spec_of(model: nn.Module, *, readers: Sequence[str] = ()) -> PermutationSpec:
+def spec_of(model: nn.Module, *, readers: Sequence[str] | None = None) -> PermutationSpec:
     """Return the specification of a model: an open_clip or timm ViT, a ResNet, or an MLP, alone or within a module.
 
     The outputs of the encoder keep their order, so that whatever reads them is untouched; with ``readers`` the linear
@@ -21,7 +19,8 @@ def spec_of(model: nn.Module, *, readers: Sequence[str] = ()) -> PermutationSpec
 
     Args:
         model: The model. The first encoder among its modules is taken; parameters outside it are fixed.
-        readers: Names of the weights (classes x features, a bias may stand in the last column) that read the features.
+        readers: Names of the weights, classes x features, that read the features. With an empty list the features may
+            change order, and whatever reads them must follow (``PermutationSpec.outputs`` names their group).
 
     Raises:
         ValueError: If there is no encoder with a known table, or a parameter of it is not covered; it is named.
@@ -32,27 +31,27 @@ def spec_of(model: nn.Module, *, readers: Sequence[str] = ()) -> PermutationSpec
     """
     for path, module in model.named_modules():
         table = _table_of(module)
-        if table is not None and (table is not mlp_spec or _holds_all(module, model, readers)):
-            spec, outputs = table(module)
+        if table is not None and (table is not mlp_spec or _holds_all(module, model, readers or ())):
+            spec = table(module)
             prefix = f"{path}." if path else ""
             _check_covered(spec, module, prefix)
             spec = spec.prefixed(prefix)
-            if not readers and outputs:
-                spec = spec.without([outputs])
+            if readers is None:
+                spec = spec.without([spec.outputs] if spec.outputs else [])
             elif readers:
-                spec = _with_readers(spec, outputs, model, readers)
+                spec = _with_readers(spec, model, readers)
             outside = [name for name, _ in _tensors(model) if name not in spec.names]
-            return PermutationSpec(spec.groups, (*spec.fixed, *outside))
+            return PermutationSpec(spec.groups, (*spec.fixed, *outside), spec.outputs)
     raise ValueError(
         f"expected an open_clip or timm VisionTransformer, a ResNet or an MLP (nn.Sequential), got "
         f"{type(model).__name__}: write its PermutationSpec by hand"
     )
 
 
-def _table_of(module: nn.Module) -> Callable[[Any], Known] | None:
+def _table_of(module: nn.Module) -> Callable[[Any], PermutationSpec] | None:
     kind = type(module)
     place = f"{kind.__module__}.{kind.__qualname__}"
-    known: dict[str, Callable[[Any], Known]] = {
+    known: dict[str, Callable[[Any], PermutationSpec]] = {
         "open_clip.transformer.VisionTransformer": open_clip_spec,
         "timm.models.vision_transformer.VisionTransformer": timm_vit_spec,
         "timm.models.resnet.ResNet": resnet_spec,
@@ -87,16 +86,16 @@ def _check_covered(spec: PermutationSpec, module: nn.Module, prefix: str) -> Non
     spec.check({name: own[name] for name in spec.moved_names if name in own}, origin=type(module).__name__, whole=True)
 
 
-def _with_readers(spec: PermutationSpec, outputs: str, model: nn.Module, readers: Sequence[str]) -> PermutationSpec:
+def _with_readers(spec: PermutationSpec, model: nn.Module, readers: Sequence[str]) -> PermutationSpec:
     own = dict(_tensors(model))
     if unknown := [name for name in readers if name not in own]:
         raise ValueError(f"expected weights of the model as readers of its features, got {unknown[0]!r}")
-    if not outputs:
-        return spec
-    return spec.extended({outputs: tuple(Axis(name, 1, reads=True) for name in readers)})
+    if not spec.outputs:
+        raise ValueError(f"expected features whose order is free, for {readers[0]!r} to follow, got fixed ones")
+    return spec.extended({spec.outputs: tuple(Axis(name, 1, reads=True) for name in readers)})
 
 
-def mlp_spec(module: nn.Sequential) -> Known:
+def mlp_spec(module: nn.Sequential) -> PermutationSpec:
     """Return the specification of linear and convolutional layers in a row, with norms and activations between.
 
     Args:
@@ -131,10 +130,10 @@ def mlp_spec(module: nn.Sequential) -> Known:
     pinned = axes.pop(current, [])
     covered = {axis.name for found in axes.values() for axis in found}
     fixed += [axis.name for axis in pinned if axis.name not in covered]
-    return PermutationSpec({key: Group(sizes[key], tuple(axes[key])) for key in axes}, tuple(fixed)), ""
+    return PermutationSpec({key: Group(sizes[key], tuple(axes[key])) for key in axes}, tuple(fixed))
 
 
-def resnet_spec(module: Any) -> Known:
+def resnet_spec(module: Any) -> PermutationSpec:
     """Return the specification of a ResNet of torchvision or timm; channels of a stage's stream move together.
 
     Args:
@@ -185,4 +184,4 @@ def resnet_spec(module: Any) -> Known:
         key: Group(next(own[a.name].shape[a.axis] for a in found if a.name in own), tuple(found))
         for key, found in axes.items()
     }
-    return PermutationSpec(groups, tuple(name for name in fixed if name in own)), outputs
+    return PermutationSpec(groups, tuple(name for name in fixed if name in own), outputs)

@@ -6,8 +6,6 @@ from typing import Any
 
 from clmerge.alignment.spec import Axis, Group, PermutationSpec
 
-Known = tuple[PermutationSpec, str]
-
 
 class _Axes:
     """Axes by group, for the parameters that a module has."""
@@ -31,19 +29,19 @@ class _Axes:
         axis = self.groups[group][0]
         return int(self.own[axis.name].shape[axis.axis]) // axis.parts
 
-    def spec(self, heads: dict[str, tuple[int, str, bool]], fixed: Iterable[str]) -> PermutationSpec:
+    def spec(self, heads: dict[str, tuple[int, str, bool]], fixed: Iterable[str], outputs: str) -> PermutationSpec:
         groups = {}
         for key, axes in self.groups.items():
             count, order, rigid = heads.get(key, (0, "", False))
             groups[key] = Group(self.size(key), tuple(axes), count, order, rigid)
-        return PermutationSpec(groups, tuple(name for name in fixed if name in self.own))
+        return PermutationSpec(groups, tuple(name for name in fixed if name in self.own), outputs)
 
 
 def _both(*names: str) -> list[str]:
     return [f"{name}.{key}" for name in names for key in ("weight", "bias")]
 
 
-def open_clip_spec(module: Any) -> Known:
+def open_clip_spec(module: Any) -> PermutationSpec:
     """Return the specification of open_clip's ``VisionTransformer``; its features, behind ``proj``, stay in order.
 
     Args:
@@ -76,10 +74,10 @@ def open_clip_spec(module: Any) -> Known:
         axes.add(value, 1, [f"{name}attn.out_proj.weight"], reads=True)
         number = int(block.attn.num_heads)
         heads |= {query: (number, f"blocks.{index}", False), value: (number, f"blocks.{index}", False)}
-    return axes.spec(heads, ()), "" if "proj" in axes.own else residual
+    return axes.spec(heads, (), "" if "proj" in axes.own else residual)
 
 
-def timm_vit_spec(module: Any) -> Known:
+def timm_vit_spec(module: Any) -> PermutationSpec:
     """Return the specification of timm's ``VisionTransformer``, with or without attention pooling and classifier.
 
     Args:
@@ -129,7 +127,7 @@ def timm_vit_spec(module: Any) -> Known:
         outputs = ""
     # Norms of queries and keys are over the units of one head and shared by all heads: these stay where they are.
     fixed = [name for name in axes.own if re.search(r"\.(q_norm|k_norm)\.(weight|bias)$", name)]
-    return axes.spec(heads, ["head.bias", *fixed]), outputs
+    return axes.spec(heads, ["head.bias", *fixed], outputs)
 
 
 def _pools(module: Any) -> bool:

@@ -20,6 +20,7 @@ COMMANDS = {
     "predict": "show the most likely classes of images by a model of a finished run",
     "export": "write a model of a finished run as files that other libraries load",
     "push": "put a model of a finished run on Hugging Face's hub, with a model card",
+    "rebase": "carry a finished or half-finished run over to a new base model",
     "merge": "merge checkpoints of any size into one safetensors file",
     "inspect": "show what is in a checkpoint, an adapter, a bank, a merged file or a run",
     "list": "show what there is to choose from: mergers, sources, backbones, methods ...",

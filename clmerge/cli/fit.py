@@ -216,7 +216,7 @@ def _run(arguments: Sequence[str], resume: str | None, launcher: Sequence[str]) 
         repeatable = config.auto_resume
         if repeatable and config.run_dir is None:
             parser.error("expected --run_dir beside --auto_resume, the folder in which to look for the run, got none")
-        if repeatable and (resume := find_run(config.run_dir, _config_text(parser, config))):
+        if repeatable and (resume := find_run(config.run_dir, config_text(parser, config))):
             if line := complete_line(resume):
                 tell(line, file=sys.stdout)
                 return 0
@@ -240,7 +240,7 @@ def _run(arguments: Sequence[str], resume: str | None, launcher: Sequence[str]) 
             default = f"runs/{file_name(config.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
             run = RunFolder.create(
                 processes.folder or default,
-                config=_config_text(parser, config),
+                config=config_text(parser, config),
                 unique=config.run_dir is None,
                 writes=processes.writes,
             )
@@ -381,7 +381,8 @@ def _fit(
         _print_ending(results, run, wandb=logging.wandb)
 
 
-def _config_text(parser: "CommandParser", config: Any) -> str:
+def config_text(parser: "CommandParser", config: Any) -> str:
+    """Return a parsed configuration as the text of ``config.yaml``."""
     kept = config.clone()
     for key in (
         "config",

@@ -172,18 +172,29 @@ def _built(path: str, allow: Sequence[str]) -> "tuple[RunFolder, Any, Any]":
     return folder, config, objects
 
 
-def read_config(parser: "CommandParser", file: Path, options: Sequence[str], allow: Sequence[str]) -> Any:
-    """Parse a run's configuration for one process, without its loggers; import only known and allowed packages."""
+def read_config(
+    parser: "CommandParser", file: Path, options: Sequence[str], allow: Sequence[str], *, as_written: bool = False
+) -> Any:
+    """Parse a run's configuration; import only known and allowed packages.
+
+    Args:
+        parser: The parser of ``clmerge fit``.
+        file: The configuration.
+        options: Options that override it.
+        allow: Packages, beside the known ones, whose code it may name.
+        as_written: Whether to keep devices and loggers, which are otherwise those of one process that logs nothing.
+    """
     from jsonargparse import ArgumentError
 
     from clmerge.cli.named_code import KNOWN_PACKAGES, importing_only, refused_path
 
     single = ("--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto")
     unwanted = ("--logging.extra=[]", "--trainer.profiler=null")  # they write to paths of their own
+    ours = () if as_written else (*single, *unwanted)
     parser.exit_on_error = False
     try:
         with importing_only([*KNOWN_PACKAGES, *allow]):
-            return parser.parse_args(["--config", str(file), *options, *single, *unwanted])
+            return parser.parse_args(["--config", str(file), *options, *ours])
     except ArgumentError as error:
         if (refused := refused_path(str(error))) is None:
             raise ValueError(f"expected the configuration of a run of `clmerge fit` in {file}, got: {error}") from error

@@ -46,6 +46,8 @@ class Learner(LearnerParts):
         progress: bool | None = None,
         artifacts: bool = False,
         jobs: TaskJobs | None = None,
+        training: Callable[[LearnerParts, RunFolder, Trainers], TaskTraining] | None = None,
+        until: int | None = None,
     ) -> Results:
         """Train and evaluate the tasks that the run folder lacks, and return the results of the whole stream.
 
@@ -57,6 +59,8 @@ class Learner(LearnerParts):
             progress: Whether to show progress bars instead of a line per epoch; default where stderr is a terminal.
             artifacts: Whether to log base, task vectors and merged models to W&B as artifacts at the end.
             jobs: Train the tasks apart from each other, in place of this process; the results have the same bits.
+            training: Makes what obtains the tasks in place of training them here.
+            until: Number of tasks after which the run is left for another fit to go on with; default all.
 
         Raises:
             ValueError: If artifacts are requested and the run will keep no task vectors, or jobs are to train tasks
@@ -80,7 +84,7 @@ class Learner(LearnerParts):
                 tell(line)
         told = loggers if run.writes else ()  # but the Trainer needs the same loggers on every rank
         deployed = self.merge.deploy if self.mergers else EXPERT
-        training = TaskTraining(self, run, trainers, jobs)
+        tasks = training(self, run, trainers) if training else TaskTraining(self, run, trainers, jobs)
         success = False
         try:
             if not run.manifest.results:
@@ -91,9 +95,9 @@ class Learner(LearnerParts):
             if jobs is not None:
                 jobs.start(range(run.manifest.trained, len(self.tasks)))
             pace = Pace(len(self.tasks), results.seconds)
-            for task in range(run.manifest.evaluated, len(self.tasks)):
+            for task in range(run.manifest.evaluated, len(self.tasks) if until is None else until):
                 if run.manifest.trained == task:
-                    training.train(results, task)
+                    tasks.train(results, task)
                 if self.is_evaluated(task):
                     self._evaluate(run, trainers, results, task)
                     log_task(told, results, task, deployed=deployed)
@@ -103,7 +107,8 @@ class Learner(LearnerParts):
                     self._skip(run, results, task)
                 if run.writes:
                     tell(pace.line(task, results.seconds))
-            if not (run.manifest.finished and self._has_views(run, results)):
+            complete = run.manifest.evaluated == len(self.tasks)
+            if complete and not (run.manifest.finished and self._has_views(run, results)):
                 self._finish(run, trainers, results)
             log_summary(told, results, deployed=deployed)
             if artifacts:

@@ -56,21 +56,7 @@ class TaskTraining:
         info = learner.tasks[task]
         learner.data.task = task
         self._next(task)
-        if self.jobs is not None:
-            trainer = self._adopt(results, task, self.jobs.wait(task))
-        elif not learner.mergers:
-            trainer = self._trainer(task)
-            self._begin(trainer, task)
-            if any(parameter.requires_grad for parameter in learner.module.parameters()):
-                self._fit(trainer, task)
-        elif learner.branches == 1:
-            trainer = self._trainer(task, callbacks=[learner.merge])
-            self._begin(trainer, task)
-            # Before a checkpoint is restored, whose weights are already trained: theta_0 is the weights before training.
-            learner.merge.take_base(learner.module)
-            self._fit(trainer, task)
-        else:
-            trainer = self._train_branches(task)
+        trainer = self._obtain(results, task)
         if learner.mergers and learner.merge.num_tasks != task + 1:
             raise RuntimeError(
                 f"expected {task + 1} merged tasks after {info.name}, got {learner.merge.num_tasks}: the fit ended "
@@ -96,6 +82,26 @@ class TaskTraining:
             run.keep_unmerged(task, learner.unmerged())
         accumulators = learner.merge.accumulators() | {"calibration": learner.calibrated.state_dict()}
         run.commit_state(task, learner.module.state_dict(), accumulators)
+
+    def _obtain(self, results: Results, task: int) -> Trainer:
+        """Train a task here or take over what a job has trained, and merge it; return the Trainer of its device."""
+        learner = self.learner
+        if self.jobs is not None:
+            return self._adopt(results, task, self.jobs.wait(task))
+        if learner.mergers and learner.branches > 1:
+            return self._train_branches(task)
+        if not learner.mergers:
+            trainer = self._trainer(task)
+            self._begin(trainer, task)
+            if any(parameter.requires_grad for parameter in learner.module.parameters()):
+                self._fit(trainer, task)
+        else:
+            trainer = self._trainer(task, callbacks=[learner.merge])
+            self._begin(trainer, task)
+            # Before a checkpoint is restored, whose weights are already trained: theta_0 is the weights before training.
+            learner.merge.take_base(learner.module)
+            self._fit(trainer, task)
+        return trainer
 
     def train_apart(self, task: int) -> None:
         """Train a task, and write down what another process needs to merge it.
