@@ -61,4 +61,4 @@ class LMCocktail(Mixed):
         assert step.gradients is not None
         mixture = self._mixture(weights, latest)
         gradient = step.gradients(CrossEntropy(), [step.task], seed=self.seed, expert=lambda task: mixture)
-        return sum(gradient(mixture)[0] for _ in range(self.batches)) / self.batches
+        return sum(gradient(dict(mixture))[0] for _ in range(self.batches)) / self.batches  # it empties what it gets
