@@ -26,6 +26,18 @@ def seeded_uniform(tau: Tensor, *, seed: int, task: int, name: str, purpose: str
         >>> torch.equal(u, seeded_uniform(torch.zeros(2), seed=0, task=1, name="w", purpose="drop"))
         True
     """
-    digest = hashlib.sha256(f"{purpose}/{seed}/{task}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    generator = seeded_generator(seed=seed, task=task, name=name, purpose=purpose)
     return torch.rand(tau.shape, generator=generator).to(tau.device)
+
+
+def seeded_generator(*, seed: int, task: int, name: str, purpose: str) -> torch.Generator:
+    """Return a generator on the CPU that belongs to one use of random numbers.
+
+    Args:
+        seed: The rule's seed.
+        task: Index of the task, or their number.
+        name: Name of the parameter, or of what is drawn.
+        purpose: Label of the use.
+    """
+    digest = hashlib.sha256(f"{purpose}/{seed}/{task}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))

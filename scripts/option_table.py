@@ -28,6 +28,7 @@ def kinds() -> dict[str, type]:
     from torchvision.transforms.v2 import Transform
 
     from clmerge.deploy.calibration import Calibration
+    from clmerge.deploy.routing import Routing
     from clmerge.merging import Finisher, Merger, Sparsifier
     from clmerge.models import Backbone, Head, Tuning
     from clmerge.runs.launching import Launcher
@@ -38,7 +39,7 @@ def kinds() -> dict[str, type]:
 
     own = (Merger, Sparsifier, Finisher, Stream, DataSource, SourceGroup, Backbone, Head, Tuning, Regularizer)
     own = (*own, TrajectoryRule, ExchangeRule, Launcher)
-    return {base.__name__: base for base in (*own, Calibration, Optimizer, Transform, Callback, Logger)}
+    return {base.__name__: base for base in (*own, Calibration, Routing, Optimizer, Transform, Callback, Logger)}
 
 
 def type_of(hint: Any) -> Any:
@@ -136,12 +137,16 @@ def import_path(kind: type) -> str:
 def needs_of(kind: type) -> list[str]:
     """Return what a class takes beside its settings, in words."""
     from clmerge.deploy.calibration import Calibration
+    from clmerge.deploy.routing import Routing
     from clmerge.merging import Merger
     from clmerge.models import Head
 
     if issubclass(kind, Head):
         text, means = "a backbone with a text tower", "mean features of new classes"
         return [text] * kind.open_vocabulary + [means] * kind.wants_prototypes
+    if issubclass(kind, Routing):
+        looked_at = kind().data
+        return [] if looked_at == "none" else [f"images: {looked_at}"]
     if issubclass(kind, Calibration):
         return ["images of every task"]
     if not issubclass(kind, Merger):

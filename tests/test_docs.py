@@ -249,6 +249,7 @@ ELSEWHERE = {
     "CONTRIBUTING.md": "below",
     "other_callbacks.md": "tests/callbacks/test_docs.py",
     "own_rule.md": "tests/merging/test_bases.py",
+    "routing.md": "tests/deploy/routing/test_docs.py",
     "trajectories.md": "tests/callbacks/test_docs.py",
 }
 

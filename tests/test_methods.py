@@ -23,8 +23,8 @@ FEW = {
     *("adamerging_continual", "atlas"),
     *("attention_only", "bam", "chitale_lora", "ewc", "fisher", "iel", "joint", "lora_task_arithmetic", "magmax"),
     *("aswa", "late_phase", "online_merging", "papa", "ratatouille", "swa", "swad"),
-    *("adamergex_ia3", "lorahub", "lorm", "map", "nufilt", "regmean", "replay", "sam_merging", "simple_cil"),
-    *("slca_alignment", "tangent_task_arithmetic"),
+    *("adamergex_ia3", "lorahub", "lorm", "map", "mingle", "nufilt", "pwe_moe", "regmean", "replay", "sam_merging"),
+    *("simple_cil", "slca_alignment", "tangent_task_arithmetic"),
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 import clmerge
 from clmerge.callbacks import MergeCallback
 from clmerge.deploy.calibration import Calibration
+from clmerge.deploy.routing import Routing
 from clmerge.merging import Finisher, Merger, Sparsifier
 from clmerge.models import Backbone, Head, Tuning
 from clmerge.streams import DataSource, Stream
@@ -34,6 +35,7 @@ CHOSEN = (
     TrajectoryRule,
     ExchangeRule,
     Calibration,
+    Routing,
 )
 PACKAGES = [
     found.name

@@ -27,6 +27,7 @@ examples:
   clmerge compare runs/seed0 runs/seed1 runs/seed2 --mergers MagMax TIES --out runs/three-seeds
   clmerge compare runs/digits --joint runs/all-classes --diagnose
   clmerge compare runs/digits --mergers MagMax --calibrations SampleTuning
+  clmerge compare runs/digits --mergers TaskArithmetic --routings Smile DAM
   clmerge compare --mergers.help TIES
 """
 
@@ -36,16 +37,18 @@ def build_parser() -> "CommandParser":
     from clmerge.cli.named_code import set_policy
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
     from clmerge.deploy.calibration import Calibration
+    from clmerge.deploy.routing import Routing
     from clmerge.merging import Finisher, Merger, Objective, Sparsifier
     from clmerge.merging.strategies.methods import Method
     from clmerge.streams import AdaptationData
     from clmerge.streams.plan import Evaluation
 
     set_policy()
-    CommandParser.class_names = known_subclasses((Merger, Objective, Sparsifier, Finisher, Calibration))
+    CommandParser.class_names = known_subclasses((Merger, Objective, Sparsifier, Finisher, Calibration, Routing))
     parser = CommandParser(
         prog="clmerge compare",
-        usage="clmerge compare RUN [RUN ...] [--mergers A B ...] [--calibrations A B ...] [options]",
+        usage="clmerge compare RUN [RUN ...] [--mergers A B ...] [--calibrations A B ...] [--routings A B ...] "
+        "[options]",
         description="Merge a finished run's task vectors again with any mergers, after every task, and evaluate as fit "
         "does. Resumes after an interruption; results that exist are reused.",
         epilog=EPILOG,
@@ -55,6 +58,10 @@ def build_parser() -> "CommandParser":
     calibrations_help = (
         "Calibrations of every merged model, each a model of its own such as magmax+tuned (default: none). They get "
         "the images that they had got in the run."
+    )
+    routings_help = (
+        "Routed models around every merged one, each a model of its own such as magmax+smile (default: none). The "
+        "nearest centroid and the oracle of their experts are added."
     )
     scale_help = "Values of scale to choose from on validation images: first:last:step or a,b,c."
     grid_help = (
@@ -81,13 +88,14 @@ def build_parser() -> "CommandParser":
     evaluation_help = (
         "What searches, scores and the table go by: task_agnostic accuracy, or task_aware (default: what the run does)."
     )
-    adaptation_help = "Images that mergers learn on; without any of these options what the run does"
+    adaptation_help = "Images that mergers and routings learn on; without any of these options what the run does"
     diagnose_help = "Also explain the differences: how task vectors, experts and merged models of the first run relate."
     memory_help = "GiB of accumulators and merged weights to hold at a time."
     images_help = "MiB of decoded images to hold in memory; others wait in files in the output folder meanwhile."
     parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="Finished run folders.")
     parser.add_argument("--mergers", type=list[Merger], default=[], help="Mergers (default: those of the first run).")
     parser.add_argument("--calibrations", type=list[Calibration], default=[], help=calibrations_help)
+    parser.add_argument("--routings", type=list[Routing], default=[], help=routings_help)
     parser.add_argument("--scale", type=str | None, default=None, help=scale_help)
     parser.add_argument("--grid", type=str, nargs="+", default=[], metavar="NAME.PARAMETER=VALUES", help=grid_help)
     parser.add_argument("--search", type=Method | None, default=None, help=search_help)
@@ -131,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         objects = parser.instantiate(config)
         given = any(word.startswith("--adaptation.") for word in argv)
-        return _compare(config, objects.mergers, objects.calibrations, objects.adaptation if given else None)
+        return _compare(config, objects, objects.adaptation if given else None)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return complain("compare", error)
     except Stopped as stop:
@@ -139,7 +147,7 @@ def main(argv: Sequence[str]) -> int:
         raise
 
 
-def _compare(config: Any, mergers: Any, calibrations: Any, adaptation: "AdaptationData | None") -> int:
+def _compare(config: Any, objects: Any, adaptation: "AdaptationData | None") -> int:
     import json
 
     from clmerge.cli.open_run import open_run
@@ -157,6 +165,7 @@ def _compare(config: Any, mergers: Any, calibrations: Any, adaptation: "Adaptati
     from clmerge.weights import write_json_atomic
 
     quiet_lightning()
+    mergers = objects.mergers
     names = _run_names(config.runs)
     out = Path(config.out) if config.out is not None else _default_out(config.runs)
     found: list[Results] = []
@@ -178,7 +187,8 @@ def _compare(config: Any, mergers: Any, calibrations: Any, adaptation: "Adaptati
             orders_seed=config.orders_seed,
             memory=int(config.memory * 2**30),
             diagnose=config.diagnose and not found,
-            calibrations=calibrations,
+            calibrations=objects.calibrations,
+            routings=objects.routings,
         )
 
     def opened(path: str, name: str) -> "tuple[StoredRun, Any]":

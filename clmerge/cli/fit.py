@@ -63,6 +63,7 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     from clmerge.cli.named_code import set_policy
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses, load_all
     from clmerge.deploy.calibration import Calibration
+    from clmerge.deploy.routing import Routing
     from clmerge.merging import Merger, Objective
     from clmerge.models import Backbone, Head, Tuning
     from clmerge.runs.launching import Launcher
@@ -75,7 +76,7 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     set_policy()
     Logging.__dataclass_fields__["extra"].type = list[lightning_loggers.Logger]
     Logging.__annotations__["extra"] = list[lightning_loggers.Logger]
-    models = (Backbone, Head, Tuning, Regularizer, Calibration, Optimizer)
+    models = (Backbone, Head, Tuning, Regularizer, Calibration, Routing, Optimizer)
     bases = (Merger, Objective, Stream, DataSource, Launcher, *models, Callback, lightning_loggers.Logger)
     CommandParser.class_names = known_subclasses(bases)
     parser = CommandParser(
@@ -151,7 +152,7 @@ def main(argv: Sequence[str]) -> int:
     return _run(arguments, resumed, launcher)
 
 
-_LISTS = ("--mergers", "--calibrations", "--learner.calibrations", "--seeds")
+_LISTS = ("--mergers", "--calibrations", "--learner.calibrations", "--routings", "--learner.routings", "--seeds")
 
 
 def spread_lists(argv: Sequence[str]) -> list[str]:

@@ -19,6 +19,7 @@ TOPICS = {
     "optimizers": ("Optimizer",),
     "augmentations": ("Transform",),
     "calibrations": ("Calibration",),
+    "routings": ("Routing",),
     "sparsifiers": ("Sparsifier",),
     "finishers": ("Finisher",),
     "loggers": ("Logger",),

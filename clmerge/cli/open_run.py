@@ -72,6 +72,7 @@ def open_run(
         adaptation=adaptation or objects.adaptation,
         progress=sys.stderr.isatty(),
         merges_again=merges_again,
+        routings=objects.learner.routings or (),
     )
     return run, objects.mergers
 
@@ -131,6 +132,11 @@ def open_final_model(
 
     folder, config, objects = _built(path, allow)
     models, name = _models(folder, config, objects, model)
+    if models.chooses(name):
+        raise ValueError(
+            f"expected a model that is one file, got {name}: it is the experts of several tasks and what chooses among "
+            "them; export a routing whose gates are part of the model, or the view of a task with --task"
+        )
     if (facts := facts_of(models, name)) is None:
         raise ValueError(
             f"expected model files that say what they are, got those of an older version of clmerge: remove "
@@ -149,7 +155,11 @@ def _models(folder: "RunFolder", config: Any, objects: Any, model: str | None) -
 
     statistics = running_statistics(objects.model)  # of theta_0: the state is loaded later
     models = FinalPredictors(
-        folder, name_mergers(objects.mergers), buffers=config.learner.buffers, statistics=statistics
+        folder,
+        name_mergers(objects.mergers),
+        buffers=config.learner.buffers,
+        statistics=statistics,
+        routings=objects.learner.routings or (),
     )
     return models, models.resolve(model or config.learner.deploy or models.names[0])
 

@@ -125,7 +125,7 @@ def dry_run(learner: "Learner", build: Any, config: Any) -> None:
         image = _seconds_per_image(learner, device)
     per_task = {task: _steps(trainer, count, data.batch_size) for task, count in images.items()}
     steps = sum(number * _epochs(learner, trainer, task) for task, number in per_task.items())
-    models = len(learner.mergers) + 1 + len(learner.calibrated.calibrations) * len(learner.mergers)
+    models = len(learner.mergers) * (1 + len(learner.calibrated) + len(learner.routed)) + 1
     after = [task for task in range(len(tests)) if learner.is_evaluated(task)]
     evaluated = models * sum(tests[other] for task in after for other in learner.evaluated_tasks(task))
     tell(

@@ -2,6 +2,7 @@
 
 from typing import Any, TypedDict
 
+from clmerge.deploy.routing.routing import Routing
 from clmerge.merging import Merger
 from clmerge.results.contract import DATA_FREE, Kind
 from clmerge.streams.adaptation import AdaptationData
@@ -18,7 +19,12 @@ class Description(TypedDict):
 
 
 def describe_merger(
-    merger: Merger, *, adaptation: AdaptationData | None = None, search: int | None = None, calibrated_on: str = ""
+    merger: Merger,
+    *,
+    adaptation: AdaptationData | None = None,
+    search: int | None = None,
+    calibrated_on: str = "",
+    routing: Routing | None = None,
 ) -> Description:
     """Return kind, rule and adaptation data of a merger's model.
 
@@ -27,11 +33,12 @@ def describe_merger(
         adaptation: The images that mergers learn on.
         search: Position among the run's searches of the one that chose settings on validation images, if one did.
         calibrated_on: Images that the merged model is calibrated on, if it is.
+        routing: What routes images through experts around the merged model, if something does.
 
     Returns:
         The arguments of ``Results.describe``. ``data`` is ``none``, or joins by ``+``: ``current`` (training images of
         each task at its end, for statistics), ``val`` (validation images, for scores and searches), the adaptation data
-        that it learns on, and those of the calibration.
+        that it learns on, and those of the calibration or routing.
 
     Example:
         >>> from clmerge.merging import Fisher, TIES
@@ -40,12 +47,15 @@ def describe_merger(
     """
     statistics = merger.requires - _WITHOUT_IMAGES
     data = ["current"] * bool(statistics) + ["val"] * (merger.requires_score or search is not None)
-    if merger.requires_gradient and adaptation is not None:
+    if adaptation is not None and merger.requires_gradient:
         data.append(adaptation.told(labels=merger.reads_labels))
-    if calibrated_on and calibrated_on not in data:
-        data.append(calibrated_on)
+    looks = calibrated_on if routing is None else routing.told(adaptation)
+    if looks not in ("", DATA_FREE, *data):
+        data.append(looks)
+    routed = {"class_path": type(routing).__name__, "init_args": routing.settings()} if routing is not None else None
+    kind: Kind = "per_task" if merger.task_views else "merged"
     return {
-        "kind": "calibrated" if calibrated_on else "per_task" if merger.task_views else "merged",
+        "kind": "routed" if routing is not None else "calibrated" if calibrated_on else kind,
         "rule": {
             "merger": type(merger).__name__,
             "init_args": merger.settings(),
@@ -59,6 +69,7 @@ def describe_merger(
             "order_free": merger.order_free,
             "exact_online": merger.exact_online,
             "search": search,
+            **({} if routed is None else {"routing": routed}),
         },
         "data": "+".join(data) or DATA_FREE,
     }

@@ -2,16 +2,30 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 State = Mapping[str, Tensor]
-Compute = Callable[[State], Tensor]
-"""Returns the scores of a batch with the given weights, ``(B, C)``; missing tensors are the module's own."""
+
 Place = Callable[[Callable[[], State]], State]
 """Computes weights while the module has its own, and returns them under the module's names on its device."""
+
+
+class Compute(Protocol):
+    """Runs the module on a batch of images.
+
+    Attributes:
+        images: The batch, ``(B, channels, height, width)``, for predictors with a module of their own.
+    """
+
+    @property
+    def images(self) -> Tensor: ...  # noqa: D102  an attribute
+
+    def __call__(self, state: State) -> Tensor:
+        """Return the scores with the given weights, ``(B, C)``; missing tensors are the module's own."""
 
 
 class Predictor(ABC):
@@ -19,9 +33,12 @@ class Predictor(ABC):
 
     Attributes:
         needs_task: Whether it needs the task of every image; it then has a task-aware accuracy only.
+        choices: The tasks that it chose among for the last batch, and the share of its choices that each of them got,
+            ``(B, len(tasks))``; None if it chooses no task.
     """
 
     needs_task: bool = False
+    choices: tuple[Sequence[int], Tensor] | None = None
 
     def knows(self, task: int) -> bool:
         """Return whether it can score images of a task."""

@@ -26,6 +26,19 @@ Rows = dict[str, ModelRow]
 Split: TypeAlias = Literal["val", "test", "all"]
 
 
+class _Pass:
+    """Runs the module on one batch with any weights."""
+
+    def __init__(self, module: nn.Module, exchange: Exchange, images: Tensor) -> None:
+        self.images = images
+        self._module, self._exchange = module, exchange
+
+    def __call__(self, state: Mapping[str, Tensor]) -> Tensor:
+        self._exchange.put(state)
+        logits: Tensor = self._module(self.images)
+        return logits.float()
+
+
 class Evaluator(LightningModule):
     """Score predictors; images are decoded and moved to the device once, and shared parts are computed once.
 
@@ -50,8 +63,10 @@ class Evaluator(LightningModule):
         super().__init__()
         self.module = module
         self.predictors = dict(predictors)
+        self.task_classes = task_classes
         self._exchange: Exchange | None = None
         self._rows: Rows = {}
+        self._routed: dict[str, Tensor] = {}
         self._accuracies = {name: TaskAccuracy(len(task_classes), num_classes, task_classes) for name in predictors}
         self._order = list(dict.fromkeys(class_id for classes in task_classes for class_id in classes))
         counted = self.predictors if confusion else {}
@@ -90,17 +105,24 @@ class Evaluator(LightningModule):
         assert exchange is not None
         exchange.next_input()
 
-        def compute(state: Mapping[str, Tensor]) -> Tensor:
-            exchange.put(state)
-            logits: Tensor = self.module(images)
-            return logits.float()
-
+        compute = _Pass(self.module, exchange, images)
         for name, predictor in self.predictors.items():
             scores = predictor.scores(compute, tasks)
             self._accuracies[name].update(scores, labels, tasks)
             if name in self._answers:
                 known = torch.tensor([predictor.knows(task) for task in tasks.tolist()], device=tasks.device)
                 self._answers[name].update(scores[known], labels[known], tasks[known])
+            if predictor.choices is not None:
+                self._count(name, *predictor.choices, tasks)
+
+    def _count(self, name: str, chosen_from: Sequence[int], shares: Tensor, tasks: Tensor) -> None:
+        """Add up, by task of the images, the share of the choices that are right, and the images."""
+        known = torch.zeros(len(shares), len(self.task_classes), dtype=torch.float64)
+        known[:, list(chosen_from)] = shares.double().cpu()
+        own = tasks.cpu()
+        right = known.gather(1, own.unsqueeze(1))[:, 0]
+        counts = self._routed.setdefault(name, torch.zeros(2, len(self.task_classes), dtype=torch.float64))
+        counts.index_add_(1, own, torch.stack([right, torch.ones_like(right)]))
 
     @override
     def on_test_epoch_end(self) -> None:
@@ -113,6 +135,11 @@ class Evaluator(LightningModule):
             self._rows[name] = {"task_agnostic": agnostic, "task_aware": aware}
             if name in self._answers:
                 self._rows[name]["confusion"] = self._confusions(name)
+            if predictor.choices is not None:
+                right, total = sum_over_processes(self._routed[name])
+                known = {*predictor.choices[0]}
+                shares = torch.where(total > 0, right / total, torch.nan).tolist()
+                self._rows[name]["routing_accuracy"] = [s if t in known else math.nan for t, s in enumerate(shares)]
 
     def _confusions(self, name: str) -> Confusions:
         counts = self._answers[name].compute().cpu().numpy()
@@ -123,6 +150,8 @@ class Evaluator(LightningModule):
 
     def rows(self) -> Rows:
         """Return the row of every predictor by its name.
+
+        A predictor that chooses among tasks has ``routing_accuracy``, too.
 
         Raises:
             RuntimeError: If ``trainer.test`` has not run.

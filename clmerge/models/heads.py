@@ -109,6 +109,11 @@ class _GrowingHead(Head):
         self._num_classes = 0
         self._feature_dim = 0
 
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the whole stream; 0 before ``build``."""
+        return self._num_classes
+
     def build(self, backbone: Backbone, num_classes: int, prompts: Sequence[Sequence[str]]) -> None:
         """Set the numbers of classes and features; prompts are not used."""
         self._num_classes = num_classes

@@ -37,6 +37,10 @@ PAPERS = {
         "Mitchell Wortsman, Gabriel Ilharco, Samir Yitzhak Gadre, Rebecca Roelofs, Raphael Gontijo-Lopes, "
         "Ari S. Morcos, Hongseok Namkoong, Ali Farhadi, Yair Carmon, Simon Kornblith, Ludwig Schmidt",
     ),
+    "2208.03306": Paper(
+        "Branch-Train-Merge: Embarrassingly Parallel Training of Expert Language Models",
+        "Margaret Li, Suchin Gururangan, Tim Dettmers, Mike Lewis, Tim Althoff, Noah A. Smith, Luke Zettlemoyer",
+    ),
     "2208.05592": Paper(
         "Patching open-vocabulary models by interpolating weights",
         "Gabriel Ilharco, Mitchell Wortsman, Samir Yitzhak Gadre, Shuran Song, Hannaneh Hajishirzi, Simon Kornblith, "
@@ -94,6 +98,18 @@ PAPERS = {
         "Weighted Ensemble Models Are Strong Continual Learners",
         "Imad Eddine Marouf, Subhankar Roy, Enzo Tartaglione, Stéphane Lathuilière",
     ),
+    "2402.00433": Paper(
+        "Merging Multi-Task Models via Weight-Ensembling Mixture of Experts",
+        "Anke Tang, Li Shen, Yong Luo, Nan Yin, Lefei Zhang, Dacheng Tao",
+    ),
+    "2402.09997": Paper(
+        "LoraRetriever: Input-Aware LoRA Retrieval and Composition for Mixed Tasks in the Wild",
+        "Ziyu Zhao, Leilei Gan, Guoyin Wang, Wangchunshu Zhou, Hongxia Yang, Kun Kuang, Fei Wu",
+    ),
+    "2403.08755": Paper(
+        "DAM: Dynamic Adapter Merging for Continual Video QA Learning",
+        "Feng Cheng, Ziyang Wang, Yi-Lin Sung, Yan-Bo Lin, Mohit Bansal, Gedas Bertasius",
+    ),
     "2403.08994": Paper(
         "Ethos: Rectifying Language Models in Orthogonal Parameter Space",
         "Lei Gao, Yue Niu, Tingting Tang, Salman Avestimehr, Murali Annavaram",
@@ -122,6 +138,14 @@ PAPERS = {
         "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling",
         "Pala Tej Deep, Rishabh Bhardwaj, Soujanya Poria",
     ),
+    "2406.09770": Paper(
+        "Towards Efficient Pareto Set Approximation via Mixture of Experts Based Model Fusion",
+        "Anke Tang, Li Shen, Yong Luo, Shiwei Liu, Han Hu, Bo Du",
+    ),
+    "2406.15479": Paper(
+        "Twin-Merging: Dynamic Integration of Modular Expertise in Model Merging",
+        "Zhenyi Lu, Chenghao Fan, Wei Wei, Xiaoye Qu, Dangyang Chen, Yu Cheng",
+    ),
     "2407.02880": Paper(
         "Knowledge Composition using Task Vectors with Learned Anisotropic Scaling",
         "Frederic Z. Zhang, Paul Albert, Cristian Rodriguez-Opazo, Anton van den Hengel, Ehsan Abbasnejad",
@@ -133,6 +157,10 @@ PAPERS = {
     "2407.06322": Paper(
         "MagMax: Leveraging Model Merging for Seamless Continual Learning",
         "Daniel Marczak, Bartłomiej Twardowski, Tomasz Trzciński, Sebastian Cygert",
+    ),
+    "2408.10174": Paper(
+        "SMILE: Zero-Shot Sparse Mixture of Low-Rank Experts Construction From Pre-Trained Foundation Models",
+        "Anke Tang, Li Shen, Yong Luo, Shuai Xie, Han Hu, Lefei Zhang, Bo Du, Dacheng Tao",
     ),
     "2410.02396": Paper(
         "Parameter Competition Balancing for Model Merging",
@@ -184,6 +212,10 @@ PAPERS = {
     "2504.02666": Paper(
         "BECAME: BayEsian Continual Learning with Adaptive Model MErging",
         "Mei Li, Yuxiang Lu, Qinyan Dai, Suizhi Huang, Yue Ding, Hongtao Lu",
+    ),
+    "2505.11883": Paper(
+        "MINGLE: Mixture of Null-Space Gated Low-Rank Experts for Test-Time Continual Model Merging",
+        "Zihuan Qiu, Yi Xu, Chiyuan He, Fanman Meng, Linfeng Xu, Qingbo Wu, Hongliang Li",
     ),
     "2509.21413": Paper(
         "Null-Space Filtering for Data-Free Continual Model Merging: Preserving Stability, Promoting Plasticity",

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import clmerge.deploy.routing
 from clmerge.checkpoints.ledger import configured_from
 from clmerge.merging import Merger
 
@@ -14,9 +15,11 @@ class Rule:
 
     Attributes:
         merger: A merger of that rule; no task is ever folded into it.
+        routing: Class of the routing around the merged model; empty if there is none.
     """
 
     merger: Merger
+    routing: str = ""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -26,7 +29,7 @@ class Rule:
     @property
     def sources(self) -> list[str]:
         """The arXiv ids of the rule and of its parts."""
-        return list(dict.fromkeys(_sources(self.merger)))
+        return list(dict.fromkeys([*_sources(self.merger), *_routing_sources(self.routing)]))
 
 
 def rule_of(setting: Mapping[str, Any]) -> Rule | None:
@@ -36,7 +39,8 @@ def rule_of(setting: Mapping[str, Any]) -> Rule | None:
     """
     specification = {"class_path": setting["merger"], "init_args": setting.get("init_args")}
     try:
-        return Rule(configured_from(plain(specification)))
+        routing = setting.get("routing") or {}
+        return Rule(configured_from(plain(specification)), str(routing.get("class_path", "")))
     except (ValueError, TypeError):
         return None
 
@@ -52,6 +56,12 @@ def plain(value: Any) -> Any:
             "init_args": {key: plain(item) for key, item in arguments.items()},
         }
     return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _routing_sources(name: str) -> Iterable[str]:
+    found: Any = getattr(clmerge.deploy.routing, name, None)
+    if source := getattr(found, "source", ""):
+        yield source
 
 
 def _sources(value: Any) -> Iterable[str]:

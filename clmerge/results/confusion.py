@@ -136,12 +136,14 @@ class ModelRow(TypedDict):
     """What one pass over the images says of a model.
 
     ``task_agnostic`` and ``task_aware`` are one accuracy in [0, 1] per task, NaN where undefined; ``confusion``, the
-    answers by class, is there where it was asked for.
+    answers by class, is there where it was asked for; ``routing_accuracy``, the share of each task's images, layers and
+    tokens that are routed to the task, where a model chooses among tasks.
     """
 
     task_agnostic: list[float]
     task_aware: list[float]
     confusion: NotRequired[Confusions]
+    routing_accuracy: NotRequired[list[float]]
 
 
 def summed(confusions: Sequence[Confusion]) -> Confusion:

@@ -25,11 +25,11 @@ from clmerge.shapes import (
 )
 
 Setting: TypeAlias = Literal["task_agnostic", "task_aware"]
-Kind: TypeAlias = Literal["merged", "per_task", "calibrated", "ensemble", "unmerged"]
+Kind: TypeAlias = Literal["merged", "per_task", "calibrated", "routed", "ensemble", "unmerged"]
 
 SCHEMA = 2
 SETTINGS: tuple[Setting, ...] = ("task_agnostic", "task_aware")
-KINDS: tuple[Kind, ...] = ("merged", "per_task", "calibrated", "ensemble", "unmerged")
+KINDS: tuple[Kind, ...] = ("merged", "per_task", "calibrated", "routed", "ensemble", "unmerged")
 DATA_FREE = "none"
 
 
@@ -115,7 +115,13 @@ def _run(num_tasks: int) -> Check:
 def _model(num_tasks: int) -> Check:
     rule = record(
         {"merger": text, "init_args": maybe(keyed(anything))},
-        {"requires": listed(text), "order_free": flag, "exact_online": flag, "search": maybe(count)},
+        {
+            "requires": listed(text),
+            "order_free": flag,
+            "exact_online": flag,
+            "search": maybe(count),
+            "routing": anything,
+        },
     )
     probe = record({}, {"per_task": listed(maybe(number), num_tasks), "values": keyed(maybe(number)), "n": anything})
     figures = _figures(num_tasks)

@@ -25,6 +25,7 @@ class ModelFacts:
         tuning: Mode of tuning with its settings, as text.
         rule: Merge rule (``merger`` and ``init_args``); None for a model that is not merged.
         calibration: Name of the calibration; empty if there is none.
+        routing: Class and settings of the routing; None if there is none.
         classes: Names of all classes; their positions are the indices of logits.
         tasks: The merged tasks in order: ``name``, and ``classes`` as positions in ``classes``.
         data: Images that the model looked at beside the training of each task, as in ``results.json``.
@@ -43,6 +44,7 @@ class ModelFacts:
     tasks: list[dict[str, Any]]
     data: str = DATA_FREE
     templates: list[dict[str, Any]] = field(default_factory=list)
+    routing: Mapping[str, Any] | None = None
     version: str = clmerge.__version__
 
     def templates_of(self, class_id: int) -> list[str]:
@@ -85,5 +87,5 @@ _CHECK: Check = record(
         "templates": listed(record({"templates": listed(text), "classes": listed(count)})),
         "version": text,
     },
-    {"data": text},  # older versions of clmerge wrote none
+    {"data": text, "routing": maybe(keyed(anything))},  # older versions of clmerge wrote none
 )

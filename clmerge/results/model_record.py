@@ -19,7 +19,8 @@ class ModelRecord:
     Attributes:
         matrices: Accuracy matrix R by reading of the logits.
         kind: How it answers: ``merged`` (one set of weights), ``per_task`` (a set for every task), ``calibrated``,
-            ``ensemble``, or ``unmerged`` (the weights of a fit, or of the base model).
+            ``routed`` (weights mixed for every image), ``ensemble``, or ``unmerged`` (the weights of a fit, or of the
+            base model).
         rule: Its merge rule: ``merger`` (class name), ``init_args``, ``requires``, ``order_free``, ``exact_online``;
             None for models that are not merged.
         data: The images that it was adapted to beside the training of its tasks; ``none`` if it used no images.

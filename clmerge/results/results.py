@@ -27,6 +27,7 @@ TASK_ORACLE = "task_oracle"
 ENSEMBLE = "ensemble"
 JOINT = "joint"
 BASE = "base"  # theta_0 in diagnostics
+ROUTING = "routing_accuracy"  # a probe of routed models, and its row beside the accuracies
 HEAD = "head"  # file name of the head's weights, beside the models' files
 REFERENCES = (EXPERT, ZERO_SHOT, TASK_ORACLE, ENSEMBLE, JOINT)
 
@@ -209,7 +210,7 @@ class Results:
 
         Args:
             model: A merger's label, or a reference other than ``zero_shot``.
-            kind: How it answers: ``merged``, ``per_task``, ``calibrated``, ``ensemble`` or ``unmerged``.
+            kind: How it answers: ``merged``, ``per_task``, ``calibrated``, ``routed``, ``ensemble`` or ``unmerged``.
             rule: Its merge rule with settings; None if it is not merged.
             data: The images that it was adapted to.
         """
@@ -282,6 +283,17 @@ class Results:
         """
         self.model(model)
         return self._confusions.get(model, {}).get(setting or self.evaluation)
+
+    def add_routing(self, model: str, accuracies: Row) -> None:
+        """Set the routing accuracy of a model after the latest task, as the probe ``routing_accuracy``.
+
+        Args:
+            model: A routed model, whose row was added.
+            accuracies: Share of each task's images that are routed to it, ``(num_tasks,)``; NaN or None if undefined.
+        """
+        row = check_row(accuracies, self.num_tasks).tolist()
+        probe: dict[str, Any] = {"per_task": row}
+        self._models[model].probes[ROUTING] = probe | ({} if self.samples is None else {"n": list(self.samples)})
 
     def add_seconds(self, key: str, value: float) -> None:
         """Add to the seconds spent on an activity.

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from clmerge.deploy.routing import RoutedModel
 from clmerge.models import Backbone, LinearHead, OpenClip, Timm
 from clmerge.models.backbone import NANO
 from clmerge.models.tuning.adapters import AdapterLinear
@@ -32,11 +33,13 @@ class FinalModel:
         module: The classifier.
         facts: What it is.
         classes: Indices of the classes that it chooses from.
+        routed: The model, if it is a routed one; the module then has other weights.
     """
 
     module: ContinualClassifier
     facts: ModelFacts
     classes: list[int]
+    routed: RoutedModel | None = None
 
 
 def export(model: FinalModel, target: Target, folder: Path) -> Target:
@@ -59,11 +62,23 @@ def export(model: FinalModel, target: Target, folder: Path) -> Target:
     backbone = model.module.backbone
     if target == "hf-folder":
         target = "open_clip" if isinstance(backbone, OpenClip) else "timm"
+    if model.routed is not None and target not in ("safetensors", "onnx"):
+        raise ValueError(
+            f"expected --to safetensors or --to onnx for {model.facts.model}, whose weights differ from image to image, "
+            f"got --to {target}: no model of another library is like it"
+        )
     _check(backbone, target)
     require_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = model.facts.to_metadata()
     head = None if model.module.head.open_vocabulary else dict(model.module.head.state_dict())
+    if model.routed is not None:
+        if target == "safetensors":
+            model.routed.save(folder / "model.safetensors", model.facts)
+        else:
+            _write_onnx(folder / "model.onnx", model)
+        write_json_atomic(folder / FACTS_FILE, asdict(model.facts) | {"chosen_from": model.classes})
+        return target
     with folded(backbone), torch.no_grad():
         weights = {key: tensor.detach().cpu() for key, tensor in backbone.model.state_dict().items()}
         if target == "safetensors":
@@ -176,12 +191,13 @@ class _Logits(nn.Module):
 
     def __init__(self, model: FinalModel) -> None:
         super().__init__()
-        self.backbone, self.head = model.module.backbone, model.module.head
+        own = nn.Sequential(model.module.backbone, model.module.head)
+        self.whole = own if model.routed is None else model.routed
         self.chosen: Tensor
         self.register_buffer("chosen", torch.tensor(model.classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.backbone(images))
+        logits: Tensor = self.whole(images)
         return logits[:, self.chosen]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from clmerge.bounded_yaml import load_yaml
 from clmerge.deploy.describe import describe_merger
+from clmerge.deploy.routing import RoutedModel
 from clmerge.results.model_facts import ModelFacts
 from clmerge.results.results import EXPERT, HEAD
 from clmerge.results.run_folder import RunFolder
@@ -16,7 +17,9 @@ from clmerge.weights.parametrization import folded
 from clmerge.weights.task_vector import State
 
 
-def save_models(run: RunFolder, learner: LearnerParts, more: Mapping[str, State]) -> None:
+def save_models(
+    run: RunFolder, learner: LearnerParts, more: Mapping[str, State], routed: Mapping[str, RoutedModel]
+) -> None:
     """Write dense weights of the backbone under every merger to ``model/``, and the head if it was trained.
 
     The header of every file holds a :class:`ModelFacts`.
@@ -25,6 +28,7 @@ def save_models(run: RunFolder, learner: LearnerParts, more: Mapping[str, State]
         run: The run folder.
         learner: The learner after the last task.
         more: Tensors of the files of calibrated models, by file name.
+        routed: Routed models by name.
     """
     module, merge = learner.module, learner.merge
     facts = _facts(run, learner)
@@ -47,6 +51,13 @@ def save_models(run: RunFolder, learner: LearnerParts, more: Mapping[str, State]
         data = describe_merger(merger, adaptation=learner.adaptation, calibrated_on=kept)["data"]
         own = replace(facts, model=model, rule=rule, calibration=calibration, data=data)
         save_tensors(run.model(name), tensors, metadata=own.to_metadata())
+    for name, routed_model in routed.items():
+        label, _, kind = name.rpartition("+")
+        merger, routing = learner.mergers[label], learner.routed.routings[kind]
+        rule = {"merger": type(merger).__name__, "init_args": merger.settings()}
+        settings = {"class_path": type(routing).__name__, "init_args": routing.settings()}
+        data = describe_merger(merger, adaptation=learner.adaptation, routing=routing)["data"]
+        routed_model.save(run.model(name), replace(facts, model=name, rule=rule, routing=settings, data=data))
     expert = replace(facts, model=EXPERT)
     if merge.deploy == EXPERT:
         note = {"merger": "none: the last task's un-merged model"}

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from clmerge.deploy.naming import by_class
 from clmerge.deploy.predictors import Merged, Predictor
+from clmerge.deploy.routing.routed_model import dense_copy, load_routed
+from clmerge.deploy.routing.routed_models import views_of
+from clmerge.deploy.routing.routing import Routing
 from clmerge.deploy.running_merge import RunningMerge
 from clmerge.merging import Merger
 from clmerge.models import Classifier
@@ -29,6 +32,7 @@ class FinalPredictors:
         mergers: The run's mergers by name, with no task folded in.
         buffers: Which running statistics merged models use, as in ``learner.buffers``.
         statistics: Running statistics of the model before the first task, by dense name.
+        routings: The run's routings by name, with nothing collected.
 
     Attributes:
         names: Names of the models, as in the run's results.
@@ -38,12 +42,19 @@ class FinalPredictors:
     """
 
     def __init__(
-        self, folder: RunFolder, mergers: Mapping[str, Merger], *, buffers: Any, statistics: Mapping[str, Tensor]
+        self,
+        folder: RunFolder,
+        mergers: Mapping[str, Merger],
+        *,
+        buffers: Any,
+        statistics: Mapping[str, Tensor],
+        routings: Sequence[Routing] = (),
     ) -> None:
         if not folder.manifest.finished:
             raise ValueError(f"expected a finished run, got {folder.path}: `clmerge fit --resume {folder.path}` first")
         self._folder, self._mergers = folder, dict(mergers)
         self._buffers, self._statistics = buffers, statistics
+        self._routings = {one.name: one for one in routings}
         self.names = Results.from_dict(folder.manifest.results).models
 
     @cached_property
@@ -95,11 +106,17 @@ class FinalPredictors:
             raise ValueError(f"expected one of the models {', '.join(self.names)} of {self._folder.path}, got {name!r}")
         return found
 
+    def chooses(self, name: str) -> bool:
+        """Return whether a model is made of what others are: a task's expert or view, chosen for every image."""
+        label, _, kind = name.rpartition("+")
+        routing = self._routings.get(kind)
+        return routing is not None and (self._mergers[label].task_views or routing.predictor_class.needs_task)
+
     def predictor(self, name: str, module: nn.Module) -> Predictor:
         """Return the predictor of a model; it has the weights that were evaluated after the last task.
 
         Args:
-            name: A merger, ``MERGER+CALIBRATION``, ``expert`` or ``zero_shot``, or a merger by its class.
+            name: A merger, ``MERGER+CALIBRATION``, ``MERGER+ROUTING``, ``expert`` or ``zero_shot``, or a merger by its class.
             module: The classifier; the weights and head that the run ended with are loaded into it.
 
         Raises:
@@ -116,7 +133,19 @@ class FinalPredictors:
             return Merged(state_of(module, base, {}, buffers=self._statistics))
         if name in self._mergers:
             return self._merge.predictor(name, module)
+        label, _, kind = name.rpartition("+")
+        if kind in self._routings:
+            return self._routed(label, self._routings[kind], module)
         return Merged(self._calibrated(name, module))
+
+    def _routed(self, label: str, routing: Routing, module: nn.Module) -> Predictor:
+        """Return the predictor of a routed model from its file, or from the run's state if it chooses among views."""
+        assert isinstance(module, Classifier)
+        if self._mergers[label].task_views:
+            routing.load_state_dict(self._state[1]["routing"][routing.name])
+            return views_of(routing, self._merge, label, module)
+        file = self._file(f"{label}+{routing.name}")
+        return routing.predictor(load_routed(file, dense_copy(module.backbone)), module.head)
 
     def _calibrated(self, name: str, module: nn.Module) -> dict[str, Tensor]:
         """Return the weights of a calibrated model from its files, by the classifier's own names."""
@@ -133,9 +162,12 @@ class FinalPredictors:
         return {**plain, **state_of(module, base, tau)}
 
     def _read(self, name: str) -> dict[str, Tensor]:
+        return load_tensors(self._file(name))
+
+    def _file(self, name: str) -> Path:
         file = self._folder.model(name)
         if not file.is_file():
             raise ValueError(
                 f"expected the model file {file}, got none: `clmerge fit --resume {self._folder.path}` makes it again"
             )
-        return load_tensors(file)
+        return file

@@ -1,12 +1,13 @@
 """A model of a finished run that classifies images; the data that it was trained on are not needed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clmerge.deploy.predictors import Merged, PerTask, Predictor
+from clmerge.deploy.routing.routed import Routed
 from clmerge.models.templates import GENERIC
 from clmerge.results.model_facts import ModelFacts
 from clmerge.results.results import EXPERT, ZERO_SHOT
@@ -121,11 +122,18 @@ class ImageClassifier:
         self._prepare()
         batch = images.to(self._device)
         tasks = torch.full((len(batch),), self._task or 0, device=self._device)
-        scores = self._predictor.scores(lambda state: self._logits(dict(state), batch), tasks)
+        scores = self._predictor.scores(_Pass(self._module, batch), tasks)
         return scores[:, self._columns].softmax(dim=1).cpu()
 
-    def _logits(self, state: dict[str, Tensor], batch: Tensor) -> Tensor:
-        found: Tensor = torch.func.functional_call(self._module, state, (batch,))
+
+class _Pass:
+    """Runs the module on one batch with any weights."""
+
+    def __init__(self, module: nn.Module, images: Tensor) -> None:
+        self._module, self.images = module, images
+
+    def __call__(self, state: Mapping[str, Tensor]) -> Tensor:
+        found: Tensor = torch.func.functional_call(self._module, dict(state), (self.images,))
         return found.float()
 
 
@@ -146,6 +154,9 @@ def final_model(
     """
     predictor = models.predictor(facts.model, module)
     index = chosen_task(known, task, predictor, facts.model)
+    if isinstance(predictor, Routed):
+        predictor.prepare(lambda make: make())
+        return FinalModel(module.eval(), facts, list(range(len(known.names))), predictor.model)
     if isinstance(predictor, PerTask):
         assert index is not None
         state, classes = predictor.view(index), known.tasks[index][1]

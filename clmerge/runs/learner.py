@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 
@@ -79,7 +80,7 @@ class Learner(LearnerParts):
         if run.writes:
             matrices = matrix_lines(self.module, self.mergers) if self.mergers else ()  # a frozen backbone has none
             views = view_lines(self.mergers)
-            adapted = adaptation_lines(self.mergers, self.adaptation)
+            adapted = adaptation_lines(self.learning, self.adaptation)
             for line in (trainable_line(self.module), *matrices, *views, *adapted, *notices(self.module, self.stream)):
                 tell(line)
         told = loggers if run.writes else ()  # but the Trainer needs the same loggers on every rank
@@ -181,6 +182,13 @@ class Learner(LearnerParts):
             for name, each in self.calibrated.seconds.items():
                 before = seconds[name.rpartition("+")[0]]
                 seconds[name] = None if before is None else before + each
+        if self.routed:
+            wanted = [name for found in self.routed.names(self.mergers).values() for name in found]
+            tasks = list(range(task + 1))
+            predictors |= self.routed.predictors(self.merge, wanted, tasks, trainers.device)
+            for name, each in self.routed.seconds.items():
+                before = seconds[name.rpartition("+")[0]]
+                seconds[name] = None if before is None else before + each
         predictors[EXPERT] = Merged(self.expert())
         trainer = trainers.for_evaluation(f"evaluating {len(predictors)} models")
         last = task == len(self.tasks) - 1
@@ -191,6 +199,8 @@ class Learner(LearnerParts):
             results.add_row(name, *accuracies, bytes_kept=kept[name], merge_seconds=seconds.get(name))
             if last:
                 results.set_confusion(name, row["confusion"])
+            if "routing_accuracy" in row:
+                results.add_routing(name, row["routing_accuracy"])
         results.add_seconds("evaluate", time.perf_counter() - started)
         self._commit(run, results, task)
 
@@ -219,13 +229,20 @@ class Learner(LearnerParts):
 
     def _has_views(self, run: RunFolder, results: Results) -> bool:
         """Whether the models and pictures of a finished run exist; if not, they are made again."""
-        models = [run.model(name) for name in self.mergers]
+        routed = [
+            name
+            for label, found in self.routed.names(self.mergers).items()
+            if not self.mergers[label].task_views
+            for name in found
+        ]
+        models = [run.model(name) for name in (*self.mergers, *routed)]
         return all(file.is_file() for file in [*models, *plot_files(results, run.plots)])
 
     def _finish(self, run: RunFolder, trainers: Trainers, results: Results) -> None:
         more = dict(self.calibrated.final(self.merged(), len(self.tasks) - 1, trainers.device))  # on all ranks
+        routed = self.routed.final(self.merge, list(range(len(self.tasks))), trainers.device) if self.mergers else {}
         if run.writes:
-            save_models(run, self, more)
+            save_models(run, self, more, routed)
             save_plots(results, run.plots)
         run.manifest.finished = True
         run.manifest.results = results.to_dict()
@@ -242,4 +259,8 @@ class Learner(LearnerParts):
             for name in self.mergers
             for kind, one in self.calibrated.calibrations.items()
         }
+        if self.routed and self.mergers:
+            frame = self.routed.frame(self.merge.base, torch.device("cpu"))
+            for name, routed in self.routed.names(self.mergers).items():
+                more |= {label: kept[name] + self.routed.nbytes(one.name, frame, range(task + 1)) for label, one in routed.items()}
         return {**kept, **more, EXPERT: 4 * num_entries(shapes)}

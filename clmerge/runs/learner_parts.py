@@ -9,6 +9,8 @@ from torch import Tensor
 from clmerge.deploy.calibration import CalibratedModels, Calibration
 from clmerge.callbacks import MergeCallback
 from clmerge.deploy.naming import check_names, check_settings
+from clmerge.deploy.routing import Routing
+from clmerge.deploy.routing.routed_models import RoutedModels
 from clmerge.statistics.provided import PROVIDED
 from clmerge.merging import Merger, Statistics, WeightAverage
 from clmerge.training.module import ContinualClassifier
@@ -18,6 +20,7 @@ from clmerge.training.trajectory import TrajectoryRule
 from clmerge.runs.session import Session
 from clmerge.weights.buffers import Buffers
 from clmerge.weights.parametrization import merged_parameters, running_statistics
+from clmerge.weights.task_vector import TaskVector
 
 
 class LearnerParts(Session):
@@ -63,7 +66,9 @@ class LearnerParts(Session):
         evaluate_on: Tasks whose test images are used: ``all`` of the stream, or those ``seen`` so far, which halves the
             time; forward transfer is then undefined.
         calibrations: Calibrations of merged models after every task; each adds models such as ``magmax+tuned``.
-        adaptation: Images that mergers learn on after every task; default the validation images, unlabelled.
+        adaptation: Images that mergers and routings learn on after every task; default the validation images,
+            unlabelled.
+        routings: Routed models around every merged model after every task; each adds models such as ``magmax+smile``.
         seed: Seed of initialisation, order of samples, augmentation and dropout, each fixed per task.
 
     Attributes:
@@ -101,6 +106,7 @@ class LearnerParts(Session):
         evaluate_on: Literal["all", "seen"] = "all",
         calibrations: list[Calibration] | None = None,
         adaptation: AdaptationData | None = None,
+        routings: list[Routing] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -138,6 +144,16 @@ class LearnerParts(Session):
             save_state=False,  # the run folder keeps the accumulators; every epoch's checkpoint need not hold them
         )
         self.calibrated = CalibratedModels(calibrations or [], module, data, stream, seed=seed)
+        self.routed = RoutedModels(
+            routings or [],
+            module,
+            data,
+            stream,
+            adaptation=self.adaptation,
+            num_images=statistics_images,
+            vector=self._stored_vector,
+            seed=seed,
+        )
         self.regularized = RegularizedTasks(module, data, num_images=statistics_images, seed=seed)
         # With a frozen backbone nothing is merged: only the head is trained, if at all, and evaluated.
         self.mergers = self.merge.mergers if module.trained_names else {}
@@ -152,9 +168,15 @@ class LearnerParts(Session):
                 branches are impossible; or if images are replayed with a loss that leaves their classes out.
         """
         self._check_training()
-        check_names(self.merge.mergers, self.calibrated.calibrations)
+        check_names(self.merge.mergers, [*self.calibrated.calibrations, *self.routed.routings])
         if not self.mergers:
             return
+        again = [name for name, one in self.routed.routings.items() if one.needs_bank]
+        if again and not self.keep_task_vectors:
+            raise ValueError(
+                f"expected task vectors to be kept for routing {again[0]!r}, which reads all of them after every task, "
+                "got keep_task_vectors=false; set it to true"
+            )
         needy = [name for name, merger in self.mergers.items() if merger.requires_score]
         if needy and not self.has_validation:
             raise ValueError(
@@ -164,6 +186,7 @@ class LearnerParts(Session):
         self.check_learning(self.mergers)
         merged = merged_parameters(self.module, self.module.trained_names)
         check_settings(self.mergers, merged, len(self.tasks))
+        self.routed.check(merged)
         if self.branches > 1:
             check_settings({"branch_merger": self.branch_merger}, merged, self.branches * self.rounds)
 
@@ -206,6 +229,12 @@ class LearnerParts(Session):
         if self.branch_starts == "experts" and branches > 1 and not self.keep_task_vectors:
             raise ValueError("expected keep_task_vectors=true with branch_starts='experts', which reads them, got false")
 
+    @property
+    def learning(self) -> dict[str, bool]:
+        """What learns on adaptation data -> whether it reads labels."""
+        mergers = {name: one.reads_labels for name, one in self.mergers.items() if one.requires_gradient}
+        return mergers | {f"+{name}": one.reads_labels for name, one in self.routed.routings.items() if one.adapts}
+
     def is_evaluated(self, task: int) -> bool:
         """Return whether the models are evaluated after a task."""
         return (task + 1) % self.evaluate_every == 0 or task + 1 == len(self.tasks)
@@ -232,6 +261,7 @@ class LearnerParts(Session):
             "branch_reference": self.branch_reference,
             "branch_starts": self.branch_starts,
             "branch_settings": self.branch_settings,
+            "routings": [repr(one) for one in self.routed.routings.values()],
             "calibrations": [repr(one) for one in self.calibrated.calibrations.values()],
             "epochs": self.epochs,
             "keep_task_vectors": self.keep_task_vectors,
@@ -264,6 +294,10 @@ class LearnerParts(Session):
         learned = not self.module.head.open_vocabulary
         head = {f"head.{name}": tensor for name, tensor in self.module.head.state_dict().items()} if learned else {}
         return {**head, **running_statistics(self.module, counts=True)}
+
+    def _stored_vector(self, task: int) -> TaskVector:
+        assert self.merge.bank is not None, "_check refuses routings that need it without one"
+        return self.merge.bank[task]
 
     def _statistics(self, module: LightningModule) -> Statistics:
         """Measure the statistics that mergers require of the task that was just trained."""

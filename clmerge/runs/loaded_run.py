@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from clmerge.deploy.predictors import Merged, PerTask, Predictor
+from clmerge.deploy.routing.routed_model import is_routed, load_routed
+from clmerge.deploy.routing.routing import predictor_of
 from clmerge.merging.stored import relocated
 from clmerge.report.rules import rule_of
 from clmerge.results.metrics.continual import Array
@@ -115,7 +117,13 @@ class LoadedRun:
         Raises:
             ValueError: If the run has no such merger, or is not finished.
         """
-        return load_tensors(self._file(merger))
+        file = self._file(merger)
+        if is_routed(load_metadata(file)):
+            raise ValueError(
+                f"expected a model with one set of weights, got {merger}, whose weights differ from image to image; "
+                f"clmerge.deploy.routing.load_routed({str(file)!r}) loads it"
+            )
+        return load_tensors(file)
 
     def _file(self, merger: str) -> Path:
         file = self._folder.model(merger)
@@ -141,14 +149,18 @@ class LoadedRun:
         """Return a merged model as a predictor of the backbone's own architecture, by its own names; no data is read.
 
         ``Merged`` holds ``state_dict(name)``; a rule with a view per task gives a ``PerTask``, which needs the task of
-        every image.
+        every image; a routed model has a module of its own, from images to logits.
 
         Args:
-            name: A merger of the run, or ``MERGER+CALIBRATION``.
+            name: A merger of the run, ``MERGER+CALIBRATION`` or ``MERGER+ROUTING``.
 
         Raises:
             ValueError: If the run has no such merger or is not finished, or this version of clmerge lacks its rule.
         """
+        if is_routed(load_metadata(self._file(name))):
+            facts = self.facts(name)
+            assert facts is not None
+            return predictor_of(load_routed(self._file(name)), facts.routing)
         whole = self.state_dict(name)
         found = self.results.model(name).rule
         rule = None if found is None else rule_of(found)

@@ -6,6 +6,7 @@ from typing import Any
 from clmerge.models import LinearHead, TangentModule
 from clmerge.models.templates import GENERIC
 from clmerge.names import visible
+from clmerge.results.model_facts import ModelFacts
 from clmerge.results.results import SETTINGS, Results
 from clmerge.results.table import percent
 from clmerge.runs.exported import FACTS_FILE, FinalModel, Target, input_of
@@ -36,6 +37,13 @@ session = onnxruntime.InferenceSession("{place}/model.onnx")
 (logits,) = session.run(None, {{"images": images}})  # float32, (batch, 3, {height}, {width}), normalised as above
 ```
 """,
+    "routed": """\
+```python
+from clmerge.deploy.routing import load_routed
+
+model = load_routed("{place}/model.safetensors")  # logits = model(images), (batch, 3, {height}, {width}), normalised
+```
+""",
     "safetensors": """\
 ```python
 from safetensors.torch import load_file
@@ -62,7 +70,7 @@ def model_card(model: FinalModel, results: Results, target: Target, *, repo: str
     place = "FOLDER" if target in ("onnx", "safetensors") else hub
     library = {"open_clip": "open_clip", "timm": "timm", "onnx": "onnx"}.get(target, "clmerge")
     backbone = _called(facts.backbone["class"], facts.backbone.get("settings", {}))
-    loaded = _LOADED[target].format(
+    loaded = _LOADED["routed" if model.routed is not None and target == "safetensors" else target].format(
         place=place, height=height, width=width, backbone=facts.backbone["class"]
     )
     lines = [
@@ -74,7 +82,7 @@ def model_card(model: FinalModel, results: Results, target: Target, *, repo: str
         "",
         f"# {_safe(facts.model)} of {_safe(facts.run or results.name)}",
         "",
-        _what(facts.model, facts.rule, facts.calibration) + f" Backbone: `{_safe(backbone)}`, tuned by "
+        _what(facts) + f" Backbone: `{_safe(backbone)}`, tuned by "
         f"`{_safe(facts.tuning)}`, head: `{facts.head}`.",
         "",
         f"- **Input**: {height} x {width} pixels, RGB, mean {_numbers(own['mean'])}, std {_numbers(own['std'])}, "
@@ -101,13 +109,18 @@ def _pipeline(model: FinalModel, target: Target) -> str:
     return "zero-shot-image-classification" if model.module.head.open_vocabulary else "image-feature-extraction"
 
 
-def _what(name: str, rule: Mapping[str, Any] | None, calibration: str) -> str:
+def _what(facts: ModelFacts) -> str:
+    name, rule = facts.model, facts.rule
     if rule is None:
         kinds = {"zero_shot": "The model before the first task.", "expert": "The un-merged model after the last task."}
         return kinds.get(name, "A model that was not merged.")
     called = _called(rule["merger"], rule["init_args"])
-    calibrated = f", calibrated by `{calibration}`" if calibration else ""
-    return f"The fine-tuned models of several tasks, merged by `{_safe(called)}`{calibrated}."
+    calibrated = f", calibrated by `{facts.calibration}`" if facts.calibration else ""
+    routed = ""
+    if facts.routing is not None:
+        how = _called(str(facts.routing["class_path"]), facts.routing["init_args"])
+        routed = f"; in the mixed layers, low-rank experts of the tasks are weighed for every image by `{_safe(how)}`"
+    return f"The fine-tuned models of several tasks, merged by `{_safe(called)}`{calibrated}{routed}."
 
 
 def _called(name: str, settings: Mapping[str, Any]) -> str:

@@ -46,18 +46,16 @@ def view_lines(mergers: Mapping[str, Merger]) -> list[str]:
     ]
 
 
-def adaptation_lines(mergers: Mapping[str, Merger], adaptation: AdaptationData) -> list[str]:
-    """Return one line for each merger that learns: the images that it looks at.
+def adaptation_lines(learning: Mapping[str, bool], adaptation: AdaptationData) -> list[str]:
+    """Return one line for each merger and routing that learns: the images that it looks at.
 
     Args:
-        mergers: The run's mergers by name.
+        learning: Name -> whether it reads labels.
         adaptation: The adaptation data.
     """
     scored = ", the images that it is scored on: no other row compares with it" if adaptation.source == "test" else ""
     return [
-        f"{name} learns on {adaptation.told(labels=merger.reads_labels)}{scored}"
-        for name, merger in mergers.items()
-        if merger.requires_gradient
+        f"{name} learns on {adaptation.told(labels=reads_labels)}{scored}" for name, reads_labels in learning.items()
     ]
 
 

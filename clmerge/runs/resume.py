@@ -43,6 +43,7 @@ def restore(learner: LearnerParts, run: RunFolder) -> Results:
         learner.module.load_state_dict(weights)
         learner.merge.load_accumulators(accumulators)
         learner.calibrated.load_state_dict(accumulators.get("calibration", {}))
+        learner.routed.load_state_dict(accumulators.get("routing", {}))
     return results
 
 
@@ -64,4 +65,8 @@ def _describe(learner: LearnerParts, results: Results) -> None:
         for kind, one in learner.calibrated.calibrations.items():
             own = describe_merger(merger, adaptation=learner.adaptation, calibrated_on=one.data)
             results.describe(f"{name}+{kind}", **own)
+    for name, routed in learner.routed.names(learner.mergers).items():
+        for label, routing in routed.items():
+            own = describe_merger(learner.mergers[name], adaptation=learner.adaptation, routing=routing)
+            results.describe(label, **own)
     results.describe(EXPERT, kind="unmerged")

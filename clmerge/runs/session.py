@@ -29,7 +29,7 @@ class Session:
         seed: Seed of the run.
         evaluation: Which reading of the logits is used by searches, scores and tables; default that of the stream.
         statistics_images: Training images per task that statistics are measured on.
-        adaptation: Images that mergers learn on; default the validation images, unlabelled.
+        adaptation: Images that mergers and routings learn on; default the validation images, unlabelled.
 
     Attributes:
         tasks: The tasks of the stream.

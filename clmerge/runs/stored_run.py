@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from clmerge.checkpoints.merge import remaining_tasks
+from clmerge.deploy.routing import Routing
 from clmerge.deploy.running_merge import RunningMerge
 from clmerge.evaluation.evaluate import Rows, Split
 from clmerge.merging import Merger, Statistics, WeightAverage
@@ -40,9 +41,10 @@ class StoredRun(Session):
         name: Name of the run in the results.
         mergers: Its mergers by name, with no task folded in.
         evaluation: Which reading of the logits is used by searches, scores and the table; default that of the run.
-        adaptation: Images that mergers learn on; default the validation images, unlabelled.
+        adaptation: Images that mergers and routings learn on; default the validation images, unlabelled.
         progress: Whether to show progress bars.
         merges_again: Whether task vectors are needed, to merge them again.
+        routings: Its routings, with nothing collected.
 
     Attributes:
         models: The run's models after its last task.
@@ -74,6 +76,7 @@ class StoredRun(Session):
         adaptation: AdaptationData | None = None,
         progress: bool = False,
         merges_again: bool = True,
+        routings: Sequence[Routing] = (),
     ) -> None:
         super().__init__(
             stream,
@@ -111,7 +114,7 @@ class StoredRun(Session):
             self._blank_head = copy.deepcopy(module.head)
         module.load_state_dict(weights)  # the text head comes with them
         buffers = config["learner"]["buffers"]
-        self.models = FinalPredictors(folder, mergers, buffers=buffers, statistics=self.base_statistics)
+        self.models = FinalPredictors(folder, mergers, buffers=buffers, statistics=self.base_statistics, routings=routings)
 
     @property
     def shapes(self) -> Shapes:

@@ -68,19 +68,25 @@ class TaskTraining:
         if learner.data.replay:
             memory = replay_memory(learner.stream, task + 1, learner.data.replay, None, seed=learner.data.seed)
             results.bytes["replay"] = memory.nbytes
-        if any(merger.requires_gradient for merger in learner.mergers.values()):
+        if learner.learning:
             results.bytes["adaptation"] = learner.adaptation.nbytes(learner.data, range(task + 1))
         results.add_seconds("train", time.perf_counter() - started - learner.merge.seconds)
         results.add_seconds("merge", learner.merge.seconds)
         if learner.calibrated:
             device = trainer.strategy.root_device
             results.bytes |= learner.calibrated.collect(learner.merged(), task, device, expert=learner.expert)
+        if learner.routed and learner.mergers:
+            tau = learner.merge.task_vector(learner.module)
+            results.bytes |= learner.routed.collect(learner.merge.base, tau, task, trainer.strategy.root_device)
         # The accuracies are those of the latest evaluation; of a long stream they take seconds to write down.
         run.manifest.results |= {"seconds": dict(results.seconds), "bytes": dict(results.bytes)}
         trainer.strategy.barrier("trained")
         if learner.keep_task_vectors:
             run.keep_unmerged(task, learner.unmerged())
-        accumulators = learner.merge.accumulators() | {"calibration": learner.calibrated.state_dict()}
+        accumulators = learner.merge.accumulators() | {
+            "calibration": learner.calibrated.state_dict(),
+            "routing": learner.routed.state_dict(),
+        }
         run.commit_state(task, learner.module.state_dict(), accumulators)
 
     def _obtain(self, results: Results, task: int) -> Trainer:

@@ -65,7 +65,7 @@ def measure(
     statistics: dict[str, Any] = {"samples": float(len(whole)), "steps": float(num_steps)}
     if needed <= statistics.keys():
         return statistics
-    batches = _chosen_batches(data, task, num_images, seed)
+    batches = training_batches(data, task, num_images, seed)
     device = next(module.parameters()).device
     with eval_mode(module):
         with torch.no_grad():
@@ -97,11 +97,19 @@ def training_images(
         seed: Seed of the choice of images.
     """
     device = next(module.parameters()).device
-    for batch in _chosen_batches(data, task, num_images, seed):
+    for batch in training_batches(data, task, num_images, seed):
         yield batch[0].to(device)
 
 
-def _chosen_batches(data: StreamDataModule, task: int, num_images: int, seed: int) -> DataLoader[Any]:
+def training_batches(data: StreamDataModule, task: int, num_images: int, seed: int) -> DataLoader[Any]:
+    """Return batches of the training images that statistics of a task are measured on, with labels.
+
+    Args:
+        data: Provides the task's training images under the evaluation transform.
+        task: Index of the task.
+        num_images: Number of images, drawn by seed.
+        seed: Seed of the choice.
+    """
     whole: Any = data.eval_dataloader("train", [task]).dataset
     generator = torch.Generator().manual_seed(derived_seed(seed, "statistics", task))
     chosen = torch.randperm(len(whole), generator=generator)[:num_images].tolist()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from clmerge.deploy.calibration import CalibratedModels, Calibration
 from clmerge.deploy.describe import describe_merger
 from clmerge.deploy.naming import check_names
+from clmerge.deploy.routing import Routing
+from clmerge.deploy.routing.routed_models import routed_names
 from clmerge.merging import Merger
 from clmerge.names import tell
 from clmerge.results.results import SETTINGS, Results, Setting
@@ -13,6 +15,7 @@ from clmerge.runs.comparison.diagnose import diagnose_run
 from clmerge.runs.comparison.orders import order_sweep
 from clmerge.runs.comparison.references import add_confusion, add_references, check_joint
 from clmerge.runs.comparison.recalibrated import calibrated_names
+from clmerge.runs.comparison.rerouted import routed_models, routed_sizes, with_references
 from clmerge.runs.comparison.refold import check_mergers, sweep
 from clmerge.runs.comparison.row_cache import CachedRow, RowCache
 from clmerge.runs.comparison.searches import Sought, plan_searches, scale_rules, search_all
@@ -36,6 +39,7 @@ class Request:
         memory: Bytes of accumulators and merged weights that are held at a time.
         diagnose: Whether to compute diagnostics of task vectors, experts and merged models.
         calibrations: Calibrations of every merged model, with the settings that were chosen for it.
+        routings: Routed models around every merged one; the oracle and the nearest centroid are added to them.
     """
 
     mergers: Mapping[str, Merger]
@@ -46,6 +50,7 @@ class Request:
     memory: int = 2**32
     diagnose: bool = False
     calibrations: Sequence[Calibration] = ()
+    routings: Sequence[Routing] = ()
 
 
 def check_request(run: StoredRun, request: Request, joint: StoredRun | None = None) -> dict[str, Search]:
@@ -60,7 +65,9 @@ def check_request(run: StoredRun, request: Request, joint: StoredRun | None = No
         ValueError: If it is impossible, a setting is unknown, or the joint run has other classes or another model.
     """
     mergers = dict(request.mergers)
-    check_names(mergers, [one.name for one in request.calibrations])
+    routings = with_references(request.routings)
+    check_names(mergers, [one.name for one in (*request.calibrations, *routings)])
+    routed_models(run, routings).check(run.base)
     if request.calibrations and len(run.kept) < len(run.tasks):
         raise ValueError(
             "expected --calibrations, which keep data of all tasks of a run, or --without, got both: leave one out"
@@ -120,7 +127,10 @@ def compare_run(run: StoredRun, request: Request, cache: RowCache, joint: Stored
         results.searches.append(search.to_dict(name))
         if not search.keeps_limits:
             tell(f"{name}: no point that was tried keeps the limits of --at-least; the one that misses least is taken")
-    table = sweep(run, mergers, cache, memory=request.memory, calibrations=request.calibrations)
+    routings = with_references(request.routings)
+    table = sweep(
+        run, mergers, cache, memory=request.memory, calibrations=request.calibrations, routings=routings
+    )
     positions = {name: list(searches).index(name) if name in searches else None for name in mergers}
     for name, merger in mergers.items():
         _add(results, run, name, merger, list(table[name].values()), search=positions[name])
@@ -128,7 +138,12 @@ def compare_run(run: StoredRun, request: Request, cache: RowCache, joint: Stored
         for each, one in calibrated.items():
             rows = list(table[each].values())
             _add(results, run, each, mergers[name], rows, search=positions[name], calibration=one)
-    if any(merger.requires_gradient for merger in mergers.values()):
+    sizes = routed_sizes(run, routings)
+    for name, routed in routed_names(mergers, routings).items():
+        for each, routing in routed.items():
+            rows, own = list(table[each].values()), sizes[routing.name]
+            _add(results, run, each, mergers[name], rows, search=positions[name], routing=routing, sizes=own)
+    if any(merger.requires_gradient for merger in mergers.values()) or any(one.adapts for one in routings):
         results.bytes["adaptation"] = run.adaptation.nbytes(run.data, run.kept)
     if request.scale_rule:
         for name, (rule, rows) in scale_rules(run, list(searches.values()), cache, request.memory).items():
@@ -156,17 +171,24 @@ def _add(
     *,
     search: int | None,
     calibration: Calibration | None = None,
+    routing: Routing | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> None:
-    """Add a merger's model, calibrated or not, with a row for every task."""
+    """Add a merger's model, calibrated or routed or neither, with a row for every task."""
     calibrated_on = "" if calibration is None else calibration.data
-    told = describe_merger(merger, adaptation=run.adaptation, search=search, calibrated_on=calibrated_on)
+    told = describe_merger(
+        merger, adaptation=run.adaptation, search=search, calibrated_on=calibrated_on, routing=routing
+    )
     results.describe(name, **told)
     for task, row in enumerate(rows):
         size = merger.state_size(run.shapes, task + 1)
         size += 0 if calibration is None else calibration.nbytes(run.module, run.data, task)
+        size += 0 if sizes is None else sizes[task]
         accuracies = (run.counted(row[setting]) for setting in SETTINGS)
         results.add_row(name, *accuracies, bytes_kept=size, merge_seconds=row["merge_seconds"])
         add_confusion(results, run, name, row)
+    if (routed_right := rows[-1].get("routing_accuracy")) is not None:
+        results.add_routing(name, run.counted(routed_right))
     if forgotten := [task for task in range(len(run.tasks)) if task not in run.kept]:
         reading: Setting = "task_aware" if merger.task_views else run.evaluation
         results.model(name).probes[FORGOTTEN] = {

@@ -8,10 +8,13 @@ from lightning.pytorch import LightningModule
 
 from clmerge.deploy.calibration import Calibration
 from clmerge.deploy.naming import check_settings
+from clmerge.deploy.routing import Routing
+from clmerge.deploy.routing.routed_models import routed_names
 from clmerge.statistics.provided import PROVIDED
 from clmerge.deploy.running_merge import RunningMerge
 from clmerge.search.grid import with_values
 from clmerge.runs.comparison.recalibrated import Recalibrated, calibrated_names
+from clmerge.runs.comparison.rerouted import Rerouted
 from clmerge.runs.comparison.row_cache import RowCache, CachedRow, make_row
 from clmerge.runs.stored_run import StoredRun
 from clmerge.evaluation.evaluate import Split
@@ -102,6 +105,7 @@ def sweep(
     what: str = "models",
     memory: int = 2**32,
     calibrations: Sequence[Calibration] = (),
+    routings: Sequence[Routing] = (),
 ) -> Table:
     """Merge a run's tasks in an order with several mergers, and evaluate after every task.
 
@@ -118,9 +122,10 @@ def sweep(
         what: Name of the models in the progress display.
         memory: Bytes of accumulators and merged weights that are held at a time.
         calibrations: Calibrations of the merged models; their data of every task is collected anew.
+        routings: Routed models around the merged ones; what they keep of every task is collected anew.
 
     Returns:
-        Model -> number of merged tasks -> row; the calibrated models are ``MERGER+NAME``.
+        Model -> number of merged tasks -> row; calibrated and routed models are ``MERGER+NAME``.
     """
     order = run.kept if order is None else list(order)
     counts = [len(order)] if last_only else list(range(1, len(order) + 1))
@@ -128,33 +133,49 @@ def sweep(
     calibrated_of = calibrated_names(mergers, calibrations)
     for name, found in calibrated_of.items():
         told |= {each: f"{told[name]}, {one!r} on {one.data}, seed {run.seed}" for each, one in found.items()}
+    routed_of = routed_names(mergers, routings)
+    for name, routed in routed_of.items():
+        told |= {each: f"{told[name]}, {one!r} {_seen(run, one)}" for each, one in routed.items()}
     keys = {
         (name, count): cache.key(run.identity, text, split, order[:count])
         for name, text in told.items()
         for count in counts
     }
-    for group in _groups(run, mergers, memory, len(order), models=1 + len(calibrations)):
-        names = [*group, *(each for name in group for each in calibrated_of[name])]
+    for group in _groups(run, mergers, memory, len(order), models=1 + len(calibrations) + len(routings)):
+        names = [*group, *(each for name in group for each in (*calibrated_of[name], *routed_of[name]))]
         last = max((c for name in names for c in counts if keys[name, c] not in cache), default=0)
         refold = Refold(run, group)
         recalibrated = Recalibrated(run, refold.merge, calibrations)
+        rerouted = Rerouted(run, refold.merge, routings)
+        routes = any(keys[e, c] not in cache for name in group for e in routed_of[name] for c in counts)
         for count, task in enumerate(order[:last], start=1):
             refold.fold(task)
             recalibrated.collect(
                 [n for n in group if any(keys[e, c] not in cache for e in calibrated_of[n] for c in counts)], task
             )
+            if routes:
+                rerouted.collect(task)
             missing = [name for name in names if (name, count) in keys and keys[name, count] not in cache]
             if not missing:
                 continue
-            merged = [name for name in group if {name, *calibrated_of[name]} & set(missing)]
+            merged = [name for name in group if {name, *calibrated_of[name], *routed_of[name]} & set(missing)]
             predictors, seconds = _merged(run, refold.merge, merged)
-            predictors, seconds = recalibrated.add(predictors, seconds, missing, task)
+            others = [name for name in missing if not any(name in routed for routed in routed_of.values())]
+            routed_predictors, took = rerouted.predictors([name for name in missing if name not in others], seconds)
+            predictors, seconds = recalibrated.add(predictors, seconds, others, task)
+            predictors, seconds = {**predictors, **routed_predictors}, {**seconds, **took}
             label = f"{run.name}: task {count}/{len(order)}: {len(missing)} {what}, {split} images"
             with _line(label, silent=run.trainers.progress):
                 confusion = split == "test" and order[:count] == list(range(len(run.tasks)))
                 rows = run.evaluate_again(label, predictors, max(order[:count]), split, confusion=confusion)
             cache.add({keys[name, count]: make_row(rows[name], seconds[name]) for name in missing})
     return {name: {count: cache[keys[name, count]] for count in counts} for name in told}
+
+
+def _seen(run: StoredRun, routing: Routing) -> str:
+    """Return what a routing gets to see, and the seed."""
+    learned = f" and {run.adaptation!r}" if routing.adapts else ""
+    return f"on {run.statistics_images} images{learned}, seed {run.seed}"
 
 
 def _told(run: StoredRun, merger: Merger) -> str:

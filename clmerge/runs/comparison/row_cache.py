@@ -9,7 +9,7 @@ from typing import Any, NotRequired, TypedDict
 
 import clmerge
 from clmerge.results.confusion import Confusion, Confusions, ModelRow
-from clmerge.results.results import SETTINGS
+from clmerge.results.results import ROUTING, SETTINGS
 from clmerge.results.run_lock import hold_lock
 from clmerge.shapes import amount, count, keyed, listed, maybe, record, share
 from clmerge.weights import write_json_atomic
@@ -17,15 +17,17 @@ from clmerge.files import parse_json
 
 
 class CachedRow(TypedDict):
-    """Accuracies of one merged model on every task, NaN where undefined, and the seconds that merging took.
+    """Accuracies of one model on every task, NaN where undefined, and the seconds that merging took.
 
-    ``confusion`` is there for a finished model.
+    ``confusion`` is there for a finished model; a routed model has the share of every task's images that are routed to
+    it, too.
     """
 
     task_agnostic: list[float]
     task_aware: list[float]
     merge_seconds: float
     confusion: NotRequired[Confusions]
+    routing_accuracy: NotRequired[list[float]]
 
 
 def make_row(found: ModelRow, merge_seconds: float = 0.0) -> CachedRow:
@@ -108,25 +110,38 @@ def _answers(value: Any, where: str) -> None:
     record({}, dict.fromkeys(map(str, SETTINGS), counts))(value, where)
 
 
+_SHARES = listed(maybe(share))
 _ROWS = keyed(
     record(
-        {**dict.fromkeys(map(str, SETTINGS), listed(maybe(share))), "merge_seconds": amount},
-        {"confusion": _answers},
+        {**dict.fromkeys(map(str, SETTINGS), _SHARES), "merge_seconds": amount},
+        {"confusion": _answers, ROUTING: _SHARES},
     )
 )
 
 
 def _to_json(row: CachedRow) -> dict[str, Any]:
-    agnostic, aware = ([None if math.isnan(v) else v for v in row[s]] for s in SETTINGS)
+    agnostic, aware = (_nulls(row[s]) for s in SETTINGS)
     found = {"task_agnostic": agnostic, "task_aware": aware, "merge_seconds": row["merge_seconds"]}
     if "confusion" in row:
         found["confusion"] = {setting: one.to_dict() for setting, one in row["confusion"].items()}
+    if "routing_accuracy" in row:
+        found[ROUTING] = _nulls(row["routing_accuracy"])
     return found
 
 
+def _nulls(values: Sequence[float]) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values]
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else float(value) for value in values]
+
+
 def _from_json(row: Mapping[str, Any]) -> CachedRow:
-    agnostic, aware = ([math.nan if v is None else float(v) for v in row[s]] for s in SETTINGS)
+    agnostic, aware = (_numbers(row[s]) for s in SETTINGS)
     found: CachedRow = {"task_agnostic": agnostic, "task_aware": aware, "merge_seconds": float(row["merge_seconds"])}
     if "confusion" in row:
         found["confusion"] = {s: Confusion.from_dict(row["confusion"][s]) for s in SETTINGS if s in row["confusion"]}
+    if ROUTING in row:
+        found["routing_accuracy"] = _numbers(row[ROUTING])
     return found

@@ -11,7 +11,7 @@ from clmerge.names import shorten
 from clmerge.report.fronts import Front, fronts_of
 from clmerge.report.runs import number
 from clmerge.report.study import Entry, Spread, Study
-from clmerge.results.results import Setting
+from clmerge.results.results import ROUTING, Setting
 from clmerge.runs.comparison.compare import FORGOTTEN
 from clmerge.results.table import align, percent, told_note
 
@@ -60,6 +60,7 @@ def comparison_lines(study: Study, setting: Setting) -> tuple[list[str], list[st
     )
     notes = list(_NOTES.values())
     notes += [line for entry in study.mergers for line in _forgotten(entry)]
+    notes += [line for entry in study.mergers for line in _routed(entry)]
     if best is not None:
         notes.append("* best merger by average accuracy after the last task")
     if told := [entry.name for entry in study.mergers if entry.needs_task]:
@@ -110,6 +111,15 @@ def _forgotten(entry: Entry) -> Iterator[str]:
         if probe := run.results.model(entry.model).probes.get(FORGOTTEN):
             values = ", ".join(f"{task} {percent(number(value))} %" for task, value in probe["values"].items())
             yield f"{entry.name}: on tasks that were left out {values}"
+
+
+def _routed(entry: Entry) -> Iterator[str]:
+    """Describe how many images of every task were routed to it, as a mean over the runs."""
+    probes = [run.results.model(entry.model).probes.get(ROUTING) for run in entry.runs]
+    if found := [probe["per_task"] for probe in probes if probe is not None]:
+        columns = [[math.nan if v is None else float(v) for v in column] for column in zip(*found, strict=True)]
+        values = " ".join(percent(math.fsum(column) / len(column)) for column in columns)
+        yield f"{entry.name}: routed to the right task {values} % of each"
 
 
 def _total(seconds: Sequence[Spread]) -> float:
