@@ -272,7 +272,7 @@ class Results:
             self.set_confusion(model, other._confusions[model])
 
     def confusion(self, model: str, setting: Setting | None = None) -> Confusion | None:
-        """Return the answers of a model after the last task, by class; None if they were not counted.
+        """Return the answers of a model after the last task, by class; None if none were counted.
 
         Args:
             model: One of :attr:`models`.
@@ -282,7 +282,8 @@ class Results:
             ValueError: If there is no such model.
         """
         self.model(model)
-        return self._confusions.get(model, {}).get(setting or self.evaluation)
+        found = self._confusions.get(model, {}).get(setting or self.evaluation)
+        return found if found is not None and any(found.images) else None
 
     def add_routing(self, model: str, accuracies: Row) -> None:
         """Set the routing accuracy of a model after the latest task, as the probe ``routing_accuracy``.

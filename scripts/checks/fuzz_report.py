@@ -340,7 +340,8 @@ def page_faults(folder: Path) -> list[str]:
                 if formula:
                     bad.append(f"formula in {file.name}: {cell[:20]!r}")
     tables, pictures = (
-        {path.with_suffix("") for path in folder.rglob(f"*.{kind}") if path.stem != "models"} for kind in ("csv", "png")
+        {path.with_suffix("") for path in folder.rglob(f"*.{kind}") if path.stem not in ("models", "classes")}
+        for kind in ("csv", "png")
     )
     if tables != pictures or not pictures:
         bad.append(f"{len(tables)} tables, {len(pictures)} pictures")

@@ -1,11 +1,12 @@
 import csv
 import io
+from dataclasses import replace
 
 from support.run_folders import MODELS, config_of, write_run
 
-from clmerge.report import read_study, write_report
+from clmerge.report import make_study, read_study, write_report
 from clmerge.report.classes import MOST_LISTED, class_tables, classes_csv, confusion_figures
-from clmerge.results.confusion import summed
+from clmerge.results.confusion import Confusion, summed
 from clmerge.results.results import Results
 
 
@@ -49,6 +50,16 @@ def test_answers_of_repetitions_are_added(tmp_path):
     assert len(study.runs) == 2
     entry = study.mergers[0]
     assert entry.confusion("task_aware") == summed([one.confusion(entry.model, "task_aware") for one in results])
+
+
+def test_answers_to_no_images_are_none(tmp_path):
+    study, (results,) = study_of(tmp_path)
+    empty = Confusion([0] * len(results.class_names), [0] * len(results.class_names), [])
+    for model in results.models:
+        results.set_confusion(model, dict.fromkeys(("task_agnostic", "task_aware"), empty))
+    run = replace(study.runs[0], results=results)
+    assert not list(confusion_figures(make_study([run]), "task_aware"))
+    assert class_tables(make_study([run]), "task_aware") == []
 
 
 def test_a_page_has_them_and_one_of_older_runs_does_without(tmp_path):
