@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
 
 
@@ -89,4 +90,6 @@ def _is_part(value: Any) -> bool:
 def _plain(value: Any) -> Any:
     if isinstance(value, Configured):
         return {"class_path": type(value).__name__, "init_args": value.settings()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

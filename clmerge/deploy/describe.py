@@ -2,6 +2,7 @@
 
 from typing import Any, TypedDict
 
+from clmerge.deploy.calibration.calibration import Calibration
 from clmerge.deploy.routing.routing import Routing
 from clmerge.merging import Merger
 from clmerge.results.contract import DATA_FREE, Kind
@@ -23,7 +24,7 @@ def describe_merger(
     *,
     adaptation: AdaptationData | None = None,
     search: int | None = None,
-    calibrated_on: str = "",
+    calibration: Calibration | None = None,
     routing: Routing | None = None,
 ) -> Description:
     """Return kind, rule and adaptation data of a merger's model.
@@ -32,7 +33,7 @@ def describe_merger(
         merger: The merger with its settings.
         adaptation: The images that mergers learn on.
         search: Position among the run's searches of the one that chose settings on validation images, if one did.
-        calibrated_on: Images that the merged model is calibrated on, if it is.
+        calibration: What changes the merged model afterwards, if something does.
         routing: What routes images through experts around the merged model, if something does.
 
     Returns:
@@ -49,13 +50,14 @@ def describe_merger(
     data = ["current"] * bool(statistics) + ["val"] * (merger.requires_score or search is not None)
     if adaptation is not None and merger.requires_gradient:
         data.append(adaptation.told(labels=merger.reads_labels))
-    looks = calibrated_on if routing is None else routing.told(adaptation)
+    looks = "" if calibration is None else calibration.data
+    looks = looks if routing is None else routing.told(adaptation)
     if looks not in ("", DATA_FREE, *data):
         data.append(looks)
     routed = {"class_path": type(routing).__name__, "init_args": routing.settings()} if routing is not None else None
     kind: Kind = "per_task" if merger.task_views else "merged"
     return {
-        "kind": "routed" if routing is not None else "calibrated" if calibrated_on else kind,
+        "kind": "routed" if routing is not None else "calibrated" if calibration is not None else kind,
         "rule": {
             "merger": type(merger).__name__,
             "init_args": merger.settings(),
@@ -70,6 +72,7 @@ def describe_merger(
             "exact_online": merger.exact_online,
             "search": search,
             **({} if routed is None else {"routing": routed}),
+            **({} if calibration is None else {"calibration": calibration.described()}),
         },
         "data": "+".join(data) or DATA_FREE,
     }

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from clmerge.merging import Merger
-from clmerge.results.results import BASE, HEAD, is_reference
+from clmerge.results.results import ADAPTERS, BASE, HEAD, is_reference
 from clmerge.statistics.provided import PROVIDED
 from clmerge.weights.task_vector import State
 
@@ -57,7 +57,8 @@ def check_names(names: Iterable[str], calibrations: Iterable[str] = ()) -> None:
             the ``"head"``, or of a calibrated model.
     """
     names, calibrations = [*names], [*calibrations]
-    made = {f"{name}+{kind}{end}" for name in names for kind in calibrations for end in ("", f"-{HEAD}")}
+    ends = ("", f"-{HEAD}", f"-{ADAPTERS}")
+    made = {f"{name}+{kind}{end}" for name in names for kind in calibrations for end in ends}
     if taken := [name for name in names if is_reference(name) or name in {BASE, HEAD, *made}]:
         raise ValueError(f"expected another name for a merger than {taken[0]!r}, which results give something else")
 

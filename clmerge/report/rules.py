@@ -16,10 +16,12 @@ class Rule:
     Attributes:
         merger: A merger of that rule; no task is ever folded into it.
         routing: Class of the routing around the merged model; empty if there is none.
+        calibrated_by: The arXiv ids of the calibration of the merged model.
     """
 
     merger: Merger
     routing: str = ""
+    calibrated_by: tuple[str, ...] = ()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -29,7 +31,7 @@ class Rule:
     @property
     def sources(self) -> list[str]:
         """The arXiv ids of the rule and of its parts."""
-        return list(dict.fromkeys([*_sources(self.merger), *_routing_sources(self.routing)]))
+        return list(dict.fromkeys([*_sources(self.merger), *_routing_sources(self.routing), *self.calibrated_by]))
 
 
 def rule_of(setting: Mapping[str, Any]) -> Rule | None:
@@ -40,7 +42,8 @@ def rule_of(setting: Mapping[str, Any]) -> Rule | None:
     specification = {"class_path": setting["merger"], "init_args": setting.get("init_args")}
     try:
         routing = setting.get("routing") or {}
-        return Rule(configured_from(plain(specification)), str(routing.get("class_path", "")))
+        papers = tuple((setting.get("calibration") or {}).get("sources", ()))
+        return Rule(configured_from(plain(specification)), str(routing.get("class_path", "")), papers)
     except (ValueError, TypeError):
         return None
 

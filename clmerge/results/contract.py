@@ -121,6 +121,7 @@ def _model(num_tasks: int) -> Check:
             "exact_online": flag,
             "search": maybe(count),
             "routing": anything,
+            "calibration": record({"class_path": text, "init_args": keyed(anything), "sources": listed(text)}),
         },
     )
     probe = record({}, {"per_task": listed(maybe(number), num_tasks), "values": keyed(maybe(number)), "n": anything})

@@ -29,6 +29,7 @@ JOINT = "joint"
 BASE = "base"  # theta_0 in diagnostics
 ROUTING = "routing_accuracy"  # a probe of routed models, and its row beside the accuracies
 HEAD = "head"  # file name of the head's weights, beside the models' files
+ADAPTERS = "adapters"  # the same of adapters that a calibration puts behind the model's features
 REFERENCES = (EXPERT, ZERO_SHOT, TASK_ORACLE, ENSEMBLE, JOINT)
 
 __all__ = [

@@ -8,7 +8,7 @@ from clmerge.bounded_yaml import load_yaml
 from clmerge.deploy.describe import describe_merger
 from clmerge.deploy.routing import RoutedModel
 from clmerge.results.model_facts import ModelFacts
-from clmerge.results.results import EXPERT, HEAD
+from clmerge.results.results import ADAPTERS, EXPERT, HEAD
 from clmerge.results.run_folder import RunFolder
 from clmerge.runs.learner_parts import LearnerParts
 from clmerge.streams import Stream
@@ -43,12 +43,12 @@ def save_models(
         metadata = {"merger": repr(merger), "tuning": repr(module.tuning), **own.to_metadata()}
         save_tensors(run.model(name), {**whole, **merged}, metadata=metadata)
     for name, tensors in more.items():
-        model = name.removesuffix(f"-{HEAD}")
+        model = name.removesuffix(f"-{HEAD}").removesuffix(f"-{ADAPTERS}")
         label, _, calibration = model.rpartition("+")
         merger = learner.mergers[label]
         rule = {"merger": type(merger).__name__, "init_args": merger.settings()}
-        kept = learner.calibrated.calibrations[calibration].data
-        data = describe_merger(merger, adaptation=learner.adaptation, calibrated_on=kept)["data"]
+        one = learner.calibrated.calibrations[calibration]
+        data = describe_merger(merger, adaptation=learner.adaptation, calibration=one)["data"]
         own = replace(facts, model=model, rule=rule, calibration=calibration, data=data)
         save_tensors(run.model(name), tensors, metadata=own.to_metadata())
     for name, routed_model in routed.items():

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from clmerge.deploy.calibration.operated import Surgical, copy_with, from_tensors
 from clmerge.deploy.naming import by_class
 from clmerge.deploy.predictors import Merged, Predictor
 from clmerge.deploy.routing.routed_model import dense_copy, load_routed
@@ -15,7 +16,7 @@ from clmerge.deploy.routing.routing import Routing
 from clmerge.deploy.running_merge import RunningMerge
 from clmerge.merging import Merger
 from clmerge.models import Classifier
-from clmerge.results.results import EXPERT, HEAD, ZERO_SHOT, Results
+from clmerge.results.results import ADAPTERS, EXPERT, HEAD, ZERO_SHOT, Results
 from clmerge.results.run_folder import RunFolder
 from clmerge.weights import TaskVectorBank, load_tensors
 from clmerge.weights.parametrization import own_names, parametrized, state_of
@@ -112,7 +113,7 @@ class FinalPredictors:
         routing = self._routings.get(kind)
         return routing is not None and (self._mergers[label].task_views or routing.predictor_class.needs_task)
 
-    def predictor(self, name: str, module: nn.Module) -> Predictor:
+    def predictor(self, name: str, module: Classifier) -> Predictor:
         """Return the predictor of a model; it has the weights that were evaluated after the last task.
 
         Args:
@@ -136,7 +137,10 @@ class FinalPredictors:
         label, _, kind = name.rpartition("+")
         if kind in self._routings:
             return self._routed(label, self._routings[kind], module)
-        return Merged(self._calibrated(name, module))
+        state = self._calibrated(name, module)
+        if not self._folder.model(f"{name}-{ADAPTERS}").is_file():
+            return Merged(state)
+        return Surgical(from_tensors(copy_with(module, state), self._read(f"{name}-{ADAPTERS}")), module.head)
 
     def _routed(self, label: str, routing: Routing, module: nn.Module) -> Predictor:
         """Return the predictor of a routed model from its file, or from the run's state if it chooses among views."""

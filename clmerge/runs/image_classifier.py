@@ -160,10 +160,14 @@ def final_model(
     if isinstance(predictor, PerTask):
         assert index is not None
         state, classes = predictor.view(index), known.tasks[index][1]
-    elif task is not None:
+    elif task is not None and isinstance(predictor, Merged):
         raise ValueError(f"expected no --task for {facts.model}, which has one set of weights, got {task}")
+    elif not isinstance(predictor, Merged):
+        raise ValueError(
+            f"expected a model that is weights of the backbone, to write it down, got {facts.model}, which has adapters "
+            "behind it; `clmerge evaluate` and `clmerge predict` run it"
+        )
     else:
-        assert isinstance(predictor, Merged)
         state, classes = predictor.state, list(range(len(known.names)))
     assign(named_tensors(module, state, origin=facts.model), state)
     return FinalModel(module.eval(), facts, classes)

@@ -177,8 +177,7 @@ class Learner(LearnerParts):
             seconds[name] = None if update is None else update + time.perf_counter() - begun
         if self.calibrated:
             merged = {name: one.state for name, one in predictors.items() if isinstance(one, Merged)}
-            calibrated = self.calibrated.models(merged, task, trainers.device)
-            predictors |= {name: Merged(state) for name, state in calibrated.items()}
+            predictors |= self.calibrated.predictors(merged, task, trainers.device)
             for name, each in self.calibrated.seconds.items():
                 before = seconds[name.rpartition("+")[0]]
                 seconds[name] = None if before is None else before + each

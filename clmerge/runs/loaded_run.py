@@ -13,7 +13,7 @@ from clmerge.merging.stored import relocated
 from clmerge.report.rules import rule_of
 from clmerge.results.metrics.continual import Array
 from clmerge.results.model_facts import ModelFacts
-from clmerge.results.results import SETTINGS, Results, Setting
+from clmerge.results.results import ADAPTERS, SETTINGS, Results, Setting
 from clmerge.results.run_folder import RunFolder
 from clmerge.runs.final_predictors import PREFIX
 from clmerge.weights import TaskVectorBank, apply_task_vector, load_metadata, load_tensors
@@ -162,6 +162,11 @@ class LoadedRun:
             assert facts is not None
             return predictor_of(load_routed(self._file(name)), facts.routing)
         whole = self.state_dict(name)
+        if self._folder.model(f"{name}-{ADAPTERS}").is_file():
+            raise ValueError(
+                f"expected a model that is weights of the backbone alone, got {name!r}, which has adapters behind it; "
+                "`clmerge evaluate` and `clmerge predict` run it"
+            )
         found = self.results.model(name).rule
         rule = None if found is None else rule_of(found)
         if found is not None and rule is None:

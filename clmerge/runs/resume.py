@@ -63,7 +63,7 @@ def _describe(learner: LearnerParts, results: Results) -> None:
         results.describe(name, **describe_merger(merger, adaptation=learner.adaptation))
     for name, merger in learner.mergers.items():
         for kind, one in learner.calibrated.calibrations.items():
-            own = describe_merger(merger, adaptation=learner.adaptation, calibrated_on=one.data)
+            own = describe_merger(merger, adaptation=learner.adaptation, calibration=one)
             results.describe(f"{name}+{kind}", **own)
     for name, routed in learner.routed.names(learner.mergers).items():
         for label, routing in routed.items():

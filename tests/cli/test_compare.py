@@ -144,11 +144,13 @@ def test_every_mode_of_tuning_is_evaluated_as_it_was_trained(tmp_path, mode):
 
 CALIBRATIONS = (
     "[{class_path: SampleTuning, init_args: {per_class: 2, epochs: 1}}, HeadAlignment, "
-    "{class_path: Repair, init_args: {adaptation: {source: buffer, per_class: 4}}}]"
+    "{class_path: Repair, init_args: {adaptation: {source: buffer, per_class: 4}}}, "
+    "HeadRotation, {class_path: Surgery, init_args: {steps: 2}}, "
+    "{class_path: Surgery, init_args: {steps: 2, deep: true, routed: false}}]"
 )
 
 
-NAMES = ("tuned", "aligned", "repaired")
+NAMES = ("tuned", "aligned", "repaired", "rotated", "surgery", "surgery2_told")
 
 
 @pytest.mark.parametrize("mode", ["Full", "LoRA"])

@@ -5,6 +5,17 @@ from clmerge.deploy.calibration.calibrated import CalibratedModels
 from clmerge.deploy.calibration.calibration import Calibration
 from clmerge.deploy.calibration.gaussians import ClassGaussians
 from clmerge.deploy.calibration.repair import Repair
+from clmerge.deploy.calibration.rotation import HeadRotation
 from clmerge.deploy.calibration.sample_tuning import SampleTuning
+from clmerge.deploy.calibration.surgery import Surgery
 
-__all__ = ["CalibratedModels", "Calibration", "ClassGaussians", "HeadAlignment", "Repair", "SampleTuning"]
+__all__ = [
+    "CalibratedModels",
+    "Calibration",
+    "ClassGaussians",
+    "HeadAlignment",
+    "HeadRotation",
+    "Repair",
+    "SampleTuning",
+    "Surgery",
+]

@@ -1,20 +1,22 @@
 """The calibrated models of a run: every merged model under every calibration."""
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clmerge.deploy.calibration.calibration import Calibration
+from clmerge.deploy.calibration.operated import copy_with, split_state
+from clmerge.deploy.predictors import Predictor
 from clmerge.distributed import of_rank_zero
+from clmerge.results.results import ADAPTERS, HEAD
 from clmerge.streams import Stream, StreamDataModule
 from clmerge.streams.splits import derived_seed
 from clmerge.training.module import ContinualClassifier
 from clmerge.weights.parametrization import folded, renew
-from clmerge.weights.swap import assign, named_tensors, swapped
+from clmerge.weights.swap import swapped
 
 
 class CalibratedModels:
@@ -106,7 +108,7 @@ class CalibratedModels:
         for model, state in merged.items():
             for name, one in self.calibrations.items():
                 started = time.perf_counter()
-                twin = self._copy(state).to(device)
+                twin = copy_with(self.module, state).to(device)
                 renew(twin, seed=self.seed, task=task)  # inner parameters that training left must not matter
                 seed = derived_seed(self.seed, "calibration", name, task)
                 changed = one.calibrate(model, twin, self.data, task, seed)
@@ -115,19 +117,30 @@ class CalibratedModels:
                 self.seconds[f"{model}+{name}"] = time.perf_counter() - started
         return found
 
+    def predictors(
+        self, merged: Mapping[str, Mapping[str, Tensor]], task: int, device: torch.device
+    ) -> dict[str, Predictor]:
+        """Return ``MERGER+NAME`` -> predictor of the calibrated model; arguments as for ``models``."""
+        return {
+            name: self.calibrations[name.rpartition("+")[2]].predictor(copy_with(self.module, state), state)
+            for name, state in self.models(merged, task, device).items()
+        }
+
     def final(
         self, merged: Mapping[str, Mapping[str, Tensor]], task: int, device: torch.device
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield ``MERGER+NAME`` with the dense weights of its backbone, then ``MERGER+NAME-head`` with its head.
 
-        The head is left out if it is never trained.
+        The head is left out if it is never trained. ``MERGER+NAME-adapters`` has those of ``Surgery``.
         """
         for name, state in self.models(merged, task, device).items():
-            twin = self._copy(state)
+            twin = copy_with(self.module, state)
             with folded(twin.backbone):
                 yield name, dict(twin.backbone.model.state_dict())
             if not twin.head.open_vocabulary:
-                yield f"{name}-head", dict(twin.head.state_dict())
+                yield f"{name}-{HEAD}", dict(twin.head.state_dict())
+            if adapters := split_state(state)[1]:
+                yield f"{name}-{ADAPTERS}", adapters
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a resumed run: tensors and primitives."""
@@ -146,9 +159,3 @@ class CalibratedModels:
             )
         for name, one in self.calibrations.items():
             one.load_state_dict(state[name])
-
-    def _copy(self, state: Mapping[str, Tensor]) -> ContinualClassifier:
-        # The state of regularizers is not needed here and may be larger than the model.
-        twin = copy.deepcopy(self.module, {id(self.module.regularizers): nn.ModuleList()})
-        assign(named_tensors(twin, state, origin="a merged model"), state)
-        return twin

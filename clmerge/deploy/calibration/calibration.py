@@ -6,9 +6,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from clmerge.deploy.predictors import Merged, Predictor
 from clmerge.settings import Configured
 from clmerge.streams import Stream, StreamDataModule
 from clmerge.training.module import ContinualClassifier
+from clmerge.weights.task_vector import State
 
 
 class Calibration(Configured, ABC):
@@ -30,6 +32,10 @@ class Calibration(Configured, ABC):
     @abstractmethod
     def data(self) -> str:
         """The images that it looks at: ``current`` (training images of each task at its end) or a named buffer."""
+
+    def described(self) -> dict[str, Any]:
+        """Return class, settings and papers, for results."""
+        return {"class_path": type(self).__name__, "init_args": self.settings(), "sources": list(self.sources)}
 
     def check(self, module: ContinualClassifier, stream: Stream) -> None:
         """Refuse a classifier or a stream that cannot be calibrated, before anything is trained.
@@ -67,6 +73,8 @@ class Calibration(Configured, ABC):
     ) -> dict[str, Tensor]:
         """Return the tensors in which the calibrated model differs from the merged one, by the module's own names.
 
+        Names that begin with ``surgery.`` are those of adapters beside the module (``Surgery``).
+
         Args:
             model: Name of the merger.
             module: A copy of the classifier with that merger's weights; may be changed.
@@ -74,6 +82,15 @@ class Calibration(Configured, ABC):
             task: Index of the task that was merged last.
             seed: Seed of everything random.
         """
+
+    def predictor(self, module: ContinualClassifier, state: State) -> Predictor:
+        """Return what answers images.
+
+        Args:
+            module: A copy of the classifier with the calibrated weights, for predictors with a module of their own.
+            state: The calibrated weights, with whatever else ``calibrate`` returned.
+        """
+        return Merged(state)
 
     @abstractmethod
     def nbytes(self, module: ContinualClassifier, data: StreamDataModule, task: int, *, models: int = 1) -> int:

@@ -175,9 +175,8 @@ def _add(
     sizes: Sequence[int] | None = None,
 ) -> None:
     """Add a merger's model, calibrated or routed or neither, with a row for every task."""
-    calibrated_on = "" if calibration is None else calibration.data
     told = describe_merger(
-        merger, adaptation=run.adaptation, search=search, calibrated_on=calibrated_on, routing=routing
+        merger, adaptation=run.adaptation, search=search, calibration=calibration, routing=routing
     )
     results.describe(name, **told)
     for task, row in enumerate(rows):

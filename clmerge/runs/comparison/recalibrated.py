@@ -41,8 +41,8 @@ class Recalibrated:
         found, took = dict(predictors), dict(seconds)
         chosen = {name.rpartition("+")[0] for name in wanted if name not in found}
         merged = {name: one.state for name, one in found.items() if name in chosen and isinstance(one, Merged)}
-        for name, state in self.models.models(merged, task, self.run.device).items():
-            found[name] = Merged(state)
+        for name, predictor in self.models.predictors(merged, task, self.run.device).items():
+            found[name] = predictor
             took[name] = took[name.rpartition("+")[0]] + self.models.seconds[name]
         return {name: found[name] for name in wanted}, took
 

@@ -1,17 +1,16 @@
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
+from support.calibrated_runs import adam, build, learner, run
 from support.records import record, without_times
 from support.tiny import tiny_clip
 from torch.nn import functional
 
-from clmerge import ContinualClassifier, Learner
-from clmerge.deploy.calibration import HeadAlignment, SampleTuning
-from clmerge.deploy.calibration.alignment import normalized
+from clmerge.deploy.calibration import HeadAlignment, HeadRotation, Repair, SampleTuning, Surgery
+from clmerge.deploy.calibration.alignment import gap, local_loss, normalized
 from clmerge.merging import MagMax, WeightAverage
-from clmerge.models import CosineHead, Frozen, Full, LinearHead, LoRA, OpenClip, ZeroShotHead
+from clmerge.models import CosineHead, Frozen, Full, LinearHead, LoRA, ZeroShotHead
 from clmerge.results.run_folder import RunFolder
-from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
 from clmerge.training.sharpness import SAM
 from clmerge.weights import load_tensors
 
@@ -24,34 +23,6 @@ def clip(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
-
-
-def adam(parameters):
-    return torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.0)
-
-
-def learner(clip, *calibrations, head=None, loss=None, tuning=None, num_tasks=2, optimizer=adam, mergers=None):
-    torch.manual_seed(0)
-    head = head or ZeroShotHead()
-    module = ContinualClassifier(
-        OpenClip(clip),
-        head,
-        tuning=tuning or Full(),
-        loss_classes=loss or ("all" if head.open_vocabulary else "seen"),
-        optimizer=optimizer,
-    )
-    stream = ClassIncremental(SklearnDigits(), num_tasks=num_tasks)
-    mergers = mergers or [WeightAverage()]
-    return Learner(stream, module, mergers, StreamDataModule(64), calibrations=list(calibrations))
-
-
-def build(extra=(), **given):
-    options = {"max_epochs": 1, "limit_train_batches": 3, "accelerator": "cpu"} | given
-    return Trainer(**options | {"callbacks": [*given["callbacks"], *extra]})
-
-
-def run(one, folder, extra=()):
-    return one.fit(RunFolder.create(folder), trainer=lambda **given: build(extra, **given))
 
 
 def seen_loss(one, state, images, labels, tasks):
@@ -179,6 +150,29 @@ def test_normalized_logits_by_hand():
     torch.testing.assert_close(normalized(logits, groups), logits / 3.5, rtol=1e-6, atol=0)
 
 
+def test_the_robust_loss_by_hand():
+    """Class 0: losses 1, 2, 4 near their mean (difference 2.0), 9 is not; class 1: none is near, so all count."""
+    losses = torch.tensor([1.0, 2.0, 4.0, 9.0, 3.0, 5.0], dtype=torch.float64, requires_grad=True)
+    labels, nearest = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 1, 0, 0])
+    found = local_loss(losses, labels, nearest, 0.1)
+    assert found.item() == pytest.approx((7 / 3 + 0.1 * 2.0 + 4.0) / 2)
+    found.backward()
+    assert losses.grad[3] == 0
+    assert gap(losses[:1]).item() == 0.0
+
+
+def test_the_robust_term_changes_the_head_and_nothing_drawn(clip, tmp_path):
+    plain, robust = (learner(clip, HeadAlignment(epochs=2, robust=weight), head=LinearHead()) for weight in (0.0, 0.1))
+    rows = []
+    for index, one in enumerate((plain, robust)):
+        run(one, tmp_path / str(index))
+        (state,) = one.calibrated.models(one.merged(), 1, torch.device("cpu")).values()
+        rows.append(state["head.blocks.0"])
+    gaussians = [one.calibrated.calibrations["aligned"].gaussians["weight_average"] for one in (plain, robust)]
+    assert torch.equal(*(each.means for each in gaussians))
+    assert not torch.equal(*rows)
+
+
 class DieInTheLastTask(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if len(pl_module._seen_classes) == 10 and batch_idx == 2:
@@ -187,7 +181,8 @@ class DieInTheLastTask(Callback):
 
 def test_a_resumed_run_has_the_same_calibrated_models(clip, tmp_path):
     def make():
-        return learner(clip, SampleTuning(per_class=2, epochs=1), HeadAlignment(epochs=1), head=LinearHead())
+        more = [Repair(), HeadRotation(), Surgery(steps=2), Surgery(steps=1, deep=True)]
+        return learner(clip, SampleTuning(per_class=2, epochs=1), HeadAlignment(epochs=1), *more, head=LinearHead())
 
     run(make(), tmp_path / "whole")
     with pytest.raises((KeyboardInterrupt, SystemExit)):
@@ -198,6 +193,7 @@ def test_a_resumed_run_has_the_same_calibrated_models(clip, tmp_path):
     assert documents[0]["bytes"] == documents[1]["bytes"]
     for path in (tmp_path / "whole" / "model").iterdir():
         expected, found = load_tensors(path), load_tensors(tmp_path / "killed" / "model" / path.name)
+        assert expected.keys() == found.keys()
         assert all(torch.equal(expected[key], found[key]) for key in expected)
     with pytest.raises(ValueError, match=r"expected calibrations \['SampleTuning\(per_class=2, epochs=1\)', 'HeadAl"):
         learner(clip, SampleTuning(), head=LinearHead()).fit(RunFolder.open(tmp_path / "killed"), trainer=build)
@@ -226,6 +222,7 @@ def test_what_cannot_be_calibrated_is_refused_before_anything_is_trained(clip, c
         (SampleTuning, {"epochs": 0}),
         (HeadAlignment, {"lr": 0.0}),
         (HeadAlignment, {"temperature": 0.0}),
+        (HeadAlignment, {"robust": -0.1}),
     ],
 )
 def test_wrong_settings_are_refused(kind, options):
