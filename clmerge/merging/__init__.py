@@ -10,7 +10,7 @@ from clmerge.merging.learned.adarank import AdaRank
 from clmerge.merging.learned.atlas import ATLAS
 from clmerge.merging.learned.concrete import ConcreteMask
 from clmerge.merging.learned.learned import Learned, Moment, weighted
-from clmerge.merging.learned.soups import HyperplaneSoup, LearnedSoup
+from clmerge.merging.learned.soups import HyperplaneSoup, LearnedSoup, TrajectorySoup
 from clmerge.merging.learned.zip import ZipMerge
 from clmerge.merging.linear.arithmetic import TaskArithmetic, WeightAverage
 from clmerge.merging.linear.cocktail import LMCocktail
@@ -168,6 +168,7 @@ __all__ = [
     "Stored",
     "Sum",
     "TaskArithmetic",
+    "TrajectorySoup",
     "TrimModel",
     "TrimTensor",
     "TruncateRank",

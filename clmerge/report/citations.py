@@ -37,6 +37,10 @@ PAPERS = {
         "Mitchell Wortsman, Gabriel Ilharco, Samir Yitzhak Gadre, Rebecca Roelofs, Raphael Gontijo-Lopes, "
         "Ari S. Morcos, Hongseok Namkoong, Ali Farhadi, Yair Carmon, Simon Kornblith, Ludwig Schmidt",
     ),
+    "2205.13104": Paper(
+        "Trainable Weight Averaging: Accelerating Training and Improving Generalization",
+        "Tao Li, Zhehao Huang, Qinghua Tao, Yingwen Wu, Xiaolin Huang",
+    ),
     "2208.03306": Paper(
         "Branch-Train-Merge: Embarrassingly Parallel Training of Expert Language Models",
         "Margaret Li, Suchin Gururangan, Tim Dettmers, Mike Lewis, Tim Althoff, Noah A. Smith, Luke Zettlemoyer",

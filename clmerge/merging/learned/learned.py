@@ -172,7 +172,7 @@ class Learned(Stored):
         for tensor in coefficients.values():
             tensor.requires_grad_()
         optimizer = self._optimizer(list(coefficients.values()))
-        survey = self._survey(list(shapes), taus)
+        survey = self._survey(sorted(shapes), taus)
         losses: dict[str, float] = {}
         for number in range(self.steps):
             moment = Moment(number, step.task, survey)
@@ -193,7 +193,7 @@ class Learned(Stored):
     def _carry_on(self, slopes: TaskVector, taus: Taus, coefficients: Mapping[str, Tensor], moment: Moment) -> None:
         """Add the derivatives by the coefficients to their ``grad``, given those by the merged parameters."""
         with torch.enable_grad():
-            for name in list(slopes):
+            for name in sorted(slopes):  # whatever order a bank has them in: coefficients may be shared
                 merged = self._combine(name, taus(name), coefficients, moment)
                 slope = slopes.pop(name).to(merged)
                 if merged.requires_grad:
@@ -234,7 +234,7 @@ class Learned(Stored):
 
     @override
     def _overview(self) -> Moment:
-        return Moment(survey=self._survey(list(self._shapes), lambda name: self._taus_of(self._held()[name])))
+        return Moment(survey=self._survey(sorted(self._shapes), lambda name: self._taus_of(self._held()[name])))
 
     @override
     def _read(self, name: str, slots: Slots, overview: Moment) -> Tensor:
@@ -256,8 +256,34 @@ def weighted(taus: list[Tensor], weights: Tensor) -> Tensor:
         >>> weighted([torch.ones(2), torch.tensor([0.0, 2.0])], torch.tensor([1.0, 0.5]))
         tensor([1., 2.])
     """
+    if weights.ndim == 1:
+        merged: Tensor = _Weighted.apply(weights, *taus)
+        return merged
     factors = weights.to(taus[0])
     total = taus[0] * factors[0]
     for tau, factor in zip(taus[1:], factors[1:], strict=True):
         total = total + tau * factor
     return total
+
+
+class _Weighted(torch.autograd.Function):
+    """A sum with one number per task vector, in place; its derivatives are inner products."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, *taus: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, *taus)
+        total = torch.zeros_like(taus[0])
+        for tau, weight in zip(taus, weights.tolist(), strict=True):
+            total.add_(tau, alpha=weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        weights, *taus = ctx.saved_tensors
+        # Not torch.dot, whose bits depend on where in memory the vectors lie, in a bank's file or not.
+        found = torch.stack([(slope * tau).sum() for tau in taus])
+        own = (
+            slope * weight if needed else None
+            for weight, needed in zip(weights.tolist(), ctx.needs_input_grad[1:], strict=True)
+        )
+        return found.to(weights), *own

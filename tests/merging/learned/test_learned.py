@@ -16,6 +16,7 @@ from clmerge.merging import (
     LearnedSoup,
     Pipeline,
     Scale,
+    TrajectorySoup,
     ZipMerge,
 )
 from clmerge.merging.learned.learned import Moment
@@ -29,6 +30,7 @@ RULES = {
     "ATLAS": lambda: ATLAS(steps=6, lr=0.05),
     "LearnedSoup": lambda: LearnedSoup(steps=6),
     "HyperplaneSoup": lambda: HyperplaneSoup(steps=6),
+    "TrajectorySoup": lambda: TrajectorySoup(steps=6, lr=0.5),
     "ConcreteMask": lambda: ConcreteMask(steps=6, lr=0.5, learn_scale=True),
     "AdaRank": lambda: AdaRank(steps=6, lr=0.05, include=["*.weight"]),
     "ZipMerge": lambda: ZipMerge(steps=6, lr=0.05),
