@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from clmerge.cli.option_table import nearest
-from clmerge.lightning_compat import quiet_lightning
+from clmerge.lightning_compat import is_lightning, quiet_lightning, refuse_unsupported_strategy
 from clmerge.streams.augmentation import Augmentation
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def check_run(learner: "Learner", build: Any) -> None:
     quiet_lightning()
     options = {"logger": False, "callbacks": [], "plugins": [], "enable_model_summary": False}
     trainer: Trainer = build(**options)
+    check_strategy(trainer)
     if learner.mergers:
         _check_length(trainer, learner.epochs)
     # A head that grows has no parameters yet.
@@ -55,6 +56,25 @@ def logged_metrics(module: "ContinualClassifier", *, has_val: bool) -> list[str]
         "epoch",
         "step",
     ]
+
+
+def check_strategy(trainer: "Trainer") -> None:
+    """Refuse strategies under which a run could not evaluate merged models.
+
+    Args:
+        trainer: The run's Trainer.
+
+    Raises:
+        RuntimeError: For strategies that train in other processes, or shard weights out of reach.
+        ValueError: For FSDP2.
+    """
+    refuse_unsupported_strategy(trainer)
+    if is_lightning(trainer.strategy, "ModelParallelStrategy"):
+        raise ValueError(
+            "expected whole weights in every process, got ModelParallelStrategy: clmerge fit evaluates merged models "
+            "in the classifier that it trains, which is not sharded; use trainer.strategy=ddp, or FSDP2 with "
+            "MergeCallback in a project of your own"
+        )
 
 
 def _check_length(trainer: "Trainer", epochs: list[int] | None) -> None:

@@ -54,6 +54,7 @@ class TaskVectorBank:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self._verified: dict[int, tuple[int, int]] = {}
+        self._headers: dict[int, tuple[tuple[int, int, int], dict[str, str]]] = {}
 
     @property
     def tasks(self) -> list[int]:
@@ -162,7 +163,13 @@ class TaskVectorBank:
     def metadata(self, task: int) -> dict[str, str]:
         """Header of a stored task vector: task, name, base (empty if unknown), its own sha256, and known counts."""
         self._check_stored(task)
-        return {"task": str(task), "name": "", "base": ""} | load_metadata(self.path(task))
+        status = self.path(task).stat()
+        state = (status.st_ino, status.st_mtime_ns, status.st_size)
+        known, header = self._headers.get(task, (None, {}))
+        if known != state:  # every task looks at the headers of all earlier ones
+            header = {"task": str(task), "name": "", "base": ""} | load_metadata(self.path(task))
+            self._headers[task] = (state, header)
+        return dict(header)
 
     def __len__(self) -> int:
         return len(self.tasks)

@@ -9,11 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from support.records import record, without_times
 from support.tiny import tiny_clip
 
 from clmerge.callbacks.progress import EpochLines
 from clmerge.cli import main
+from clmerge.cli.preflight import check_strategy
 
 CONFIG = """
 stream: {{class_path: ClassIncremental, init_args: {{source: SklearnDigits, num_tasks: 2}}}}
@@ -118,6 +121,18 @@ def test_nodes_need_one_folder_by_name(config, capsys, monkeypatch, tmp_path):
     told = capsys.readouterr().err
     assert "expected --run_dir, one folder for the 2 processes of this run, got none in process 1" in told
     assert not any(tmp_path.iterdir())
+
+
+def test_what_spawns_is_refused_before_anything_is_written(config, tmp_path, capsys):
+    words = ["--config", str(config), "--run_dir", str(tmp_path / "run"), "--trainer.strategy=ddp_spawn"]
+    assert main(["fit", *words, "--trainer.devices=2"]) == 1
+    assert "use strategy='ddp'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_shards_is_refused():
+    with pytest.raises(ValueError, match="expected whole weights in every process, got ModelParallelStrategy"):
+        check_strategy(Trainer(accelerator="cpu", devices=2, strategy=ModelParallelStrategy(), barebones=True))
 
 
 @pytest.mark.slow

@@ -84,6 +84,7 @@ def run_on_worker(job: Job, retries: int) -> int:
 def _imported() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # not 15, by which jobs would get no time beside other programs
     try:
         return import_module("ray")
     except ImportError as error:
