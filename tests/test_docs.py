@@ -233,6 +233,7 @@ def in_a_module():
 PYTHON = {
     ("README.md", 0): (in_a_project, lambda found: found["merge"].num_tasks == 2),
     ("README.md", 1): (on_its_own, lambda found: found["merged"]["w"].tolist() == [0.625] * 3),
+    ("cluster.md", 0): (on_its_own, lambda found: found["merged"]["w"].shape == (3,)),
     ("diagnostics.md", 0): (in_a_run, lambda found: found["found"]["vectors"]["whole"]["cosine"][0][0] is not None),
     ("evaluate.md", 0): (on_images, lambda found: found["found"].shape == (2, 96)),
     ("linearized.md", 0): (in_a_module, lambda found: found["MyModule"]()),
