@@ -84,7 +84,28 @@ def settle_heads(
                     one.remove(name)
             case "union":
                 _unite(name, base, models, present, found)
+    found.notes += _other_classes(models, [name for name in names if name not in found.treatments and is_wanted(name)])
     return found
+
+
+def _other_classes(models: Sequence[Checkpoint], names: Sequence[str]) -> list[str]:
+    """Note weights with a row for every class of models that name as many, but other, classes."""
+    named = [one for one in models if one.classes]
+    if len({tuple(one.classes) for one in named}) < 2:
+        return []
+    number = len(named[0].classes)
+    rows = [
+        name
+        for name in names
+        if all(name in one.entries and one.entries[name].shape[:1] == (number,) == (len(one.classes),) for one in named)
+    ]
+    if not rows:
+        return []
+    other = next(one for one in named if one.classes != named[0].classes)
+    return [
+        f"classes differ: {named[0].source} and {other.source} name {number} classes each, not the same ones in the "
+        f"same order; rows of {', '.join(map(repr, rows[:3]))} are merged by position"
+    ]
 
 
 def _is_head(name: str, base: Checkpoint, present: Sequence[Checkpoint]) -> bool:

@@ -231,3 +231,15 @@ def test_the_command(files, tmp_path, capsys):
     assert "union" in capsys.readouterr().err
     assert main([*command, "--heads", "first", "--lora-rank", "2", "--dry-run"]) == 1
     assert "got --heads first" in capsys.readouterr().err
+
+
+def test_heads_of_one_shape_for_other_classes_are_noted(tmp_path):
+    paths = []
+    for index, classes in enumerate((None, ["cat", "dog"], ["dog", "cat"])):
+        paths.append(write(tmp_path / f"{index}.safetensors", model(index, ["a", "b"]), classes))
+    job, _ = merged(paths, WeightAverage(), tmp_path)
+    assert "name 2 classes each, not the same ones in the same order" in job.describe()
+    assert "rows of 'head.bias', 'head.weight' are merged by position" in job.describe()
+    write(paths[2], model(2, ["a", "b"]), ["cat", "dog"])
+    job, _ = merged(paths, WeightAverage(), tmp_path)
+    assert "by position" not in job.describe()
