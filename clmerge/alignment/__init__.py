@@ -4,6 +4,7 @@ from clmerge.alignment.activations import correlations
 from clmerge.alignment.auto import Auto
 from clmerge.alignment.barrier import barrier
 from clmerge.alignment.by_gradient import SinkhornMatching, StraightThroughMatching
+from clmerge.alignment.lift import deepen, layer_map, widen
 from clmerge.alignment.matching import ActivationMatching, Aligner, WeightMatching
 from clmerge.alignment.procrustes import Procrustes
 from clmerge.alignment.reparametrization import Reparametrization, UnitMap, identity, random_reparametrization
@@ -38,8 +39,11 @@ __all__ = [
     "WeightMatching",
     "barrier",
     "correlations",
+    "deepen",
     "identity",
+    "layer_map",
     "random_reparametrization",
     "spec_of",
+    "widen",
     "zipped",
 ]

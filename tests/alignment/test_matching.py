@@ -6,7 +6,15 @@ import torch
 from support.networks import network
 from torch import nn
 
-from clmerge.alignment import ActivationMatching, WeightMatching, random_reparametrization, spec_of
+from clmerge.alignment import (
+    ActivationMatching,
+    Axis,
+    Group,
+    PermutationSpec,
+    WeightMatching,
+    random_reparametrization,
+    spec_of,
+)
 from clmerge.alignment.descent import Descent
 
 NANO = network("open_clip")[0]
@@ -105,3 +113,14 @@ def test_what_is_missing_is_named():
     with pytest.raises(ValueError, match="max_sweeps of 1 or more"):
         WeightMatching(max_sweeps=0)
     assert repr(WeightMatching("none")) == "WeightMatching(within_head='none', residual=True, max_sweeps=100, seed=0)"
+
+
+def test_ranks_of_adapters_are_units_too():
+    torch.manual_seed(0)
+    spec = PermutationSpec({"rank": Group(4, (Axis("A", 0), Axis("B", 1, reads=True)))})
+    one = {"A": torch.randn(4, 10), "B": torch.randn(6, 4)}
+    order = torch.tensor([2, 0, 3, 1])
+    two = {"A": one["A"][order] + 0.01 * torch.randn(4, 10), "B": one["B"][:, order]}
+    found = WeightMatching().match(one, two, spec).apply(two)
+    assert torch.equal(found["B"], one["B"])
+    assert torch.allclose(found["B"] @ found["A"], two["B"] @ two["A"], atol=1e-5)
