@@ -1,6 +1,6 @@
 """Coordinate descent over groups of units: every group's best map, given those of the others, by linear assignment."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Literal
 
 import torch
@@ -49,6 +49,7 @@ class Descent:
         self.maps: dict[str, UnitMap] = {} if start is None else dict(start.maps)
         self.history: list[float] = []
         self._values: dict[str, float] = {}
+        self._anchored = scores is None and start is None
 
     def run(
         self, *, max_sweeps: int, generator: torch.Generator, only: Sequence[str] | None = None
@@ -65,6 +66,8 @@ class Descent:
         problems = self._problems(only)
         names = list(problems)
         near = {name: self._neighbours(keys) for name, keys in problems.items()}
+        if self._anchored:
+            self._anchor(problems)
         waiting = set(names)
         best, best_score, without_gain = dict(self.maps), float("-inf"), 0
         for _ in range(max_sweeps):
@@ -84,6 +87,42 @@ class Descent:
         self.maps = best
         return Reparametrization(self.spec, best)
 
+    def _anchor(self, problems: Mapping[str, Sequence[str]]) -> None:
+        """Find maps to start from, group by group, by the parameters whose other axes are matched already.
+
+        The group with most of them comes first: what reads the input, then what reads that. Parameters of groups in no
+        order yet would be noise, which in a deep network outweighs the rest. Kept only if it is no worse than no map.
+        """
+        before, solved = self._inner_products(), set[str]()
+        pinned = self.spec.groups.keys() - {key for keys in problems.values() for key in keys}
+        remaining = dict(problems)
+        while remaining:
+            known = {name: self._known(keys, solved | pinned) for name, keys in remaining.items()}
+            name = max(remaining, key=lambda one: (known[one][1], one))
+            keys = remaining.pop(name)
+            self._solve(name, keys, known[name][0] or None)
+            solved |= set(keys)
+        self._values.clear()
+        if self._inner_products() < before:
+            self.maps.clear()
+
+    def _known(self, keys: Sequence[str], solved: Set[str]) -> tuple[set[str], float]:
+        """Return the parameters of groups whose other axes are matched, and the sum of their squares."""
+        names = set[str]()
+        # Chunks of one axis, as of queries, keys and values, do not mix: they are in no other group's way.
+        for key in keys:
+            for axis in self.spec.groups[key].axes:
+                others = [one for one, found in self.spec.axes_of(axis.name) if found.axis != axis.axis]
+                if all(other in solved for other in others):
+                    names.add(axis.name)
+        return names, sum(float(self.reference[name].double().square().sum()) for name in names)
+
+    def _inner_products(self) -> float:
+        """Return the sum of the inner products of all parameters with the maps in force."""
+        found = Reparametrization(self.spec, self.maps)
+        pairs = ((self.reference[name], found.applied(name, self.other[name])) for name in self.spec.moved_names)
+        return sum(float((ours.double() * theirs.double()).sum()) for ours, theirs in pairs)
+
     def _problems(self, only: Sequence[str] | None) -> dict[str, list[str]]:
         """Return the groups that are solved together, by a name."""
         wanted = set(self.spec.groups if only is None else only)
@@ -94,17 +133,25 @@ class Descent:
         names = {axis.name for key in keys for axis in self.spec.groups[key].axes}
         return {key for name in names for key, _ in self.spec.axes_of(name)} - set(keys)
 
-    def table(self, key: str) -> Tensor:
-        """Return the scores ``(n, n)`` of a group's units with the other groups' maps in force: reference x other."""
+    def table(self, key: str, names: Set[str] | None = None) -> Tensor:
+        """Return the scores ``(n, n)`` of a group's units with the other groups' maps in force: reference x other.
+
+        Args:
+            key: The group.
+            names: Parameters to go by; default all.
+        """
         group = self.spec.groups[key]
         others = Reparametrization(self.spec, {name: m for name, m in self.maps.items() if not self._bound(key, name)})
         total: Tensor | None = None
         for axis in group.axes:
+            if names is not None and axis.name not in names:
+                continue
             ours = unit_rows(self.reference[axis.name], axis, group.size)
             theirs = unit_rows(others.applied(axis.name, self.other[axis.name]), axis, group.size)
             product = ours @ theirs.to(ours.dtype).T
             total = product if total is None else total.add_(product)
-        assert total is not None
+        if total is None:
+            return torch.zeros(group.size, group.size)
         return total if self.scores is None else self.scores(key, total)
 
     def _bound(self, key: str, other: str) -> bool:
@@ -112,8 +159,8 @@ class Descent:
         own, found = self.spec.groups[key], self.spec.groups[other]
         return key == other or bool(own.order and own.order == found.order)
 
-    def _solve(self, name: str, keys: Sequence[str]) -> bool:
-        tables = [self.table(key) for key in keys]
+    def _solve(self, name: str, keys: Sequence[str], by: Set[str] | None = None) -> bool:
+        tables = [self.table(key, by) for key in keys]
         if not self.spec.groups[keys[0]].heads:
             new = {keys[0]: UnitMap(assignment(tables[0]))}
         else:
