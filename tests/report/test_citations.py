@@ -1,5 +1,6 @@
 import re
 
+from clmerge.deploy.routing import Routing
 from clmerge.merging import registered_mergers
 from clmerge.report.citations import PAPERS, bibtex
 
@@ -21,5 +22,9 @@ def test_a_paper_that_is_not_known_gets_no_title_and_no_authors():
     assert "title" not in bibtex(["9912.00001"])
 
 
-def test_the_papers_belong_to_rules():
-    assert PAPERS.keys() <= {merger.source for merger in registered_mergers().values()}
+def sources_of(kind):
+    return {kind.source}.union(*(sources_of(each) for each in kind.__subclasses__()))
+
+
+def test_the_papers_belong_to_rules_and_routings():
+    assert PAPERS.keys() <= {merger.source for merger in registered_mergers().values()} | sources_of(Routing)
