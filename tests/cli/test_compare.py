@@ -478,11 +478,11 @@ def test_a_search_of_weights_goes_on_where_it_was_interrupted(run, monkeypatch):
     passes = []
     evaluate = StoredRun.evaluate_again
 
-    def interrupted(self, label, predictors, task, split="test"):
+    def interrupted(self, label, predictors, task, split="test", **options):
         passes.append(split)
         if len(passes) == 2:
             raise KeyboardInterrupt
-        return evaluate(self, label, predictors, task, split)
+        return evaluate(self, label, predictors, task, split, **options)
 
     monkeypatch.setattr(StoredRun, "evaluate_again", interrupted)
     with pytest.raises(AssertionError, match="130"):
