@@ -67,8 +67,18 @@ class RoutedModel(nn.Module):
         self.layer_routers = nn.ModuleList(router for router in found.values() if isinstance(router, LayerRouter))
         if (router is None) == (not self.layer_routers):
             raise ValueError("expected a router of the model or routers of its layers, and not both")
+        self.share_tensors()
         self.requires_grad_(False)
         self.eval()
+
+    def share_tensors(self) -> None:
+        """Have the encoder hold the very parameters that it shares with the backbone: a device needs them once."""
+        own = {one.data_ptr(): one for one in self.backbone.parameters() if one.numel()}
+        for part in self.encoder.modules() if self.encoder is not None else ():
+            for name, parameter in part._parameters.items():
+                same = None if parameter is None else own.get(parameter.data_ptr())
+                if same is not None and parameter is not None and same.shape == parameter.shape:
+                    part._parameters[name] = same
 
     @override
     def forward(self, images: Tensor) -> Tensor:
@@ -216,6 +226,7 @@ def load_routed(path: str | os.PathLike[str], backbone: nn.Module | None = None)
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise ValueError(f"expected the tensors of the model that {where} describes, got others: {error}") from error
+    model.share_tensors()
     return model.requires_grad_(False)
 
 

@@ -124,6 +124,15 @@ def test_a_saved_model_answers_the_same(routing, frame, images, tmp_path):
     }
 
 
+def test_the_encoder_shares_what_is_equal(frame, tmp_path):
+    model = routed(DAM(rank=2), frame)
+    model.save(tmp_path / "model.safetensors")
+    for one in (model, load_routed(tmp_path / "model.safetensors", OpenClip(frame.backbone.name).double())):
+        apart = [p for p in one.encoder.parameters() if not any(p is other for other in one.backbone.parameters())]
+        moved = [name for name in frame.base if ".mlp." not in name]
+        assert len(apart) == len(moved)  # theta_0 and the merged weights outside of the mixed layers
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("make", [Smile, TaskOracle])
 def test_one_task_at_full_rank_is_the_experts_own_layers(make, frame, images):
