@@ -27,6 +27,7 @@ def kinds() -> dict[str, type]:
     from torch.optim import Optimizer
     from torchvision.transforms.v2 import Transform
 
+    from clmerge.alignment import Aligner, Transport
     from clmerge.deploy.calibration import Calibration
     from clmerge.deploy.routing import Routing
     from clmerge.merging import Finisher, Merger, Sparsifier
@@ -39,7 +40,10 @@ def kinds() -> dict[str, type]:
 
     own = (Merger, Sparsifier, Finisher, Stream, DataSource, SourceGroup, Backbone, Head, Tuning, Regularizer)
     own = (*own, TrajectoryRule, ExchangeRule, Launcher)
-    return {base.__name__: base for base in (*own, Calibration, Routing, Optimizer, Transform, Callback, Logger)}
+    return {
+        base.__name__: base
+        for base in (*own, Transport, Aligner, Calibration, Routing, Optimizer, Transform, Callback, Logger)
+    }
 
 
 def type_of(hint: Any) -> Any:

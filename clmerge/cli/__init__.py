@@ -87,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         follow_parent()
         try:
-            words = check_arguments(command, name_launchers(spread_lists(use_own_configs(arguments[1:]))))
+            words = check_arguments(
+                command, name_launchers(_choosing(command, spread_lists(use_own_configs(arguments[1:]))))
+            )
         except OptionError as error:
             tell(f"clmerge {command}: {error}")
             raise SystemExit(2) from error
@@ -101,3 +103,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         say(command, error)
         return 1
+
+
+def _choosing(command: str, words: list[str]) -> list[str]:
+    """Write ``--transport auto`` of a rebase as the class that it stands for."""
+    if command != "rebase":
+        return words
+    pairs = zip(["", *words], words, strict=False)
+    spelled = ["Auto" if (before, word) == ("--transport", "auto") else word for before, word in pairs]
+    return ["--transport=Auto" if word == "--transport=auto" else word for word in spelled]

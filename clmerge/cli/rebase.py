@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     from clmerge.runs.rebase import run_path
 
     parser = build_parser()
-    config = parser.parse_args(_choosing(argv))
+    config = parser.parse_args(list(argv))
     out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return complain("rebase", FileExistsError(f"expected a new or empty folder for --out, got {out}"))
@@ -75,17 +75,6 @@ def main(argv: Sequence[str]) -> int:
         return complain("rebase", error)
     _show(document, config)
     return 0
-
-
-def _choosing(argv: Sequence[str]) -> list[str]:
-    """Write the word ``auto`` as the class it stands for."""
-    words = list(argv)
-    for place, word in enumerate(words):
-        if word == "--transport=auto":
-            words[place] = "--transport=Auto"
-        elif word == "auto" and place and words[place - 1] == "--transport":
-            words[place] = "Auto"
-    return words
 
 
 def _rebase(config: Any, parser: "CommandParser", out: Path, work: Path) -> dict[str, Any]:

@@ -163,3 +163,19 @@ def test_a_learned_head_follows_the_features(tmp_path, monkeypatch, capsys):
         found = new.matrix(model, "task_aware")
         assert np.allclose(old.matrix(model, "task_aware"), found, atol=0.01, equal_nan=True)
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--transport", "auto"],
+        ["--transport=auto", "--transport.images=5"],
+        ["--transport", "GradientSignMask", "--transport.before=Permuted"],
+        ["--transport", "Permuted", "--transport.aligner", "WeightMatching", "--transport.aligner.within_head", "none"],
+        ["--transport", "Permuted", "--transport.aligner=ActivationMatching", "--transport.aligner.weights=0.3"],
+    ],
+)
+def test_transports_and_their_settings_are_options(words, tmp_path, capsys):
+    backbone = ["--backbone", "OpenClip", "--backbone.name", "nano"]
+    assert main(["rebase", str(tmp_path / "none"), *backbone, *words, "--out", str(tmp_path / "new")]) == 1
+    assert "expected a run folder" in capsys.readouterr().err
