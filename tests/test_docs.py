@@ -28,7 +28,7 @@ PROGRAMS = re.compile(r"(clmerge \w+|python|pip|wandb|pytest|scripts/\w+|\.venv/
 BASE = ROOT / "clmerge" / "models" / "nano_clip" / "open_clip_model.safetensors"
 NOT_RUN = {
     "clmerge fit --config stranger.yaml": "is refused; tests/cli/test_named_code.py says how",
-    "clmerge fit --config configs/quickstart.yaml --learner.start_policy=base --run_dir runs/ray": "starts Ray; "
+    "clmerge fit --config configs/quickstart.yaml --learner.start_policy=base --run_dir shared/ray": "starts Ray; "
     "tests/cli/test_launch.py has one",
     "scripts/quickstart": "installs gigabytes; the fit that it runs is the README's",
     "scripts/test": "is what runs this",

@@ -14,6 +14,7 @@ from clmerge.deploy.calibration import Calibration
 from clmerge.deploy.routing import Routing
 from clmerge.merging import Finisher, Merger, Sparsifier
 from clmerge.models import Backbone, Head, Tuning
+from clmerge.runs.launching import Launcher
 from clmerge.streams import DataSource, Stream
 from clmerge.streams.source_groups import SourceGroup
 from clmerge.training.exchange_rules import ExchangeRule
@@ -34,6 +35,7 @@ CHOSEN = (
     Regularizer,
     TrajectoryRule,
     ExchangeRule,
+    Launcher,
     Calibration,
     Routing,
 )

@@ -93,6 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OptionError as error:
             tell(f"clmerge {command}: {error}")
             raise SystemExit(2) from error
+        if command == "fit" and any(word.startswith("--seeds=") for word in words):
+            from clmerge.cli.sweep import main as sweep
+            from clmerge.cli.sweep import out_for_run_dir
+
+            return sweep(out_for_run_dir(words))
         found: int = command_module(command).main(words)
         return found
 

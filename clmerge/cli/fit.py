@@ -140,10 +140,6 @@ def main(argv: Sequence[str]) -> int:
     from clmerge.cli.launch import split_launcher
     from clmerge.cli.resume import complete_line, split_resume
 
-    if any(word.startswith("--seeds=") for word in argv):
-        from clmerge.cli.sweep import main as sweep
-
-        return sweep(out_for_run_dir(argv))
     launcher, others = split_launcher(argv)
     resumed, arguments = split_resume(others)
     if resumed is not None and not arguments and (line := complete_line(resumed)):
@@ -180,16 +176,6 @@ def spread_lists(argv: Sequence[str]) -> list[str]:
             position = end if names else position
         result.append(f"{option}=[{', '.join(names)}]" if names else argv[position - 1])
     return result
-
-
-def out_for_run_dir(argv: Sequence[str]) -> list[str]:
-    """Rewrite ``--run_dir`` as ``--out``, the folder of several runs.
-
-    Example:
-        >>> out_for_run_dir(["--run_dir", "runs/a", "--seeds=[0, 1]"])
-        ['--out', 'runs/a', '--seeds=[0, 1]']
-    """
-    return [word.replace("--run_dir", "--out", 1) if word.partition("=")[0] == "--run_dir" else word for word in argv]
 
 
 def _run(arguments: Sequence[str], resume: str | None, launcher: Sequence[str]) -> int:

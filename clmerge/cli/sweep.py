@@ -88,6 +88,16 @@ def main(argv: Sequence[str]) -> int:
         return complain("sweep", error)
 
 
+def out_for_run_dir(argv: Sequence[str]) -> list[str]:
+    """Rewrite ``--run_dir`` as ``--out``, the folder of several runs.
+
+    Example:
+        >>> out_for_run_dir(["--run_dir", "runs/a", "--seeds=[0, 1]"])
+        ['--out', 'runs/a', '--seeds=[0, 1]']
+    """
+    return [word.replace("--run_dir", "--out", 1) if word.partition("=")[0] == "--run_dir" else word for word in argv]
+
+
 def read_grids(grids: Sequence[str]) -> dict[str, list[str]]:
     """Return the values of every option.
 

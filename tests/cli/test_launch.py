@@ -91,7 +91,7 @@ def jobs_of(run):
             words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdecimal() else []
         except OSError:  # it has ended
             continue
-        if b"clmerge.cli.launch" in words and str(run).encode() in words:
+        if b"clmerge.cli.train_task" in words and str(run).encode() in words:
             found[int(words[words.index(str(run).encode()) + 1])] = int(entry.name)
     return found
 
@@ -158,7 +158,7 @@ def broken(folder):
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(
         "import sys\n"
-        "if 'clmerge.cli.launch' in sys.orig_argv and sys.orig_argv[-1] == '1':\n"
+        "if 'clmerge.cli.train_task' in sys.orig_argv and sys.orig_argv[-1] == '1':\n"
         "    print('expected a sound disk, got none', flush=True)\n"
         "    import os\n"
         "    os._exit(1)\n"
