@@ -253,7 +253,7 @@ def outside(tau: Tensor, merged: Tensor) -> Tensor:
         merged: ``(out, in)``, for example the sum of the experts before.
 
     Example:
-        >>> merged = torch.diag(torch.tensor([4.0, 2.0, 1.0, 1.0]))  # exp(entropy) = 3.36
+        >>> merged = torch.diag(torch.tensor([4.0, 2.0, 1.0, 0.5]))  # exp(entropy) = 3.12
         >>> outside(torch.ones(4, 4), merged)
         tensor([[0., 0., 0., 1.],
                 [0., 0., 0., 1.],

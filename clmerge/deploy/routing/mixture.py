@@ -66,6 +66,7 @@ class MixtureLinear(nn.Module):
         name: Name of the layer, for ``gates``.
 
     Example:
+        >>> import torch
         >>> gates = Gates()
         >>> a, b = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]])
         >>> layer = MixtureLinear(torch.eye(2), None, a, b, None, gates)
