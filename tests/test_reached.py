@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import clmerge
+from clmerge.alignment import Transport
 from clmerge.callbacks import MergeCallback
 from clmerge.deploy.calibration import Calibration
 from clmerge.deploy.routing import Routing
@@ -34,6 +35,7 @@ CHOSEN = (
     Stream,
     Regularizer,
     TrajectoryRule,
+    Transport,
     ExchangeRule,
     Launcher,
     Calibration,

@@ -7,8 +7,8 @@ from clmerge.alignment.by_gradient import SinkhornMatching, StraightThroughMatch
 from clmerge.alignment.lift import deepen, layer_map, widen
 from clmerge.alignment.matching import ActivationMatching, Aligner, WeightMatching
 from clmerge.alignment.procrustes import Procrustes
-from clmerge.alignment.reparametrization import Reparametrization, UnitMap, identity, random_reparametrization
-from clmerge.alignment.soft import CCAMatching, LinearMaps, OTFusion
+from clmerge.alignment.reparametrization import Reparametrization, UnitMap, identity
+from clmerge.alignment.soft import CCAMatching, OTFusion
 from clmerge.alignment.spec import Axis, Group, PermutationSpec
 from clmerge.alignment.tables import spec_of
 from clmerge.alignment.transport import GradientSignMask, Identity, Permuted, Swap, Transport
@@ -24,7 +24,6 @@ __all__ = [
     "GradientSignMask",
     "Group",
     "Identity",
-    "LinearMaps",
     "OTFusion",
     "PermutationSpec",
     "Permuted",
@@ -42,7 +41,6 @@ __all__ = [
     "deepen",
     "identity",
     "layer_map",
-    "random_reparametrization",
     "spec_of",
     "widen",
     "zipped",

@@ -3,8 +3,9 @@ import torch
 from support.networks import network
 from torch import nn
 
-from clmerge.alignment import ActivationMatching, correlations, random_reparametrization, spec_of
+from clmerge.alignment import ActivationMatching, correlations, spec_of
 from clmerge.alignment.activations import FEATURES, recorded, rotations
+from clmerge.alignment.reparametrization import random_reparametrization
 
 
 def pair(name, seed=1):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from clmerge.alignment import random_reparametrization, spec_of
+from clmerge.alignment import spec_of
+from clmerge.alignment.reparametrization import random_reparametrization
 from clmerge.merging import registered_mergers
 
 NET = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 5)).double()

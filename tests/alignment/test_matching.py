@@ -12,10 +12,10 @@ from clmerge.alignment import (
     Group,
     PermutationSpec,
     WeightMatching,
-    random_reparametrization,
     spec_of,
 )
 from clmerge.alignment.descent import Descent
+from clmerge.alignment.reparametrization import random_reparametrization
 
 NANO = network("open_clip")[0]
 SPEC, STATE = spec_of(NANO), NANO.state_dict()

@@ -12,10 +12,10 @@ from clmerge.alignment import (
     StraightThroughMatching,
     Universe,
     WeightMatching,
-    random_reparametrization,
     spec_of,
     zipped,
 )
+from clmerge.alignment.reparametrization import random_reparametrization
 
 NANO, IMAGES = network("open_clip")
 MLP = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 3))

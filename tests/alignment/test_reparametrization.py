@@ -9,9 +9,9 @@ from clmerge.alignment import (
     Reparametrization,
     UnitMap,
     identity,
-    random_reparametrization,
     spec_of,
 )
+from clmerge.alignment.reparametrization import random_reparametrization
 
 KINDS = ["none", "permutation", "orthogonal", "invertible"]
 

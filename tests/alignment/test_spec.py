@@ -10,9 +10,9 @@ from clmerge.alignment import (
     PermutationSpec,
     Reparametrization,
     UnitMap,
-    random_reparametrization,
     spec_of,
 )
+from clmerge.alignment.reparametrization import random_reparametrization
 from clmerge.models import OpenClip
 
 

@@ -17,9 +17,9 @@ from clmerge.alignment import (
     Transport,
     WeightMatching,
     barrier,
-    random_reparametrization,
     spec_of,
 )
+from clmerge.alignment.reparametrization import random_reparametrization
 
 
 def swap_of(source, target, names, *, images=(), gradients=None, readers=None):

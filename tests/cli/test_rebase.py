@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clmerge.alignment import random_reparametrization, spec_of
+from clmerge.alignment import spec_of
+from clmerge.alignment.reparametrization import random_reparametrization
 from clmerge.cli import main
 from clmerge.models import OpenClip
 from clmerge.results.results import Results
