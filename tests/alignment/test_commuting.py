@@ -11,7 +11,7 @@ from clmerge.merging import registered_mergers
 NET = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 5)).double()
 SPEC = spec_of(NET)
 MAP = random_reparametrization(SPEC, torch.Generator().manual_seed(0))
-NEED_IMAGES = {name for name, rule in registered_mergers().items() if rule().requires_score}
+NEED_IMAGES = {name for name, rule in registered_mergers().items() if rule().requires_score or rule().requires_gradient}
 BY_POSITION = {"DARE", "DELLA", "RandomMix", "TunableMagMax"}
 RULES = sorted(
     name
