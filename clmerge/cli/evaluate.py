@@ -189,11 +189,12 @@ def _is_path(pretrained: object) -> bool:
 
 
 def _filled(results: "Results", session: "Session", rows: "Rows", config: Any) -> "Found":
-    from clmerge.runs.foreign_stream import repeated
+    from clmerge.runs.foreign_stream import final_rows
 
     results.evaluation = config.evaluation or session.evaluation
     results.set_samples([session.num_images(task.index, config.split) for task in session.tasks])
-    return repeated(results, rows), rows
+    results.split = config.split
+    return final_rows(results, rows), rows
 
 
 def _show(results: "Results", rows: "Rows", config: Any) -> int:

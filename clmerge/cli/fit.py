@@ -145,6 +145,10 @@ def main(argv: Sequence[str]) -> int:
     if resumed is not None and not arguments and (line := complete_line(resumed)):
         tell(line, file=sys.stdout)
         return 0
+    others_than_loggers = arguments and not any(word.startswith("--logging") for word in arguments)
+    if resumed is not None and others_than_loggers and (line := complete_line(resumed)):
+        # They are checked all the same.
+        tell(f"{line}; nothing is left to train, so {' '.join(arguments)} changes nothing: begin a new run")
     return _run(arguments, resumed, launcher)
 
 

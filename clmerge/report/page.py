@@ -166,7 +166,7 @@ def _cell(entry: Entry, column: Column, best: float) -> Cell:
 def _subtitle(study: Study) -> str:
     done, total = study.num_finished, len(study.tasks)
     tasks = plural(total, "task") if done == total else f"{done} of {plural(total, 'task')}"
-    samples = f", {sum(study.samples)} test images" if study.samples else ""
+    samples = f", {sum(study.samples)} {study.images}" if study.samples else ""
     return f"{plural(len(study.mergers), 'merger')} on {plural(len(study.runs), 'run')} over {tasks}{samples}."
 
 

@@ -161,6 +161,13 @@ class Study:
         return samples if all(run.results.samples == samples for run in self.runs) else None
 
     @property
+    def images(self) -> str:
+        """What the images are called that the accuracies are of, if all runs agree."""
+        splits = {run.results.split for run in self.runs}
+        words = {"test": "test images", "val": "validation images", "all": "images (training images among them)"}
+        return words[splits.pop()] if len(splits) == 1 else "images"
+
+    @property
     def diagnosed(self) -> Run | None:
         """The first run that has diagnostics."""
         return next((run for run in self.runs if run.results.diagnostics), None)

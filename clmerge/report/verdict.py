@@ -99,7 +99,7 @@ def _reasons(study: Study, setting: Setting, ranking: Sequence[Entry]) -> Iterab
     average = best.figure("average_accuracy", setting)
     done = study.num_finished
     yield (
-        f"After {plural(done, 'task')}, {best.name} classifies {_shown(average)} of the test images right, "
+        f"After {plural(done, 'task')}, {best.name} classifies {_shown(average)} of the {study.images} right, "
         f"averaged over the tasks."
     )
     if len(ranking) > 1:
@@ -157,13 +157,14 @@ def _caution(study: Study, setting: Setting, ranking: Sequence[Entry]) -> Iterab
         close = [e for e in ranking[1:] if average - e.figure("average_accuracy", setting).mean < errors[e.name]]
         if close:
             names = ", ".join(entry.name for entry in close)
+            largest = points(max(errors[entry.name] for entry in close))
             yield (
-                f"With {sum(tested)} test images, differences up to about {points(max(errors[e.name] for e in close))} "
-                f"points can be chance: {names} may be as good."
+                f"With {sum(tested)} {study.images}, differences up to about {largest} points can be chance: "
+                f"{names} may be as good."
             )
         else:
-            yield f"Its lead is larger than what {sum(tested)} test images leave to chance."
-    if len(ranking) > 1:
+            yield f"Its lead is larger than what {sum(tested)} {study.images} leave to chance."
+    if len(ranking) > 1 and study.images == "test images":
         yield "Which one is best was read off the test images: choose by validation images before you report it."
     reading = (
         "all classes compete" if setting == "task_agnostic" else "only the classes of the image's own task compete"

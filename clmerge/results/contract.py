@@ -85,6 +85,9 @@ def validate_run(run: Any, where: str = "") -> None:
             refuse(f"{place(where, 'searches')}[{index}].model", "one of the models", search["model"])
 
 
+SPLITS = ("test", "val", "all")
+
+
 def _run(num_tasks: int) -> Check:
     row = listed(maybe(share), num_tasks)
     order = record({"average_accuracy": listed(maybe(share), filled=True)})
@@ -102,6 +105,7 @@ def _run(num_tasks: int) -> Check:
             "group": maybe(text),
             "evaluation": one_of(SETTINGS),
             "samples": maybe(listed(count, num_tasks)),
+            "split": one_of(SPLITS),
             "baseline": maybe(record({setting: row for setting in SETTINGS})),
             "bytes": keyed(count),
             "options": listed(listed(text)),

@@ -85,6 +85,7 @@ class Results:
     Attributes:
         path: The run folder, if the results are stored elsewhere.
         group: Name that a comparison gave to the runs that differ from it only in seeds; None if unknown.
+        split: The images that accuracies are of: ``test``, ``val`` or ``all``.
         seconds: Seconds by activity.
         bytes: Bytes that a method keeps from task to task beside the mergers' accumulators, by name.
         options: Options that were changed when the run was resumed, per task as on the command line; empty if none.
@@ -129,6 +130,7 @@ class Results:
         if len(self.classes) != self.num_tasks:
             raise ValueError(f"expected class names for {self.num_tasks} tasks, got {len(self.classes)} lists")
         self.samples: list[int] | None = None
+        self.split = "test"
         self.path: str | None = None
         self.group: str | None = None
         self.seconds: dict[str, float] = {}
@@ -461,6 +463,7 @@ class Results:
             "tasks": list(self.tasks),
             "classes": [list(names) for names in self.classes],
             "samples": None if self.samples is None else list(self.samples),
+            **({} if self.split == "test" else {"split": self.split}),
             "baseline": None if self._zero_shot is None else to_json(self._zero_shot),
             "models": {model: self._model_to_dict(model) for model in self.models},
             "searches": to_json(self.searches),
@@ -512,6 +515,7 @@ class Results:
                 results._confusions[model] = {s: Confusion.from_dict(answers[s]) for s in SETTINGS if s in answers}
         for key, value in document["seconds"].items():
             results.add_seconds(key, value)
+        results.split = document.get("split", "test")
         results.path, results.group = document.get("path"), document.get("group")
         results.bytes = dict(document.get("bytes", {}))
         results.options = [list(options) for options in document.get("options", [])]

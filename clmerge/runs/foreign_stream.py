@@ -1,5 +1,6 @@
 """A finished run on a stream that it was not trained on: the classes and the head that stand for the new classes."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from clmerge.deploy.predictors import Predictor
@@ -77,8 +78,8 @@ def _task_of(results: Results, names: Sequence[str]) -> int | None:
     )
 
 
-def repeated(results: Results, rows: Mapping[str, ModelRow]) -> Results:
-    """Add the same row after every task for every model: that of the finished model, as for ``zero_shot``.
+def final_rows(results: Results, rows: Mapping[str, ModelRow]) -> Results:
+    """Add the row of every finished model after the last task; those of earlier tasks are undefined, nobody saw them.
 
     Args:
         results: Results without rows.
@@ -88,7 +89,9 @@ def repeated(results: Results, rows: Mapping[str, ModelRow]) -> Results:
         if name == ZERO_SHOT:
             results.set_zero_shot(row["task_agnostic"], row["task_aware"])
         else:
-            for _ in results.tasks:
-                results.add_row(name, row["task_agnostic"], row["task_aware"])
+            unknown = [math.nan] * len(results.tasks)
+            for _ in results.tasks[:-1]:
+                results.add_row(name, unknown, unknown)
+            results.add_row(name, row["task_agnostic"], row["task_aware"])
         results.set_confusion(name, row["confusion"])
     return results

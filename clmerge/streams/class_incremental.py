@@ -137,8 +137,10 @@ class ClassIncremental(Stream):
         num_rest, num_parts = num_classes - sum(base), self.num_tasks - len(base)
         if num_rest < num_parts:
             raise ValueError(
-                f"expected at least one class for every task, got {num_classes} classes of "
-                f"{self.source.name} for num_tasks={self.num_tasks}, base_classes={self.base_classes}"
+                f"expected at least one class for every task, got {num_classes} classes in {self.source.name!r} for "
+                f"num_tasks={self.num_tasks}"
+                + (f" with base_classes={self.base_classes}" if base else "")
+                + f"; set num_tasks to {num_rest + len(base)} or less"
             )
         return base + even_sizes(num_rest, num_parts)
 
@@ -146,12 +148,15 @@ class ClassIncremental(Stream):
     def _build(self) -> StreamPlan:
         source = self.source
         names, train, test = source.class_names, source.train(), source.test()
-        everywhere = set(train.targets) & set(test.targets)
-        absent = [name for class_id, name in enumerate(names) if class_id not in everywhere]
-        if absent:
+        held = {"training": set(train.targets), "test": set(test.targets)}
+        absent = {split: [name for index, name in enumerate(names) if index not in of] for split, of in held.items()}
+        if missing := {split: found for split, found in absent.items() if found}:
+            told = ", and ".join(
+                f"no {split} images of {len(found)} class(es): {found[:5]}" for split, found in missing.items()
+            )
             raise ValueError(
-                f"expected images of every class in the train and the test split of {source.name}, got none "
-                f"in one of them for {len(absent)} class(es): {absent[:5]}"
+                f"expected training and test images of every class of {source.name}, got {told}; a class that is cut "
+                "into both needs two images at least; remove the folders or rows of classes without"
             )
         benchmark = avalanche_benchmarks().class_incremental_benchmark(
             {"train": IndexDataset(train.targets), "test": IndexDataset(test.targets)},

@@ -178,14 +178,14 @@ def test_options_that_make_no_sense(options, message):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        (Numbered(10), {"num_tasks": 11}, "10 classes of Numbered for num_tasks=11"),
+        (Numbered(10), {"num_tasks": 11}, "10 classes in 'Numbered' for num_tasks=11; set num_tasks to 10 or less"),
         (Numbered(10), {"classes_per_task": [5, 4]}, r"sum to the 10 classes of Numbered, got \[5, 4\]"),
         (Numbered(10), {"class_order": [0, 1, 2]}, "each of the 10 class ids of Numbered once, got"),
         (Numbered(10), {"class_order": "magmax_cub200"}, "got 'magmax_cub200', which has 200"),
         (
             Numbered(10, test_classes=8),
             {},
-            r"got none in one of them for 2 class\(es\): \['class 8', 'class 9'\]",
+            r"no test images of 2 class\(es\): \['class 8', 'class 9'\]",
         ),
     ],
 )
