@@ -82,7 +82,9 @@ def test_loggers_are_told_its_figures_as_those_of_the_run():
 
 def test_the_summary_of_wandb_names_it(monkeypatch):
     told = {}
-    wandb = SimpleNamespace(log_chart=lambda *a: None, summarise=lambda run, summary: told.update(summary))
+    wandb = SimpleNamespace(
+        log_chart=lambda *a: None, log_classes=lambda *a: None, summarise=lambda run, summary: told.update(summary)
+    )
     monkeypatch.setattr(telling, "weights_and_biases", wandb)
     monkeypatch.setattr(telling, "WandbLogger", SimpleNamespace)
     monkeypatch.setattr(telling, "_show", lambda *a: None)

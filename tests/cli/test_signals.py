@@ -104,7 +104,12 @@ def test_another_thread_keeps_the_handlers():
     assert found == [3]
 
 
-ARGUMENT = {"fit": "--seed=1", "merge": "--threads=1", "predict": "nothing image.png"}  # the others take names of runs
+ARGUMENT = {
+    "fit": "--seed=1",
+    "merge": "--threads=1",
+    "sweep": "--seeds=0",
+    "predict": "nothing image.png",
+}  # the others take names of runs
 IMPORTED = {"completion": "argparse", "inspect": "torch", "list": "argparse"}
 AT_IMPORT = """
 import os, signal, sys

@@ -33,7 +33,7 @@ class Adapters(nn.Module):
 
     Example:
         >>> one = Adapters(torch.ones(2, 1, 1), torch.tensor([[[0.0]], [[0.5]]]))
-        >>> one(torch.tensor([[2.0], [2.0]]), torch.tensor([0, 1])).flatten()
+        >>> one(torch.tensor([[2.0], [2.0]]), torch.tensor([0, 1])).flatten().detach()
         tensor([2., 1.])
     """
 

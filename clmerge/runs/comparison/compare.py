@@ -67,6 +67,8 @@ def check_request(run: StoredRun, request: Request, joint: StoredRun | None = No
     mergers = dict(request.mergers)
     routings = with_references(request.routings)
     check_names(mergers, [one.name for one in (*request.calibrations, *routings)])
+    if joint is not None:
+        check_joint(run, joint)
     routed_models(run, routings).check(run.base)
     if request.calibrations and len(run.kept) < len(run.tasks):
         raise ValueError(
@@ -74,8 +76,6 @@ def check_request(run: StoredRun, request: Request, joint: StoredRun | None = No
         )
     if request.diagnose and len(run.kept) < len(run.tasks):
         raise ValueError("expected --diagnose, which describes all task vectors of a run, or --without, got both")
-    if joint is not None:
-        check_joint(run, joint)
     check_mergers(run, mergers)
     CalibratedModels(request.calibrations, run.module, run.data, run.stream, seed=run.seed)  # refuses what cannot be
     searches = plan_searches(run, mergers, request.sought)
