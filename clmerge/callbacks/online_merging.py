@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -16,7 +16,7 @@ from typing_extensions import override
 from clmerge.callbacks.merge import MergeCallback
 from clmerge.lightning_compat import callbacks_of
 from clmerge.seeds import seeded_uniform
-from clmerge.weights.selection import COMPILE_PREFIX
+from clmerge.weights.selection import trained_parameters
 
 
 class OnlineMerging(Callback):
@@ -79,7 +79,7 @@ class OnlineMerging(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        parameters = _trained(pl_module)
+        parameters = trained_parameters(pl_module)
         if sharded := next((name for name, p in parameters.items() if isinstance(p, DTensor)), None):
             raise RuntimeError(
                 f"expected whole weights in every process for OnlineMerging, got a part of {sharded}: use a strategy "
@@ -102,14 +102,14 @@ class OnlineMerging(Callback):
 
     def _remember(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (trainer.global_step + 1) % self.every == 0:
-            self._before = {name: p.detach().clone() for name, p in _trained(pl_module).items()}
+            self._before = {name: p.detach().clone() for name, p in trained_parameters(pl_module).items()}
 
     @torch.no_grad()
     def _merge(self, optimizer: Optimizer, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._before or (self.alpha == 0 and self.reserve == 1):
             return
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for name, parameter in _trained(pl_module).items():
+        for name, parameter in trained_parameters(pl_module).items():
             if id(parameter) not in own:
                 continue
             self._reference[name] = self._reference[name].to(parameter)
@@ -160,8 +160,3 @@ class OnlineMerging(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._reference = dict(state_dict["reference"])
-
-
-def _trained(pl_module: LightningModule) -> dict[str, nn.Parameter]:
-    named = pl_module.named_parameters()
-    return {name.replace(COMPILE_PREFIX, ""): p for name, p in named if p.requires_grad}

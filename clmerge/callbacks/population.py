@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,7 @@ from clmerge.training.exchange_rules import ExchangeRule
 from clmerge.training.trajectory import Weights, mean_of
 from clmerge.weights.batch_norm import check_callable, estimated_statistics, has_running_statistics
 from clmerge.weights.modes import on_device
-from clmerge.weights.selection import COMPILE_PREFIX
+from clmerge.weights.selection import is_included, trained_parameters
 from clmerge.weights.swap import assign, named_tensors, swapped
 
 
@@ -157,8 +156,8 @@ class Population(Callback):
         if self.include is None or not self._members or self.size == 1:
             return
         last = (trainer.global_step - self._first) % self.size == self.size - 1
-        for name, parameter in self._parameters(pl_module).items():
-            if self._is_own(name) or parameter.grad is None:
+        for name, parameter in trained_parameters(pl_module).items():
+            if is_included(name, self.include) or parameter.grad is None:
                 continue
             grad = parameter.grad.detach()
             total = self._shared[name].to(grad.device) + grad if name in self._shared else grad.clone()
@@ -195,15 +194,8 @@ class Population(Callback):
                 if tensor.device != own[name].device:
                     member[name] = tensor.to(own[name].device)
 
-    def _parameters(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
-        named = pl_module.named_parameters()
-        return {name.replace(COMPILE_PREFIX, ""): p for name, p in named if p.requires_grad}
-
     def _own(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self._parameters(pl_module).items() if self._is_own(name)}
-
-    def _is_own(self, name: str) -> bool:
-        return self.include is None or any(fnmatchcase(name, pattern) for pattern in self.include)
+        return {name: p for name, p in trained_parameters(pl_module).items() if is_included(name, self.include)}
 
     # Validation and the end ------------------------------------------------------------------------------------------
 

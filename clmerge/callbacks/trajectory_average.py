@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from fnmatch import fnmatchcase
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,6 +21,7 @@ from clmerge.statistics.provided import training_images
 from clmerge.training.trajectory import TrajectoryRule, Weights
 from clmerge.weights.batch_norm import check_callable, estimated_statistics, has_running_statistics
 from clmerge.weights.modes import on_device
+from clmerge.weights.selection import is_included
 from clmerge.weights.swap import assign, own_tensors, swapped
 
 
@@ -121,11 +121,8 @@ class TrajectoryAverage(Callback):
             name: tensor
             for name, tensor in own.items()
             if tensor.is_floating_point()
-            and (name in buffers or ((frozen or tensor.requires_grad) and self._includes(name)))
+            and (name in buffers or ((frozen or tensor.requires_grad) and is_included(name, self.include)))
         }
-
-    def _includes(self, name: str) -> bool:
-        return self.include is None or any(fnmatchcase(name, pattern) for pattern in self.include)
 
     # Validation ----------------------------------------------------------------------------------------------------
 

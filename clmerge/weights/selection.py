@@ -48,6 +48,16 @@ def select_parameters(
     return {name: first[name] for name in chosen}
 
 
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters by name, with ``torch.compile``'s ``_orig_mod.`` removed from the names."""
+    return {name.replace(COMPILE_PREFIX, ""): p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def is_included(name: str, include: Sequence[str] | None) -> bool:
+    """Return whether a name matches one of the patterns; every name does if there are none."""
+    return include is None or _any_match([name], include)
+
+
 def choose(
     groups: Mapping[str, tuple[Sequence[str], bool]],
     include: Sequence[str] | None,

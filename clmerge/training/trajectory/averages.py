@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -171,11 +172,11 @@ class Latest(TrajectoryRule):
     @override
     def reset(self) -> None:
         super().reset()
-        self._window: list[Weights] = []
+        self._window: deque[Weights] = deque(maxlen=self.k)
 
     @override
     def collect(self, weights: Mapping[str, Tensor]) -> None:
-        self._window = [*self._window[-(self.k - 1) :], wide_copy(weights)] if self.k > 1 else [wide_copy(weights)]
+        self._window.append(wide_copy(weights))
         self.count += 1
 
     @override
@@ -188,18 +189,19 @@ class Latest(TrajectoryRule):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "window": self._window}
+        return {"count": self.count, "window": list(self._window)}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.count, self._window = int(state["count"]), [dict(weights) for weights in state["window"]]
+        self.count = int(state["count"])
+        self._window = deque((dict(weights) for weights in state["window"]), maxlen=self.k)
 
     @override
     def settings(self) -> dict[str, Any]:
         return {"k": self.k, **super().settings()}
 
 
-def mean_of(points: Sequence[Mapping[str, Tensor]]) -> Weights:
+def mean_of(points: Iterable[Mapping[str, Tensor]]) -> Weights:
     """Return the mean of several sets of weights, which is exactly theirs if all are equal; empty of none."""
     mean = Mean(start=0.0)
     for point in points:
