@@ -1,6 +1,7 @@
 """Strategies of the library ``optuna``: a Gaussian process, and NSGA-II for a Pareto front."""
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,8 +22,9 @@ class _Sampled(Strategy):
     batch = 1
     num_goals = 1
 
+    @abstractmethod
     def _sampler(self, samplers: Any) -> Any:
-        raise NotImplementedError
+        """Return the sampler of optuna."""
 
     def _gains(self, accuracies: Sequence[float]) -> list[float]:
         return [self.problem.score(accuracies)]

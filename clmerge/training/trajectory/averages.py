@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -30,9 +31,9 @@ class _Running(TrajectoryRule):
         super().reset()
         self._average = {}
 
+    @abstractmethod
     def weight(self) -> float:
         """Return the share of the weights collected next."""
-        raise NotImplementedError
 
     @override
     def collect(self, weights: Mapping[str, Tensor]) -> None:
