@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clmerge.deploy.calibration.calibration import Calibration
 from clmerge.deploy.calibration.operated import copy_with, split_state
+from clmerge.deploy.kept_state import load_states, states_of
 from clmerge.deploy.predictors import Predictor
 from clmerge.distributed import of_rank_zero
 from clmerge.results.results import ADAPTERS, HEAD
@@ -144,7 +145,7 @@ class CalibratedModels:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a resumed run: tensors and primitives."""
-        return {name: one.state_dict() for name, one in self.calibrations.items()}
+        return states_of(self.calibrations)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state returned by ``state_dict``.
@@ -152,10 +153,4 @@ class CalibratedModels:
         Raises:
             RuntimeError: If the state belongs to other calibrations.
         """
-        if set(state) != set(self.calibrations):
-            raise RuntimeError(
-                f"expected the state of calibrations {sorted(self.calibrations)}, got {sorted(state)}; resume with "
-                "the calibrations of the interrupted run"
-            )
-        for name, one in self.calibrations.items():
-            one.load_state_dict(state[name])
+        load_states(self.calibrations, state, "calibrations")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clmerge.deploy.kept_state import load_states, states_of
 from clmerge.deploy.predictors import PerTask, Predictor
 from clmerge.deploy.routing.routed import RoutedViews
 from clmerge.deploy.routing.routed_model import RoutedModel, dense_copy, put_state
@@ -231,7 +232,7 @@ class RoutedModels:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a resumed run: tensors and primitives."""
-        return {name: one.state_dict() for name, one in self.routings.items()}
+        return states_of(self.routings)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state returned by ``state_dict``.
@@ -239,13 +240,7 @@ class RoutedModels:
         Raises:
             RuntimeError: If the state belongs to other routings.
         """
-        if set(state) != set(self.routings):
-            raise RuntimeError(
-                f"expected the state of routings {sorted(self.routings)}, got {sorted(state)}; resume with the "
-                "routings of the interrupted run"
-            )
-        for name, one in self.routings.items():
-            one.load_state_dict(state[name])
+        load_states(self.routings, state, "routings")
 
 
 def routed_names(mergers: Mapping[str, Merger], routings: Sequence[Routing]) -> dict[str, dict[str, Routing]]:

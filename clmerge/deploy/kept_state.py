@@ -1,0 +1,39 @@
+"""State of several named parts of a run, such as its calibrations or routings."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+
+class Restorable(Protocol):
+    """What keeps something between tasks."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: tensors and primitives."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+
+
+def states_of(parts: Mapping[str, Restorable]) -> dict[str, Any]:
+    """Return the state of every part by name: tensors and primitives."""
+    return {name: part.state_dict() for name, part in parts.items()}
+
+
+def load_states(parts: Mapping[str, Restorable], state: Mapping[str, Any], kind: str) -> None:
+    """Restore a state returned by ``states_of``.
+
+    Args:
+        parts: The parts by name.
+        state: Their states.
+        kind: What the parts are called, for the message.
+
+    Raises:
+        RuntimeError: If the state belongs to other parts.
+    """
+    if set(state) != set(parts):
+        raise RuntimeError(
+            f"expected the state of {kind} {sorted(parts)}, got {sorted(state)}; resume with the {kind} of the "
+            "interrupted run"
+        )
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
