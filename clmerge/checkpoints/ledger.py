@@ -68,6 +68,8 @@ class Ledger:
         heads: What became of class heads and vocabularies of different size.
         classes: Names of the rows of a union of class heads.
         lora_rank: Largest rank of the products, if the result is an adapter.
+        alignment: How the models were carried into the base's units, if they were: aligner, groups of units and maps.
+        diagnostics: What was measured: ``barriers`` of the models to the base, before and after the alignment.
     """
 
     merger: dict[str, Any] | None
@@ -92,6 +94,8 @@ class Ledger:
     heads: Heads = "base"
     classes: list[str] = field(default_factory=list)
     lora_rank: int | None = None
+    alignment: dict[str, Any] | None = None
+    diagnostics: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def metadata(self) -> dict[str, str]:
@@ -157,6 +161,20 @@ def _is_file(value: Any) -> bool:
     return all(isinstance(text, str) for text in texts)
 
 
+def _are_diagnostics(value: Any) -> bool:
+    if not isinstance(value, dict) or not value.keys() <= {"barriers"}:
+        return False
+    told = value.get("barriers", [])
+    return isinstance(told, list) and all(
+        isinstance(one, dict)
+        and one.keys() == {"model", "before", "after", "moved"}
+        and isinstance(one["model"], str)
+        and isinstance(one["moved"], float)
+        and all(isinstance(one[key], float | None) for key in ("before", "after"))
+        for one in told
+    )
+
+
 def _are_shards(value: Any) -> bool:
     if not isinstance(value, dict) or not all(isinstance(sha256, str | None) for sha256 in value.values()):
         return False
@@ -187,6 +205,8 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "heads": lambda value: value in get_args(Heads),
     "classes": _are_texts,
     "lora_rank": lambda value: value is None or (type(value) is int and value >= 1),
+    "alignment": lambda value: isinstance(value, dict | None),
+    "diagnostics": _are_diagnostics,
     "schema": lambda value: True,
 }
 

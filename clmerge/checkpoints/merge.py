@@ -35,6 +35,7 @@ from clmerge.weights.buffers import Buffers
 from clmerge.weights.task_vector import LazyVector, accumulator_dtype, fingerprint
 
 if TYPE_CHECKING:
+    from clmerge.checkpoints.alignment import Alignment
     from clmerge.checkpoints.estimation import Estimation
 
 OnBytes = Callable[[int], None]
@@ -70,6 +71,7 @@ class CheckpointMerge:
             of the ``"first"`` model, ``"drop"``, or the ``"base"``'s (default, with a note).
         lora_rank: Write a LoRA adapter of PEFT with products of this rank at most, in place of dense weights; all
             models must be adapters.
+        alignment: Carries models that did not start from the base's weights into the base's units.
 
     Raises:
         FileNotFoundError: If an input does not exist.
@@ -94,6 +96,7 @@ class CheckpointMerge:
         estimation: "Estimation | None" = None,
         heads: Heads | None = None,
         lora_rank: int | None = None,
+        alignment: "Alignment | None" = None,
     ) -> None:
         others = {"origin": (origin, "base"), "buffers": (buffers, "base"), "heads": (heads, "base")}
         wrong = [f"--{key} {value}" for key, (value, usual) in others.items() if value not in (None, usual)]
@@ -126,6 +129,8 @@ class CheckpointMerge:
 
         self.notes = _twice(self.tasks, self.models)
         self.notes += fit_positions(self.base, self.models, is_wanted)
+        if alignment is not None:
+            self.notes += alignment.prepare(self.base, self.models)
         self.heads = settle_heads(self.base, self.models, heads, is_wanted)
         self.notes += self.heads.notes
         for part in parts:
@@ -197,6 +202,8 @@ class CheckpointMerge:
             heads=heads or "base",
             classes=self.heads.classes,
             lora_rank=lora_rank,
+            alignment=None if alignment is None else alignment.record,
+            diagnostics={} if alignment is None else {"barriers": alignment.barriers},
             threads=torch.get_num_threads(),
             versions=versions(),
         )

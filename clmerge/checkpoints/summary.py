@@ -25,9 +25,9 @@ def summarize(path: str | os.PathLike[str], weights: str | None = None) -> dict[
     Returns:
         ``format``, ``is_task_vector``, ``task``, ``base``, ``tensors``, ``parameters``, ``bytes``, ``dtypes`` (tensors
         by dtype), ``parts`` (tensors and parameters by the first parts of their names), ``sets`` and ``weights`` (the
-        names of all sets, and of the one that is read), ``left_out`` (classes whose objects were not built), and
-        ``ledger`` (how ``clmerge merge`` made it; None if it did not), and ``model`` (what a model file of a run says
-        about itself; None for other files).
+        names of all sets, and of the one that is read), ``left_out`` (classes whose objects were not built), ``ledger``
+        (how ``clmerge merge`` made it, without the maps of an alignment; None if it did not), and ``model`` (what a
+        model file of a run says about itself; None for other files).
 
     Raises:
         FileNotFoundError: If there is nothing at ``path``.
@@ -86,4 +86,6 @@ def _ledger(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     )
     if not has_one or (file.suffix == ".json" and f'"{KEY}"' not in Path(file).read_text(encoding="utf-8")):
         return None
-    return asdict(read_ledger(path))
+    ledger = asdict(read_ledger(path))
+    (ledger["alignment"] or {}).pop("maps", None)
+    return ledger

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from clmerge.checkpoints.adapter import CONFIG
+from clmerge.checkpoints.alignment import RecordedAlignment
 from clmerge.checkpoints.formats import open_checkpoint
 from clmerge.checkpoints.groups import Group
 from clmerge.checkpoints.ledger import Ledger, built, configured_from, ledger_file, read_ledger
@@ -70,6 +71,9 @@ def _planned(path: str | os.PathLike[str], ledger: Ledger) -> CheckpointMerge:
         groups = [Group(**built(group)) for group in ledger.groups]
     except ValueError as error:
         raise ValueError(f"{error} (in the ledger of {path})") from error
+    alignment = None
+    if ledger.alignment is not None:
+        alignment = RecordedAlignment(ledger.alignment, ledger.diagnostics["barriers"])
     return CheckpointMerge(
         ledger.base,
         models=ledger.models,
@@ -85,6 +89,7 @@ def _planned(path: str | os.PathLike[str], ledger: Ledger) -> CheckpointMerge:
         buffers=ledger.buffers,
         heads=ledger.heads,
         lora_rank=ledger.lora_rank,
+        alignment=alignment,
     )
 
 

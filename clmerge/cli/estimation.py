@@ -1,13 +1,16 @@
-"""Build model and training images from a run or a configuration, for ``clmerge merge --buffers re-estimated``."""
+"""Build model and training images from a run or a configuration, for ``clmerge merge``."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from clmerge.alignment import Aligner
+    from clmerge.checkpoints.alignment import Alignment
     from clmerge.checkpoints.estimation import Estimation
+    from clmerge.models import Backbone
 
 
 def open_estimation(models: Sequence[str], data: str | None, allow: Sequence[str]) -> "Estimation":
@@ -47,10 +50,39 @@ def _of_run(path: str, allow: Sequence[str]) -> "Estimation":
     return Estimation(run.module.backbone, lambda: run.images(last.index), what)
 
 
+def open_alignment(aligner: "Aligner", data: str, allow: Sequence[str]) -> "Alignment":
+    """Build the architecture of the models, and images of the stream if there is one.
+
+    Args:
+        aligner: Finds the maps of units.
+        data: A configuration of ``clmerge fit``; only its stream and model are used.
+        allow: Packages, beside the known ones, whose code a configuration may name.
+
+    Raises:
+        FileNotFoundError: If the configuration does not exist.
+        ValueError: If the aligner needs images and there is no stream.
+    """
+    from clmerge.checkpoints.alignment import MatchedAlignment
+    from clmerge.lightning_compat import quiet_lightning
+
+    quiet_lightning()
+    backbone, images, what = _configured(Path(data), allow)
+    return MatchedAlignment(backbone, aligner, images, what, part="model")
+
+
 def _of_config(file: Path, allow: Sequence[str]) -> "Estimation":
+    from clmerge.checkpoints.estimation import Estimation
+
+    backbone, images, what = _configured(file, allow)
+    if images is None:
+        raise ValueError(f"expected a configuration of `clmerge fit` with a stream for --data, got {file} without one")
+    return Estimation(backbone, images, what)
+
+
+def _configured(file: Path, allow: Sequence[str]) -> "tuple[Backbone, Callable[[], Iterator[Tensor]] | None, str]":
+    """Return the backbone of a configuration, what yields images of the last task of its stream, and both in words."""
     from lightning.pytorch import seed_everything
 
-    from clmerge.checkpoints.estimation import Estimation
     from clmerge.cli.fit import build_parser, leave_unreadable_out, trainer_factory
     from clmerge.cli.open_run import read_config
     from clmerge.statistics.measure import training_images
@@ -59,11 +91,11 @@ def _of_config(file: Path, allow: Sequence[str]) -> "Estimation":
         raise FileNotFoundError(f"expected a configuration of `clmerge fit` for --data, got {file}, which is no file")
     parser = build_parser()
     config = read_config(parser, file, [], allow)
-    if config.stream is None:
-        raise ValueError(f"expected a configuration of `clmerge fit` with a stream for --data, got {file} without one")
     seed_everything(config.seed, workers=True, verbose=False)
     objects = parser.instantiate(config)
     stream, module, data = objects.stream, objects.model, objects.data
+    if stream is None:
+        return module.backbone, None, str(file)
     data.seed = config.seed
     leave_unreadable_out(stream, config, None)
     data.setup_stream(stream, module.backbone.train_transform, module.backbone.eval_transform)
@@ -76,7 +108,7 @@ def _of_config(file: Path, allow: Sequence[str]) -> "Estimation":
     def images() -> Iterator["Tensor"]:
         return training_images(module, data, last.index, num_images=number, seed=config.seed)
 
-    return Estimation(module.backbone, images, _in_words(number, last.name, str(file)))
+    return module.backbone, images, _in_words(number, last.name, str(file))
 
 
 def _in_words(number: int, task: str, where: str) -> str:

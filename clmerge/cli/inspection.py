@@ -200,6 +200,9 @@ def _checkpoint_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"    base    {ledger['base']}"
         for model in ledger["models"]:
             yield f"    model   {model}"
+        for told in ledger["diagnostics"].get("barriers", []):
+            gain = "" if told["before"] is None else f", barrier {told['before']:.3f} before, {told['after']:.3f} after"
+            yield f"    aligned {told['model']}: {100 * told['moved']:.1f} % of its units moved{gain}"
         yield f"    check   clmerge merge --verify {found['path']}"
 
 

@@ -26,6 +26,8 @@ examples:
   clmerge merge --base base/ --models a/ b/ --merger TIES --out merged --shard-size 5GB
   clmerge merge --base base.safetensors --models adapter_a/ adapter_b/ --merger TIES --lora-rank 16 --out adapter
   clmerge merge --base base.safetensors --models a.pt b.pt --merger TIES --dry-run
+  clmerge merge --base a.safetensors --models a.safetensors b.safetensors --origin zero --merger WeightAverage \\
+      --align WeightMatching --data configs/quickstart.yaml --out merged.safetensors
   clmerge merge --merger.help TIES
   clmerge merge --verify merged.safetensors
 """
@@ -33,6 +35,7 @@ examples:
 
 def build_parser() -> "CommandParser":
     """Return the parser of ``clmerge merge``; imports torch."""
+    from clmerge.alignment import Aligner
     from clmerge.checkpoints.heads import Heads
     from clmerge.checkpoints.vectors import Origin
     from clmerge.cli.named_code import set_policy
@@ -41,7 +44,7 @@ def build_parser() -> "CommandParser":
     from clmerge.weights.buffers import Buffers
 
     set_policy()
-    CommandParser.class_names = known_subclasses((Merger, Sparsifier, Finisher))
+    CommandParser.class_names = known_subclasses((Merger, Sparsifier, Finisher, Aligner))
     parser = CommandParser(
         prog="clmerge merge",
         usage=USAGE,
@@ -77,8 +80,12 @@ def build_parser() -> "CommandParser":
         "the models, or re-estimated with the merged weights on training images."
     )
     data_help = (
-        "A configuration of clmerge fit whose model and training images (of its last task) --buffers re-estimated "
-        "takes (default: those of the run that is the last of --models)."
+        "A configuration of clmerge fit whose model and training images (of its last task) --align and --buffers "
+        "re-estimated take (default of the latter: those of the run that is the last of --models)."
+    )
+    align_help = (
+        "Carry models that did not start from the base's weights into the base's units first: WeightMatching, or "
+        "ActivationMatching, which looks at the images of --data. The barriers before and after are printed and kept."
     )
     lora_rank_help = (
         "Write --out, a folder, as one LoRA adapter of PEFT whose products have this rank at most, in place of dense "
@@ -91,7 +98,7 @@ def build_parser() -> "CommandParser":
     )
     allow_help = (
         "Packages beside clmerge, torch, Lightning, timm, open_clip, avalanche, torchvision and torchmetrics whose "
-        "code the configuration for --buffers re-estimated may name; that code is run."
+        "code the configuration of --data may name; that code is run."
     )
     no_hash_help = "Leave the SHA-256 of inputs and result out of the ledger, which then says so."
     shard_help = "Write --out as a folder in Hugging Face's layout, in files of at most this size, for example 5GB."
@@ -112,6 +119,7 @@ def build_parser() -> "CommandParser":
     parser.add_argument("--without", type=str, nargs="+", default=[], metavar="TASK", help=without_help)
     parser.add_argument("--weights", type=str | None, default=None, help=weights_help)
     parser.add_argument("--buffers", type=Buffers | None, default=None, help=buffers_help)
+    parser.add_subclass_arguments(Aligner, "align", help=align_help, required=False)
     parser.add_argument("--data", type=str | None, default=None, help=data_help)
     parser.add_argument("--allow", type=str, nargs="+", default=[], metavar="PACKAGE", help=allow_help)
     parser.add_argument("--strict", action="store_true", help=strict_help)
@@ -165,9 +173,11 @@ def main(argv: Sequence[str]) -> int:
             needed["--out"] = config.out
         if missing := [option for option, value in needed.items() if not value]:
             parser.error(f"expected --base, --models, --merger and --out (or --dry-run), got no {', '.join(missing)}")
-        if (config.data or config.allow) and config.buffers != "re-estimated":
+        if config.align and not config.data:
+            parser.error("expected --data with --align, a configuration whose model is that of the files, got none")
+        if (config.data or config.allow) and config.buffers != "re-estimated" and not config.align:
             parser.error(
-                "expected --data and --allow with --buffers re-estimated, got another --buffers; leave them out"
+                "expected --data and --allow with --align or --buffers re-estimated, got neither; leave them out"
             )
     elif config.base or config.models or config.merger or config.out:
         parser.error("expected --verify alone, since the file says how it was made, got other options beside it")
@@ -223,7 +233,11 @@ def _merge(parser: "CommandParser", config: Any, groups: "list[Group]") -> int:
     if there is not None and not config.overwrite and not config.dry_run:
         raise FileExistsError(f"expected a new file, got {there}, which exists; name another or pass --overwrite")
     made = parser.instantiate(config)
-    estimation = None
+    estimation = alignment = None
+    if made.align is not None:
+        from clmerge.cli.estimation import open_alignment
+
+        alignment = open_alignment(made.align, config.data, config.allow)
     if config.buffers == "re-estimated":
         from clmerge.cli.estimation import open_estimation
 
@@ -244,6 +258,7 @@ def _merge(parser: "CommandParser", config: Any, groups: "list[Group]") -> int:
         estimation=estimation,
         heads=config.heads,
         lora_rank=config.lora_rank,
+        alignment=alignment,
     )
     print(job.describe(), flush=True)
     for row in job.policy.problems:
