@@ -111,7 +111,7 @@ def pretrain(work: Path, *, epochs: int, seed: int) -> None:
     save_file(backbone.state_dict(), work / "vit.safetensors")
 
 
-def write_grey(data: Path, work: Path, *, seed: int) -> None:
+def write_grey(data: Path, work: Path, *, seed: int, num_train: int = NUM_TRAIN) -> None:
     """Cut five grey data sets to a size that many runs can afford."""
     work.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
@@ -127,7 +127,7 @@ def write_grey(data: Path, work: Path, *, seed: int) -> None:
         with np.load(file, allow_pickle=False) as archive:
             sets[name] = {key: archive[key] for key in archive if not key.startswith("val_")}
     for name, arrays in sets.items():
-        for split, count in (("train", NUM_TRAIN), ("test", NUM_TEST)):
+        for split, count in (("train", num_train), ("test", NUM_TEST)):
             labels = arrays[f"{split}_labels"].reshape(-1)
             chosen = np.sort(generator.permutation(len(labels))[:count])
             arrays |= {f"{split}_images": arrays[f"{split}_images"][chosen], f"{split}_labels": labels[chosen]}

@@ -25,6 +25,7 @@ examples:
   clmerge compare runs/digits --mergers TaskArithmetic --grid 'TaskArithmetic.weights[*]=0:1:0.1' --search cma_es
   clmerge compare runs/digits --mergers MagMax OPCM --orders 10
   clmerge compare runs/seed0 runs/seed1 runs/seed2 --mergers MagMax TIES --out runs/three-seeds
+  clmerge compare runs/seed0 runs/seed1 runs/seed2 --mergers MagMax --soup
   clmerge compare runs/digits --joint runs/all-classes --diagnose
   clmerge compare runs/digits --mergers MagMax --calibrations SampleTuning
   clmerge compare runs/digits --mergers TaskArithmetic --routings Smile DAM
@@ -89,6 +90,10 @@ def build_parser() -> "CommandParser":
         "What searches, scores and the table go by: task_agnostic accuracy, or task_aware (default: what the run does)."
     )
     adaptation_help = "Images that mergers and routings learn on; without any of these options what the run does"
+    soup_help = (
+        "Also average the final models of the runs: all of them, those that validation images choose (greedy soup), "
+        "and their predictions; and measure how they differ."
+    )
     diagnose_help = "Also explain the differences: how task vectors, experts and merged models of the first run relate."
     memory_help = "GiB of accumulators and merged weights to hold at a time."
     images_help = "MiB of decoded images to hold in memory; others wait in files in the output folder meanwhile."
@@ -109,6 +114,7 @@ def build_parser() -> "CommandParser":
     parser.add_argument("--evaluation", type=Evaluation | None, default=None, help=evaluation_help)
     parser.add_class_arguments(AdaptationData, "adaptation", help=adaptation_help)
     parser.add_argument("--joint", type=str | None, default=None, help=joint_help)
+    parser.add_argument("--soup", action="store_true", help=soup_help)
     parser.add_argument("--diagnose", action="store_true", help=diagnose_help)
     parser.add_argument("--out", type=str | None, default=None, help="Folder to write to (default: RUN/compare).")
     parser.add_argument("--memory", type=float, default=4.0, help=memory_help)
@@ -134,6 +140,8 @@ def main(argv: Sequence[str]) -> int:
         parser.error("expected --budget of 1 or more")
     if (config.search or config.budget or config.preference or config.at_least) and not (config.scale or config.grid):
         parser.error("expected --scale or --grid with what to search, got neither")
+    if config.soup and len(config.runs) < 2:
+        parser.error("expected two runs or more for --soup, which averages their final models, got one")
     if config.scale_rule and config.scale is None:
         parser.error("expected --scale with the values that --scale-rule chooses from, got none")
     try:
@@ -161,6 +169,7 @@ def _compare(config: Any, objects: Any, adaptation: "AdaptationData | None") -> 
     from clmerge.runs.comparison.compare import Request, check_alike, check_request, compare_run
     from clmerge.runs.comparison.row_cache import RowCache
     from clmerge.runs.comparison.searches import Sought
+    from clmerge.runs.comparison.soups import Soups
     from clmerge.runs.comparison.table import print_comparison
     from clmerge.weights import write_json_atomic
 
@@ -168,6 +177,7 @@ def _compare(config: Any, objects: Any, adaptation: "AdaptationData | None") -> 
     mergers = objects.mergers
     names = _run_names(config.runs)
     out = Path(config.out) if config.out is not None else _default_out(config.runs)
+    soups = Soups() if config.soup else None
     found: list[Results] = []
     configs: list[Mapping[str, Any]] = []
 
@@ -189,6 +199,7 @@ def _compare(config: Any, objects: Any, adaptation: "AdaptationData | None") -> 
             diagnose=config.diagnose and not found,
             calibrations=objects.calibrations,
             routings=objects.routings,
+            soups=soups,
         )
 
     def opened(path: str, name: str) -> "tuple[StoredRun, Any]":
@@ -218,6 +229,8 @@ def _compare(config: Any, objects: Any, adaptation: "AdaptationData | None") -> 
             with _scratch_folder(out) as scratch:
                 run.use_scratch(scratch, image_memory=config.image_memory)
                 found.append(compare_run(run, request(mergers), cache, joint))
+                if soups is not None and len(found) == len(config.runs):
+                    found[0].soups = soups.finish(run, cache)
                 configs.append(run.config)
                 if config.wandb:
                     _log_to_wandb(run, found[-1], out)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -198,3 +199,42 @@ class Ensemble(Predictor):
             self._sums.append(found)
         self._position += 1
         return found.to(tasks.device)
+
+
+class LogitMean(Predictor):
+    """Mean of the logits of several members, all run on every batch: the ensemble of averages (EoA, arXiv 2110.10832).
+
+    In that paper every member is the simple moving average of a training of its own. An image costs as many passes as
+    there are members, whose weights are all kept.
+
+    Args:
+        states: Weights of every member by the module's names.
+
+    Raises:
+        ValueError: If there is no member.
+
+    Example:
+        >>> ensemble = LogitMean([{"w": torch.tensor([[1.0]])}, {"w": torch.tensor([[4.0]])}])
+        >>> ensemble.prepare(lambda make: make())
+        {'w'}
+        >>> ensemble.scores(lambda state: state["w"], torch.tensor([0]))
+        tensor([[2.5000]])
+    """
+
+    def __init__(self, states: Sequence[State]) -> None:
+        if not states:
+            raise ValueError("expected one member of the ensemble or more, got none")
+        self._states = list(states)
+        self._placed: list[State] = []
+
+    @override
+    def prepare(self, place: Place) -> Set[str]:
+        self._placed = [place(partial(dict, state)) for state in self._states]
+        return {name for state in self._placed for name in state}
+
+    @override
+    def scores(self, compute: Compute, tasks: Tensor) -> Tensor:
+        total = compute(self._placed[0])
+        for state in self._placed[1:]:
+            total = total + compute(state)
+        return total / len(self._placed)

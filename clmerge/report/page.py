@@ -24,6 +24,7 @@ from clmerge.report.figures import make_figures, ranked
 from clmerge.report.fronts import fronts_of
 from clmerge.report.ledger import merged_of, report_versions, sources_of
 from clmerge.report.searches import chosen_of
+from clmerge.report.soups import soups_of
 from clmerge.report.study import REFERENCES, Entry, Study
 from clmerge.report.tables import Column, best_of, columns, table_csv
 from clmerge.report.verdict import Verdict, judge
@@ -112,6 +113,7 @@ def render_page(
         measured_on=measured_on(study),
         searches=chosen_of(study),
         fronts=fronts_of(study),
+        soups=soups_of(study, study.evaluation),
         several_runs=len(study.runs) > 1,
         most_listed=MOST_LISTED,
         ledger=merged_of(study),

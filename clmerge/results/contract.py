@@ -112,7 +112,22 @@ def _run(num_tasks: int) -> Check:
             "searches": listed(_search),
             "orders": maybe(orders),
             "diagnostics": maybe(validate_diagnostics),
+            "soups": listed(_soup(row)),
         },
+    )
+
+
+def _soup(row: Check) -> Check:
+    kind = record({"members": listed(count, filled=True), "score": maybe(share), **dict.fromkeys(SETTINGS, row)})
+    return record(
+        {
+            "model": text,
+            "runs": listed(text, filled=True),
+            "scores": listed(share, filled=True),
+            "best": count,
+            "soups": keyed(kind),
+            "terms": keyed(maybe(number)),
+        }
     )
 
 

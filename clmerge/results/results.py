@@ -92,6 +92,7 @@ class Results:
         searches: Searches of settings, each with the ``model`` that has the chosen values (docs/compare.md).
         orders: Accuracies of the same experts merged in other orders: ``seed`` and ``models``; None if not computed.
         diagnostics: The document of ``clmerge.evaluation.diagnostics``; None if not computed.
+        soups: Averages of the final models of several runs (docs/results.md), in the first one's record; empty if none.
 
     Raises:
         ValueError: If there is no task, a name occurs twice, or a length differs from the number of tasks.
@@ -139,6 +140,7 @@ class Results:
         self.searches: list[dict[str, Any]] = []
         self.orders: dict[str, Any] | None = None
         self.diagnostics: dict[str, Any] | None = None
+        self.soups: list[dict[str, Any]] = []
         self._models: dict[str, ModelRecord] = {}
         self._zero_shot: dict[Setting, list[float]] | None = None
         self._confusions: dict[str, Confusions] = {}
@@ -401,7 +403,7 @@ class Results:
         earlier._models = {name: model.until(num_finished) for name, model in self._models.items()}
         if num_finished < self.num_finished:
             earlier._confusions = {}
-        earlier.searches, earlier.orders, earlier.diagnostics = [], None, None
+        earlier.searches, earlier.orders, earlier.diagnostics, earlier.soups = [], None, None, []
         return earlier
 
     def joined(self, other: "Results") -> "Results":
@@ -417,6 +419,7 @@ class Results:
         merged.orders = {"models": {name: part for part in orders for name, part in part.items()}} if orders else None
         merged.group = other.group if self.group is None else self.group
         merged.diagnostics = self.diagnostics or other.diagnostics
+        merged.soups = self.soups + [soup for soup in other.soups if soup not in self.soups]
         return merged
 
     def renamed(self, names: Mapping[str, str]) -> "Results":
@@ -431,6 +434,7 @@ class Results:
         found._models = by_model(self._models)
         found._confusions = by_model(self._confusions)
         found.searches = [{**each, "model": names.get(each["model"], each["model"])} for each in self.searches]
+        found.soups = [{**each, "model": names.get(each["model"], each["model"])} for each in self.soups]
         if self.orders:
             found.orders = {**self.orders, "models": by_model(self.orders["models"])}
         if self.diagnostics and (measured := self.diagnostics.get("models")):
@@ -472,6 +476,7 @@ class Results:
             "seconds": dict(self.seconds),
             "bytes": dict(self.bytes),
             **({"options": [list(options) for options in self.options]} if self.options else {}),
+            **({"soups": to_json(self.soups)} if self.soups else {}),
         }
 
     def _model_to_dict(self, model: str) -> dict[str, Any]:
@@ -521,4 +526,5 @@ class Results:
         results.options = [list(options) for options in document.get("options", [])]
         results.searches = list(document.get("searches") or [])
         results.orders, results.diagnostics = document.get("orders"), document.get("diagnostics")
+        results.soups = list(document.get("soups", []))
         return results

@@ -173,7 +173,11 @@ class StoredRun(Session):
 
     def expert(self, task: int) -> dict[str, Tensor]:
         """Return the weights of one task's expert, theta_0 + tau, by the module's names."""
-        return self._reader.weights_with(self.bank[task], self.module)
+        return self.weights_with(self.bank[task])
+
+    def weights_with(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return theta_0 plus a vector, given by dense names, by the module's names."""
+        return self._reader.weights_with(vector, self.module)
 
     def predictor(self, name: str) -> Predictor:
         """Return the predictor of a model after the last task, whose head and running statistics the module then has.

@@ -19,6 +19,7 @@ from clmerge.runs.comparison.rerouted import routed_models, routed_sizes, with_r
 from clmerge.runs.comparison.refold import check_mergers, sweep
 from clmerge.runs.comparison.row_cache import CachedRow, RowCache
 from clmerge.runs.comparison.searches import Sought, plan_searches, scale_rules, search_all
+from clmerge.runs.comparison.soups import Soups
 from clmerge.runs.stored_run import StoredRun
 from clmerge.search.search import Search
 
@@ -40,6 +41,7 @@ class Request:
         diagnose: Whether to compute diagnostics of task vectors, experts and merged models.
         calibrations: Calibrations of every merged model, with the settings that were chosen for it.
         routings: Routed models around every merged one; the oracle and the nearest centroid are added to them.
+        soups: Collects the final models of the runs, to average them.
     """
 
     mergers: Mapping[str, Merger]
@@ -51,6 +53,7 @@ class Request:
     diagnose: bool = False
     calibrations: Sequence[Calibration] = ()
     routings: Sequence[Routing] = ()
+    soups: Soups | None = None
 
 
 def check_request(run: StoredRun, request: Request, joint: StoredRun | None = None) -> dict[str, Search]:
@@ -78,6 +81,8 @@ def check_request(run: StoredRun, request: Request, joint: StoredRun | None = No
         raise ValueError("expected --diagnose, which describes all task vectors of a run, or --without, got both")
     check_mergers(run, mergers)
     CalibratedModels(request.calibrations, run.module, run.data, run.stream, seed=run.seed)  # refuses what cannot be
+    if request.soups is not None:
+        request.soups.check(run, mergers)
     searches = plan_searches(run, mergers, request.sought)
     for name, merger in mergers.items() if request.sought.scale is not None else ():
         if "scale" in merger.ignored_by_views:
@@ -156,6 +161,8 @@ def compare_run(run: StoredRun, request: Request, cache: RowCache, joint: Stored
             "seed": seed,
             "models": order_sweep(run, mergers, request.orders, cache, seed=seed, memory=memory),
         }
+    if request.soups is not None:
+        request.soups.add(run, mergers)
     add_references(results, run, cache, joint)
     if request.diagnose:
         results.diagnostics = diagnose_run(run, mergers)

@@ -10,6 +10,7 @@ from rich.text import Text
 from clmerge.names import shorten
 from clmerge.report.fronts import Front, fronts_of
 from clmerge.report.runs import number
+from clmerge.report.soups import soups_of
 from clmerge.report.study import Entry, Spread, Study
 from clmerge.results.results import ROUTING, Setting
 from clmerge.runs.comparison.compare import FORGOTTEN
@@ -80,9 +81,11 @@ def comparison_lines(study: Study, setting: Setting) -> tuple[list[str], list[st
         for run in entry.runs
         if (part := (run.results.orders or {"models": {}})["models"].get(entry.model))
     ]
+    soups = [line for soup in soups_of(study, setting) for line in soup.lines()]
     styles = ["bold", "", *("bold" if entry is best else "" if entry.is_merger else "dim" for entry in entries)]
     title = f"After task {num_tasks} of {len(study.tasks)}, {setting.replace('_', '-')}"
-    return [title, *table, *chosen, *orders, *notes], styles + [""] * (len(chosen) + len(orders)) + ["dim"] * len(notes)
+    plain = [*chosen, *orders, *soups]
+    return [title, *table, *plain, *notes], styles + [""] * len(plain) + ["dim"] * len(notes)
 
 
 def _row(entry: Entry, study: Study, setting: Setting, *, starred: bool) -> list[str]:
