@@ -1,6 +1,7 @@
 """Choose a transport by the barrier between the bases."""
 
 from torch import Tensor
+from typing_extensions import override
 
 from clmerge.alignment.barrier import barrier
 from clmerge.alignment.matching import Aligner
@@ -32,6 +33,7 @@ class Auto(Transport):
         self._chosen: Transport | None = None
 
     @property
+    @override
     def chosen(self) -> Transport:
         """The transport that was chosen."""
         assert self._chosen is not None
@@ -45,6 +47,7 @@ class Auto(Transport):
             return
         batches = list(swap.images(self.images))
         before = barrier(swap.target, theirs, ours, batches)
+        self.barriers = {"before": before}
         if before <= self.tolerance:
             self._choose(Identity(), swap, f"the barrier between the bases is {before:.3f}")
             return
@@ -53,6 +56,7 @@ class Auto(Transport):
         assert permuted.aligned is not None
         moved = permuted.aligned.apply({name: ours[name] for name in permuted.aligned.spec.moved_names})
         after = barrier(swap.target, theirs, {**ours, **moved}, batches)
+        self.barriers = {"before": before, "after": after}
         if after < before:
             self._chosen, self.aligned = permuted, permuted.aligned
             self.why = f"matching lowers the barrier from {before:.3f} to {after:.3f}"

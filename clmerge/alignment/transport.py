@@ -1,8 +1,9 @@
 """Carry task vectors of one base model over to another (base swap)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -67,11 +68,18 @@ class Transport(ABC):
         data: What it reads: ``none``, ``images`` or ``labelled images`` of the tasks.
         aligned: The map of units that it found, if it is one.
         why: Why it was chosen, if it chose itself.
+        barriers: Barriers between the bases that it measured to choose: ``before`` matching, and ``after`` it.
     """
 
     data: str = "none"
     aligned: Reparametrization | None = None
     why: str = ""
+    barriers: Mapping[str, float] = MappingProxyType({})
+
+    @property
+    def chosen(self) -> "Transport":
+        """What carries vectors over: itself, unless it chose another."""
+        return self
 
     @abstractmethod
     def prepare(self, swap: Swap) -> None:
@@ -98,7 +106,7 @@ class Transport(ABC):
         settings = ", ".join(
             f"{key}={value!r}"
             for key, value in vars(self).items()
-            if not key.startswith("_") and key not in ("aligned", "why", "data")
+            if not key.startswith("_") and key not in ("aligned", "why", "barriers", "data")
         )
         return f"{type(self).__name__}({settings})"
 

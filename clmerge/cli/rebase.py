@@ -170,7 +170,9 @@ def _show(document: dict[str, Any], config: Any) -> None:
             f"{name:<{width}}  {cells} {100 * row['mean']:5.2f}"
             + ("" if not ratio else f"  {'-' if share is None else f'{share:.2f}'}")
         )
+    chosen = f" chose {document['chosen']}" if document["chosen"] != document["transport"] else ""
     tell(
-        f"transport {document['transport']}, reads {document['data']}; {document['why']}".rstrip("; "), file=sys.stdout
+        f"transport {document['transport']}{chosen}, reads {document['data']}; {document['why']}".rstrip("; "),
+        file=sys.stdout,
     )
     tell(f"run       {config.out}", file=sys.stdout)

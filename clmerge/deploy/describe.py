@@ -22,6 +22,7 @@ class Description(TypedDict):
 def describe_merger(
     merger: Merger,
     *,
+    vectors: str = DATA_FREE,
     adaptation: AdaptationData | None = None,
     search: int | None = None,
     calibration: Calibration | None = None,
@@ -31,15 +32,16 @@ def describe_merger(
 
     Args:
         merger: The merger with its settings.
+        vectors: Images that the task vectors were made with, beside the training of their tasks.
         adaptation: The images that mergers learn on.
         search: Position among the run's searches of the one that chose settings on validation images, if one did.
         calibration: What changes the merged model afterwards, if something does.
         routing: What routes images through experts around the merged model, if something does.
 
     Returns:
-        The arguments of ``Results.describe``. ``data`` is ``none``, or joins by ``+``: ``current`` (training images of
-        each task at its end, for statistics), ``val`` (validation images, for scores and searches), the adaptation data
-        that it learns on, and those of the calibration or routing.
+        The arguments of ``Results.describe``. ``data`` is ``none``, or joins by ``+``: ``vectors``, ``current``
+        (training images of each task at its end, for statistics), ``val`` (validation images, for scores and searches),
+        the adaptation data that it learns on, and those of the calibration or routing.
 
     Example:
         >>> from clmerge.merging import Fisher, TIES
@@ -47,7 +49,8 @@ def describe_merger(
         ('none', 'current+val')
     """
     statistics = merger.requires - _WITHOUT_IMAGES
-    data = ["current"] * bool(statistics) + ["val"] * (merger.requires_score or search is not None)
+    data = [one for one in vectors.split("+") if one != DATA_FREE]
+    data += ["current"] * bool(statistics) + ["val"] * (merger.requires_score or search is not None)
     if adaptation is not None and merger.requires_gradient:
         data.append(adaptation.told(labels=merger.reads_labels))
     looks = "" if calibration is None else calibration.data

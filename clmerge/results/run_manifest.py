@@ -7,8 +7,8 @@ from typing import Any
 
 import clmerge
 from clmerge.files import parse_json
+from clmerge.results.contract import DATA_FREE, validate_run
 from clmerge.results.contract import SCHEMA as RESULTS_SCHEMA
-from clmerge.results.contract import validate_run
 from clmerge.shapes import anything, count, flag, keyed, listed, maybe, record, text
 from clmerge.weights.checksums import MANIFEST
 
@@ -36,6 +36,7 @@ class Manifest:
             ``options``, as on the command line.
         settings: Settings that must not change when the run is resumed: the seed, the mergers, the policies.
         stream: Identity of the stream: counts and hashes of the tasks' images.
+        data: Images that the task vectors were made with beside the training of their tasks, as ``data`` of models.
         files: Checksums of the committed files by path, relative to the run folder.
     """
 
@@ -56,6 +57,7 @@ class Manifest:
     options: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     stream: dict[str, Any] = field(default_factory=dict)
+    data: str = DATA_FREE
     files: dict[str, str] = field(default_factory=dict)
 
     def options_in_force(self) -> list[str]:
@@ -177,6 +179,7 @@ _CONTRACT = record(
         "results": keyed(anything),
         "finished": flag,
         "clmerge": text,
+        "data": text,
         "config": text,
         "options": listed(record({"task": count, "options": listed(text)})),
         "settings": keyed(anything),

@@ -32,13 +32,13 @@ def save_models(
     """
     module, merge = learner.module, learner.merge
     facts = _facts(run, learner)
-    prefix = "backbone.model."
+    prefix, vectors = "backbone.model.", run.manifest.data
     with folded(module.backbone):
         whole = dict(module.backbone.model.state_dict())
     for name, merger in learner.mergers.items():
         merged = {key.removeprefix(prefix): value for key, value in merge.merged_state(name).items()}
         rule = {"merger": type(merger).__name__, "init_args": merger.settings()}
-        data = describe_merger(merger, adaptation=learner.adaptation)["data"]
+        data = describe_merger(merger, vectors=vectors, adaptation=learner.adaptation)["data"]
         own = replace(facts, model=name, rule=rule, data=data)
         metadata = {"merger": repr(merger), "tuning": repr(module.tuning), **own.to_metadata()}
         save_tensors(run.model(name), {**whole, **merged}, metadata=metadata)
@@ -48,7 +48,7 @@ def save_models(
         merger = learner.mergers[label]
         rule = {"merger": type(merger).__name__, "init_args": merger.settings()}
         one = learner.calibrated.calibrations[calibration]
-        data = describe_merger(merger, adaptation=learner.adaptation, calibration=one)["data"]
+        data = describe_merger(merger, vectors=vectors, adaptation=learner.adaptation, calibration=one)["data"]
         own = replace(facts, model=model, rule=rule, calibration=calibration, data=data)
         save_tensors(run.model(name), tensors, metadata=own.to_metadata())
     for name, routed_model in routed.items():
@@ -56,9 +56,9 @@ def save_models(
         merger, routing = learner.mergers[label], learner.routed.routings[kind]
         rule = {"merger": type(merger).__name__, "init_args": merger.settings()}
         settings = {"class_path": type(routing).__name__, "init_args": routing.settings()}
-        data = describe_merger(merger, adaptation=learner.adaptation, routing=routing)["data"]
+        data = describe_merger(merger, vectors=vectors, adaptation=learner.adaptation, routing=routing)["data"]
         routed_model.save(run.model(name), replace(facts, model=name, rule=rule, routing=settings, data=data))
-    expert = replace(facts, model=EXPERT)
+    expert = replace(facts, model=EXPERT, data=vectors)
     if merge.deploy == EXPERT:
         note = {"merger": "none: the last task's un-merged model"}
         save_tensors(run.model(EXPERT), whole, metadata={**note, **expert.to_metadata()})

@@ -16,10 +16,12 @@ from typing_extensions import override
 from clmerge.alignment import PermutationSpec, Swap, Transport, spec_of
 from clmerge.deploy.predictors import Merged, Predictor
 from clmerge.names import tell
+from clmerge.results.contract import DATA_FREE
 from clmerge.results.results import Results
 from clmerge.results.run_folder import RunFolder
 from clmerge.runs.few_shot import fine_tuned
 from clmerge.runs.learner_parts import LearnerParts
+from clmerge.runs.resume import describe_models
 from clmerge.runs.task_training import TaskTraining
 from clmerge.runs.trainers import Trainers
 from clmerge.streams import StreamDataModule
@@ -105,6 +107,7 @@ class Rebase:
     Attributes:
         rows: Accuracies of the baselines, by name: each task's own model on the task.
         facts: What was done, in JSON types.
+        looked: Images that the transport was shown, as the ``data`` of models names them.
     """
 
     def __init__(self, old: OldRun, transport: Transport, *, few_shot: int = 2) -> None:
@@ -113,6 +116,7 @@ class Rebase:
         self.old, self.transport, self.few_shot = old, transport, few_shot
         self.rows: Row = {}
         self.facts: dict[str, Any] = {}
+        self.looked: dict[str, None] = {}
 
     def training(self, learner: LearnerParts, run: RunFolder, trainers: Trainers) -> TaskTraining:
         """Return what stands in for the training of tasks, for ``Learner.fit``."""
@@ -133,13 +137,15 @@ class Rebase:
                 lambda: specification(old.module, source),
                 tuple(old.base),
                 lambda count: self._images(learner.data, count),
-                lambda task, count: gradients(learner, task, count),
+                lambda task, count: self._gradients(learner, task, count),
             )
             self.transport.prepare(swap)
         self.facts = {
             "source": str(old.folder.path),
             "bases": {"old": old.bank.base, "new": learner.merge.base_fingerprint},
             "transport": repr(self.transport),
+            "chosen": repr(self.transport.chosen),
+            "barriers": dict(self.transport.barriers),
             "data": self.transport.data,
             "why": self.transport.why,
             "seed": learner.seed,
@@ -153,8 +159,14 @@ class Rebase:
         """Yield training images of all tasks, ``count`` in all, the same number of each."""
         tasks = range(self.old.num_tasks)
         classes = max(1, len({label for task in tasks for label in data.stream.tasks[task].classes}))
-        for images, _ in labelled(data, tasks, -(-count // classes)):
+        per_class = -(-count // classes)
+        self.looked |= {str(AdaptationData("buffer", per_class=per_class)): None}
+        for images, _ in labelled(data, tasks, per_class):
             yield images
+
+    def _gradients(self, learner: LearnerParts, task: int, count: int) -> Iterator[dict[str, Tensor]]:
+        self.looked |= {str(AdaptationData("buffer", per_class=count, labels=True)): None}
+        return gradients(learner, task, count)
 
     def save(self, run: RunFolder, oracle: list[float] | None) -> dict[str, Any]:
         """Write the table beside the run's results, and return it.
@@ -210,6 +222,8 @@ class TransportedTasks(TaskTraining):
         learner.regularized.begin(device)
         old = rebase.old.bank[task]
         tau = rebase.transport.transport(old, task)
+        self.run.manifest.data = "+".join(rebase.looked) or DATA_FREE
+        describe_models(learner, results, vectors=self.run.manifest.data)
         self._set(merge.weights_with(tau, module))
         if running_statistics(module):
             statistics = estimated_statistics(module, learner.images(task))

@@ -34,7 +34,7 @@ def restore(learner: LearnerParts, run: RunFolder) -> Results:
         check_stream(learner.stream, found.stream, str(run.path), trained=run.tasks_begun, tested=tested)
     else:
         found.stream = stream_identity(learner.stream)
-    _describe(learner, results)
+    describe_models(learner, results, vectors=found.data)
     results.options = found.options_by_task(len(tasks)) if found.options else []
     if found.trained:
         weights, accumulators = run.load_state()
@@ -57,16 +57,23 @@ def _check_settings(run: RunFolder, settings: dict[str, Any]) -> None:
     run.manifest.settings = run.manifest.settings or settings
 
 
-def _describe(learner: LearnerParts, results: Results) -> None:
-    """Describe the run's models in its results."""
+def describe_models(learner: LearnerParts, results: Results, *, vectors: str) -> None:
+    """Describe the run's models in its results.
+
+    Args:
+        learner: The learner.
+        results: The results of its run.
+        vectors: Images that the task vectors were made with, beside the training of their tasks.
+    """
     for name, merger in learner.mergers.items():
-        results.describe(name, **describe_merger(merger, adaptation=learner.adaptation))
+        results.describe(name, **describe_merger(merger, vectors=vectors, adaptation=learner.adaptation))
     for name, merger in learner.mergers.items():
         for kind, one in learner.calibrated.calibrations.items():
-            own = describe_merger(merger, adaptation=learner.adaptation, calibration=one)
+            own = describe_merger(merger, vectors=vectors, adaptation=learner.adaptation, calibration=one)
             results.describe(f"{name}+{kind}", **own)
     for name, routed in learner.routed.names(learner.mergers).items():
         for label, routing in routed.items():
-            own = describe_merger(learner.mergers[name], adaptation=learner.adaptation, routing=routing)
+            merger = learner.mergers[name]
+            own = describe_merger(merger, vectors=vectors, adaptation=learner.adaptation, routing=routing)
             results.describe(label, **own)
-    results.describe(EXPERT, kind="unmerged")
+    results.describe(EXPERT, kind="unmerged", data=vectors)

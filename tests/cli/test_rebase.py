@@ -1,19 +1,28 @@
 """``clmerge rebase`` on runs of the embedded model: the new base is the old one with its units in another order."""
 
+import hashlib
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.records import without_times
 
 from clmerge.alignment import spec_of
 from clmerge.alignment.reparametrization import random_reparametrization
 from clmerge.cli import main
 from clmerge.models import OpenClip
+from clmerge.results.model_facts import ModelFacts
 from clmerge.results.results import Results
 from clmerge.results.run_folder import RunFolder
-from clmerge.weights import load_tensors
+from clmerge.weights import load_metadata, load_tensors
+
+DRIVER = Path(__file__).parents[1] / "support" / "kill_anywhere.py"
 
 CONFIG = """
 name: digits
@@ -66,6 +75,7 @@ def test_a_run_on_a_permuted_base_is_the_run(made, tmp_path, capsys):
     assert new.name == "new"
     for model in ("magmax", "task_arithmetic", "expert"):
         assert np.allclose(old.matrix(model, "task_agnostic"), new.matrix(model, "task_agnostic"), atol=0.02)
+    assert {new.model(model).data for model in new.mergers} == {"none"}
     rows = document["rows"]
     assert list(rows) == ["new base alone", "identity", "transported", "few-shot fine-tuning", "oracle"]
     assert rows["transported"]["mean"] == pytest.approx(rows["oracle"]["mean"], abs=0.01)
@@ -79,6 +89,64 @@ def test_a_run_on_a_permuted_base_is_the_run(made, tmp_path, capsys):
     assert main(["compare", str(out), "--mergers", "TIES", "--out", str(tmp_path / "compared")]) == 0
     assert main(["report", str(out), "--out", str(tmp_path / "page.html")]) == 0
     assert results_of(out).to_dict() == new.to_dict()
+
+
+def data_of(results):
+    return {results.model(name).data for name in ("magmax", "task_arithmetic", "expert")}
+
+
+def test_models_say_which_images_their_vectors_have_seen(made, tmp_path, capsys):
+    out, seen = tmp_path / "new", "buffer(2 per class, labelled)"
+    options = ["--transport", "GradientSignMask", "--transport.before=Permuted", "--few_shot", "0"]
+    assert rebase(made, out, *options) == 0
+    assert data_of(results_of(out)) == {seen}
+    file = out / "model" / "magmax.safetensors"
+    assert ModelFacts.from_metadata(load_metadata(file), str(file)).data == seen
+    assert main(["fit", "--resume", str(out)]) == 0
+    assert data_of(results_of(out)) == {seen}
+    assert main(["compare", str(out), "--mergers", "TIES", "Fisher", "--out", str(tmp_path / "compared")]) == 0
+    (found,) = json.loads((tmp_path / "compared" / "results.json").read_text())["runs"]
+    assert found["models"]["ties"]["data"] == found["models"]["ensemble"]["data"] == seen
+    assert found["models"]["fisher"]["data"] == f"{seen}+current"
+    assert seen in capsys.readouterr().out
+
+
+def killed_at(made, out, shares):
+    """Kill a rebase at shares of what it writes; return what the driver tells."""
+    backbone = ["--backbone", "OpenClip", f"--backbone.pretrained={made / 'other.safetensors'}"]
+    transport = ["--transport", "GradientSignMask", "--transport.before=Permuted", "--few_shot", "0"]
+    command = [sys.executable, str(DRIVER), str(out), json.dumps(shares), "rebase", str(made / "old")]
+    subprocess.run([*command, *backbone, *transport], check=True, capture_output=True, timeout=600)
+    return json.loads((out / "codes.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [
+        pytest.param([0.05, 0.5, 0.95], marks=pytest.mark.slow),
+        pytest.param([number / 24 for number in range(24)], marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_rebase_that_is_killed_leaves_no_run_and_starts_again_to_the_same_bits(made, shares, tmp_path):
+    before = digests(made / "old")
+    told = killed_at(made, tmp_path, shares)
+    assert told["codes"] == [0, *[-signal.SIGKILL] * len(shares), 0]
+    assert told["count"] > 50
+    assert not any(told["found"])
+    assert digests(made / "old") == before
+    assert not list(tmp_path.glob(".*"))
+    whole, again = digests(tmp_path / "whole"), digests(tmp_path / "killed")
+    assert whole.keys() == again.keys()
+    timed = {"manifest.json", "results.json", ".lock"}
+    assert {name for name in whole if whole[name] != again[name]} <= timed
+    one, two = (results_of(tmp_path / name) for name in ("whole", "killed"))
+    assert without_times(one.to_dict()) == without_times(two.to_dict())
+
+
+def digests(folder):
+    """Return the SHA-256 of every file of a run, by its path in the folder."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def load_groups(run):
@@ -101,14 +169,22 @@ def test_the_tasks_that_were_not_trained_are_trained_on_the_new_base(made, tmp_p
     monkeypatch.delenv("CLMERGE_RUN_DIR")
     assert rebase(made, tmp_path / "new", "--transport", "auto", "--few_shot", "0", run=tmp_path / "half") == 0
     shown = capsys.readouterr().out
+    assert "chose Permuted(aligner=WeightMatching(" in shown
     assert "matching lowers the barrier" in shown
     assert "few-shot" not in shown
+    document = json.loads((tmp_path / "new" / "rebase" / "rebase.json").read_text())
+    assert document["transport"].startswith("Auto(")
+    assert document["chosen"].startswith("Permuted(")
+    assert document["barriers"]["after"] < 1e-3 < document["barriers"]["before"]
+    assert f"from {document['barriers']['before']:.3f} to" in document["why"]
     run = RunFolder.open(tmp_path / "new", writes=False)
     assert (run.manifest.trained, run.manifest.finished) == (1, False)
+    assert run.manifest.data == "buffer(52 per class, unlabelled)"
     assert main(["fit", "--resume", str(tmp_path / "new")]) == 0
     run = RunFolder.open(tmp_path / "new", writes=False)
     assert (run.manifest.trained, run.manifest.finished) == (2, True)
     assert not list(tmp_path.glob(".*"))
+    assert data_of(results_of(tmp_path / "new")) == {"buffer(52 per class, unlabelled)"}
 
 
 def test_what_cannot_be_carried_over_is_said(made, tmp_path, capsys):

@@ -183,7 +183,7 @@ def _add(
 ) -> None:
     """Add a merger's model, calibrated or routed or neither, with a row for every task."""
     told = describe_merger(
-        merger, adaptation=run.adaptation, search=search, calibration=calibration, routing=routing
+        merger, vectors=run.folder.manifest.data, adaptation=run.adaptation, search=search, calibration=calibration, routing=routing
     )
     results.describe(name, **told)
     for task, row in enumerate(rows):

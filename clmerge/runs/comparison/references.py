@@ -30,9 +30,10 @@ def add_references(results: Results, run: StoredRun, cache: RowCache, joint: Sto
     weights = 4 * run.num_parameters
     grows = list(itertools.accumulate(run.bank.path(task).stat().st_size for task in tasks))
     expert = {setting: run.results.matrix(EXPERT, setting)[np.ix_(tasks, tasks)] for setting in SETTINGS}
-    results.describe(EXPERT, kind="unmerged")
-    results.describe(TASK_ORACLE, kind="per_task")
-    results.describe(ENSEMBLE, kind="ensemble")
+    data = run.folder.manifest.data
+    results.describe(EXPERT, kind="unmerged", data=data)
+    results.describe(TASK_ORACLE, kind="per_task", data=data)
+    results.describe(ENSEMBLE, kind="ensemble", data=data)
     own = expert["task_aware"].diagonal().tolist()
     unknown = [math.nan] * len(tasks)
     for t in range(len(tasks)):
