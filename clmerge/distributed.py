@@ -20,6 +20,20 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return torch.stack(parts).sum(dim=0).to(values.device)
 
 
+def joined_over_processes(values: Tensor) -> Tensor:
+    """Return the rows of all processes of a distributed run on the CPU, in the order of the ranks, on each of them.
+
+    Args:
+        values: ``(N, ...)``; N may differ between processes.
+    """
+    values = values.cpu()
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    parts: list[Tensor] = [values] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, values)
+    return torch.cat(parts)
+
+
 def of_rank_zero(value: Value) -> Value:
     """Return the value of rank zero on every rank, because results may differ bitwise between ranks.
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from clmerge.deploy.predictors import Merged
-from clmerge.evaluation.evaluate import Evaluator
+from clmerge.evaluation.evaluator import Evaluator
 from clmerge.lightning_compat import quiet_lightning
 from clmerge.merging import (
     DARE,

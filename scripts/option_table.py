@@ -15,7 +15,7 @@ import torch
 
 from clmerge.cli import COMMANDS, command_module
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "methods"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # Packages whose classes and Trainer are in the table, too; of other versions than these, it refuses nothing.
 PACKAGES = ("torch", "lightning", "torchvision", "wandb")
 
@@ -30,16 +30,18 @@ def kinds() -> dict[str, type]:
     from clmerge.alignment import Aligner, Transport
     from clmerge.deploy.calibration import Calibration
     from clmerge.deploy.routing import Routing
+    from clmerge.evaluation.probes import Probe
     from clmerge.merging import Finisher, Merger, Sparsifier
     from clmerge.models import Backbone, Head, Tuning
     from clmerge.runs.launching import Launcher
     from clmerge.streams import DataSource, SourceGroup, Stream
+    from clmerge.streams.transforms import StreamTransform, Trigger
     from clmerge.training.exchange_rules import ExchangeRule
     from clmerge.training.regularizers import Regularizer
     from clmerge.training.trajectory import TrajectoryRule
 
     own = (Merger, Sparsifier, Finisher, Stream, DataSource, SourceGroup, Backbone, Head, Tuning, Regularizer)
-    own = (*own, TrajectoryRule, ExchangeRule, Launcher)
+    own = (*own, TrajectoryRule, ExchangeRule, Launcher, StreamTransform, Trigger, Probe)
     return {
         base.__name__: base
         for base in (*own, Transport, Aligner, Calibration, Routing, Optimizer, Transform, Callback, Logger)
@@ -173,10 +175,10 @@ def summary_of(kind: type) -> str:
     return " ".join(text.split())
 
 
-def methods() -> dict[str, str]:
-    """Return the first sentence of every file of a method."""
+def configurations(folder: str) -> dict[str, str]:
+    """Return the first sentence of every configuration in a folder."""
     found = {}
-    for file in sorted(CONFIGS.glob("*.yaml")):
+    for file in sorted((CONFIGS / folder).glob("*.yaml")):
         comment = itertools.takewhile(lambda line: line.startswith("# "), file.read_text("utf-8").splitlines())
         found[file.stem] = " ".join(line.removeprefix("# ") for line in comment).partition(". ")[0]
     return found
@@ -198,5 +200,6 @@ def option_table() -> dict[str, Any]:
             path: {"summary": summary_of(kind), "needs": needs_of(kind), "options": class_options(kind)}
             for kind, path in sorted(classes.items(), key=lambda item: item[1])
         },
-        "methods": methods(),
+        "methods": configurations("methods"),
+        "scenarios": configurations("scenarios"),
     }

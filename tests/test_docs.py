@@ -239,6 +239,12 @@ PYTHON = {
     ("evaluate.md", 0): (on_images, lambda found: found["found"].shape == (2, 96)),
     ("linearized.md", 0): (in_a_module, lambda found: found["MyModule"]()),
     ("mergers.md", 0): (dict, lambda found: found["here"].tasks == (0,)),
+    ("probes.md", 0): (
+        dict,
+        lambda found: (
+            found["Distance"]().measure({"w": torch.full((2, 2), 2.0)}, {"w": torch.zeros(2, 2)}, None).value == 4
+        ),
+    ),
     ("removing.md", 0): (in_a_project, lambda found: found["merge"].mergers["magmax"].tasks == (1,)),
     ("results.md", 0): (in_a_run, lambda found: found["results"].num_finished == 2),
     ("search.md", 0): (dict, lambda found: abs(found["best"]["scale"] - 0.5) < 0.1 and len(found["tried"]) == 40),

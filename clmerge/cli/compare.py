@@ -29,6 +29,7 @@ examples:
   clmerge compare runs/digits --joint runs/all-classes --diagnose
   clmerge compare runs/digits --mergers MagMax --calibrations SampleTuning
   clmerge compare runs/digits --mergers TaskArithmetic --routings Smile DAM
+  clmerge compare runs/digits --mergers TIES MagMax --probes CalibrationError
   clmerge compare --mergers.help TIES
 """
 
@@ -39,13 +40,16 @@ def build_parser() -> "CommandParser":
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses
     from clmerge.deploy.calibration import Calibration
     from clmerge.deploy.routing import Routing
+    from clmerge.evaluation.probes import Probe
     from clmerge.merging import Finisher, Merger, Objective, Sparsifier
     from clmerge.merging.strategies.methods import Method
     from clmerge.streams import AdaptationData
     from clmerge.streams.plan import Evaluation
+    from clmerge.streams.transforms import Trigger
 
     set_policy()
-    CommandParser.class_names = known_subclasses((Merger, Objective, Sparsifier, Finisher, Calibration, Routing))
+    models = (Calibration, Routing, Probe, Trigger)
+    CommandParser.class_names = known_subclasses((Merger, Objective, Sparsifier, Finisher, *models))
     parser = CommandParser(
         prog="clmerge compare",
         usage="clmerge compare RUN [RUN ...] [--mergers A B ...] [--calibrations A B ...] [--routings A B ...] "
@@ -64,6 +68,7 @@ def build_parser() -> "CommandParser":
         "Routed models around every merged one, each a model of its own such as magmax+smile (default: none). The "
         "nearest centroid and the oracle of their experts are added."
     )
+    probes_help = "Numbers beside the accuracies, measured of every model, such as AttackSuccess (default: none)."
     scale_help = "Values of scale to choose from on validation images: first:last:step or a,b,c."
     grid_help = (
         "Values of other parameters, for example TIES.density=0.1,0.2, Pipeline.finisher.scale=0.5,1 or, one parameter "
@@ -101,6 +106,7 @@ def build_parser() -> "CommandParser":
     parser.add_argument("--mergers", type=list[Merger], default=[], help="Mergers (default: those of the first run).")
     parser.add_argument("--calibrations", type=list[Calibration], default=[], help=calibrations_help)
     parser.add_argument("--routings", type=list[Routing], default=[], help=routings_help)
+    parser.add_argument("--probes", type=list[Probe], default=[], help=probes_help)
     parser.add_argument("--scale", type=str | None, default=None, help=scale_help)
     parser.add_argument("--grid", type=str, nargs="+", default=[], metavar="NAME.PARAMETER=VALUES", help=grid_help)
     parser.add_argument("--search", type=Method | None, default=None, help=search_help)
@@ -165,6 +171,7 @@ def _compare(config: Any, objects: Any, adaptation: "AdaptationData | None") -> 
     from clmerge.report.groups import group_labels
     from clmerge.report.runs import Run
     from clmerge.report.study import make_study
+    from clmerge.results.probe_table import probe_text
     from clmerge.results.results import Results, to_document
     from clmerge.runs.comparison.compare import Request, check_alike, check_request, compare_run
     from clmerge.runs.comparison.row_cache import RowCache
@@ -200,6 +207,7 @@ def _compare(config: Any, objects: Any, adaptation: "AdaptationData | None") -> 
             calibrations=objects.calibrations,
             routings=objects.routings,
             soups=soups,
+            probes=objects.probes,
         )
 
     def opened(path: str, name: str) -> "tuple[StoredRun, Any]":
@@ -244,6 +252,9 @@ def _compare(config: Any, objects: Any, adaptation: "AdaptationData | None") -> 
     else:
         runs = zip(config.runs, found, configs, strict=True)
         print_comparison(make_study([Run(Path(path).resolve(), each, config=own) for path, each, own in runs]))
+        for each in found:
+            if text := probe_text(each):
+                print(f"{each.name}: {text}\n" if len(found) > 1 else f"{text}\n")
         tell(f"results   {out / 'results.json'}", file=sys.stdout)
         if command:
             tell(f"W&B       {command}", file=sys.stdout)

@@ -1,7 +1,8 @@
 """``clmerge evaluate``: the accuracy of models of a finished run, or of a checkpoint, on any stream."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,8 +10,12 @@ from clmerge.cli.messages import complain
 from clmerge.names import tell
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
     from clmerge.cli.parser import CommandParser
-    from clmerge.evaluation.evaluate import Rows
+    from clmerge.deploy.predictors import Predictor
+    from clmerge.evaluation.evaluator import Rows
+    from clmerge.evaluation.probes import Probe
     from clmerge.models import Backbone
     from clmerge.results.results import Results
     from clmerge.runs.session import Session
@@ -33,13 +38,15 @@ def build_parser() -> "CommandParser":
     from clmerge.cli.named_code import set_policy
     from clmerge.cli.open_run import ALLOW_HELP
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses, load_all
+    from clmerge.evaluation.probes import Probe
     from clmerge.models import Backbone
     from clmerge.streams import DataSource, Stream
     from clmerge.streams.plan import Evaluation
+    from clmerge.streams.transforms import Trigger
 
     load_all("clmerge.streams")
     set_policy()
-    CommandParser.class_names = known_subclasses((Stream, DataSource, Backbone))
+    CommandParser.class_names = known_subclasses((Stream, DataSource, Backbone, Probe, Trigger))
     parser = CommandParser(
         prog="clmerge evaluate",
         usage="clmerge evaluate RUN|CHECKPOINT [--models A B ...] [--stream CLASS ...] [options]",
@@ -57,6 +64,7 @@ def build_parser() -> "CommandParser":
     split_help = (
         "Which images; all are those of training, validation and test, for a folder that nothing was trained on."
     )
+    probes_help = "Numbers beside the accuracies, measured of every model, such as CalibrationError (default: none)."
     evaluation_help = "What the table shows: task_agnostic accuracy, or task_aware (default: what the stream does)."
     out_help = "Folder for results.json, with one row per model, the same after every task."
     parser.add_argument("target", type=str, metavar="RUN|CHECKPOINT", help="A finished run, or a file of weights.")
@@ -64,6 +72,7 @@ def build_parser() -> "CommandParser":
     parser.add_subclass_arguments(Stream, "stream", required=False, help=stream_help)
     parser.add_subclass_arguments(Backbone, "backbone", required=False, help=backbone_help)
     parser.add_argument("--split", type=Literal["test", "val", "all"], default="test", help=split_help)
+    parser.add_argument("--probes", type=list[Probe], default=[], help=probes_help)
     parser.add_argument("--evaluation", type=Evaluation | None, default=None, help=evaluation_help)
     parser.add_argument("--out", type=str | None, default=None, help=out_help)
     parser.add_argument("--allow", type=str, nargs="+", default=[], metavar="PACKAGE", help=ALLOW_HELP)
@@ -101,6 +110,7 @@ def _of_run(config: Any, parser: "CommandParser") -> "Found":
     quiet_lightning()
     run, _ = open_run(config.target, name=Path(config.target).resolve().name, allow=config.allow, merges_again=False)
     own = config.stream is None
+    probes = parser.instantiate(config).probes
     names = config.models or [name for name in run.models.names if own or not run.results.model(name).needs_task]
     if own:
         predictors = {run.models.resolve(name): run.predictor(name) for name in names}
@@ -112,14 +122,14 @@ def _of_run(config: Any, parser: "CommandParser") -> "Found":
         results = session.new_results(f"{run.name} on {stream.name}")
     if config.split == "val" and not session.has_validation:
         raise ValueError(f"expected validation images for --split val, got a stream without: {session.stream.name}")
-    trainer = run.trainers.for_evaluation(f"{run.name}: {config.split} images")
-    rows = session.evaluate(trainer, predictors, len(session.tasks) - 1, split=config.split, confusion=True)
+    trainer = partial(run.trainers.for_evaluation, f"{run.name}: {config.split} images")
+    rows = _rows(session, predictors, config, probes, trainer)
     for name in predictors:
         found = run.results.model(name)
         if name != ZERO_SHOT:
             results.describe(name, kind=found.kind, rule=found.rule, data=found.data)
     results.path = str(run.folder.path)
-    return _filled(results, session, rows, config)
+    return _filled(results, session, rows, config, probes)
 
 
 def _of_checkpoint(config: Any, parser: "CommandParser") -> "Found":
@@ -142,10 +152,39 @@ def _of_checkpoint(config: Any, parser: "CommandParser") -> "Found":
     session = Session(stream, module, data)
     module.begin_stream(len(stream.class_names), stream.class_prompts)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    trainer = Trainer(devices=1, enable_progress_bar=sys.stderr.isatty(), **quiet)  # type: ignore[arg-type]
     name = Path(config.target).stem
-    rows = session.evaluate(trainer, {name: Merged()}, len(session.tasks) - 1, split=config.split, confusion=True)
-    return _filled(session.new_results(f"{name} on {stream.name}"), session, rows, config)
+
+    def trainer(*, gradients: bool) -> Trainer:
+        shown = sys.stderr.isatty()
+        return Trainer(devices=1, enable_progress_bar=shown, inference_mode=not gradients, **quiet)  # type: ignore[arg-type]
+
+    rows = _rows(session, {name: Merged()}, config, objects.probes, trainer)
+    return _filled(session.new_results(f"{name} on {stream.name}"), session, rows, config, objects.probes)
+
+
+def _rows(
+    session: "Session",
+    predictors: "Mapping[str, Predictor]",
+    config: Any,
+    probes: "Sequence[Probe]",
+    trainer: "Callable[..., Trainer]",
+) -> "Rows":
+    """Return accuracies, answers by class and findings of every predictor."""
+    from clmerge.evaluation.probes import check_probes
+    from clmerge.evaluation.probes.measuring import needs_gradient
+
+    if probes and config.split != "test":
+        raise ValueError(f"expected --split test with --probes, which look at test images, got {config.split}")
+    check_probes(probes, session.stream)
+    last = len(session.tasks) - 1
+    return session.evaluate(
+        trainer(gradients=needs_gradient(probes)),
+        predictors,
+        last,
+        split=config.split,
+        confusion=True,
+        probing=session.probing(probes, last),
+    )
 
 
 def _recorded_backbone(parser: "CommandParser", file: str) -> "Backbone":
@@ -188,18 +227,24 @@ def _is_path(pretrained: object) -> bool:
     return isinstance(pretrained, str) and bool(Path(pretrained).suffix)
 
 
-def _filled(results: "Results", session: "Session", rows: "Rows", config: Any) -> "Found":
+def _filled(results: "Results", session: "Session", rows: "Rows", config: Any, probes: "Sequence[Probe]") -> "Found":
     from clmerge.runs.foreign_stream import final_rows
 
     results.evaluation = config.evaluation or session.evaluation
     results.set_samples([session.num_images(task.index, config.split) for task in session.tasks])
     results.split = config.split
-    return final_rows(results, rows), rows
+    found = final_rows(results, rows)
+    about = {probe.name: probe.described() for probe in probes}
+    for name, row in rows.items():
+        for probe, measured in row.get("probes", {}).items():
+            found.add_probe(name, probe, measured, **about[probe])
+    return found, rows
 
 
 def _show(results: "Results", rows: "Rows", config: Any) -> int:
     import json
 
+    from clmerge.results.probe_table import probe_text
     from clmerge.results.results import to_document
     from clmerge.results.table import final_text
     from clmerge.weights import write_json_atomic
@@ -212,6 +257,8 @@ def _show(results: "Results", rows: "Rows", config: Any) -> int:
         print(json.dumps(document, indent=2))
         return 0
     print(final_text(results, rows, split=config.split))
+    if found := probe_text(results):
+        print(f"\n{found}")
     if config.out is not None:
         tell(f"results   {Path(config.out) / 'results.json'}", file=sys.stdout)
     return 0

@@ -64,11 +64,13 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     from clmerge.cli.parser import CommandFormatter, CommandParser, known_subclasses, load_all
     from clmerge.deploy.calibration import Calibration
     from clmerge.deploy.routing import Routing
+    from clmerge.evaluation.probes import Probe
     from clmerge.merging import Merger, Objective
     from clmerge.models import Backbone, Head, Tuning
     from clmerge.runs.launching import Launcher
     from clmerge.runs.learner import Learner
     from clmerge.streams import AdaptationData, DataSource, Stream, StreamDataModule
+    from clmerge.streams.transforms import StreamTransform, Trigger
     from clmerge.training.module import ContinualClassifier
     from clmerge.training.regularizers import Regularizer
 
@@ -76,7 +78,7 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     set_policy()
     Logging.__dataclass_fields__["extra"].type = list[lightning_loggers.Logger]
     Logging.__annotations__["extra"] = list[lightning_loggers.Logger]
-    models = (Backbone, Head, Tuning, Regularizer, Calibration, Routing, Optimizer)
+    models = (Backbone, Head, Tuning, Regularizer, Calibration, Routing, Probe, StreamTransform, Trigger, Optimizer)
     bases = (Merger, Objective, Stream, DataSource, Launcher, *models, Callback, lightning_loggers.Logger)
     CommandParser.class_names = known_subclasses(bases)
     parser = CommandParser(
@@ -115,6 +117,8 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     fast_help = "Go the whole path with one batch of images of every task, in a folder that is removed afterwards."
     parser.add_argument("--fast_dev_run", "--fast-dev-run", action="store_true", help=fast_help)
     parser.add_subclass_arguments(Stream, "stream", help="The tasks.")
+    transforms_help = "What the tasks are turned into before training, such as Poisoned; one after another."
+    parser.add_argument("--transforms", type=list[StreamTransform], default=[], help=transforms_help)
     parser.add_class_arguments(ContinualClassifier, "model")
     parser.add_argument("--mergers", type=list[Merger], help="Mergers that ride on the run, by class name.")
     parser.add_class_arguments(StreamDataModule, "data", skip={"seed"})
@@ -152,7 +156,17 @@ def main(argv: Sequence[str]) -> int:
     return _run(arguments, resumed, launcher)
 
 
-_LISTS = ("--mergers", "--calibrations", "--learner.calibrations", "--routings", "--learner.routings", "--seeds")
+_LISTS = (
+    "--mergers",
+    "--calibrations",
+    "--learner.calibrations",
+    "--routings",
+    "--learner.routings",
+    "--probes",
+    "--learner.probes",
+    "--transforms",
+    "--seeds",
+)
 
 
 def spread_lists(argv: Sequence[str]) -> list[str]:
@@ -311,6 +325,7 @@ def build_run(
     without_extra.logging.extra = []  # built when the run has a folder, to which they write
     objects = parser.instantiate(without_extra)
     objects.data.seed = config.seed
+    objects.stream.turned_into(objects.transforms)
     check = leave_unreadable_out(objects.stream, config, known)
     learner = Learner(
         objects.stream,
@@ -422,6 +437,7 @@ def trainer_factory(config: Any) -> Any:
 def _print_table(results: "Results") -> None:
     from rich.console import Console
 
+    from clmerge.results.probe_table import probe_text
     from clmerge.results.table import render_table, render_text
 
     console = Console()
@@ -429,6 +445,8 @@ def _print_table(results: "Results") -> None:
         console.print(render_table(results, width=console.width))
     else:
         print(render_text(results, width=100))
+    if found := probe_text(results):
+        print(f"\n{found}")
     print(flush=True)
 
 

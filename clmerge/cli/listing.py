@@ -20,15 +20,20 @@ TOPICS = {
     "augmentations": ("Transform",),
     "calibrations": ("Calibration",),
     "routings": ("Routing",),
+    "transforms": ("StreamTransform",),
+    "triggers": ("Trigger",),
+    "probes": ("Probe",),
     "sparsifiers": ("Sparsifier",),
     "finishers": ("Finisher",),
     "loggers": ("Logger",),
     "methods": (),
+    "scenarios": (),
 }
 EPILOG = """\
 examples:
   clmerge list mergers
   clmerge list methods           # the configurations in configs/methods
+  clmerge list scenarios         # those in configs/scenarios
   clmerge list sources --json
 """
 
@@ -83,8 +88,9 @@ def entries(topic: str) -> list[dict[str, Any]]:
         ['CosineHead', 'LinearHead', 'ZeroShotHead']
     """
     table = option_table()
-    if topic == "methods":
-        return [{"name": name, "summary": text, "needs": []} for name, text in table.methods.items()]
+    if topic in ("methods", "scenarios"):
+        own = table.methods if topic == "methods" else table.scenarios
+        return [{"name": name, "summary": text, "needs": []} for name, text in own.items()]
     found = []
     for kind in TOPICS[topic]:
         for name, path in table.kinds[kind].items():

@@ -179,6 +179,7 @@ def _built(path: str, allow: Sequence[str]) -> "tuple[RunFolder, Any, Any]":
     seed_everything(config.seed, workers=True, verbose=False)
     objects = parser.instantiate(config)
     objects.data.seed = config.seed
+    objects.stream.turned_into(objects.transforms)
     return folder, config, objects
 
 

@@ -26,6 +26,7 @@ class OptionTable:
         kinds: By base class: import paths of its classes by name.
         classes: By import path: ``summary``, ``needs`` and ``options``, the types of its settings by name.
         methods: Summaries of the files in ``configs/methods`` by name.
+        scenarios: Summaries of the files in ``configs/scenarios`` by name.
     """
 
     def __init__(self, table: Mapping[str, Any]) -> None:
@@ -33,6 +34,7 @@ class OptionTable:
         self.kinds: Mapping[str, Mapping[str, str]] = table["kinds"]
         self.classes: Mapping[str, Mapping[str, Any]] = table["classes"]
         self.methods: Mapping[str, str] = table["methods"]
+        self.scenarios: Mapping[str, str] = table["scenarios"]
         self._versions: Mapping[str, str] = table["versions"]
         self._same: bool | None = None
 

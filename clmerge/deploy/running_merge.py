@@ -207,6 +207,14 @@ class RunningMerge:
             raise RuntimeError("expected at least one merged task, got none: fit first")
         return self.mergers[name].compute()
 
+    def merged_weights(self, name: str | None = None) -> dict[str, Tensor]:
+        """Return theta_0 plus the merged vector of the tasks so far, under the names of theta_0.
+
+        Args:
+            name: Name of the merger; default the deployed one.
+        """
+        return apply_task_vector(self.base, self.merged_vector(name))
+
     def merged_state(self, name: str | None = None) -> dict[str, Tensor]:
         """Return theta_0 plus the merged vector of the tasks so far: dense weights by dense names, to save.
 
@@ -216,7 +224,7 @@ class RunningMerge:
             Weights in the base's dtypes, and running statistics if ``buffers`` is not ``"latest"``. A parameter with
             several names (tied weights) is included under each of them.
         """
-        merged = apply_task_vector(self.base, self.merged_vector(name))
+        merged = self.merged_weights(name)
         tied = {
             other: merged[first].clone() for first, others in self._tied.items() if first in merged for other in others
         }

@@ -1,180 +1,21 @@
 """Evaluate several predictors on all tasks of a stream in one pass over the images."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
-from typing_extensions import override
 
 from clmerge.deploy.predictors import Predictor
 from clmerge.distributed import sum_over_processes
+from clmerge.evaluation.evaluator import Evaluator, Rows
+from clmerge.evaluation.probes.measuring import Probing, measure
 from clmerge.models import Classifier
-from clmerge.results.confusion import Confusion, Confusions, ModelRow
-from clmerge.results.contract import SETTINGS
-from clmerge.results.metrics import TaskAccuracy
-from clmerge.results.metrics.confusion import ConfusionCounts
 from clmerge.streams import StreamDataModule
-from clmerge.weights.exchange import Exchange
 from clmerge.weights.modes import eval_mode
 
-Rows = dict[str, ModelRow]
 Split: TypeAlias = Literal["val", "test", "all"]
-
-
-class _Pass:
-    """Runs the module on one batch with any weights."""
-
-    def __init__(self, module: nn.Module, exchange: Exchange, images: Tensor) -> None:
-        self.images = images
-        self._module, self._exchange = module, exchange
-
-    def __call__(self, state: Mapping[str, Tensor]) -> Tensor:
-        self._exchange.put(state)
-        logits: Tensor = self._module(self.images)
-        return logits.float()
-
-
-class Evaluator(LightningModule):
-    """Score predictors; images are decoded and moved to the device once, and shared parts are computed once.
-
-    Args:
-        module: The classifier.
-        predictors: Predictors by name. Their weights have the module's parameter and buffer names, without the
-            ``_orig_mod.`` of ``torch.compile``; the module's own are used for missing names.
-        task_classes: Global class ids of every task.
-        num_classes: Number of classes ``C`` of the stream.
-        confusion: Whether answers are counted by class, too.
-    """
-
-    def __init__(
-        self,
-        module: Classifier,
-        predictors: Mapping[str, Predictor],
-        task_classes: Sequence[Sequence[int]],
-        num_classes: int,
-        *,
-        confusion: bool = False,
-    ) -> None:
-        super().__init__()
-        self.module = module
-        self.predictors = dict(predictors)
-        self.task_classes = task_classes
-        self._exchange: Exchange | None = None
-        self._rows: Rows = {}
-        self._routed: dict[str, Tensor] = {}
-        self._accuracies = {name: TaskAccuracy(len(task_classes), num_classes, task_classes) for name in predictors}
-        self._order = list(dict.fromkeys(class_id for classes in task_classes for class_id in classes))
-        counted = self.predictors if confusion else {}
-        self._answers = {name: ConfusionCounts(num_classes, task_classes) for name in counted}
-        # A ModuleDict refuses names with dots, and mergers are named after settings such as density0.1.
-        self.metrics = nn.ModuleList([*self._accuracies.values(), *self._answers.values()])
-
-    @override
-    def on_test_start(self) -> None:
-        # Here, because the Trainer has moved the module to its device by now.
-        names = {
-            key for name, predictor in self.predictors.items() for key in predictor.prepare(partial(self._place, name))
-        }
-        self._exchange = Exchange(self.module, names, share=len(self.predictors) > 1).__enter__()
-
-    def _place(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        if self._exchange is not None:
-            self._exchange.put({})
-        state = _own_names(self.module, make(), name)
-        return {key: value.to(self.device) for key, value in state.items()}
-
-    @override
-    def on_test_end(self) -> None:
-        self.restore()
-
-    def restore(self) -> None:
-        """Restore the module's own weights, also after an exception."""
-        if self._exchange is not None:
-            self._exchange.__exit__()
-            self._exchange = None
-
-    @override
-    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
-        images, labels, tasks = batch
-        exchange = self._exchange
-        assert exchange is not None
-        exchange.next_input()
-
-        compute = _Pass(self.module, exchange, images)
-        for name, predictor in self.predictors.items():
-            scores = predictor.scores(compute, tasks)
-            self._accuracies[name].update(scores, labels, tasks)
-            if name in self._answers:
-                known = torch.tensor([predictor.knows(task) for task in tasks.tolist()], device=tasks.device)
-                self._answers[name].update(scores[known], labels[known], tasks[known])
-            if predictor.choices is not None:
-                self._count(name, *predictor.choices, tasks)
-
-    def _count(self, name: str, chosen_from: Sequence[int], shares: Tensor, tasks: Tensor) -> None:
-        """Add up, by task of the images, the share of the choices that are right, and the images."""
-        known = torch.zeros(len(shares), len(self.task_classes), dtype=torch.float64)
-        known[:, list(chosen_from)] = shares.double().cpu()
-        own = tasks.cpu()
-        right = known.gather(1, own.unsqueeze(1))[:, 0]
-        counts = self._routed.setdefault(name, torch.zeros(2, len(self.task_classes), dtype=torch.float64))
-        counts.index_add_(1, own, torch.stack([right, torch.ones_like(right)]))
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        # Counts of several processes are added here, while they are on a device with collectives.
-        for name, accuracy in self._accuracies.items():
-            predictor, result = self.predictors[name], accuracy.compute()
-            aware, agnostic = (result[kind].reshape(-1).tolist() for kind in ("task_aware", "task_agnostic"))
-            aware = [value if predictor.knows(task) else math.nan for task, value in enumerate(aware)]
-            agnostic = [math.nan] * len(agnostic) if predictor.needs_task else agnostic
-            self._rows[name] = {"task_agnostic": agnostic, "task_aware": aware}
-            if name in self._answers:
-                self._rows[name]["confusion"] = self._confusions(name)
-            if predictor.choices is not None:
-                right, total = sum_over_processes(self._routed[name])
-                known = {*predictor.choices[0]}
-                shares = torch.where(total > 0, right / total, torch.nan).tolist()
-                self._rows[name]["routing_accuracy"] = [s if t in known else math.nan for t, s in enumerate(shares)]
-
-    def _confusions(self, name: str) -> Confusions:
-        counts = self._answers[name].compute().cpu().numpy()
-        found = {setting: Confusion.of_counts(counts[index], self._order) for index, setting in enumerate(SETTINGS)}
-        if self.predictors[name].needs_task:
-            del found["task_agnostic"]
-        return found
-
-    def rows(self) -> Rows:
-        """Return the row of every predictor by its name.
-
-        A predictor that chooses among tasks has ``routing_accuracy``, too.
-
-        Raises:
-            RuntimeError: If ``trainer.test`` has not run.
-        """
-        if not self._rows and self.predictors:
-            raise RuntimeError("expected an Evaluator that has run, got a new one; call trainer.test first")
-        return self._rows
-
-
-def _own_names(module: nn.Module, state: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
-    """Rename the tensors of ``state`` to the names that ``functional_call`` needs; it would ignore any other."""
-    own = {
-        name.replace("_orig_mod.", ""): (name, tensor.shape)
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
-    }
-    for name, tensor in state.items():
-        if name not in own or own[name][1] != tensor.shape:
-            got = f"shape {tuple(own[name][1])}" if name in own else "none of that name"
-            raise RuntimeError(
-                f"expected {name!r} of shape {tuple(tensor.shape)} in {type(module).__name__}, as model "
-                f"{model!r} has it, got {got}; use the architecture its weights were made with"
-            )
-    return {own[name][0]: tensor for name, tensor in state.items()}
 
 
 def evaluate(
@@ -188,11 +29,12 @@ def evaluate(
     split: Split = "test",
     tasks: Sequence[int] | None = None,
     confusion: bool = False,
+    probing: Probing | None = None,
 ) -> Rows:
     """Return the accuracy of every predictor on every task, from one ``trainer.test``.
 
     Args:
-        trainer: A Trainer without a MergeCallback.
+        trainer: A Trainer without a MergeCallback; with ``inference_mode=False`` if a probe needs gradients.
         module: The classifier; unchanged afterwards.
         predictors: Predictors by name.
         data: Provides the test images of all tasks.
@@ -202,17 +44,23 @@ def evaluate(
         tasks: Indices of the tasks to evaluate on; default all.
         confusion: Whether answers are counted by class, too. Counts of C classes take 16 C (C + 1) bytes for every
             predictor, on its device; of more than 2000 classes pairs are not counted.
+        probing: Probes of the predictors. Those that look at the test images do so in the same pass; other images and
+            weights follow.
 
     Returns:
         Name -> ``task_agnostic`` and ``task_aware``, one accuracy in [0, 1] per task; NaN for a task without test
         images or unknown to the predictor, and for every ``task_agnostic`` accuracy of a predictor that needs the task.
         With ``confusion``, also a :class:`clmerge.results.confusion.Confusion` for every reading that is defined, over
-        the images of the tasks that the predictor knows.
+        the images of the tasks that the predictor knows. With ``probing``, ``probes``: the findings by probe.
 
     Raises:
         RuntimeError: If names or shapes of weights differ from the module's.
     """
-    evaluator = Evaluator(module, predictors, task_classes, num_classes, confusion=confusion)
+    riding = () if probing is None else probing.riding
+    reading = "task_agnostic" if probing is None else probing.occasion.reading
+    evaluator = Evaluator(
+        module, predictors, task_classes, num_classes, confusion=confusion, probes=riding, reading=reading
+    )
     try:
         if split == "test" and (tasks is None or len(tasks) == len(task_classes)):
             trainer.test(evaluator, datamodule=data, verbose=False)
@@ -220,7 +68,11 @@ def evaluate(
             trainer.test(evaluator, dataloaders=data.eval_dataloader(split, tasks), verbose=False)
     finally:
         evaluator.restore()
-    return evaluator.rows()
+    rows = evaluator.rows()
+    if probing is not None:
+        for name, found in measure(trainer, module, predictors, data, probing, evaluator.seen()).items():
+            rows[name]["probes"] = found
+    return rows
 
 
 @torch.no_grad()

@@ -10,6 +10,9 @@ Names have exactly one slash, so that grouping by the first and by the last slas
     cl_accuracy_MODEL/TASK             accuracy on one task: the forgetting curves of a model; long names of tasks are
                                        shortened, as in tables
 
+    cl_probe_PROBE/MODEL               what a probe found about a model, such as cl_probe_attack_success/ties
+    cl_probe_PROBE_MODEL/TASK          the same for one task
+
 ``cl_task_aware_...`` is the same in the task-aware reading; all other ``cl_`` names with a model are task-agnostic.
 """
 
@@ -66,7 +69,27 @@ def task_metrics(results: Results, deployed: str | None = None) -> dict[str, flo
             metrics |= {
                 f"{prefix}_accuracy_{part_of_key(model)}/{part_of_key(task)}": accuracy for task, accuracy in row
             }
+    metrics |= probe_metrics(results)
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+def probe_metrics(results: Results) -> dict[str, float]:
+    """Return what probes found about every model after the latest task by its metric name."""
+    metrics: dict[str, float] = {}
+    for model in results.models:
+        for probe, found in results.model(model).probes.items():
+            if "value" not in found:
+                continue
+            metrics[f"cl_probe_{probe}/{part_of_key(model)}"] = _number(found["value"])
+            per_task = zip(results.task_labels(), found.get("per_task", ()), strict=False)
+            metrics |= {
+                f"cl_probe_{probe}_{part_of_key(model)}/{part_of_key(task)}": _number(value) for task, value in per_task
+            }
+    return metrics
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def part_of_key(name: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clmerge.results.contract import Setting
+from clmerge.results.measured import Measured
 
 MOST_CLASSES = 2000  # largest number of classes for which pairs of classes are counted: 32 MB a model and reading
 
@@ -137,13 +138,15 @@ class ModelRow(TypedDict):
 
     ``task_agnostic`` and ``task_aware`` are one accuracy in [0, 1] per task, NaN where undefined; ``confusion``, the
     answers by class, is there where it was asked for; ``routing_accuracy``, the share of each task's images, layers and
-    tokens that are routed to the task, where a model chooses among tasks.
+    tokens that are routed to the task, where a model chooses among tasks; ``probes``, the findings of the probes that
+    were asked for, by their names.
     """
 
     task_agnostic: list[float]
     task_aware: list[float]
     confusion: NotRequired[Confusions]
     routing_accuracy: NotRequired[list[float]]
+    probes: NotRequired[dict[str, Measured]]
 
 
 def summed(confusions: Sequence[Confusion]) -> Confusion:

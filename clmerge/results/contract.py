@@ -143,7 +143,19 @@ def _model(num_tasks: int) -> Check:
             "calibration": record({"class_path": text, "init_args": keyed(anything), "sources": listed(text)}),
         },
     )
-    probe = record({}, {"per_task": listed(maybe(number), num_tasks), "values": keyed(maybe(number)), "n": anything})
+    probe = record(
+        {},
+        {
+            "value": maybe(number),
+            "curve": listed(maybe(number), at_most=num_tasks),
+            "per_task": listed(maybe(number), num_tasks),
+            "values": keyed(maybe(number)),
+            "n": anything,
+            "better": one_of(("higher", "lower")),
+            "share": flag,
+            "probe": text,
+        },
+    )
     figures = _figures(num_tasks)
     return record(
         {"kind": one_of(KINDS), "data": text, "task_agnostic": maybe(figures), "task_aware": figures},

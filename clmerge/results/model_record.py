@@ -24,7 +24,8 @@ class ModelRecord:
         rule: Its merge rule: ``merger`` (class name), ``init_args``, ``requires``, ``order_free``, ``exact_online``;
             None for models that are not merged.
         data: The images that it was adapted to beside the training of its tasks; ``none`` if it used no images.
-        probes: Further measurements by name: ``per_task`` or ``values``, with the count ``n``.
+        probes: Further measurements by name: ``value`` and its ``curve`` over the tasks learned, ``per_task`` or
+            ``values``, with the count ``n``.
         bytes_kept: Bytes kept beside the base model, after every task; None where unknown.
         merge_seconds: Seconds of the update and of computing the merged weights, after every task; None where unknown.
     """
@@ -64,7 +65,8 @@ class ModelRecord:
         """Return a copy with the first rows."""
         cut = {setting: matrix.until(num_rows) for setting, matrix in self.matrices.items()}
         costs = (self.bytes_kept[:num_rows], self.merge_seconds[:num_rows])
-        return ModelRecord(cut, self.kind, self.rule, self.data, dict(self.probes), *costs)
+        probes = {name: _until(probe, num_rows) for name, probe in self.probes.items()}
+        return ModelRecord(cut, self.kind, self.rule, self.data, probes, *costs)
 
     def to_dict(self, figures: Mapping[Setting, Mapping[str, Any]]) -> dict[str, Any]:
         """Return the model in the form of ``results.json``.
@@ -100,6 +102,16 @@ class ModelRecord:
         found.bytes_kept = list(document.get("bytes_kept") or unknown)
         found.merge_seconds = list(document.get("merge_seconds") or unknown)
         return found
+
+
+def _until(probe: Mapping[str, Any], num_rows: int) -> Mapping[str, Any]:
+    """Cut the curve of a probe; what it found of the last task goes with the rest of the curve."""
+    curve = probe.get("curve")
+    if curve is None or len(curve) <= num_rows:
+        return probe
+    about = {key: probe[key] for key in ("better", "share", "probe") if key in probe}
+    value = curve[num_rows - 1] if num_rows else math.nan
+    return {"value": value, "curve": list(curve[:num_rows]), **about}
 
 
 def _known(values: Sequence[float | None]) -> list[float | None] | None:

@@ -17,6 +17,7 @@ from clmerge.results.contract import (
     validate,
     validate_run,
 )
+from clmerge.results.measured import Measured
 from clmerge.results.metrics.continual import Array, Row
 from clmerge.results.metrics.matrix import AccuracyMatrix, Figures, check_row
 from clmerge.results.model_record import ModelRecord, to_json
@@ -144,6 +145,7 @@ class Results:
         self._models: dict[str, ModelRecord] = {}
         self._zero_shot: dict[Setting, list[float]] | None = None
         self._confusions: dict[str, Confusions] = {}
+        self._zero_shot_probes: dict[str, Mapping[str, Any]] = {}
         if samples is not None:
             self.set_samples(samples)
 
@@ -301,6 +303,31 @@ class Results:
         probe: dict[str, Any] = {"per_task": row}
         self._models[model].probes[ROUTING] = probe | ({} if self.samples is None else {"n": list(self.samples)})
 
+    def add_probe(
+        self, model: str, name: str, found: Measured, *, curve: Sequence[float] | None = None, **about: Any
+    ) -> None:
+        """Set what a probe found about a model after the latest task, and add its value to the probe's curve.
+
+        Args:
+            model: One of :attr:`models`, whose row was added.
+            name: Name of the probe.
+            found: The finding.
+            curve: Its values after all tasks, instead.
+            about: What readers need to know of the probe: ``better``, ``share``, ``probe``.
+
+        Raises:
+            ValueError: If there is no such model.
+        """
+        record = self.model(model)
+        document = found.to_dict() | {key: value for key, value in about.items() if value is not None}
+        if curve is not None:
+            document["curve"] = [*[math.nan] * (len(record) - len(curve)), *curve]
+        elif model != ZERO_SHOT:
+            before = list(record.probes.get(name, {}).get("curve", ()))
+            missing = len(record) - 1 - len(before)
+            document["curve"] = [*before, *[math.nan] * missing, found.value]
+        record.probes[name] = document
+
     def add_seconds(self, key: str, value: float) -> None:
         """Add to the seconds spent on an activity.
 
@@ -327,6 +354,7 @@ class Results:
         if model == ZERO_SHOT and self._zero_shot is not None:
             record = ModelRecord.blank(self.num_tasks)
             record.kind = "unmerged"
+            record.probes = self._zero_shot_probes
             for _ in range(self.num_finished):
                 record.add_row([self._zero_shot[setting] for setting in SETTINGS], bytes_kept=0)
             return record
@@ -401,6 +429,7 @@ class Results:
             raise ValueError(f"expected at most {self.num_finished} finished tasks, got {num_finished}")
         earlier = copy.copy(self)
         earlier._models = {name: model.until(num_finished) for name, model in self._models.items()}
+        earlier._zero_shot_probes = dict(self._zero_shot_probes)
         if num_finished < self.num_finished:
             earlier._confusions = {}
         earlier.searches, earlier.orders, earlier.diagnostics, earlier.soups = [], None, None, []
@@ -412,7 +441,7 @@ class Results:
         merged._models = {**other._models, **self._models}
         merged._confusions = {**other._confusions, **self._confusions}
         if merged._zero_shot is None:
-            merged._zero_shot = other._zero_shot
+            merged._zero_shot, merged._zero_shot_probes = other._zero_shot, other._zero_shot_probes
         merged.seconds = {**other.seconds, **self.seconds}
         merged.searches = self.searches + [search for search in other.searches if search not in self.searches]
         orders = [one.orders["models"] for one in (other, self) if one.orders]
@@ -515,6 +544,8 @@ class Results:
             for model, found in document["models"].items()
             if model != ZERO_SHOT
         }
+        if ZERO_SHOT in document["models"]:
+            results._zero_shot_probes = dict(document["models"][ZERO_SHOT].get("probes") or {})
         for model, found in document["models"].items():
             if answers := found.get("confusion"):
                 results._confusions[model] = {s: Confusion.from_dict(answers[s]) for s in SETTINGS if s in answers}

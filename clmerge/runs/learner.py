@@ -4,12 +4,14 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 
 from clmerge.callbacks.progress import Pace, matrix_lines, trainable_line
+from clmerge.evaluation.probes.measuring import needs_gradient
 from clmerge.runs.final_models import save_models
 from clmerge.runs.learner_parts import LearnerParts
 from clmerge.lightning_compat import quiet_lightning
@@ -19,6 +21,7 @@ from clmerge.names import tell
 from clmerge.runs.notices import adaptation_lines, add_place, notices, view_lines
 from clmerge.figures import plot_files, save_plots
 from clmerge.deploy.predictors import Merged, Predictor
+from clmerge.results.confusion import ModelRow
 from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Results
 from clmerge.runs.resume import restore
 from clmerge.runs.launching.task_jobs import TaskJobs, check_apart
@@ -26,7 +29,7 @@ from clmerge.results.run_folder import RunFolder
 from clmerge.runs.task_training import TaskTraining
 from clmerge.search.grid import with_values
 from clmerge.runs.trainers import TrainerFactory, Trainers
-from clmerge.weights import TaskVectorBank
+from clmerge.weights import State, TaskVectorBank, apply_task_vector
 
 
 class Learner(LearnerParts):
@@ -189,9 +192,13 @@ class Learner(LearnerParts):
                 before = seconds[name.rpartition("+")[0]]
                 seconds[name] = None if before is None else before + each
         predictors[EXPERT] = Merged(self.expert())
-        trainer = trainers.for_evaluation(f"evaluating {len(predictors)} models")
+        gradients = needs_gradient(self.probes)
+        trainer = trainers.for_evaluation(f"evaluating {len(predictors)} models", gradients=gradients)
         last = task == len(self.tasks) - 1
-        rows = self.evaluate(trainer, predictors, task, on=self.evaluated_tasks(task), confusion=last)
+        probing = self.probing(self.probes, task, weights=self._dense(), base=self.merge.base)
+        rows = self.evaluate(
+            trainer, predictors, task, on=self.evaluated_tasks(task), confusion=last, probing=probing
+        )
         kept = self._bytes_kept(task)
         for name, row in rows.items():
             accuracies = (row[setting] for setting in SETTINGS)
@@ -200,8 +207,25 @@ class Learner(LearnerParts):
                 results.set_confusion(name, row["confusion"])
             if "routing_accuracy" in row:
                 results.add_routing(name, row["routing_accuracy"])
+            self._add_probes(results, name, row)
         results.add_seconds("evaluate", time.perf_counter() - started)
         self._commit(run, results, task)
+
+    def _dense(self) -> dict[str, Callable[[], State]]:
+        """Return what computes the merged parameters of every model that is one set of weights."""
+        if not self.mergers:
+            return {}
+        merge = self.merge
+        found = {
+            name: partial(merge.merged_weights, name) for name, merger in self.mergers.items() if not merger.task_views
+        }
+        own = lambda: apply_task_vector(merge.base, merge.task_vector(self.module))  # noqa: E731  one of many alike
+        return {**found, EXPERT: own}
+
+    def _add_probes(self, results: Results, name: str, row: ModelRow) -> None:
+        about = {probe.name: probe.described() for probe in self.probes}
+        for probe, found in row.get("probes", {}).items():
+            results.add_probe(name, probe, found, **about[probe])
 
     def _skip(self, run: RunFolder, results: Results, task: int) -> None:
         """Add undefined rows for a task after which nothing is evaluated."""
@@ -218,10 +242,13 @@ class Learner(LearnerParts):
     def _evaluate_zero_shot(self, run: RunFolder, trainers: Trainers, results: Results) -> None:
         started = time.perf_counter()
         if self.module.head.open_vocabulary:
-            trainer = trainers.for_evaluation("evaluating zero-shot")
-            row = self.evaluate(trainer, {ZERO_SHOT: Merged()}, 0, confusion=True)[ZERO_SHOT]
+            trainer = trainers.for_evaluation("evaluating zero-shot", gradients=needs_gradient(self.probes))
+            base = self.merge.base
+            probing = self.probing(self.probes, len(self.tasks) - 1, weights={ZERO_SHOT: lambda: base} if base else {}, base=base, last=True)
+            row = self.evaluate(trainer, {ZERO_SHOT: Merged()}, 0, confusion=True, probing=probing)[ZERO_SHOT]
             results.set_zero_shot(row["task_agnostic"], row["task_aware"])
             results.set_confusion(ZERO_SHOT, row["confusion"])
+            self._add_probes(results, ZERO_SHOT, row)
         results.add_seconds("evaluate", time.perf_counter() - started)
         run.manifest.results = results.to_dict()
         run.commit()

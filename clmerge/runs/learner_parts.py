@@ -11,6 +11,7 @@ from clmerge.callbacks import MergeCallback
 from clmerge.deploy.naming import check_names, check_settings
 from clmerge.deploy.routing import Routing
 from clmerge.deploy.routing.routed_models import RoutedModels
+from clmerge.evaluation.probes import Probe, check_probes
 from clmerge.statistics.provided import PROVIDED
 from clmerge.merging import Merger, Statistics, WeightAverage
 from clmerge.training.module import ContinualClassifier
@@ -69,6 +70,7 @@ class LearnerParts(Session):
         adaptation: Images that mergers and routings learn on after every task; default the validation images,
             unlabelled.
         routings: Routed models around every merged model after every task; each adds models such as ``magmax+smile``.
+        probes: Numbers beside the accuracies, measured of every model, such as the success rate of an attack.
         seed: Seed of initialisation, order of samples, augmentation and dropout, each fixed per task.
 
     Attributes:
@@ -107,6 +109,7 @@ class LearnerParts(Session):
         calibrations: list[Calibration] | None = None,
         adaptation: AdaptationData | None = None,
         routings: list[Routing] | None = None,
+        probes: list[Probe] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -127,6 +130,7 @@ class LearnerParts(Session):
         self.branch_starts, self.branch_settings = branch_starts, branch_settings
         self.branch_steps: int | None = None
         self.evaluate_every, self.evaluate_on = evaluate_every, evaluate_on
+        self.probes = list(probes or ())
         self.keep_task_vectors = keep_task_vectors
         self.merge = MergeCallback(
             mergers,
@@ -168,6 +172,7 @@ class LearnerParts(Session):
                 branches are impossible; or if images are replayed with a loss that leaves their classes out.
         """
         self._check_training()
+        check_probes(self.probes, self.stream)
         check_names(self.merge.mergers, [*self.calibrated.calibrations, *self.routed.routings])
         if not self.mergers:
             return
@@ -270,6 +275,7 @@ class LearnerParts(Session):
             "evaluation": self.evaluation,
             "evaluate_every": self.evaluate_every,
             "evaluate_on": self.evaluate_on,
+            "probes": [repr(one) for one in self.probes],
             "replay": self.data.replay,
         }
 

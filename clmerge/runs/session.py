@@ -1,7 +1,7 @@
 """A stream, a classifier and its data: how every command evaluates, scores and measures."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 
 import torch
 from lightning.pytorch import Trainer
@@ -10,13 +10,17 @@ from torch import Tensor, nn
 from clmerge.deploy.adapting import adaptation_losses
 from clmerge.deploy.learning import Loss, Request
 from clmerge.deploy.predictors import Predictor
-from clmerge.evaluation.evaluate import Rows, Split, accuracy_on, evaluate
+from clmerge.evaluation.evaluate import Split, accuracy_on, evaluate
+from clmerge.evaluation.evaluator import Rows
+from clmerge.evaluation.probes import Occasion, Probe
+from clmerge.evaluation.probes.measuring import Probing
 from clmerge.merging import Merger, Statistics
 from clmerge.models import Classifier
 from clmerge.results.results import SETTINGS, Results, Setting
 from clmerge.statistics.measure import measure, training_images
 from clmerge.streams import AdaptationData, Stream, StreamDataModule
 from clmerge.training.module import ContinualClassifier
+from clmerge.weights.task_vector import State
 
 
 class Session:
@@ -116,8 +120,9 @@ class Session:
         on: Sequence[int] | None = None,
         module: Classifier | None = None,
         confusion: bool = False,
+        probing: Probing | None = None,
     ) -> Rows:
-        """Return the accuracies of several models on all tasks.
+        """Return the accuracies of several models on all tasks, and what probes found.
 
         Args:
             trainer: A Trainer without a MergeCallback.
@@ -127,6 +132,7 @@ class Session:
             on: Indices of the tasks whose images are used; default all. Accuracies on others are NaN.
             module: Another classifier of the same classes; default the session's own.
             confusion: Whether answers are counted by class, too; for models that know all classes.
+            probing: Probes, see :meth:`probing`; the trainer must allow gradients if one needs them.
         """
         rows = evaluate(
             trainer,
@@ -138,6 +144,7 @@ class Session:
             split=split,
             tasks=on,
             confusion=confusion,
+            probing=probing,
         )
         known = len(self.tasks) if self.module.head.open_vocabulary else task + 1
         unknown = [math.nan] * (len(self.tasks) - known)
@@ -145,6 +152,37 @@ class Session:
             for setting in SETTINGS:
                 row[setting] = row[setting][:known] + unknown
         return rows
+
+    def probing(
+        self,
+        probes: Sequence[Probe],
+        task: int,
+        *,
+        weights: Mapping[str, Callable[[], State]] | None = None,
+        base: State | None = None,
+        last: bool | None = None,
+    ) -> Probing | None:
+        """Return how models are probed after a task; None without probes.
+
+        Args:
+            probes: The probes.
+            task: The latest task that was learned.
+            weights: Returns the merged parameters of a model, dense, by its name.
+            base: theta_0 by the same names.
+            last: Whether no task follows; default whether it is the last of the stream.
+        """
+        if not probes:
+            return None
+        occasion = Occasion(
+            task_names=[each.name for each in self.tasks],
+            task_classes=self.task_classes,
+            num_classes=len(self.stream.class_names),
+            num_seen=task + 1,
+            reading=self.evaluation,
+            seed=self.seed,
+            last=task == len(self.tasks) - 1 if last is None else last,
+        )
+        return Probing(probes, occasion, weights or {}, base or {})
 
     @torch.no_grad()
     def score(self, tasks: Sequence[int]) -> float:

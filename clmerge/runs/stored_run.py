@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ from torch import Tensor
 from clmerge.checkpoints.merge import remaining_tasks
 from clmerge.deploy.routing import Routing
 from clmerge.deploy.running_merge import RunningMerge
-from clmerge.evaluation.evaluate import Rows, Split
+from clmerge.evaluation.evaluate import Split
+from clmerge.evaluation.evaluator import Rows
+from clmerge.evaluation.probes import Probe
+from clmerge.evaluation.probes.measuring import needs_gradient
 from clmerge.merging import Merger, Statistics, WeightAverage
 from clmerge.merging.checks import Shapes, num_entries
 from clmerge.training.module import ContinualClassifier
@@ -252,6 +255,9 @@ class StoredRun(Session):
         split: Split = "test",
         *,
         confusion: bool = False,
+        probes: Sequence[Probe] = (),
+        weights: Mapping[str, Callable[[], Mapping[str, Tensor]]] | None = None,
+        last: bool = True,
     ) -> Rows:
         """Return the accuracies of several models on all tasks, exactly as ``fit`` does after a task.
 
@@ -261,10 +267,13 @@ class StoredRun(Session):
             task: The latest task that was merged; a head that grows has no accuracy on later ones.
             split: Which images.
             confusion: Whether answers are counted by class, too.
+            probes: Probes of the models.
+            weights: Returns the merged parameters of a model, dense, by its name.
+            last: Whether no task follows, for probes.
         """
-        return self.evaluate(
-            self.trainers.for_evaluation(label), predictors, task, split=split, confusion=confusion
-        )
+        trainer = self.trainers.for_evaluation(label, gradients=needs_gradient(probes))
+        probing = self.probing(probes, task, weights=weights, base=self.base, last=last)
+        return self.evaluate(trainer, predictors, task, split=split, confusion=confusion, probing=probing)
 
     def _check_bank(self) -> None:
         if not self.base:

@@ -80,13 +80,15 @@ class Trainers:
         """Device on which this process trains and evaluates."""
         return self.for_evaluation("").strategy.root_device
 
-    def for_evaluation(self, label: str) -> Trainer:
+    def for_evaluation(self, label: str, *, gradients: bool = False) -> Trainer:
         """Return a Trainer that tests and logs nothing.
 
         Args:
             label: Text for the progress display.
+            gradients: Whether something differentiates through the model.
         """
-        return self._build(label, logger=False, callbacks=[])
+        options = {"inference_mode": False} if gradients else {}
+        return self._build(label, logger=False, callbacks=[], **options)
 
     def for_fit(
         self, label: str, seed: int, checkpoint: Path, callbacks: Sequence[Callback], **options: Any

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -236,6 +236,18 @@ class StreamDataModule(LightningDataModule):
         places = [(task, own) for task in chosen for own in splits]
         images = TaskImages([self._images(own, task) for task, own in places], [task for task, _ in places])
         return self._eval_loader(images, in_memory=images.in_memory, persistent=False)
+
+    def dataloader_of(self, images: Mapping[int, ImageDataset]) -> DataLoader[Any]:
+        """Return batches ``(images, labels, task_ids)`` of images by task, in order.
+
+        Args:
+            images: images under the evaluation transform, by the index of their task; -1 for those of none.
+
+        Raises:
+            ValueError: if there are no images, or fewer images than processes.
+        """
+        parts = TaskImages(list(images.values()), list(images))
+        return self._eval_loader(parts, in_memory=False, persistent=False)
 
     def _images(self, split: Split, task: int) -> ImageDataset | CachedImages:
         images = self.stream.dataset(task, split, self._eval_transform)

@@ -55,6 +55,7 @@ class StreamPlan:
         class_names: display names by global class id, all different.
         prompt_names: names to put into the prompts by global class id; a class may have several.
         sources: the data source whose templates a class uses, by global class id; None if there is none.
+        held_out: tasks that a transform took out, each with its splits.
     """
 
     tasks: tuple[Task, ...]
@@ -62,3 +63,4 @@ class StreamPlan:
     class_names: tuple[str, ...]
     prompt_names: tuple[tuple[str, ...], ...]
     sources: tuple[DataSource | None, ...]
+    held_out: tuple[tuple[Task, dict[Split, SplitPlan]], ...] = ()

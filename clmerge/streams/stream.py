@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from clmerge.names import safe_name
 from clmerge.streams.overlap import require_disjoint
 from clmerge.streams.plan import Evaluation, Split, SplitPlan, StreamPlan, Task, Transform
+from clmerge.streams.transforms.transform import StreamTransform, check_tasks, class_id
 
 if TYPE_CHECKING:
     from clmerge.streams.images import ImageDataset
@@ -31,6 +32,7 @@ class Stream(ABC):
 
     kind: str = "stream"
     evaluation: Evaluation = "task_agnostic"
+    _transforms: tuple[StreamTransform, ...] = ()
 
     @property
     @abstractmethod
@@ -45,7 +47,19 @@ class Stream(ABC):
     def _plan(self) -> StreamPlan:
         plan = _told_apart(self._build())
         require_disjoint(plan)
+        for transform in self._transforms:
+            plan = transform.apply(plan)
         return plan
+
+    def turned_into(self, transforms: Sequence[StreamTransform]) -> Self:
+        """Return the stream, whose tasks are from now on what the transforms make of them, in their order.
+
+        Args:
+            transforms: The transforms; they replace earlier ones.
+        """
+        self.__dict__.pop("_plan", None)
+        self._transforms = tuple(transforms)
+        return self
 
     @property
     def tasks(self) -> list[Task]:
@@ -56,6 +70,40 @@ class Stream(ABC):
     def class_names(self) -> list[str]:
         """Display names of all classes by global class id, all different."""
         return list(self._plan.class_names)
+
+    @property
+    def held_out(self) -> list[Task]:
+        """Tasks that a transform has taken out of the stream, for probes; their indices count from 0."""
+        return [task for task, _ in self._plan.held_out]
+
+    def held_out_plan(self, task: int, split: Split) -> SplitPlan:
+        """Return one split of a task that was taken out of the stream.
+
+        Args:
+            task: Its index among :attr:`held_out`.
+            split: The split.
+        """
+        return self._plan.held_out[task][1][split]
+
+    def class_id(self, target: int | str) -> int:
+        """Return the global id of a class that is given by id or name.
+
+        Raises:
+            ValueError: if there is no such class.
+        """
+        return class_id(target, self.class_names)
+
+    def check_tasks(self, tasks: Sequence[int], whose: str) -> None:
+        """Refuse tasks that the stream does not have.
+
+        Args:
+            tasks: indices of tasks.
+            whose: what the tasks are given for, for the message.
+
+        Raises:
+            ValueError: if there is no such task.
+        """
+        check_tasks(tasks, len(self._plan.tasks), whose)
 
     def templates_for(self, class_id: int) -> tuple[str, ...]:
         """Return the prompt templates of one class, ``{}`` stands for the class name.

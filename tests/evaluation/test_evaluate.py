@@ -12,7 +12,8 @@ from support.toy_backbone import ToyBackbone
 from torch.utils.data import DataLoader, TensorDataset
 
 from clmerge.deploy.predictors import Merged, PerTask, Predictor
-from clmerge.evaluation.evaluate import Evaluator, accuracy_on, evaluate
+from clmerge.evaluation.evaluate import accuracy_on, evaluate
+from clmerge.evaluation.evaluator import Evaluator
 from clmerge.models import CosineHead, LinearHead
 from clmerge.streams.samplers import ShardSampler
 from clmerge.training.module import ContinualClassifier

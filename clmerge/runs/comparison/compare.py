@@ -8,11 +8,13 @@ from clmerge.deploy.describe import describe_merger
 from clmerge.deploy.naming import check_names
 from clmerge.deploy.routing import Routing
 from clmerge.deploy.routing.routed_models import routed_names
+from clmerge.evaluation.probes import Probe, check_probes
 from clmerge.merging import Merger
 from clmerge.names import tell
 from clmerge.results.results import SETTINGS, Results, Setting
 from clmerge.runs.comparison.diagnose import diagnose_run
 from clmerge.runs.comparison.orders import order_sweep
+from clmerge.runs.comparison.probed import add_probes
 from clmerge.runs.comparison.references import add_confusion, add_references, check_joint
 from clmerge.runs.comparison.recalibrated import calibrated_names
 from clmerge.runs.comparison.rerouted import routed_models, routed_sizes, with_references
@@ -42,6 +44,7 @@ class Request:
         calibrations: Calibrations of every merged model, with the settings that were chosen for it.
         routings: Routed models around every merged one; the oracle and the nearest centroid are added to them.
         soups: Collects the final models of the runs, to average them.
+        probes: Probes of all models, and after the last task of the un-merged expert and the model before the first.
     """
 
     mergers: Mapping[str, Merger]
@@ -54,6 +57,7 @@ class Request:
     calibrations: Sequence[Calibration] = ()
     routings: Sequence[Routing] = ()
     soups: Soups | None = None
+    probes: Sequence[Probe] = ()
 
 
 def check_request(run: StoredRun, request: Request, joint: StoredRun | None = None) -> dict[str, Search]:
@@ -80,6 +84,7 @@ def check_request(run: StoredRun, request: Request, joint: StoredRun | None = No
     if request.diagnose and len(run.kept) < len(run.tasks):
         raise ValueError("expected --diagnose, which describes all task vectors of a run, or --without, got both")
     check_mergers(run, mergers)
+    check_probes(request.probes, run.stream)
     CalibratedModels(request.calibrations, run.module, run.data, run.stream, seed=run.seed)  # refuses what cannot be
     if request.soups is not None:
         request.soups.check(run, mergers)
@@ -134,7 +139,13 @@ def compare_run(run: StoredRun, request: Request, cache: RowCache, joint: Stored
             tell(f"{name}: no point that was tried keeps the limits of --at-least; the one that misses least is taken")
     routings = with_references(request.routings)
     table = sweep(
-        run, mergers, cache, memory=request.memory, calibrations=request.calibrations, routings=routings
+        run,
+        mergers,
+        cache,
+        memory=request.memory,
+        calibrations=request.calibrations,
+        routings=routings,
+        probes=request.probes,
     )
     positions = {name: list(searches).index(name) if name in searches else None for name in mergers}
     for name, merger in mergers.items():
@@ -164,6 +175,7 @@ def compare_run(run: StoredRun, request: Request, cache: RowCache, joint: Stored
     if request.soups is not None:
         request.soups.add(run, mergers)
     add_references(results, run, cache, joint)
+    add_probes(results, run, cache, table, request.probes)
     if request.diagnose:
         results.diagnostics = diagnose_run(run, mergers)
     return results

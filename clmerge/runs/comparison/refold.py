@@ -1,8 +1,9 @@
 """Fold a run's task vectors again, in any order, and evaluate the merged models; stored rows are reused."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from lightning.pytorch import LightningModule
 
@@ -18,10 +19,11 @@ from clmerge.runs.comparison.rerouted import Rerouted
 from clmerge.runs.comparison.row_cache import RowCache, CachedRow, make_row
 from clmerge.runs.stored_run import StoredRun
 from clmerge.evaluation.evaluate import Split
+from clmerge.evaluation.probes import Probe
 from clmerge.merging import Merger, Statistics
 from clmerge.names import tell
 from clmerge.deploy.predictors import Predictor
-from clmerge.weights import BankVector, CheckedVector
+from clmerge.weights import BankVector, CheckedVector, State
 from clmerge.weights.parametrization import own_names
 from clmerge.weights.swap import swapped
 
@@ -106,6 +108,7 @@ def sweep(
     memory: int = 2**32,
     calibrations: Sequence[Calibration] = (),
     routings: Sequence[Routing] = (),
+    probes: Sequence[Probe] = (),
 ) -> Table:
     """Merge a run's tasks in an order with several mergers, and evaluate after every task.
 
@@ -123,6 +126,7 @@ def sweep(
         memory: Bytes of accumulators and merged weights that are held at a time.
         calibrations: Calibrations of the merged models; their data of every task is collected anew.
         routings: Routed models around the merged ones; what they keep of every task is collected anew.
+        probes: Probes of all models.
 
     Returns:
         Model -> number of merged tasks -> row; calibrated and routed models are ``MERGER+NAME``.
@@ -136,6 +140,8 @@ def sweep(
     routed_of = routed_names(mergers, routings)
     for name, routed in routed_of.items():
         told |= {each: f"{told[name]}, {one!r} {_seen(run, one)}" for each, one in routed.items()}
+    if probes:
+        told = {name: f"{text}, probed by {[*probes]!r}" for name, text in told.items()}
     keys = {
         (name, count): cache.key(run.identity, text, split, order[:count])
         for name, text in told.items()
@@ -167,7 +173,16 @@ def sweep(
             label = f"{run.name}: task {count}/{len(order)}: {len(missing)} {what}, {split} images"
             with _line(label, silent=run.trainers.progress):
                 confusion = split == "test" and order[:count] == list(range(len(run.tasks)))
-                rows = run.evaluate_again(label, predictors, max(order[:count]), split, confusion=confusion)
+                rows = run.evaluate_again(
+                    label,
+                    predictors,
+                    max(order[:count]),
+                    split,
+                    confusion=confusion,
+                    probes=probes,
+                    weights=_dense(refold.merge, merged),
+                    last=count == len(order),
+                )
             cache.add({keys[name, count]: make_row(rows[name], seconds[name]) for name in missing})
     return {name: {count: cache[keys[name, count]] for count in counts} for name in told}
 
@@ -193,6 +208,11 @@ def _merged(run: StoredRun, merge: RunningMerge, names: Sequence[str]) -> tuple[
         predictors[name] = merge.predictor(name, run.module)
         seconds[name] = merge.update_seconds[name] + time.perf_counter() - started
     return predictors, seconds
+
+
+def _dense(merge: RunningMerge, names: Sequence[str]) -> dict[str, Callable[[], State]]:
+    """Return what computes the merged parameters of every merger that is one set of weights."""
+    return {name: partial(merge.merged_weights, name) for name in names if not merge.mergers[name].task_views}
 
 
 def _groups(

@@ -9,9 +9,11 @@ from typing import Any, NotRequired, TypedDict
 
 import clmerge
 from clmerge.results.confusion import Confusion, Confusions, ModelRow
+from clmerge.results.measured import Measured
+from clmerge.results.model_record import to_json
 from clmerge.results.results import ROUTING, SETTINGS
 from clmerge.results.run_lock import hold_lock
-from clmerge.shapes import amount, count, keyed, listed, maybe, record, share
+from clmerge.shapes import amount, anything, count, keyed, listed, maybe, number, record, share
 from clmerge.weights import write_json_atomic
 from clmerge.files import parse_json
 
@@ -20,7 +22,7 @@ class CachedRow(TypedDict):
     """Accuracies of one model on every task, NaN where undefined, and the seconds that merging took.
 
     ``confusion`` is there for a finished model; a routed model has the share of every task's images that are routed to
-    it, too.
+    it, too; ``probes`` are the findings by the names of the probes.
     """
 
     task_agnostic: list[float]
@@ -28,6 +30,7 @@ class CachedRow(TypedDict):
     merge_seconds: float
     confusion: NotRequired[Confusions]
     routing_accuracy: NotRequired[list[float]]
+    probes: NotRequired[dict[str, Measured]]
 
 
 def make_row(found: ModelRow, merge_seconds: float = 0.0) -> CachedRow:
@@ -114,7 +117,7 @@ _SHARES = listed(maybe(share))
 _ROWS = keyed(
     record(
         {**dict.fromkeys(map(str, SETTINGS), _SHARES), "merge_seconds": amount},
-        {"confusion": _answers, ROUTING: _SHARES},
+        {"confusion": _answers, ROUTING: _SHARES, "probes": keyed(record({"value": maybe(number), "n": anything}))},
     )
 )
 
@@ -126,6 +129,8 @@ def _to_json(row: CachedRow) -> dict[str, Any]:
         found["confusion"] = {setting: one.to_dict() for setting, one in row["confusion"].items()}
     if "routing_accuracy" in row:
         found[ROUTING] = _nulls(row["routing_accuracy"])
+    if "probes" in row:
+        found["probes"] = {name: to_json(each.to_dict()) for name, each in row["probes"].items()}
     return found
 
 
@@ -144,4 +149,6 @@ def _from_json(row: Mapping[str, Any]) -> CachedRow:
         found["confusion"] = {s: Confusion.from_dict(row["confusion"][s]) for s in SETTINGS if s in row["confusion"]}
     if ROUTING in row:
         found["routing_accuracy"] = _numbers(row[ROUTING])
+    if "probes" in row:
+        found["probes"] = {name: Measured.from_dict(each) for name, each in row["probes"].items()}
     return found

@@ -1,0 +1,33 @@
+"""Probes: numbers about a model beside its accuracies; docs/probes.md has one line on each."""
+
+from clmerge.evaluation.probes.attack_success import AttackSuccess
+from clmerge.evaluation.probes.calibration_error import CalibrationError
+from clmerge.evaluation.probes.probe import (
+    NO_TASK,
+    TEST,
+    AccuracyProbe,
+    ImageProbe,
+    Occasion,
+    Probe,
+    Seen,
+    View,
+    WeightProbe,
+    check_probes,
+)
+from clmerge.results.measured import Measured
+
+__all__ = [
+    "NO_TASK",
+    "TEST",
+    "AccuracyProbe",
+    "AttackSuccess",
+    "CalibrationError",
+    "ImageProbe",
+    "Measured",
+    "Occasion",
+    "Probe",
+    "Seen",
+    "View",
+    "WeightProbe",
+    "check_probes",
+]
