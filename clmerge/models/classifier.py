@@ -144,11 +144,20 @@ class Classifier(nn.Module):
             labels: Global class ids, ``(B,)``.
         """
         if self.loss_classes != "all":
-            classes = self._task_classes if self.loss_classes == "current" else self._seen_classes
-            columns = self._columns(classes, logits.device)
+            columns = self._columns(self.competing(logits.shape[1]), logits.device)
             logits = logits[:, columns]
             labels = torch.searchsorted(columns, labels)
         return functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+    def competing(self, num_classes: int) -> Sequence[int]:
+        """Return the classes that compete in the loss.
+
+        Args:
+            num_classes: Number of classes of the whole stream.
+        """
+        if self.loss_classes == "all":
+            return range(num_classes)
+        return self._task_classes if self.loss_classes == "current" else self._seen_classes
 
     def right(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return 1.0 for every image classified correctly among the task's classes, else 0.0: ``(B,)``.

@@ -79,6 +79,12 @@ class ContinualClassifier(Classifier, LightningModule):
         self.val_accuracy = MeanMetric(nan_strategy="disable")
 
     @override
+    def begin_stream(self, num_classes: int, prompts: Sequence[Sequence[str]] = ()) -> None:
+        super().begin_stream(num_classes, prompts)
+        for one in self.regularizers:
+            one.begin_stream(self, num_classes, prompts)  # type: ignore[operator]
+
+    @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch[0], batch[1]
         terms: dict[str, Tensor] = {}

@@ -3,6 +3,7 @@
 from clmerge.training.regularizers.distillation import LwF
 from clmerge.training.regularizers.ewc import EWC
 from clmerge.training.regularizers.features import FeatureDistance
+from clmerge.training.regularizers.foreign import Distillation, Teacher
 from clmerge.training.regularizers.l2 import L2
 from clmerge.training.regularizers.regularizer import LossStep, Regularizer, current_weights, regularized_logits
 from clmerge.training.regularizers.second_order import IEL, ITA
@@ -12,10 +13,12 @@ __all__ = [
     "IEL",
     "ITA",
     "L2",
+    "Distillation",
     "FeatureDistance",
     "LossStep",
     "LwF",
     "Regularizer",
+    "Teacher",
     "current_weights",
     "regularized_logits",
 ]

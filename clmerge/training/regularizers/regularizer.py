@@ -50,6 +50,15 @@ class Regularizer(nn.Module, ABC):
 
     name: ClassVar[str]
 
+    def begin_stream(self, module: Classifier, num_classes: int, prompts: Sequence[Sequence[str]]) -> None:
+        """Prepare for a stream, once its head is built.
+
+        Args:
+            module: The classifier.
+            num_classes: Number of classes of the whole stream.
+            prompts: One list of prompts per class; empty without a text head.
+        """
+
     def begin_task(self, module: Classifier, fisher: FisherOf) -> None:
         """Update the state at the start of a task; depends only on the starting weights and the earlier state.
 
