@@ -1,4 +1,4 @@
-"""Every scenario runs on the quickstart's stream, with a tiny CLIP in place of the nano model, and its probes are there."""
+"""Every scenario runs on the quickstart's stream, with a tiny CLIP in place of the nano model, and has its probes."""
 
 from pathlib import Path
 

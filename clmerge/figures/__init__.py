@@ -20,6 +20,7 @@ from clmerge.figures.accuracy import (
     plot_matrix,
 )
 from clmerge.figures.confusion import confused, plot_confusion
+from clmerge.figures.probes import plot_probe, probe_charts
 from clmerge.names import file_name
 from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Results, Setting
 from clmerge.weights import write_bytes_atomic
@@ -32,6 +33,8 @@ __all__ = [
     "plot_forgetting_curves",
     "plot_matrices",
     "plot_matrix",
+    "plot_probe",
+    "probe_charts",
     "save_plots",
     "to_png",
 ]
@@ -43,10 +46,10 @@ def save_plots(results: Results, folder: str | Path) -> list[Path]:
     """Draw every picture of a run and write it as PNG, replacing each file atomically.
 
     The pictures are ``matrices.png`` (the best merger's matrix beside the expert's), ``forgetting_curves.png``,
-    ``average_accuracy.png``, ``final_accuracy.png`` and, of a finished run, ``confusion.png``. Those in the folder
-    itself show the run's default reading of the logits; those in its subfolder ``task_aware`` (or ``task_agnostic``)
-    show the other one. The folder also gets the matrix of every model (``matrix_MODEL.png``) except the zero-shot one,
-    whose rows are all the same.
+    ``average_accuracy.png``, ``final_accuracy.png``, ``probe_NAME.png`` for every probe and, of a finished run,
+    ``confusion.png``. Those in the folder itself show the run's default reading of the logits; those in its subfolder
+    ``task_aware`` (or ``task_agnostic``) show the other one. The folder also gets the matrix of every model
+    (``matrix_MODEL.png``) except the zero-shot one, whose rows are all the same.
 
     Args:
         results: Results of the run so far, at least one finished task.
@@ -91,6 +94,8 @@ def _plots(results: Results, folder: Path) -> dict[Path, Callable[[], Figure]]:
     for model in moving:
         own: Setting = "task_aware" if results.model(model).needs_task else results.evaluation
         plots[folder / f"matrix_{file_name(model)}.png"] = partial(plot_matrix, results, model, setting=own)
+    for probe in probe_charts(results):
+        plots[folder / f"probe_{file_name(probe)}.png"] = partial(plot_probe, results, probe)
     for setting in SETTINGS:
         target = folder if setting == results.evaluation else folder / setting
         pair = [model for model in (results.best_merger(setting), EXPERT) if model in moving] or moving

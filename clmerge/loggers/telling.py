@@ -93,7 +93,14 @@ def log_summary(loggers: Sequence[Logger], results: Results, *, deployed: str | 
         results: Results of the run, at least one finished task.
         deployed: The run's deployed model. Default: the first merger.
     """
-    from clmerge.figures import plot_average_accuracy, plot_confusion, plot_final_accuracy, plot_forgetting_curves
+    from clmerge.figures import (
+        plot_average_accuracy,
+        plot_confusion,
+        plot_final_accuracy,
+        plot_forgetting_curves,
+        plot_probe,
+        probe_charts,
+    )
     from clmerge.figures.confusion import confused
 
     pictures = {
@@ -103,6 +110,8 @@ def log_summary(loggers: Sequence[Logger], results: Results, *, deployed: str | 
     }
     for model in confused(results, results.models):
         pictures[f"cl_confusion/{part_of_key(model)}"] = partial(plot_confusion, results, [model])
+    for probe in probe_charts(results):
+        pictures[f"cl_probe/{part_of_key(probe)}"] = partial(plot_probe, results, probe)
     _show(loggers, pictures, results.num_finished)
     summary = {
         **task_metrics(results, deployed),

@@ -8,6 +8,7 @@ from clmerge.figures.numbers import plural
 from clmerge.report.charts import Figure, line_of, look, values_of
 from clmerge.report.classes import confusion_figures
 from clmerge.report.fronts import front_figures
+from clmerge.report.probes import probe_figures
 from clmerge.report.searches import order_figures, search_figures
 from clmerge.report.study import EXPERT, ZERO_SHOT, Entry, Spread, Study
 from clmerge.results.results import Setting
@@ -20,7 +21,13 @@ def make_figures(study: Study, setting: Setting) -> list[Figure]:
 
 def common_figures(study: Study) -> list[Figure]:
     """Return the figures that do not depend on how accuracy is measured, in reading order."""
-    return [*_growth(study), *_seconds(study), *search_figures(study), *front_figures(study)]
+    return [
+        *probe_figures(study),
+        *_growth(study),
+        *_seconds(study),
+        *search_figures(study),
+        *front_figures(study),
+    ]
 
 
 MOST_LINES = 7  # number of mergers that are not drawn faintly in the background

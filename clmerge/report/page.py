@@ -23,6 +23,7 @@ from clmerge.report.diagnostics import measured_on
 from clmerge.report.figures import make_figures, ranked
 from clmerge.report.fronts import fronts_of
 from clmerge.report.ledger import merged_of, report_versions, sources_of
+from clmerge.report.probes import probe_table
 from clmerge.report.searches import chosen_of
 from clmerge.report.soups import soups_of
 from clmerge.report.study import REFERENCES, Entry, Study
@@ -111,6 +112,7 @@ def render_page(
         common=common,
         diagnostics=diagnostics,
         measured_on=measured_on(study),
+        probes=probe_table(study),
         searches=chosen_of(study),
         fronts=fronts_of(study),
         soups=soups_of(study, study.evaluation),

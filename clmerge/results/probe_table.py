@@ -26,6 +26,11 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def cases(n: Any) -> int:
+    """Return what a probe counts over, all together: ``n`` may be one number, a list by task or a mapping by name."""
+    return sum(n.values()) if isinstance(n, Mapping) else sum(n) if isinstance(n, list | tuple) else int(n)
+
+
 def probe_names(results: Results) -> list[str]:
     """Return the names of the probes that have one value for a model, in the order in which they were added."""
     found = [name for model in results.models for name, one in results.model(model).probes.items() if "value" in one]
@@ -52,7 +57,6 @@ def _cell(found: Mapping[str, Any] | None) -> str:
         return "-"
     if not found.get("share"):
         return f"{value:.4g}"
-    n = found["n"]
-    cases = sum(n.values()) if isinstance(n, Mapping) else sum(n) if isinstance(n, list | tuple) else n
-    low, high = wilson(value, cases) if cases else (math.nan, math.nan)
+    number = cases(found["n"])
+    low, high = wilson(value, number) if number else (math.nan, math.nan)
     return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
