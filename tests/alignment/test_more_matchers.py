@@ -6,8 +6,11 @@ from support.networks import error, network
 from torch import nn
 
 from clmerge.alignment import (
+    Axis,
     CCAMatching,
+    Group,
     OTFusion,
+    PermutationSpec,
     SinkhornMatching,
     StraightThroughMatching,
     Universe,
@@ -157,6 +160,48 @@ def test_transport_keeps_heads_whole():
     _, other = moved(state, spec, 1)
     found = OTFusion().match(state, other, spec).apply({k: other[k] for k in spec.moved_names})
     assert error(NANO, IMAGES, found) < 1e-10
+
+
+def adapter(rank):
+    """A bottleneck adapter of some rank: its groups, and one that is drawn (MerA)."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, rank), nn.GELU(), nn.Linear(rank, 6)).double()
+    axes = (Axis("down.weight", 0), Axis("down.bias", 0), Axis("up.weight", 1, reads=True))
+    spec = PermutationSpec({"rank": Group(rank, axes)}, ("up.bias",))
+    return spec, {f"{('down', 'up')[int(name[0]) // 2]}{name[1:]}": t for name, t in net.state_dict().items()}
+
+
+def through(state, inputs):
+    hidden = nn.functional.gelu(inputs @ state["down.weight"].T + state["down.bias"])
+    return hidden @ state["up.weight"].T + state["up.bias"]
+
+
+@pytest.mark.parametrize("matcher", [WeightMatching(), OTFusion()])
+def test_adapters_meet_by_their_ranks(matcher):
+    pytest.importorskip("ot")
+    spec, state = adapter(4)
+    _, other = moved(state, spec, 3)
+    found = matcher.match(state, other, spec).apply(other)
+    mean = {name: (state[name] + found[name]) / 2 for name in state}
+    inputs = torch.randn(30, 6, dtype=torch.float64)
+    assert torch.allclose(through(mean, inputs), through(state, inputs), atol=1e-12)
+    naive = {name: (state[name] + other[name]) / 2 for name in state}
+    assert float((through(naive, inputs) - through(state, inputs)).norm()) > 0.1
+
+
+def test_adapters_of_other_ranks_meet_by_transport():
+    pytest.importorskip("ot")
+    spec, state = adapter(4)
+    wide, _ = adapter(8)
+    twice = {
+        "down.weight": state["down.weight"].repeat_interleave(2, 0),
+        "down.bias": state["down.bias"].repeat_interleave(2),
+        "up.weight": state["up.weight"].repeat_interleave(2, 1) / 2,
+        "up.bias": state["up.bias"],
+    }
+    found = OTFusion().match(state, twice, spec, wide).apply(twice)
+    inputs = torch.randn(30, 6, dtype=torch.float64)
+    assert torch.allclose(through(found, inputs), through(state, inputs), atol=1e-12)
 
 
 def test_canonical_correlations_of_a_permuted_network_are_nearly_its_permutation():

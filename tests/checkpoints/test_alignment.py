@@ -75,7 +75,8 @@ def test_networks_of_two_initialisations_merge_once_they_are_aligned(experts, al
     assert same == {"model": files[0], "before": 0.0, "after": 0.0, "moved": 0.0}
     assert other["before"] == pytest.approx(barrier(nets[0], one, two, batches), rel=1e-6)
     assert other["after"] == pytest.approx(barrier(nets[0], one, moved, batches), rel=1e-6)
-    assert other["after"] < 0.7 * other["before"]
+    assert other["before"] > 0.5
+    assert other["after"] < 0.35
     told = f"barrier {other['before']:.3f} before, {other['after']:.3f} after"
     assert told in job.describe()
     ledger = read_ledger(tmp_path / "aligned.safetensors")
