@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from clmerge.callbacks.merge import MergeCallback
     from clmerge.callbacks.online_merging import OnlineMerging
     from clmerge.callbacks.population import Population
+    from clmerge.callbacks.sparse import Sparse
+    from clmerge.callbacks.subspace import Subspace
     from clmerge.callbacks.trajectory_average import TrajectoryAverage
 
 _HOMES = {
@@ -20,10 +22,12 @@ _HOMES = {
     "MergeCallback": "merge",
     "OnlineMerging": "online_merging",
     "Population": "population",
+    "Sparse": "sparse",
+    "Subspace": "subspace",
     "TrajectoryAverage": "trajectory_average",
 }
 
-__all__ = ["BestWeights", "MergeCallback", "OnlineMerging", "Population", "TrajectoryAverage"]
+__all__ = ["BestWeights", "MergeCallback", "OnlineMerging", "Population", "Sparse", "Subspace", "TrajectoryAverage"]
 
 
 def __getattr__(name: str) -> object:

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from clmerge.callbacks.merge import MergeCallback
+from clmerge.callbacks.ranks import refuse_parts
 from clmerge.lightning_compat import callbacks_of
 from clmerge.seeds import seeded_uniform
 from clmerge.weights.selection import trained_parameters
@@ -80,11 +80,7 @@ class OnlineMerging(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         parameters = trained_parameters(pl_module)
-        if sharded := next((name for name, p in parameters.items() if isinstance(p, DTensor)), None):
-            raise RuntimeError(
-                f"expected whole weights in every process for OnlineMerging, got a part of {sharded}: use a strategy "
-                "that does not shard, such as ddp"
-            )
+        refuse_parts(pl_module, type(self).__name__)
         merge = next((one for one in callbacks_of(trainer) if isinstance(one, MergeCallback)), None)
         self._task = 0 if merge is None else merge.num_tasks
         if not self._reference:

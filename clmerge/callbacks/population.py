@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from clmerge.callbacks.member_settings import augment, own_settings
+from clmerge.callbacks.ranks import refuse_parts
 from clmerge.names import tell
 from clmerge.statistics.provided import training_images
 from clmerge.streams.splits import derived_seed
@@ -22,6 +24,9 @@ from clmerge.weights.batch_norm import check_callable, estimated_statistics, has
 from clmerge.weights.modes import on_device
 from clmerge.weights.selection import is_included, trained_parameters
 from clmerge.weights.swap import assign, named_tensors, swapped
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 
 class Population(Callback):
@@ -33,9 +38,10 @@ class Population(Callback):
     each member they exchange weights. Validations in the fit evaluate the mean. With ``MergeCallback``, in any order,
     the task's expert is the mean, and the optimizer's second moments (``"adam"``) are the members' mean.
 
-    Learning rates follow the fit's steps and are shared. Running statistics belong to all members; those of the mean
-    are estimated anew. The state of all members is saved in Lightning's checkpoints, so that a fit that was killed at
-    any time resumes to the same bits. The memory is ``size`` times that of the trained weights and optimizer state.
+    Learning rates follow the fit's steps; they are shared unless ``settings`` says otherwise. Running statistics belong
+    to all members; those of the mean are estimated anew. The state of all members is saved in Lightning's checkpoints,
+    so that a fit that was killed at any time resumes to the same bits. The memory is ``size`` times that of the trained
+    weights and optimizer state.
 
     Args:
         size: Number of members; 1 is plain training.
@@ -46,10 +52,16 @@ class Population(Callback):
         start: Share of the fit's optimizer steps after which there are members.
         noise: Standard deviation of the members' initial deviations, as a share of each parameter's root mean square.
         buffers: Running statistics of the mean: ``recompute`` on the training images, or ``latest``.
-        seed: Seed of initial deviations and random exchanges.
+        seed: Seed of initial deviations, random exchanges and members' augmentation.
+        settings: Settings of the optimizer for every member, such as ``{"lr": 2e-4, "weight_decay": 0.01}``, one
+            mapping each; a schedule scales each member's learning rate as the optimizer's own.
+        augmentations: For every member a list of transforms from an image of the batch, as the model gets it, to one of
+            the same shape; their random draws are a function of seed, step and position in the batch.
 
     Raises:
-        ValueError: If a number is out of range; during a fit, if ``include`` selects nothing.
+        ValueError: If a number is out of range, or ``settings`` or ``augmentations`` are not one for each member;
+            during a fit, if ``include`` selects nothing, the optimizer has no such setting, or a batch has no images
+            first.
         RuntimeError: During a fit whose processes hold parts of the weights, or with several optimizers.
 
     Example:
@@ -69,6 +81,8 @@ class Population(Callback):
         noise: float = 0.0,
         buffers: Literal["recompute", "latest"] = "recompute",
         seed: int = 0,
+        settings: list[dict[str, float]] | None = None,
+        augmentations: list[list[v2.Transform]] | None = None,
     ) -> None:
         if size < 1 or every < 1 or noise < 0 or not 0 <= start < 1:
             raise ValueError(
@@ -78,6 +92,11 @@ class Population(Callback):
         self.size, self.exchange, self.every = size, exchange, every
         self.include = None if include is None else list(include)
         self.start, self.noise, self.buffers, self.seed = start, noise, buffers, seed
+        for name, given in (("settings", settings), ("augmentations", augmentations)):
+            if given is not None and len(given) != size:
+                raise ValueError(f"expected {name} for each of the {size} members, got {len(given)}")
+        self.settings, self.augmentations = settings, augmentations
+        self._hooks: list[RemovableHandle] = []
         self._swap = ExitStack()
         self._forget()
 
@@ -100,11 +119,9 @@ class Population(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if len(trainer.optimizers) != 1:
             raise RuntimeError(f"expected one optimizer for Population, got {len(trainer.optimizers)}")
-        if sharded := next((name for name, p in pl_module.named_parameters() if isinstance(p, DTensor)), None):
-            raise RuntimeError(
-                f"expected whole weights in every process for Population, got a part of {sharded}: use a strategy that "
-                "does not shard, such as ddp"
-            )
+        refuse_parts(pl_module, type(self).__name__)
+        if self.settings is not None:
+            self._hooks = own_settings(trainer.optimizers[0], self.settings, lambda: self._current)
         if self.buffers == "recompute" and has_running_statistics(pl_module):
             check_callable(pl_module, "buffers='recompute'", "'latest'")
         if not self._own(pl_module):
@@ -121,6 +138,9 @@ class Population(Callback):
         member = (trainer.global_step - self._first) % self.size
         if member != self._current:
             self._enter(member, trainer.optimizers[0], pl_module)
+        if self.augmentations is not None and self.augmentations[member]:
+            place = ("augment", trainer.global_rank, trainer.current_epoch, batch_idx)
+            augment(batch, self.augmentations[member], seed=derived_seed(self.seed, *place))
 
     def _fork(self, trainer: Trainer, pl_module: LightningModule) -> None:
         own, optimizer = self._own(pl_module), trainer.optimizers[0]
@@ -212,10 +232,17 @@ class Population(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._swap.close()
+        self._leave()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
         self._put_in_place(trainer, pl_module)
+
+    def _leave(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch.distributed.tensor import DTensor
 
 from clmerge.lightning_compat import is_lightning
 from clmerge.weights import State, fingerprint
@@ -23,6 +24,19 @@ def check_same_on_all_ranks(trainer: Trainer, vectors: Sequence[State]) -> None:
         raise RuntimeError(
             f"expected the same merged weights on all {trainer.world_size} ranks, got different ones: "
             "the ranks trained different models"
+        )
+
+
+def refuse_parts(module: LightningModule, callback: str) -> None:
+    """Refuse a module of whose weights every process holds a part (FSDP2), for a callback that reads them whole.
+
+    Raises:
+        RuntimeError: If there is such a parameter.
+    """
+    if sharded := next((name for name, p in module.named_parameters() if isinstance(p, DTensor)), None):
+        raise RuntimeError(
+            f"expected whole weights in every process for {callback}, got a part of {sharded}: use a strategy that "
+            "does not shard, such as ddp"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -36,8 +36,10 @@ class TrajectoryAverage(Callback):
     and its end, resumes to the same bits.
 
     Args:
-        rule: What is averaged: ``Mean``, ``EMA``, ``Latest``, ``LossValley`` or ``Accepting``.
+        rule: What is averaged: ``Mean``, ``EMA``, ``Latest``, ``LossValley``, ``Accepting`` or ``Horizons``.
         include: Glob patterns of the parameters to average; default all that are trained.
+        score: Returns how good the module's current weights are on held-out images, the higher the better, equal on all
+            ranks; for a rule that keeps several averages.
 
     Raises:
         ValueError: During a fit, for a rule whose ``monitor`` is not logged, a share of a fit without end, or another
@@ -49,8 +51,17 @@ class TrajectoryAverage(Callback):
         0.99
     """
 
-    def __init__(self, rule: TrajectoryRule, *, include: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        rule: TrajectoryRule,
+        *,
+        include: Sequence[str] | None = None,
+        score: Callable[[LightningModule], float] | None = None,
+    ) -> None:
+        if rule.requires_score and score is None:
+            raise ValueError(f"expected score=, by which {rule} chooses one of its averages, got none")
         self.rule = rule
+        self.score = score
         self.include = None if include is None else list(include)
         self._swap = ExitStack()
         self._forget()
@@ -181,6 +192,9 @@ class TrajectoryAverage(Callback):
 
     def _put_in_place(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._done = True
+        own = own_tensors(pl_module)
+        if self.score is not None and (choices := self.rule.choices()):
+            self._choose(choices, self.score, trainer, pl_module)
         average = self.rule.compute()
         if not average:
             warnings.warn(
@@ -190,13 +204,30 @@ class TrajectoryAverage(Callback):
                 stacklevel=2,
             )
             return
-        own = own_tensors(pl_module)
         whole = {name: _whole(tensor) for name, tensor in average.items()}
         assign({name: own[name] for name in whole}, whole)
         statistics = self._statistics(pl_module)
         assign({name: own[name] for name in statistics}, statistics)
         if trainer.is_global_zero:
             tell(f"the weights are replaced by their average: {type(self.rule).__name__}, {self.rule.count} collected")
+
+    def _choose(
+        self,
+        choices: dict[str, Weights],
+        score: Callable[[LightningModule], float],
+        trainer: Trainer,
+        pl_module: LightningModule,
+    ) -> None:
+        scores: dict[str, float] = {}
+        for name, weights in choices.items():
+            whole = {key: _whole(tensor) for key, tensor in weights.items()}
+            with swapped(pl_module, whole, origin=f"the average {name}"), ExitStack() as inside:
+                statistics = self._statistics(pl_module)
+                inside.enter_context(swapped(pl_module, statistics, origin="the average's running statistics"))
+                scores[name] = score(pl_module)
+        self.rule.choose(scores)
+        if trainer.is_global_zero:
+            tell(f"{type(self.rule).__name__}: {', '.join(f'{name}: {value:.4f}' for name, value in scores.items())}")
 
     # State -------------------------------------------------------------------------------------------------------
 

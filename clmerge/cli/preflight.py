@@ -38,8 +38,9 @@ def check_run(learner: "Learner", build: Any) -> None:
     # A head that grows has no parameters yet.
     own = [parameter for parameter in learner.module.parameters() if parameter.requires_grad]
     learner.module.build_optimizer(own or [nn.Parameter(torch.zeros(1, 1))])
-    if learner.data.augmentation is not None:
-        Augmentation(learner.data.augmentation, None)(Image.new("RGB", (64, 64)))
+    for augmentation in (learner.data.augmentation, *(learner.branch_augmentations or ())):
+        if augmentation is not None:
+            Augmentation(augmentation, None)(Image.new("RGB", (64, 64)))
     has_val = all(len(learner.stream.dataset(task.index, "val")) for task in learner.tasks)
     _check_monitors(trainer.callbacks, logged_metrics(learner.module, has_val=has_val), has_val=has_val)  # type: ignore[attr-defined]
 

@@ -1,7 +1,9 @@
 """The arguments of a learner, and the checks of them before anything is trained or written."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -22,6 +24,9 @@ from clmerge.runs.session import Session
 from clmerge.weights.buffers import Buffers
 from clmerge.weights.parametrization import merged_parameters, running_statistics
 from clmerge.weights.task_vector import TaskVector
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 
 class LearnerParts(Session):
@@ -53,6 +58,8 @@ class LearnerParts(Session):
             the vector of an earlier task, the latest first (``experts``; Model Ratatouille, arXiv 2212.10445).
         branch_settings: Optimizer settings of every branch, such as ``lr`` and ``weight_decay``, one mapping each (DiWA,
             arXiv 2205.09739); default the same for all.
+        branch_augmentations: torchvision's v2 transforms of every branch's training images, one list each, in place of
+            ``data.augmentation``; default the same for all.
         buffers: Running statistics of merged models: of the ``latest`` task, of the ``base``, their ``mean``, or
             ``re-estimated`` for each of them on the task's training images.
         accumulators: Device of base and accumulators: ``cpu``, or ``model`` for the parameters' device.
@@ -99,6 +106,7 @@ class LearnerParts(Session):
         branch_reference: Literal["start", "base"] = "start",
         branch_starts: Literal["task", "experts"] = "task",
         branch_settings: list[dict[str, float]] | None = None,
+        branch_augmentations: list[list[v2.Transform]] | None = None,
         buffers: Buffers = "latest",
         accumulators: Literal["cpu", "model"] = "cpu",
         keep_task_vectors: bool = True,
@@ -128,6 +136,7 @@ class LearnerParts(Session):
         self.branch_merger = branch_merger or WeightAverage()
         self.branch_images, self.branch_reference = branch_images, branch_reference
         self.branch_starts, self.branch_settings = branch_starts, branch_settings
+        self.branch_augmentations = branch_augmentations
         self.branch_steps: int | None = None
         self.evaluate_every, self.evaluate_on = evaluate_every, evaluate_on
         self.probes = list(probes or ())
@@ -203,7 +212,8 @@ class LearnerParts(Session):
             )
         if self.epochs is not None and len(self.epochs) != len(self.tasks):
             raise ValueError(f"expected epochs for each of the {len(self.tasks)} tasks, got {len(self.epochs)} numbers")
-        if self.trajectory is not None and self.trajectory.monitor is not None and not self.has_validation:
+        judged = self.trajectory is not None and (self.trajectory.monitor or self.trajectory.requires_score)
+        if judged and not self.has_validation:
             raise ValueError(
                 f"expected validation images for {self.trajectory}, got a stream that holds none out; set "
                 "stream.val_fraction above 0"
@@ -227,10 +237,10 @@ class LearnerParts(Session):
                 f"expected validation images for branch_merger {self.branch_merger.name!r}, got a stream that holds none "
                 "out; set stream.val_fraction above 0"
             )
-        if self.branch_settings is not None and len(self.branch_settings) != branches:
-            raise ValueError(
-                f"expected branch_settings for each of the {branches} branches, got {len(self.branch_settings)}"
-            )
+        for name in ("branch_settings", "branch_augmentations"):
+            given = getattr(self, name)
+            if given is not None and len(given) != branches:
+                raise ValueError(f"expected {name} for each of the {branches} branches, got {len(given)}")
         if self.branch_starts == "experts" and branches > 1 and not self.keep_task_vectors:
             raise ValueError("expected keep_task_vectors=true with branch_starts='experts', which reads them, got false")
 
@@ -266,6 +276,7 @@ class LearnerParts(Session):
             "branch_reference": self.branch_reference,
             "branch_starts": self.branch_starts,
             "branch_settings": self.branch_settings,
+            "branch_augmentations": repr(self.branch_augmentations),
             "routings": [repr(one) for one in self.routed.routings.values()],
             "calibrations": [repr(one) for one in self.calibrated.calibrations.values()],
             "epochs": self.epochs,

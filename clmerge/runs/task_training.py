@@ -204,11 +204,13 @@ class TaskTraining:
             learner.data.part = (branch, learner.branches) if split else (0, 1)
             learner.data.branch = 0 if split else branched.done
             learner.module.optimizer_settings = (learner.branch_settings or [{}] * learner.branches)[branch]
+            learner.data.augment(learner.branch_augmentations[branch] if learner.branch_augmentations else None)
             self._fit(trainer, task, branch=branched.done)
             branched.end(samples=learner.data.num_train_images, steps=run.manifest.step - before)
             trainer.strategy.barrier("branch")
             run.commit_branch(self._slot_of(task), branched.done, branched.state_dict())
         learner.data.part, learner.data.branch, learner.module.optimizer_settings = (0, 1), 0, {}
+        learner.data.augment(None)
         given = provided(learner.merge.required_statistics, trainer, learner.module, learner.merge.base)
         learner.branch_steps = run.manifest.step - run.manifest.task_step
         learner.merge.commit(
@@ -227,7 +229,8 @@ class TaskTraining:
     def _trainer(self, task: int, *, callbacks: Sequence[Callback] = (), branch: int = 0, label: str = "") -> Trainer:
         learner = self.learner
         if learner.trajectory is not None:
-            callbacks = [TrajectoryAverage(learner.trajectory), *callbacks]
+            average = TrajectoryAverage(learner.trajectory, score=lambda module: learner.score([task]))
+            callbacks = [average, *callbacks]
         seed = derived_seed(learner.seed, "task", task, *([branch] if branch else []))
         return self.trainers.for_fit(
             f"task {task + 1}/{len(learner.tasks)} {learner.tasks[task].label}{label}",

@@ -88,6 +88,7 @@ class StreamDataModule(LightningDataModule):
         self.class_balanced = class_balanced
         self.augmentation = augmentation
         self._stream: Stream | None = None
+        self._own_transform: Transform | None = None
         self._train_transform: Transform | None = None
         self._eval_transform: Transform | None = None
         self._task = 0
@@ -105,11 +106,15 @@ class StreamDataModule(LightningDataModule):
             eval_transform: applied to validation and test images, must not be random.
         """
         self._stream = stream
-        own = self.augmentation
-        self._train_transform = train_transform if own is None else Augmentation(own, eval_transform)
-        self._eval_transform = eval_transform
+        self._own_transform, self._eval_transform = train_transform, eval_transform
+        self.augment(None)
         self._task = 0
         self._cache.clear()
+
+    def augment(self, augmentation: Sequence[v2.Transform] | None) -> None:
+        """Augment training images by other transforms than ``augmentation``; None goes back to that."""
+        own = self.augmentation if augmentation is None else augmentation
+        self._train_transform = self._own_transform if own is None else Augmentation(own, self._eval_transform)
 
     def keep_images(self, folder: Path) -> None:
         """Decode validation and test images only once: those beyond ``cache_mb`` are kept on disk.

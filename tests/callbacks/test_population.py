@@ -8,6 +8,7 @@ from support.tiny import ForeignModule, toy_loader
 from torch import nn
 
 from clmerge.callbacks import MergeCallback, Population
+from clmerge.callbacks.member_settings import augment
 from clmerge.merging import MagMax
 from clmerge.training.exchange_rules import Average, Keep, Pull, Shuffle
 from clmerge.weights import task_vector
@@ -184,6 +185,69 @@ def test_initial_deviations():
     assert same(again.state_dict(), module.state_dict())
 
 
+def test_settings_of_every_member():
+    class Scheduled(Recorded):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)
+            return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    torch.manual_seed(0)
+    module = Scheduled()
+    settings = [{"lr": 0.1}, {"lr": 0.2, "weight_decay": 0.5}, {}]
+    trainer = fit(module, [Population(3, Keep(), settings=settings)], epochs=2)
+    batches = list(toy_loader(0))
+    for member, (rate, decay) in enumerate([(0.1, 0.0), (0.2, 0.5), (0.1, 0.0)]):
+        alone = started()
+        for epoch in range(2):
+            optimizer = torch.optim.SGD(alone.parameters(), lr=rate * 0.5**epoch, weight_decay=decay)
+            optimizer.zero_grad()
+            alone.training_step(batches[member], 0).backward()
+            optimizer.step()
+        assert close(module.after[3 + member], alone.state_dict())
+    [group] = trainer.optimizers[0].param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.1 * 0.5**2, 0)
+    with pytest.raises(ValueError, match="settings for each of the 2 members, got 1"):
+        Population(2, Keep(), settings=[{}])
+    with pytest.raises(ValueError, match=r"a setting of Adam, one of .*got 'speed'"):
+        fit(started(), [Population(2, Keep(), settings=[{}, {"speed": 1.0}])], epochs=1)
+
+
+class Noise:
+    def __call__(self, image):
+        return image + torch.randn_like(image)
+
+
+def test_augmentation_of_every_member(tmp_path):
+    class Images(Recorded):
+        def training_step(self, batch, batch_idx):
+            self.inputs = [*getattr(self, "inputs", []), batch[0].clone()]
+            return nn.functional.cross_entropy(self.net(batch[0].flatten(1)), batch[1])
+
+    def run(seed):
+        torch.manual_seed(0)
+        module = Images()
+        fit(module, [Population(3, Keep(), augmentations=[[], [lambda x: -x], [Noise()]], seed=seed)], epochs=2)
+        return module.inputs, torch.rand(1)
+
+    (seen, after), batches = run(0), [batch[0] for batch in toy_loader(0)]
+    for epoch in range(2):
+        assert torch.equal(seen[3 * epoch], batches[0])
+        assert torch.equal(seen[3 * epoch + 1], -batches[1])
+    noise = torch.stack([seen[place] - batches[2] for place in (2, 5)])
+    assert noise.abs().min() > 0
+    assert len(noise.flatten(0, 1).unique(dim=0)) == 16  # other draws for every image and epoch
+    (again, after_again), (others, _) = run(0), run(1)
+    assert all(torch.equal(one, other) for one, other in zip(seen, again, strict=True))
+    assert torch.equal(after, after_again)
+    assert not torch.equal(seen[2], others[2])
+    for batch, told in (({"x": 1}, "begins with its images"), ([torch.zeros(2, 3)], "keep the shape")):
+        with pytest.raises(ValueError, match=told):
+            augment(batch, [lambda image: image[:1]], seed=0)
+    with pytest.raises(ValueError, match="augmentations for each of the 2 members, got 1"):
+        Population(2, Keep(), augmentations=[[]])
+
+
 def test_running_statistics_are_those_of_the_mean():
     module = started(batch_norm=True)
     fit(module, [Population(3, Keep())], epochs=2)
@@ -222,6 +286,7 @@ POPULATIONS = {
     "lookaround": lambda: Population(2, Average(), every=2),
     "papa": lambda: Population(3, Pull(0.9)),
     "wash": lambda: Population(2, Shuffle(0.5), noise=0.1),
+    "diverse": lambda: Population(2, Keep(), settings=[{"lr": 0.1}, {}], augmentations=[[], [Noise()]]),
     "late_phase": lambda: Population(2, Keep(), include=["net.3.*"], start=0.2, noise=0.1),
 }
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from clmerge.callbacks import BestWeights, MergeCallback, TrajectoryAverage
 from clmerge.merging import MagMax
-from clmerge.training.trajectory import EMA, Accepting, Latest, LossValley, Mean
+from clmerge.training.trajectory import EMA, Accepting, Horizons, Latest, LossValley, Mean
 from clmerge.weights import task_vector
 
 RULES = {
@@ -21,7 +21,19 @@ RULES = {
     "Latest": lambda: Latest(2),
     "LossValley": lambda: LossValley(2, 2),
     "Accepting": lambda: Accepting("val/loss", mode="min"),
+    "Horizons": lambda: Horizons([0.2, 0.6, 0.9]),
 }
+
+
+def held_out(module):
+    """How well a module answers a batch that it does not train on."""
+    x, y = next(iter(toy_loader(1)))
+    with torch.no_grad():
+        return -float(nn.functional.cross_entropy(module.net.eval()(x), y))
+
+
+def average_by(name):
+    return TrajectoryAverage(RULES[name](), score=held_out if name == "Horizons" else None)
 
 
 class Recorded(ForeignModule):
@@ -190,6 +202,26 @@ def test_loss_valley_and_accepting_in_a_fit():
     assert callback.rule.accepted == 2
 
 
+def test_the_horizon_that_held_out_images_choose():
+    module, seen = Recorded(), []
+
+    def score(one):
+        seen.append({name: tensor.detach().clone() for name, tensor in one.state_dict().items()})
+        return float(len(seen) == 2)
+
+    callback = TrajectoryAverage(Horizons([0.0, 0.5, 0.9], warmup=False), score=score)
+    fit(module, [callback], epochs=3)
+    for decay, found in zip((0.0, 0.5, 0.9), seen, strict=True):
+        expected = EMA(decay)
+        for point in module.history:
+            expected.collect({name: tensor for name, tensor in point.items() if tensor.is_floating_point()})
+        assert close(found, expected.compute())
+    assert same(module.state_dict(), seen[1])
+    assert callback.rule.scores == {"0.0": 0.0, "0.5": 1.0, "0.9": 0.0}
+    with pytest.raises(ValueError, match=r"expected score=, by which Horizons\(.*chooses one of its averages"):
+        TrajectoryAverage(Horizons())
+
+
 def test_frozen_parts_need_no_memory_and_stay():
     module = Recorded()
     module.net[0].requires_grad_(False)
@@ -250,14 +282,14 @@ def test_a_fit_that_was_killed_has_the_same_average(tmp_path, name, epoch, hook)
         return Recorded(batch_norm=True)
 
     whole = started()
-    fit(whole, [TrajectoryAverage(RULES[name]())], epochs=4)
+    fit(whole, [average_by(name)], epochs=4)
     killed = started()
     base = copy.deepcopy(killed.state_dict())
 
     def callbacks():
         saving = ModelCheckpoint(dirpath=tmp_path, filename="last", enable_version_counter=False)
         merge = MergeCallback(MagMax(scale=1.0), base={k: v for k, v in base.items() if k.endswith(("weight", "bias"))})
-        return [merge, TrajectoryAverage(RULES[name]()), saving]
+        return [merge, average_by(name), saving]
 
     with pytest.raises(RuntimeError, match="killed"):
         fit(killed, [Kill(epoch, hook), *callbacks()], epochs=4)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from support.tiny import tiny_clip
+from torchvision.transforms import v2
 
 from support.records import without_times
 
@@ -11,6 +12,7 @@ from clmerge.callbacks import MergeCallback
 from clmerge.merging import PAINT, SLERP, Fisher, GreedySoup, MagMax, ModelStock, WeightAverage, WeightedAverage, WiSEFT
 from clmerge.models import CosineHead, LinearHead, OpenClip, ZeroShotHead
 from clmerge.results.run_folder import RunFolder
+from clmerge.streams.augmentation import Augmentation
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
 from clmerge.weights import TaskVectorBank, load_tensors
 
@@ -272,6 +274,28 @@ def test_settings_of_every_branch(clip, tmp_path):
     learner = make_learner(clip, branches=2, branch_settings=[{"speed": 1.0}, {}], num_tasks=1)
     with pytest.raises(ValueError, match=r"a setting of AdamW, one of \[.*'lr'.*\], got 'speed'"):
         learner.fit(RunFolder.create(tmp_path / "wrong"), trainer=build)
+
+
+def test_augmentation_of_every_branch(clip, tmp_path):
+    class Images(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 0:
+                seen.append(batch[0].clone())
+
+    seen: list[torch.Tensor] = []
+    dark = [[], [v2.ColorJitter(brightness=(0.0, 0.0))]]
+    learner = make_learner(clip, branches=2, branch_images="all", branch_augmentations=dark, num_tasks=1)
+
+    def build(**given):
+        given["callbacks"] = [*given["callbacks"], Images()]
+        return Trainer(accelerator="cpu", max_epochs=1, limit_train_batches=1, limit_val_batches=1, **given)
+
+    learner.fit(RunFolder.create(tmp_path / "run"), trainer=build)
+    assert seen[0].std() > 0.1
+    assert seen[1].amax() == seen[1].amin()  # all black
+    assert not isinstance(learner.data._train_transform, Augmentation)  # the next task's first branch starts anew
+    with pytest.raises(ValueError, match="branch_augmentations for each of the 2 branches, got 1"):
+        make_learner(clip, branches=2, branch_augmentations=[[]])
 
 
 @pytest.mark.parametrize("merger", [WeightedAverage(), GreedySoup(), PAINT()], ids=lambda merger: merger.name)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from clmerge.merging import WeightAverage
-from clmerge.training.trajectory import EMA, Accepting, Latest, LossValley, Mean
+from clmerge.training.trajectory import EMA, Accepting, Horizons, Latest, LossValley, Mean
 
 RULES = {
     "Mean": lambda: Mean(start=0.0),
@@ -14,6 +14,7 @@ RULES = {
     "Latest": lambda: Latest(3),
     "LossValley": lambda: LossValley(2, 3),
     "Accepting": Accepting,
+    "Horizons": lambda: Horizons([0.5, 0.9]),
 }
 
 
@@ -223,7 +224,7 @@ def test_sizes():
         rule = make()
         fed(rule, [point] * 20)
         sizes[name] = rule.nbytes / entries / 4
-    assert sizes == {"Mean": 1, "EMA": 1, "EMA_warmup": 1, "Latest": 3, "LossValley": 3, "Accepting": 1}
+    assert sizes == {"Mean": 1, "EMA": 1, "EMA_warmup": 1, "Latest": 3, "LossValley": 3, "Accepting": 1, "Horizons": 2}
 
 
 @pytest.mark.parametrize(
@@ -253,3 +254,23 @@ def test_repr_names_all_settings():
         "EMA(decay=0.5, warmup=False, start=0.0, every=1, buffers='recompute', validates='training')"
     )
     assert repr(Accepting()) == "Accepting(monitor='val/accuracy', mode='max', start=0.0, buffers='recompute')"
+
+
+def test_horizons_are_moving_averages_of_which_the_best_stays():
+    given = points(9)
+    rule = Horizons([0.0, 0.8, 0.95], warmup=False)
+    fed(rule, given)
+    choices = rule.choices()
+    for decay in (0.0, 0.8, 0.95):
+        assert same(choices[str(decay)], fed(EMA(decay), given))
+    assert same(choices["0.0"], given[-1])
+    rule.choose({"0.0": 0.5, "0.8": 0.75, "0.95": 0.75})  # the first of equals
+    assert same(rule.compute(), choices["0.8"])
+    assert rule.nbytes == 3 * sum(tensor.nbytes for tensor in given[0].values())
+    rule.reset()
+    assert rule.choices() == {}
+    for decays in ([], [0.9, 0.9]):
+        with pytest.raises(ValueError, match="different decays, one or more"):
+            Horizons(decays)
+    with pytest.raises(ValueError, match="decay from 0 to below 1"):
+        Horizons([1.0])

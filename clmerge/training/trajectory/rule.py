@@ -36,6 +36,7 @@ class TrajectoryRule(ABC):
     """
 
     monitor: str | None = None  # the logged value that judges what was collected, if the rule needs one
+    requires_score: bool = False  # whether it keeps several averages, of which held-out images choose one at the end
 
     def __init__(
         self,
@@ -76,6 +77,14 @@ class TrajectoryRule(ABC):
     def candidate(self) -> Weights:
         """Return what a validation of the average evaluates: the average, unless the rule has one on trial."""
         return self.compute()
+
+    def choices(self) -> dict[str, Weights]:
+        """Return the averages to choose from, by what they are; none for a rule with a single one."""
+        return {}
+
+    def choose(self, scores: Mapping[str, float]) -> None:
+        """Take in the score of every choice; for rules with ``requires_score``."""
+        raise TypeError(f"expected a rule with several averages to choose from, got {type(self).__name__}")
 
     @abstractmethod
     def tensors(self) -> list[Weights]:
