@@ -1,3 +1,4 @@
+import copy
 import itertools
 
 import numpy as np
@@ -8,9 +9,14 @@ from torch import nn
 
 from clmerge.alignment import (
     ActivationMatching,
+    Aligner,
     Axis,
     Group,
     PermutationSpec,
+    Permuted,
+    Reparametrization,
+    Swap,
+    UnitMap,
     WeightMatching,
     spec_of,
 )
@@ -124,6 +130,29 @@ def test_ranks_of_adapters_are_units_too():
     found = WeightMatching().match(one, two, spec).apply(two)
     assert torch.equal(found["B"], one["B"])
     assert torch.allclose(found["B"] @ found["A"], two["B"] @ two["A"], atol=1e-5)
+
+
+class Learned(Aligner):
+    """A matcher of one's own, such as a network that was trained to answer (Deep-Align)."""
+
+    def __init__(self, answer):
+        self._answer = answer
+
+    def match(self, reference, other, spec, *, correlations=None):
+        return Reparametrization(spec, {key: UnitMap(index) for key, index in self._answer.items()})
+
+
+def test_a_matcher_of_ones_own_is_a_class_with_one_method():
+    hidden, other = planted("permutation")
+    answer = {key: found.index for key, found in hidden.inverse().maps.items()}
+    transport = Permuted(Learned(answer))
+    new = copy.deepcopy(NANO)
+    new.load_state_dict(other)
+    transport.prepare(Swap(new, NANO, lambda: SPEC, tuple(STATE), lambda count: [], lambda task, count: []))
+    assert all(torch.equal(tensor, STATE[name]) for name, tensor in transport.transport(other, 0).items())
+    torn = {key: index.roll(1) for key, index in answer.items()}
+    with pytest.raises(ValueError, match="expected whole heads"):
+        Learned(torn).match(STATE, other, SPEC)
 
 
 def test_a_deep_network_is_matched_from_its_input_on():
