@@ -14,7 +14,8 @@ class Measured:
         value: The number that stands in tables and curves; NaN where it is undefined.
         per_task: The number for every task of the stream, NaN where it is undefined; empty if it is not by task.
         values: Further numbers by name.
-        n: How many images, bits or members each is counted over: per task, by name, or together.
+        n: How many images, bits or members each is counted over: per task, by name (``value`` for the value itself),
+            or together.
     """
 
     value: float

@@ -27,8 +27,14 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def cases(n: Any) -> int:
-    """Return what a probe counts over, all together: ``n`` may be one number, a list by task or a mapping by name."""
-    return sum(n.values()) if isinstance(n, Mapping) else sum(n) if isinstance(n, list | tuple) else int(n)
+    """Return what a probe's value counts over, all together.
+
+    Args:
+        n: One number, a list by task, or a mapping by name, in which ``value`` is what the value is over.
+    """
+    return (
+        n.get("value", sum(n.values())) if isinstance(n, Mapping) else sum(n) if isinstance(n, list | tuple) else int(n)
+    )
 
 
 def probe_names(results: Results) -> list[str]:

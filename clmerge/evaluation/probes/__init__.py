@@ -2,6 +2,8 @@
 
 from clmerge.evaluation.probes.attack_success import AttackSuccess
 from clmerge.evaluation.probes.calibration_error import CalibrationError
+from clmerge.evaluation.probes.forget_control import ForgetControl
+from clmerge.evaluation.probes.membership import MembershipInference
 from clmerge.evaluation.probes.probe import (
     NO_TASK,
     TEST,
@@ -22,8 +24,10 @@ __all__ = [
     "AccuracyProbe",
     "AttackSuccess",
     "CalibrationError",
+    "ForgetControl",
     "ImageProbe",
     "Measured",
+    "MembershipInference",
     "Occasion",
     "Probe",
     "Seen",
