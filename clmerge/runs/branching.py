@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from clmerge.callbacks import MergeCallback
-from clmerge.merging import Merger
+from clmerge.merging import Merger, Statistics
 from clmerge.streams.splits import derived_seed
 from clmerge.weights import TaskVector
 from clmerge.weights.parametrization import own_names, renew
@@ -79,12 +79,11 @@ class BranchedTask:
         self._place(others[self.done % len(others)] if others else self._start, self._rest_start)
         renew(self.module, seed=derived_seed(self.seed, "branch", self.done), task=self.merge.task)
 
-    def end(self, *, samples: int, steps: int) -> None:
+    def end(self, statistics: Statistics) -> None:
         """Fold the trained branch into the merger; after the last branch of a round, load the merge into the model.
 
         Args:
-            samples: Number of the branch's training images.
-            steps: Its optimizer steps.
+            statistics: ``samples``, ``steps`` and whatever else the merger requires, measured on the branch's images.
 
         Raises:
             ValueError: If the weights hold NaN or Inf.
@@ -94,7 +93,7 @@ class BranchedTask:
         self.merger.update(
             {name: tensor - origin[name] for name, tensor in theta.items()},
             task=self.done,
-            statistics={"samples": samples, "steps": steps},
+            statistics=statistics,
             score=self._scorer(origin) if self.merger.requires_score else None,
         )
         for name, tensor in self._rest().items():
@@ -160,3 +159,18 @@ def branch_label(done: int, *, branches: int, rounds: int) -> str:
     """
     round_label = f", round {done // branches + 1}/{rounds}" if rounds > 1 else ""
     return f"{round_label}, branch {done % branches + 1}/{branches}"
+
+
+def taking_part(branches: int, fraction: float) -> int:
+    """Return how many branches train in a round, at least one.
+
+    Example:
+        >>> taking_part(10, 0.25), taking_part(4, 1.0)
+        (2, 4)
+    """
+    return max(1, round(fraction * branches))
+
+
+def uploads_of(branches: int, rounds: int, fraction: float) -> int:
+    """Return how many models are sent to be merged for one task."""
+    return taking_part(branches, fraction) * rounds if branches > 1 else 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from typing_extensions import override
 
 from clmerge.deploy.calibration import CalibratedModels, Calibration
 from clmerge.callbacks import MergeCallback
@@ -20,7 +22,9 @@ from clmerge.training.module import ContinualClassifier
 from clmerge.training.regularized_tasks import RegularizedTasks
 from clmerge.streams import AdaptationData, Stream, StreamDataModule
 from clmerge.training.trajectory import TrajectoryRule
+from clmerge.runs.branching import taking_part, uploads_of
 from clmerge.runs.session import Session
+from clmerge.streams.splits import derived_seed
 from clmerge.weights.buffers import Buffers
 from clmerge.weights.parametrization import merged_parameters, running_statistics
 from clmerge.weights.task_vector import TaskVector
@@ -56,6 +60,8 @@ class LearnerParts(Session):
             ``base`` (Model Stock in rounds, arXiv 2403.19522).
         branch_starts: Where the branches of a task's first round start: all where the task does (``task``), or each at
             the vector of an earlier task, the latest first (``experts``; Model Ratatouille, arXiv 2212.10445).
+        branch_fraction: Share of the branches that train in each round, drawn anew for every round: the clients that
+            take part in a round of a federation.
         branch_settings: Optimizer settings of every branch, such as ``lr`` and ``weight_decay``, one mapping each (DiWA,
             arXiv 2205.09739); default the same for all.
         branch_augmentations: torchvision's v2 transforms of every branch's training images, one list each, in place of
@@ -105,6 +111,7 @@ class LearnerParts(Session):
         branch_images: Literal["split", "all"] = "split",
         branch_reference: Literal["start", "base"] = "start",
         branch_starts: Literal["task", "experts"] = "task",
+        branch_fraction: float = 1.0,
         branch_settings: list[dict[str, float]] | None = None,
         branch_augmentations: list[list[v2.Transform]] | None = None,
         buffers: Buffers = "latest",
@@ -137,6 +144,7 @@ class LearnerParts(Session):
         self.branch_images, self.branch_reference = branch_images, branch_reference
         self.branch_starts, self.branch_settings = branch_starts, branch_settings
         self.branch_augmentations = branch_augmentations
+        self.branch_fraction = branch_fraction
         self.branch_steps: int | None = None
         self.evaluate_every, self.evaluate_on = evaluate_every, evaluate_on
         self.probes = list(probes or ())
@@ -226,11 +234,13 @@ class LearnerParts(Session):
                 f"expected 1 branch or more and 1 round or more, of several branches each, got {branches} branches and "
                 f"{rounds} rounds"
             )
-        measured = self.branch_merger.requires - {"samples", "steps"}
-        if branches > 1 and (wanted := measured | self.merge.required_statistics & {"adam"}):
+        if not 0 < self.branch_fraction <= 1:
+            raise ValueError(f"expected branch_fraction above 0 and up to 1, got {self.branch_fraction}")
+        lost = (self.branch_merger.requires & {"adam", "weights"}) | (self.merge.required_statistics & {"adam"})
+        if branches > 1 and lost:
             raise ValueError(
-                "expected mergers for branches that need task vectors, sample counts or scores alone, got one that needs "
-                f"{sorted(wanted)}"
+                "expected mergers for branches that need task vectors, scores, or statistics of the branches' images, got "
+                f"one that needs {sorted(lost)}"
             )
         if branches > 1 and self.branch_merger.requires_score and not self.has_validation:
             raise ValueError(
@@ -243,6 +253,19 @@ class LearnerParts(Session):
                 raise ValueError(f"expected {name} for each of the {branches} branches, got {len(given)}")
         if self.branch_starts == "experts" and branches > 1 and not self.keep_task_vectors:
             raise ValueError("expected keep_task_vectors=true with branch_starts='experts', which reads them, got false")
+
+    @property
+    @override
+    def uploads(self) -> int:
+        return uploads_of(self.branches, self.rounds, self.branch_fraction)
+
+    def participants(self, task: int, round_index: int) -> list[int]:
+        """Return the indices of the branches that train in a round of a task, ascending."""
+        number = taking_part(self.branches, self.branch_fraction)
+        if number == self.branches:
+            return list(range(number))
+        draw = random.Random(derived_seed(self.seed, "participants", task, round_index))
+        return sorted(draw.sample(range(self.branches), number))
 
     @property
     def learning(self) -> dict[str, bool]:
@@ -277,6 +300,8 @@ class LearnerParts(Session):
             "branch_starts": self.branch_starts,
             "branch_settings": self.branch_settings,
             "branch_augmentations": repr(self.branch_augmentations),
+            "branch_fraction": self.branch_fraction,
+            "dirichlet": self.data.dirichlet,
             "routings": [repr(one) for one in self.routed.routings.values()],
             "calibrations": [repr(one) for one in self.calibrated.calibrations.values()],
             "epochs": self.epochs,

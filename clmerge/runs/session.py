@@ -58,6 +58,11 @@ class Session:
         self.adaptation = adaptation or AdaptationData()
 
     @property
+    def uploads(self) -> int:
+        """Number of models that are sent to be merged, for every task."""
+        return 1
+
+    @property
     def task_classes(self) -> list[Sequence[int]]:
         """Global class ids of every task."""
         return [task.classes for task in self.tasks]
@@ -180,6 +185,7 @@ class Session:
             num_seen=task + 1,
             reading=self.evaluation,
             seed=self.seed,
+            uploads=self.uploads,
             last=task == len(self.tasks) - 1 if last is None else last,
         )
         return Probing(probes, occasion, weights or {}, base or {})

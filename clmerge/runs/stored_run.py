@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from clmerge.checkpoints.merge import remaining_tasks
 from clmerge.deploy.routing import Routing
@@ -25,6 +26,7 @@ from clmerge.deploy.predictors import Predictor
 from clmerge.results.results import Results, Setting
 from clmerge.results.run_folder import RunFolder
 from clmerge.streams import AdaptationData, Stream, StreamDataModule
+from clmerge.runs.branching import uploads_of
 from clmerge.runs.final_predictors import FinalPredictors
 from clmerge.runs.session import Session
 from clmerge.runs.trainers import TrainerFactory, Trainers
@@ -118,6 +120,12 @@ class StoredRun(Session):
         module.load_state_dict(weights)  # the text head comes with them
         buffers = config["learner"]["buffers"]
         self.models = FinalPredictors(folder, mergers, buffers=buffers, statistics=self.base_statistics, routings=routings)
+
+    @property
+    @override
+    def uploads(self) -> int:
+        learner = self.config["learner"]
+        return uploads_of(learner["branches"], learner["rounds"], learner["branch_fraction"])
 
     @property
     def shapes(self) -> Shapes:

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from clmerge.callbacks import TrajectoryAverage
+from clmerge.merging import Statistics
 from clmerge.runs.branching import BranchedTask, branch_label
 from clmerge.statistics.provided import provided
 from clmerge.runs.launching.task_jobs import TaskJobs
@@ -178,7 +179,8 @@ class TaskTraining:
     def _train_branches(self, task: int) -> Trainer:
         """Train a task in branches, commit each of them, and merge the result of the last round."""
         learner, run = self.learner, self.run
-        sizes: dict[str, int] = {"branches": learner.branches, "rounds": learner.rounds}
+        per_round = len(learner.participants(task, 0))
+        sizes: dict[str, int] = {"branches": per_round, "rounds": learner.rounds}
         done = run.manifest.branch
         trainer = self._trainer(task, branch=done, label=branch_label(done, **sizes))
         self._begin(trainer, task)
@@ -199,14 +201,15 @@ class TaskTraining:
                 label = branch_label(branched.done, **sizes)
                 trainer = self._trainer(task, branch=branched.done, label=label)
             branched.begin()
-            branch, before = branched.done % learner.branches, run.manifest.step
+            turn, place = divmod(branched.done, per_round)
+            branch, before = learner.participants(task, turn)[place], run.manifest.step
             split = learner.branch_images == "split"
             learner.data.part = (branch, learner.branches) if split else (0, 1)
             learner.data.branch = 0 if split else branched.done
             learner.module.optimizer_settings = (learner.branch_settings or [{}] * learner.branches)[branch]
             learner.data.augment(learner.branch_augmentations[branch] if learner.branch_augmentations else None)
             self._fit(trainer, task, branch=branched.done)
-            branched.end(samples=learner.data.num_train_images, steps=run.manifest.step - before)
+            branched.end(self._branch_statistics(task, run.manifest.step - before))
             trainer.strategy.barrier("branch")
             run.commit_branch(self._slot_of(task), branched.done, branched.state_dict())
         learner.data.part, learner.data.branch, learner.module.optimizer_settings = (0, 1), 0, {}
@@ -217,6 +220,14 @@ class TaskTraining:
             branched.vector(), learner.module, trainer, given=given, steps=learner.branch_steps, again=True
         )
         return trainer
+
+    def _branch_statistics(self, task: int, steps: int) -> Statistics:
+        """Return what the merger of branches requires of the branch that was just trained, and its images and steps."""
+        learner = self.learner
+        given: dict[str, Any] = {"samples": float(learner.data.num_train_images), "steps": float(steps)}
+        if needed := learner.branch_merger.requires - given.keys():
+            given |= learner.measure(needed, task, base=learner.merge.base, num_steps=steps)
+        return given
 
     def _starts(self, task: int) -> list[TaskVector]:
         """Return the vectors at which the branches of a task's first round start, if not where the task does."""

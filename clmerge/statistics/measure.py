@@ -61,7 +61,7 @@ def measure(
         num_images: Number of images to measure on.
         seed: Seed of the choice of images.
     """
-    whole: Any = data.eval_dataloader("train", [task]).dataset
+    whole = _training_set(data, task)
     statistics: dict[str, Any] = {"samples": float(len(whole)), "steps": float(num_steps)}
     if needed <= statistics.keys():
         return statistics
@@ -110,10 +110,16 @@ def training_batches(data: StreamDataModule, task: int, num_images: int, seed: i
         num_images: Number of images, drawn by seed.
         seed: Seed of the choice.
     """
-    whole: Any = data.eval_dataloader("train", [task]).dataset
+    whole = _training_set(data, task)
     generator = torch.Generator().manual_seed(derived_seed(seed, "statistics", task))
     chosen = torch.randperm(len(whole), generator=generator)[:num_images].tolist()
     return DataLoader(Subset(whole, chosen), batch_size=data.eval_batch_size)
+
+
+def _training_set(data: StreamDataModule, task: int) -> Any:
+    """Return the training images of a task under the evaluation transform; of a branch, those of its part."""
+    whole: Any = data.eval_dataloader("train", [task]).dataset
+    return whole if data.part[1] == 1 else Subset(whole, data.part_positions)
 
 
 def _of_weights(

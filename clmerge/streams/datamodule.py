@@ -17,7 +17,7 @@ from clmerge.streams.images import ImageDataset, subset
 from clmerge.streams.plan import Split, Transform
 from clmerge.streams.replay import Images, Replay, ReplaySampler, replay_memory
 from clmerge.streams.samplers import BalancedSampler, EpochSampler, SeededDataset, ShardSampler, even_steps_batch_size
-from clmerge.streams.splits import dealt, derived_seed
+from clmerge.streams.splits import dealt, derived_seed, dirichlet_parts
 from clmerge.streams.stream import Stream
 
 if TYPE_CHECKING:
@@ -49,9 +49,11 @@ class StreamDataModule(LightningDataModule):
             ones out.
         augmentation: torchvision's v2 transforms of training images, from pictures to pictures, after which the
             backbone's transform for evaluation follows. Default: the backbone's own mild augmentation.
+        dirichlet: concentration of the Dirichlet distribution that draws which classes, and how many images of them,
+            each branch of a task has: 0.5 as usual in federated learning, 0.1 for few classes each. Default: equal.
 
     Attributes:
-        part: ``(index, count)``: train on one of ``count`` class-balanced parts of the task's images.
+        part: ``(index, count)``: train on one of ``count`` parts of the task's images.
         branch: Draws an order and augmentation of its own for a branch that trains on all images; 0 is the task's.
 
     Raises:
@@ -70,12 +72,15 @@ class StreamDataModule(LightningDataModule):
         replay: Replay = 0,
         class_balanced: bool = False,
         augmentation: list[v2.Transform] | None = None,
+        dirichlet: float | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
             raise ValueError(f"expected batch sizes of 1 or more, got {batch_size} and {eval_batch_size}")
         if num_workers < 0 or cache_mb < 0:
             raise ValueError(f"expected num_workers and cache_mb of 0 or more, got {num_workers} and {cache_mb}")
+        if dirichlet is not None and not dirichlet > 0:
+            raise ValueError(f"expected dirichlet above 0, got {dirichlet}")
         if isinstance(replay, int) and replay < 0:
             raise ValueError(f"expected replay of 0 or more images, or 'all', got {replay}")
         self.batch_size = batch_size
@@ -87,6 +92,7 @@ class StreamDataModule(LightningDataModule):
         self.replay: Replay = replay
         self.class_balanced = class_balanced
         self.augmentation = augmentation
+        self.dirichlet = dirichlet
         self._stream: Stream | None = None
         self._own_transform: Transform | None = None
         self._train_transform: Transform | None = None
@@ -164,12 +170,17 @@ class StreamDataModule(LightningDataModule):
 
     def _current(self) -> ImageDataset:
         current = self.stream.dataset(self._task, "train", self._train_transform)
+        return current if self.part[1] == 1 else subset(current, self.part_positions)
+
+    @property
+    def part_positions(self) -> list[int]:
+        """Positions of the part's images among the current task's training images."""
         part, num_parts = self.part
-        if num_parts == 1:
-            return current
-        return subset(
-            current, dealt(current.targets, num_parts, seed=derived_seed(self.seed, "parts", self._task))[part]
-        )
+        targets = self.stream.dataset(self._task, "train").targets
+        seed = derived_seed(self.seed, "parts", self._task)
+        if self.dirichlet is not None:
+            return dirichlet_parts(targets, num_parts, self.dirichlet, seed=seed)[part]
+        return dealt(targets, num_parts, seed=seed)[part]
 
     def _branch(self) -> list[int]:
         return [self.branch] if self.branch else []

@@ -9,7 +9,7 @@ from support.records import without_times
 from clmerge import ContinualClassifier, Learner
 from clmerge.runs.branching import BranchedTask
 from clmerge.callbacks import MergeCallback
-from clmerge.merging import PAINT, SLERP, Fisher, GreedySoup, MagMax, ModelStock, WeightAverage, WeightedAverage, WiSEFT
+from clmerge.merging import PAINT, SLERP, WIDEN, GreedySoup, MagMax, ModelStock, WeightAverage, WeightedAverage, WiSEFT
 from clmerge.models import CosineHead, LinearHead, OpenClip, ZeroShotHead
 from clmerge.results.run_folder import RunFolder
 from clmerge.streams.augmentation import Augmentation
@@ -118,7 +118,7 @@ def test_branches_are_merged_as_vectors_from_their_start(clip):
         assert torch.equal(module.backbone.model.visual.proj, start)
         with torch.no_grad():
             module.backbone.model.visual.proj.add_(step)
-        task.end(samples=1, steps=1)
+        task.end({"samples": 1.0, "steps": 1.0})
     assert task.finished
     wanted = SLERP()
     for step in steps:
@@ -333,5 +333,5 @@ def test_what_branches_cannot_do_is_refused(clip):
         make_learner(clip, branches=0)
     with pytest.raises(ValueError, match="of several branches each, got 1 branches and 2 rounds"):
         make_learner(clip, rounds=2)
-    with pytest.raises(ValueError, match="need task vectors, sample counts or scores alone"):
-        make_learner(clip, branches=2, branch_merger=Fisher())
+    with pytest.raises(ValueError, match=r"statistics of the branches' images, got one that needs \['weights'\]"):
+        make_learner(clip, branches=2, branch_merger=WIDEN())

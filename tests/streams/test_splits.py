@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clmerge.streams.splits import derived_seed, stratified_cut
+from clmerge.streams import StreamDataModule
+from clmerge.streams.splits import derived_seed, dirichlet_parts, stratified_cut
 
 
 @settings(max_examples=60, deadline=None)
@@ -57,3 +58,35 @@ def test_derived_seeds_tell_parts_apart():
     seeds = {derived_seed(*parts) for parts in [(0,), ("0",), (0, 1), (1, 0), (0, "a"), ("0a",), (0, "a", 1)]}
     assert len(seeds) == 7
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 100.0])
+def test_dirichlet_parts_hold_every_image_once_and_enough_of_them(alpha):
+    targets = [index % 5 for index in range(400)]
+    parts = dirichlet_parts(targets, 4, alpha, seed=3)
+    assert sorted(position for part in parts for position in part) == list(range(400))
+    assert min(map(len, parts)) >= 10
+    assert parts == dirichlet_parts(targets, 4, alpha, seed=3)
+    assert parts != dirichlet_parts(targets, 4, alpha, seed=4)
+
+
+def test_a_small_alpha_concentrates_and_a_large_one_deals_evenly():
+    targets = [index % 10 for index in range(2000)]
+
+    def largest_share(alpha):
+        parts = dirichlet_parts(targets, 5, alpha, seed=0)
+        counts = [[sum(targets[p] == label for p in part) for label in range(10)] for part in parts]
+        return sum(max(row) / sum(row) for row in counts) / 5
+
+    shares = [largest_share(alpha) for alpha in (0.05, 0.5, 1e6)]
+    assert shares[0] > 1.5 * shares[1] > 1.5 * shares[2]
+    assert shares[2] == pytest.approx(0.1, abs=0.01)
+
+
+def test_impossible_parts_are_refused():
+    with pytest.raises(ValueError, match="two samples or more for each of 4 parts, got 6"):
+        dirichlet_parts([0] * 6, 4, 0.5, seed=0)
+    with pytest.raises(ValueError, match="above 0, got 0"):
+        dirichlet_parts([0] * 60, 4, 0, seed=0)
+    with pytest.raises(ValueError, match="dirichlet above 0, got -1"):
+        StreamDataModule(dirichlet=-1.0)

@@ -2,6 +2,7 @@
 
 from clmerge.evaluation.probes.attack_success import AttackSuccess
 from clmerge.evaluation.probes.calibration_error import CalibrationError
+from clmerge.evaluation.probes.communication import CommunicatedBytes
 from clmerge.evaluation.probes.forget_control import ForgetControl
 from clmerge.evaluation.probes.membership import MembershipInference
 from clmerge.evaluation.probes.probe import (
@@ -24,6 +25,7 @@ __all__ = [
     "AccuracyProbe",
     "AttackSuccess",
     "CalibrationError",
+    "CommunicatedBytes",
     "ForgetControl",
     "ImageProbe",
     "Measured",

@@ -36,6 +36,7 @@ class Occasion:
         reading: Whether all classes compete, or those of an image's task only.
         seed: Seed of the run.
         last: Whether no task follows.
+        uploads: Number of models that were sent to be merged, for every task.
     """
 
     task_names: Sequence[str]
@@ -45,6 +46,7 @@ class Occasion:
     reading: Setting = "task_agnostic"
     seed: int = 0
     last: bool = True
+    uploads: int = 1
 
     @property
     def num_tasks(self) -> int:
