@@ -23,6 +23,7 @@ FEW = {
     *("adamerging_continual", "atlas"),
     *("attention_only", "bam", "chitale_lora", "ewc", "fisher", "iel", "joint", "lora_task_arithmetic", "magmax"),
     *("aswa", "dart", "diwa", "ema_within", "ema_horizons", "eoa", "forkmerge", "late_phase", "lawa", "lookaround"),
+    "mean_teacher",
     *("online_merging", "papa", "ratatouille", "sparse_soup", "stock_periodic", "swa", "swad", "swalp", "twa", "warm"),
     *("warp", "wash"),
     *("adamergex_ia3", "lorahub", "lorm", "map", "mingle", "nufilt", "pwe_moe", "regmean", "replay", "sam_merging"),

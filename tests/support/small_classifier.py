@@ -5,7 +5,7 @@ from torch import nn
 
 from clmerge.models import Backbone, LinearHead
 from clmerge.training.module import ContinualClassifier
-from clmerge.training.regularizers import EWC, IEL, ITA, L2, FeatureDistance, LossStep, LwF
+from clmerge.training.regularizers import EWC, IEL, ITA, L2, FeatureDistance, LossStep, LwF, MeanTeacher
 
 REGULARIZERS = {
     "l2": lambda: L2(1e-2),
@@ -15,6 +15,7 @@ REGULARIZERS = {
     "ita": lambda: ITA(1.0),
     "iel": lambda: IEL(1.0),
     "lwf": lambda: LwF(0.3),
+    "mean teacher": lambda: MeanTeacher(1.0, decay=0.9),
     "features": lambda: FeatureDistance(0.1),
     "cosine to base": lambda: FeatureDistance(0.1, to="base", distance="cosine"),
 }

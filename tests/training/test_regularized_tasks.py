@@ -106,7 +106,9 @@ def test_all_regularizers_together_run_under_every_start_policy_and_count_their_
     one = learner(clip, *(make() for make in REGULARIZERS.values()), start_policy=policy, tuning=tuning())
     run(one, tmp_path / "run")
     sizes = record(tmp_path / "run")["bytes"]
-    assert set(sizes) == {f"regularizer.{name}" for name in ("l2", "ewc", "ita", "iel", "lwf", "features")}
+    assert set(sizes) == {
+        f"regularizer.{name}" for name in ("l2", "ewc", "ita", "iel", "lwf", "mean_teacher", "features")
+    }
     numel = sum(value.numel() for value in one.merge.base.values())
     assert sizes["regularizer.l2"] == 2 * 4 * numel
     assert sizes["regularizer.ewc"] == 2 * (8 * numel + 4)

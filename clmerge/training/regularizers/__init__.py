@@ -5,6 +5,7 @@ from clmerge.training.regularizers.ewc import EWC
 from clmerge.training.regularizers.features import FeatureDistance
 from clmerge.training.regularizers.foreign import Distillation, Teacher
 from clmerge.training.regularizers.l2 import L2
+from clmerge.training.regularizers.mean_teacher import MeanTeacher
 from clmerge.training.regularizers.regularizer import LossStep, Regularizer, current_weights, regularized_logits
 from clmerge.training.regularizers.second_order import IEL, ITA
 
@@ -17,6 +18,7 @@ __all__ = [
     "FeatureDistance",
     "LossStep",
     "LwF",
+    "MeanTeacher",
     "Regularizer",
     "Teacher",
     "current_weights",
