@@ -6,7 +6,9 @@ Needs PyTorch, torchvision, torchmetrics, safetensors, lightning, timm and open_
 a machine without a network lacks of these can be carried to it as wheels. No data: weights and images are random. Exits
 1 where a result on the GPU differs from the CPU's by more than the rule's tolerance.
 
-`--tiny` runs the same code on small shapes, on the CPU where there is no GPU; its times mean nothing.
+`--tiny` runs the same code on small shapes, on the CPU where there is no GPU; its times mean nothing. `--only
+operations` needs no GPU: it counts the operations other than views that an update starts, with parameters one at a
+time, as on a CPU, and with many at once, as on a GPU.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -45,6 +48,7 @@ from clmerge.merging import (
     RegMean,
     TaskArithmetic,
     WeightAverage,
+    blocks,
 )
 from clmerge.models import Full, LinearHead, Linearized, LoRA, OpenClip, Tuning
 from clmerge.training.module import ContinualClassifier
@@ -157,6 +161,41 @@ def counted(work: Callable[[], object]) -> tuple[int, int]:
     return len(events), sum("DtoH" in e.name for e in events)
 
 
+class Operations(TorchDispatchMode):
+    """Count the operations that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    @override
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def count_operations() -> None:
+    """Print how many operations the second update of a rule starts, one parameter at a time and many at once.
+
+    For a ViT-B/32 whose every width, and with them what a device takes at once, is a quarter: the counts are those of
+    a ViT-B/32.
+    """
+    taus = vectors(vit_shapes(192, 12, 32, 50, 128), 2)
+    blocks.CPU_BLOCK = blocks.DEVICE_BLOCK = blocks.DEVICE_BLOCK // 16
+    print(f"\nOperations of an update of {len(taus[0])} tensors\n\n| rule | one at a time | many at once |")
+    print("|---|---|---|", flush=True)
+    for name in ("TaskArithmetic", "WeightAverage", "MagMax", "TIES", "TIES by tensor", "DARE"):
+        build, found = ENTRYWISE[name][0], []
+        for one_by_one in (frozenset({"cpu"}), frozenset[str]()):
+            blocks.ONE_BY_ONE = one_by_one
+            merger = build()
+            merger.update(taus[0])
+            with Operations() as operations:
+                merger.update(taus[1])
+            found.append(operations.number)
+        print(f"| {name} | {found[0]} | {found[1]} |", flush=True)
+
+
 def apart(ours: Vector, theirs: Vector) -> float:
     """Return the distance of two merged vectors, relative to the norm of the second."""
     differences = sum(float((ours[n].cpu().double() - theirs[n].double()).square().sum()) for n in theirs)
@@ -212,6 +251,18 @@ def check_rules(
             flush=True,
         )
         del merger, needed
+    return wrong
+
+
+def check_refusal() -> list[str]:
+    """Return what is wrong with the device's answer to a vector that is not finite."""
+    wrong = []
+    for value in (torch.nan, torch.inf, -torch.inf):
+        try:
+            MagMax().update({"a": torch.ones(3, device=DEVICE), "b": torch.tensor([1.0, value], device=DEVICE)})
+            wrong.append(f"MagMax took a vector with {value}")
+        except ValueError:
+            pass
     return wrong
 
 
@@ -374,12 +425,15 @@ def check_evaluation(tiny: bool, rounds: int) -> None:
 
 def main() -> int:
     """Check and measure; return 1 if a result is wrong."""
-    parts = ("merge", "spectral", "step", "evaluate")
+    parts = ("merge", "spectral", "step", "evaluate", "operations")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts[:-1])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    if [*options.only] == ["operations"]:
+        count_operations()
+        return 0
     if not CUDA and not options.tiny:
         print("check_gpu: expected a CUDA device, got none; --tiny runs the same code on the CPU", file=sys.stderr)
         return 2
@@ -393,6 +447,7 @@ def main() -> int:
     small = vit_shapes(16, 1, 4, 5, 8)
     wrong: list[str] = []
     if "merge" in options.only:
+        wrong += check_refusal()
         for title, shapes, compare in (
             ("ViT-B/32", small if options.tiny else vit_shapes(768, 12, 32, 50, 512), True),
             ("ViT-L/14", small if options.tiny else vit_shapes(1024, 24, 14, 257, 768), False),

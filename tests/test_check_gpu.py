@@ -18,6 +18,7 @@ def test_the_benchmark_of_averages_runs_on_tiny_shapes():
 
 
 PARTS = {"merge": "TIES by tensor", "spectral": "TSVM", "evaluate": "Evaluating 8 models in one pass"}
+PARTS |= {"operations": "| rule | one at a time | many at once |"}
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,12 @@ def widen(slots: dict[str, Slots], dtypes: SlotDtypes) -> None:
 
 def float_dtype(slots: Slots) -> torch.dtype:
     """Return the dtype of the floating accumulators of one parameter."""
-    return next(tensor.dtype for tensor in slots.values() if tensor.is_floating_point())
+    return floating(slots).dtype
+
+
+def floating(slots: Slots) -> Tensor:
+    """Return the first floating accumulator of one parameter."""
+    return next(tensor for tensor in slots.values() if tensor.is_floating_point())
 
 
 def device_of(slots: Slots) -> torch.device:

@@ -1,4 +1,4 @@
-"""Iterate over large tensors in blocks that fit in the processor's cache."""
+"""How many entries a device takes at once: blocks that fit in a CPU's cache, many small parameters on a GPU."""
 
 from collections.abc import Iterator
 
@@ -10,6 +10,23 @@ from torch import Tensor
 # wants few large kernels instead.
 CPU_BLOCK = 1 << 17
 DEVICE_BLOCK = 1 << 24
+ONE_BY_ONE = frozenset({"cpu"})  # kinds of devices that take every parameter by itself
+
+
+def entries_at_once(device: torch.device) -> int:
+    """Return how many entries of small parameters a device takes at once, 0 if it takes every parameter by itself.
+
+    A GPU is idle between the kernels of small parameters; on a CPU a parameter that is copied beside others leaves the
+    cache.
+
+    Args:
+        device: Where the parameters are.
+
+    Example:
+        >>> entries_at_once(torch.device("cpu"))
+        0
+    """
+    return 0 if device.type in ONE_BY_ONE else DEVICE_BLOCK
 
 
 def blocks(*flat: Tensor, cpu_block: int | None = None) -> Iterator[tuple[Tensor, ...]]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from clmerge.merging.gathered import gathered
 from clmerge.weights.task_vector import State
 
 Shapes = dict[str, tuple[int, ...]]
@@ -117,16 +118,28 @@ def is_finite(tensor: Tensor) -> bool:
     return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 
 
+def not_finite(vector: State) -> list[str]:
+    """Return the names of the parameters with NaN or Inf; what lies on a GPU is asked once for all of them.
+
+    Args:
+        vector: Tensors by name.
+
+    Example:
+        >>> not_finite({"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])})
+        ['b']
+    """
+    sums = gathered([vector[name].detach().sum().reshape(1) for name in vector]).tolist()
+    return [n for n, total in zip(vector, sums, strict=True) if not math.isfinite(total) and not is_finite(vector[n])]
+
+
 def check_finite(vector: State) -> None:
     """Raise a ValueError that names the first parameter with NaN or Inf.
 
     Args:
         vector: The task vector to check.
     """
-    for name in vector:
+    for name in not_finite(vector)[:1]:
         tensor = vector[name].detach()
-        if is_finite(tensor):
-            continue
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         raise ValueError(
             f"expected finite values, got {bad} NaN or Inf among the {tensor.numel()} entries of {name!r}; "

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from clmerge.merging.at_once import largest_magnitudes
 from clmerge.merging.checks import check_finite
+from clmerge.merging.gathered import gathered
 from clmerge.merging.step import Statistics
 from clmerge.weights.task_vector import CheckedVector, State
 
@@ -42,6 +43,7 @@ def examine(vector: State) -> Examined:
         ValueError: If a tensor holds NaN or Inf; the message names the first.
 
     Example:
+        >>> import torch
         >>> examine({"w": torch.ones(2)}) == examine({"w": torch.ones(2, dtype=torch.bfloat16)})
         True
         >>> examine({"w": torch.tensor([1.0, -3.0])}).largest
@@ -74,14 +76,7 @@ def with_statistics(identity: str, statistics: Statistics) -> str:
 
 def _examine(vector: State) -> Examined:
     names = sorted(vector)
-    # NaN shows in both limits, and Inf in one; None is an empty tensor.
-    limits = [torch.aminmax(vector[name].detach()) if vector[name].numel() else None for name in names]
-    numbers = [limit.to(torch.float64).reshape(1) for pair in limits if pair is not None for limit in pair]
-    found = iter(_gathered(numbers).tolist())
-    largest = {}
-    for name, pair in zip(names, limits, strict=True):
-        low, high = (next(found), next(found)) if pair is not None else (0.0, 0.0)
-        largest[name] = max(-low, high) if math.isfinite(low) and math.isfinite(high) else math.inf
+    largest = dict(zip(names, largest_magnitudes([vector[name] for name in names]), strict=True))
     if math.inf in largest.values():
         check_finite(vector)
     return Examined(_sampled(vector), largest)
@@ -94,14 +89,6 @@ def _sampled(state: State) -> str:
     for name in sorted(state):
         flat = state[name].detach().reshape(-1)
         digest.update(json.dumps([name, list(state[name].shape)]).encode() + b"\n")
-        # Adding zero turns -0.0 into 0.0.
-        samples.append(flat[:: -(-max(flat.numel(), 1) // _SAMPLED)].double() + 0.0)
-    digest.update(_gathered(samples).numpy().data)
+        samples.append(flat[:: -(-max(flat.numel(), 1) // _SAMPLED)])
+    digest.update((gathered(samples) + 0.0).numpy().data)  # adding zero turns -0.0 into 0.0
     return digest.hexdigest()
-
-
-def _gathered(pieces: list[Tensor]) -> Tensor:
-    """Concatenate flat float64 tensors on the CPU, with one copy from their device instead of one each."""
-    if not pieces:
-        return torch.empty(0, dtype=torch.float64)
-    return torch.cat([piece.to(pieces[0].device) for piece in pieces]).cpu()

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from clmerge.merging.accumulators import Slots, allocate, device_of, float_dtype, slot_blocks, widen
+from clmerge.merging.at_once import concatenated, packed_slots
 from clmerge.merging.checks import (
     Shapes,
     check_base,
     check_finite,
     check_shapes,
-    is_finite,
+    not_finite,
     read_shapes,
 )
 from clmerge.merging.identity import examine, with_statistics
@@ -20,6 +21,7 @@ from clmerge.merging.scope import Scope, Scoped, Tally
 from clmerge.merging.sparsify.sparsifier import Sparsifier
 from clmerge.merging.state import Accumulator, listed
 from clmerge.merging.step import PIECE, Gradients, Score, Statistics, Step
+from clmerge.merging.vectors import Pack
 from clmerge.weights.task_vector import State, TaskVector
 
 
@@ -82,7 +84,11 @@ class Merger(Accumulator, Scoped):
         return None
 
     def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
-        """Fold in one parameter; by default block by block."""
+        """Fold in one parameter; a rule that does not define this folds in as many at once as their device takes."""
+        self._fold_pack(Pack({name: tuple(tau.shape)}), slots, tau, step, plan)
+
+    def _fold_pack(self, pack: Pack, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
+        """Fold in parameters that lie one after the other in flat tensors; by default block by block."""
         dtype = float_dtype(slots)
         for block, (piece,) in slot_blocks(slots, tau):
             self._fold_block(block, piece.to(dtype), step, plan)
@@ -253,12 +259,11 @@ class Merger(Accumulator, Scoped):
     def _computed(self, overview: Any) -> TaskVector:
         """Read every parameter; refuse an overflow."""
         merged = {name: self._read(name, slots, overview) for name, slots in self._held().items()}
-        for name, tensor in merged.items():
-            if not is_finite(tensor):
-                raise RuntimeError(
-                    f"expected finite sums, got an overflow in {name!r} of {self!r}; scale the task vectors "
-                    "down or use float64"
-                )
+        if wrong := not_finite(merged):
+            raise RuntimeError(
+                f"expected finite sums, got an overflow in {wrong[0]!r} of {self!r}; scale the task vectors "
+                "down or use float64"
+            )
         return merged
 
     # How it works inside
@@ -331,7 +336,12 @@ class Merger(Accumulator, Scoped):
         dtypes = self._slot_dtypes(step.position + 1)
         slots = self._slots or allocate(vector, dtypes, self._device)
         widen(slots, dtypes)
-        for name, accumulators in slots.items():
-            self._fold(name, accumulators, vector[name].detach().to(device_of(accumulators)), step, plan)
+        if type(self)._fold is Merger._fold:
+            for pack, flat in packed_slots(slots):
+                taus = [vector[name].detach().to(device_of(flat)) for name in pack.names]
+                self._fold_pack(pack, flat, concatenated(taus), step, plan)
+        else:
+            for name, accumulators in slots.items():
+                self._fold(name, accumulators, vector[name].detach().to(device_of(accumulators)), step, plan)
         self._slots = slots
         return plan

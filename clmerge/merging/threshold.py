@@ -1,19 +1,22 @@
 """Select the k-th largest magnitude of one or many tensors, exactly and without a sort."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clmerge.merging.blocks import blocks
-from clmerge.weights.task_vector import accumulator_dtype
+from clmerge.merging.at_once import Joined, concatenated, device_packs
+from clmerge.merging.blocks import blocks, entries_at_once
+from clmerge.merging.gathered import gathered
+from clmerge.weights.task_vector import State, accumulator_dtype
 
 _SMALL = 1 << 16  # up to here a direct selection is quickest
 _BLOCK = 1 << 18  # every block has counts of its own to fill and to add
 _DIGIT_BITS = 16
+_GROUPED_BITS = 11  # of many parameters at once: three passes for float32, and two thousand counts for each
 
 
 class Threshold(NamedTuple):
@@ -52,10 +55,41 @@ def kth_largest_magnitude(tensors: Sequence[Tensor], k: int) -> Threshold:
     flat = [tensor.detach().reshape(-1) for tensor in tensors]
     dtype = accumulator_dtype(*flat)
     if total <= _SMALL:
-        magnitudes = [tensor.to(dtype).abs() for tensor in flat]
+        magnitudes = [piece.to(dtype).abs() for piece in Joined(flat)]
         return _selected(magnitudes[0] if len(magnitudes) == 1 else torch.cat(magnitudes), k)
-    step = sample_step(total)
-    return kth_of_pieces(flat, [tensor[::step] for tensor in flat], dtype, total, k)
+    step, pieces = sample_step(total), Joined(flat)
+    return kth_of_pieces(pieces, [piece[::step].clone() for piece in pieces], dtype, total, k)
+
+
+def kth_largest_of_each(vector: State, rank: Callable[[int], int]) -> dict[str, Threshold]:
+    """Find a large absolute value of every parameter, with one copy to the host for all that a device takes at once.
+
+    Args:
+        vector: Parameters by name, floating-point and finite.
+        rank: Returns the rank from the top, given the number of entries. If it is not smaller than that, everything is
+            kept: the threshold is 0.
+
+    Example:
+        >>> kth_largest_of_each({"w": torch.tensor([1.0, -5.0, 3.0]), "b": torch.ones(1)}, lambda numel: 2)
+        {'w': Threshold(value=3.0, surplus=0), 'b': Threshold(value=0.0, surplus=0)}
+    """
+    found, waiting = dict[str, Threshold](), dict[str, Tensor]()
+    for name in vector:
+        tau = vector[name].detach()
+        found[name] = Threshold(value=0.0, surplus=0)
+        if rank(tau.numel()) < tau.numel():
+            if entries_at_once(tau.device):
+                waiting[name] = tau
+            else:
+                found[name] = kth_largest_magnitude([tau], rank(tau.numel()))
+    packs = device_packs(waiting)
+    pairs = [
+        _digits_of_each(concatenated([waiting[name] for name in pack.names]), pack.sizes, [*map(rank, pack.sizes)])
+        for pack in packs
+    ]
+    numbers = gathered([pair.reshape(-1) for pair in pairs]).view(-1, 2).tolist()
+    names = [name for pack in packs for name in pack.names]
+    return found | {n: Threshold(value, int(surplus)) for n, (value, surplus) in zip(names, numbers, strict=True)}
 
 
 def sample_step(total: int) -> int:
@@ -112,7 +146,8 @@ def _by_sample(
     # One buffer for all candidates, of about 2 * margin * total. Kept block by block they would lie between the blocks'
     # temporaries and keep malloc from using that memory again: a merge would hold up to half a MiB per block in holes.
     candidates = sample.new_empty(min(int(8 * margin * total), total))
-    num_above = num_candidates = 0
+    num_above: int | Tensor = 0  # stays on a GPU until it is complete
+    num_candidates = 0
     for tensor in flat:
         for (piece,) in blocks(tensor):
             above, inside_bracket = _split(piece.to(dtype).abs(), low, high)
@@ -121,13 +156,13 @@ def _by_sample(
                 return None
             candidates[start:num_candidates] = inside_bracket
             num_above += above
-    rank = k - num_above
+    rank = k - int(num_above)
     if not 1 <= rank <= num_candidates:
         return None
     return _selected(candidates[:num_candidates], rank)
 
 
-def _split(magnitudes: Tensor, low: float, high: float) -> tuple[int, Tensor]:
+def _split(magnitudes: Tensor, low: float, high: float) -> tuple[int | Tensor, Tensor]:
     """Count the entries above ``high``, and collect those from ``low`` to ``high``, of which few are expected."""
     if magnitudes.device.type == "cpu":
         # NumPy compares, counts and selects flags of one byte three times as fast as PyTorch does.
@@ -136,7 +171,7 @@ def _split(magnitudes: Tensor, low: float, high: float) -> tuple[int, Tensor]:
         inside ^= above
         return int(np.count_nonzero(above)), torch.from_numpy(np.compress(inside, array))
     flags = torch.empty_like(magnitudes)
-    num_above = int(torch.gt(magnitudes, high, out=flags).sum())
+    num_above = torch.gt(magnitudes, high, out=flags).sum(dtype=torch.int64)
     torch.eq(magnitudes.clamp(low, high), magnitudes, out=flags)
     return num_above, _flagged(magnitudes, flags)
 
@@ -162,6 +197,40 @@ def _by_digits(flat: Iterable[Tensor], dtype: torch.dtype, k: int) -> Threshold:
         k -= int(at_least[digit] - counts[digit])
         found = found << _DIGIT_BITS | digit
     return Threshold(float(torch.tensor(found, dtype=integer).view(dtype)), surplus)
+
+
+def _digits_of_each(flat: Tensor, sizes: Sequence[int], ranks: Sequence[int]) -> Tensor:
+    """Select as ``_by_digits`` does, for parameters that lie one after the other, without asking the device.
+
+    Returns:
+        Value and surplus of each parameter, float64 of shape ``(len(sizes), 2)``, on the device.
+    """
+    dtype = accumulator_dtype(flat)
+    integer = torch.int32 if dtype == torch.float32 else torch.int64
+    device, count = flat.device, len(sizes)
+    owner = torch.arange(count, device=device)
+    owner = owner.repeat_interleave(torch.tensor(sizes).to(device), output_size=flat.numel())
+    wanted = torch.tensor(ranks).to(device).unsqueeze(1)
+    found = torch.zeros(count, dtype=torch.int64, device=device)
+    surplus = torch.zeros_like(wanted)
+    low = 8 * dtype.itemsize - 1  # without the sign
+    while low:
+        top, low = low, max(low - _GROUPED_BITS, 0)
+        width = 1 << (top - low)
+        counts = torch.zeros(count * width + 1, dtype=torch.int64, device=device)  # the last one is of no candidates
+        for piece, its_owner in blocks(flat, owner):
+            bits = (piece.to(dtype).view(integer) & torch.iinfo(integer).max).to(torch.int64)
+            places = (bits >> low & (width - 1)).add_(its_owner, alpha=width)
+            places.masked_fill_(bits >> top != found[its_owner], count * width)
+            counts.scatter_add_(0, places, counts.new_ones(()).expand_as(places))
+        of_digit = counts[:-1].view(count, width)
+        at_least = of_digit.flip(1).cumsum(1).flip(1)  # how many candidates have this digit or a larger one
+        digit = (at_least >= wanted).sum(1, keepdim=True) - 1
+        surplus = at_least.gather(1, digit) - wanted
+        wanted = of_digit.gather(1, digit) - surplus
+        found = found << (top - low) | digit.squeeze(1)
+    values = found.to(integer).view(dtype).to(torch.float64)
+    return torch.stack([values, surplus.squeeze(1).to(torch.float64)], dim=1)
 
 
 def _digit_counts(flat: Iterable[Tensor], dtype: torch.dtype, integer: torch.dtype, found: int, low: int) -> Tensor:

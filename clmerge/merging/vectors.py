@@ -14,7 +14,6 @@ from clmerge.merging.step import Statistics
 # A call costs as much as a few thousand entries, and a merge takes dozens of calls per parameter. A pack is small
 # compared with a large parameter, and its content stays in the processor's cache.
 PACK = 1 << 18
-_LARGEST = PACK // 4  # most entries of a parameter that shares a pack
 
 
 Shape = tuple[int, ...]
@@ -84,12 +83,13 @@ class Vectors(Protocol):
         """Return the statistics of a task vector for these parameters; ``check_statistics`` names required ones."""
 
 
-def packs(shapes: Mapping[str, Shape], kind: Callable[[str], Hashable]) -> list[Pack]:
+def packs(shapes: Mapping[str, Shape], kind: Callable[[str], Hashable], size: int = PACK) -> list[Pack]:
     """Group small parameters that can be read together; each large parameter is its own group.
 
     Args:
         shapes: Shapes of the parameters by name.
         kind: Returns a key per name; parameters of a group have equal keys.
+        size: Most entries of a group of several parameters; one with more than a quarter of them is alone.
 
     Returns:
         Packs that together hold every name once.
@@ -103,12 +103,12 @@ def packs(shapes: Mapping[str, Shape], kind: Callable[[str], Hashable]) -> list[
     filling: dict[Hashable, tuple[dict[str, Shape], int]] = {}
     for name, shape in shapes.items():
         numel = prod(shape)
-        if numel > _LARGEST:
+        if numel > size // 4:
             found.append({name: shape})
             continue
         its_kind = kind(name)
-        pack, filled = filling.get(its_kind, ({}, PACK + 1))
-        if filled + numel > PACK:
+        pack, filled = filling.get(its_kind, ({}, size + 1))
+        if filled + numel > size:
             pack, filled = {}, 0
             found.append(pack)
         pack[name] = shape

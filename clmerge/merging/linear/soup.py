@@ -84,13 +84,9 @@ class GreedySoup(Merger):
         return {name: (slots["sum"] + vector[name].to(slots["sum"])) / count for name, slots in self._slots.items()}
 
     @override
-    def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: bool) -> None:
-        if plan:
-            super()._fold(name, slots, tau, step, plan)
-
-    @override
     def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: bool) -> None:
-        slots["sum"].add_(tau)
+        if plan:
+            slots["sum"].add_(tau)
 
     @override
     def _after_update(self, step: Step, plan: bool) -> None:

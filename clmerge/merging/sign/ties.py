@@ -10,11 +10,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import SlotDtypes, Slots, float_dtype, slot_blocks
+from clmerge.merging.at_once import packed_slots
 from clmerge.merging.checks import checked_choice, of_task
+from clmerge.merging.gathered import gathered
 from clmerge.merging.merger import Merger
 from clmerge.merging.scope import Scope, Tally
-from clmerge.merging.sparsify.sparsifier import Sparsifier, TrimModel, TrimTensor, keep_from
+from clmerge.merging.sparsify.sparsifier import Sparsifier, TrimModel, TrimTensor, keep_from, keep_largest_each
 from clmerge.merging.step import Step
+from clmerge.merging.vectors import Pack
 from clmerge.weights.task_vector import State, TaskVector
 
 Trim = Literal["model", "tensor"]
@@ -34,7 +37,7 @@ def sum_of_signs(totals: Iterable[Tensor]) -> int:
         1
     """
     # float32 counts up to 2^24 exactly.
-    return sum(int(total.sign().sum()) for total in totals)
+    return int(gathered([total.sign().sum().reshape(1) for total in totals]).sum())
 
 
 def count_signs(positive: Tensor, negative: Tensor, tau: Tensor) -> None:
@@ -149,12 +152,14 @@ class TIES(Merger):
         return self._sparsifier.plan(vector, step.task)
 
     @override
-    def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
-        threshold = plan if self.trim == "model" else plan[name].value
-        if self.trim == "tensor" and plan[name].surplus:
-            # More entries equal the threshold than may be kept, so it takes the whole tensor to choose.
-            tau = self._sparsifier.sparsify(name, tau.to(float_dtype(slots)), step.task, plan)
-        super()._fold(name, slots, tau, step, threshold)
+    def _fold_pack(self, pack: Pack, slots: Slots, tau: Tensor, step: Step, plan: Any) -> None:
+        if self.trim == "tensor":
+            bounds = [plan[name] for name in pack.names]
+            plan = bounds[0].value
+            if len(bounds) > 1 or bounds[0].surplus:
+                # More entries equal a threshold than may be kept, or there are several of them.
+                tau, plan = keep_largest_each(tau.to(float_dtype(slots)), pack.sizes, bounds), 0.0
+        super()._fold_pack(pack, slots, tau, step, plan)
 
     @override
     def _fold_block(self, slots: Slots, tau: Tensor, step: Step, plan: float) -> None:
@@ -230,7 +235,7 @@ class TIES(Merger):
         return slots["total"] if self.merge == "max" else slots["pos_sum"] + slots["neg_sum"]
 
     def _blocks(self) -> Iterator[Slots]:
-        return (block for slots in self._slots.values() for block, _ in slot_blocks(slots))
+        return (block for _, slots in packed_slots(self._slots) for block, _ in slot_blocks(slots))
 
     def _is_open(self, slots: Slots, total: Tensor) -> bool:
         """Return whether an entry depends on the sign chosen for zero sums: its positive and negative parts differ."""

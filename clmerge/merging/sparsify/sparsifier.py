@@ -1,7 +1,7 @@
 """Sparsifiers: keep part of a task vector's entries and set the others to zero."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -14,7 +14,7 @@ from typing_extensions import override
 from clmerge.merging.blocks import blocks
 from clmerge.merging.checks import checked_choice
 from clmerge.merging.scope import Scope, Scoped
-from clmerge.merging.threshold import Threshold, kth_largest_magnitude
+from clmerge.merging.threshold import Threshold, kth_largest_magnitude, kth_largest_of_each
 from clmerge.seeds import seeded_uniform
 from clmerge.settings import Configured
 from clmerge.weights.task_vector import State, TaskVector, accumulator_dtype
@@ -69,6 +69,29 @@ def keep_largest(tau: Tensor, threshold: Threshold) -> Tensor:
     if threshold.surplus and threshold.value > 0:
         _drop_last(kept, threshold)
     return kept.view(tau.shape)
+
+
+def keep_largest_each(tau: Tensor, sizes: Sequence[int], thresholds: Sequence[Threshold]) -> Tensor:
+    """Apply ``keep_largest`` to parameters that lie one after the other.
+
+    Args:
+        tau: Their entries, flat, float32 or float64.
+        sizes: Number of entries of each.
+        thresholds: Threshold of each.
+
+    Example:
+        >>> keep_largest_each(torch.tensor([1.0, 2.0, -5.0, 9.0]), [2, 2], [Threshold(2.0, 0), Threshold(9.0, 0)])
+        tensor([0., 2., 0., 9.])
+    """
+    if len(sizes) == 1:
+        return keep_largest(tau, thresholds[0])
+    bounds = torch.tensor([one.value for one in thresholds], dtype=tau.dtype).to(tau.device)
+    of_entries = bounds.repeat_interleave(torch.tensor(sizes).to(tau.device), output_size=tau.numel())
+    kept = torch.where(tau.abs() >= of_entries, tau, torch.zeros_like(bounds[0]))
+    for part, one in zip(kept.split_with_sizes(list(sizes)), thresholds, strict=True):
+        if one.surplus and one.value > 0:
+            _drop_last(part, one)
+    return kept
 
 
 def _drop_last(kept: Tensor, threshold: Threshold) -> None:
@@ -248,14 +271,7 @@ class TrimTensor(Sparsifier):
 
     @override
     def plan(self, vector: State, task: int) -> dict[str, Threshold]:
-        thresholds = {}
-        for name in vector:
-            tau = vector[name]
-            count = max(1, int(self.density * tau.numel()))
-            thresholds[name] = (
-                kth_largest_magnitude([tau], count) if count < tau.numel() else Threshold(value=0.0, surplus=0)
-            )
-        return thresholds
+        return kth_largest_of_each(vector, lambda numel: max(1, int(self.density * numel)))
 
     @override
     def sparsify(self, name: str, tau: Tensor, task: int, plan: dict[str, Threshold]) -> Tensor:
