@@ -26,8 +26,8 @@ FEW = {
     "mean_teacher",
     *("online_merging", "papa", "ratatouille", "sparse_soup", "stock_periodic", "swa", "swad", "swalp", "twa", "warm"),
     *("warp", "wash"),
-    *("adamergex_ia3", "lorahub", "lorm", "map", "mingle", "nufilt", "pwe_moe", "regmean", "replay", "sam_merging"),
-    *("simple_cil", "slca_alignment", "tangent_task_arithmetic"),
+    *("adamergex_ia3", "lorahub", "lorm", "map", "mingle", "nufilt", "pwe_moe", "regmean", "repair", "replay"),
+    *("sam_merging", "simple_cil", "slca_alignment", "surgery", "tangent_task_arithmetic", "tent"),
 }
 
 

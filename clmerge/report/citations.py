@@ -1,4 +1,4 @@
-"""Titles and authors, copied from arXiv, of the papers behind the mergers, for BibTeX."""
+"""Titles and authors, copied from arXiv, of the papers behind mergers, routings and calibrations, for BibTeX."""
 
 import unicodedata
 from collections.abc import Iterable
@@ -20,6 +20,10 @@ PAPERS = {
     "1812.07108": Paper(
         "Learning Private Neural Language Modeling with Attentive Aggregation",
         "Shaoxiong Ji, Shirui Pan, Guodong Long, Xue Li, Jing Jiang, Zi Huang",
+    ),
+    "2006.10726": Paper(
+        "Tent: Fully Test-time Adaptation by Entropy Minimization",
+        "Dequan Wang, Evan Shelhamer, Shaoteng Liu, Bruno Olshausen, Trevor Darrell",
     ),
     "2007.07481": Paper(
         "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization",
@@ -50,6 +54,10 @@ PAPERS = {
         "Gabriel Ilharco, Mitchell Wortsman, Samir Yitzhak Gadre, Shuran Song, Hannaneh Hajishirzi, Simon Kornblith, "
         "Ali Farhadi, Ludwig Schmidt",
     ),
+    "2211.08403": Paper(
+        "REPAIR: REnormalizing Permuted Activations for Interpolation Repair",
+        "Keller Jordan, Hanie Sedghi, Olga Saukh, Rahim Entezari, Behnam Neyshabur",
+    ),
     "2212.04089": Paper(
         "Editing Models with Task Arithmetic",
         "Gabriel Ilharco, Marco Tulio Ribeiro, Mitchell Wortsman, Suchin Gururangan, Ludwig Schmidt, "
@@ -58,6 +66,10 @@ PAPERS = {
     "2212.09849": Paper(
         "Dataless Knowledge Fusion by Merging Weights of Language Models",
         "Xisen Jin, Xiang Ren, Daniel Preotiuc-Pietro, Pengxiang Cheng",
+    ),
+    "2303.05118": Paper(
+        "SLCA: Slow Learner with Classifier Alignment for Continual Learning on a Pre-trained Model",
+        "Gengwei Zhang, Liyuan Wang, Guoliang Kang, Ling Chen, Yunchao Wei",
     ),
     "2306.01708": Paper(
         "TIES-Merging: Resolving Interference When Merging Models",
@@ -78,6 +90,10 @@ PAPERS = {
     "2310.12808": Paper(
         "Model Merging by Uncertainty-Based Gradient Matching",
         "Nico Daheim, Thomas Möllenhoff, Edoardo Maria Ponti, Iryna Gurevych, Mohammad Emtiyaz Khan",
+    ),
+    "2311.02428": Paper(
+        "Task Arithmetic with LoRA for Continual Learning",
+        "Rajas Chitale, Ankit Vaidya, Aditya Kane, Archana Ghotkar",
     ),
     "2311.03099": Paper(
         "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
@@ -106,6 +122,10 @@ PAPERS = {
         "Merging Multi-Task Models via Weight-Ensembling Mixture of Experts",
         "Anke Tang, Li Shen, Yong Luo, Nan Yin, Lefei Zhang, Dacheng Tao",
     ),
+    "2402.02705": Paper(
+        "Representation Surgery for Multi-Task Model Merging",
+        "Enneng Yang, Li Shen, Zhenyi Wang, Guibing Guo, Xiaojun Chen, Xingwei Wang, Dacheng Tao",
+    ),
     "2402.09997": Paper(
         "LoraRetriever: Input-Aware LoRA Retrieval and Composition for Mixed Tasks in the Wild",
         "Ziyu Zhao, Leilei Gan, Guoyin Wang, Wangchunshu Zhou, Hongxia Yang, Kun Kuang, Fei Wu",
@@ -118,6 +138,7 @@ PAPERS = {
         "Ethos: Rectifying Language Models in Orthogonal Parameter Space",
         "Lei Gao, Yue Niu, Tingting Tang, Salman Avestimehr, Murali Annavaram",
     ),
+    "2403.09891": Paper("Fisher Mask Nodes for Language Model Merging", "Thennal D K, Ganesh Nathan, Suchithra M S"),
     "2403.13257": Paper(
         "Arcee's MergeKit: A Toolkit for Merging Large Language Models",
         "Charles Goddard, Shamane Siriwardhana, Malikeh Ehghaghi, Luke Meyers, Vlad Karpukhin, Brian Benedict, "
@@ -171,6 +192,10 @@ PAPERS = {
         "Guodong Du, Junlin Lee, Jing Li, Runhua Jiang, Yifei Guo, Shuyang Yu, Hanting Liu, Sim Kuan Goh, "
         "Ho-Kin Tang, Daojing He, Min Zhang",
     ),
+    "2410.14389": Paper(
+        "SurgeryV2: Bridging the Gap Between Model Merging and Multi-Task Learning with Deep Representation Surgery",
+        "Enneng Yang, Li Shen, Zhenyi Wang, Guibing Guo, Xingwei Wang, Xiaocun Cao, Jie Zhang, Dacheng Tao",
+    ),
     "2410.19735": Paper(
         "Model merging with SVD to tie the Knots",
         "George Stoica, Pratik Ramesh, Boglarka Ecsedi, Leshem Choshen, Judy Hoffman",
@@ -195,6 +220,10 @@ PAPERS = {
         "Task Singular Vectors: Reducing Task Interference in Model Merging",
         "Antonio Andrea Gargiulo, Donato Crisostomi, Maria Sofia Bucarelli, Simone Scardapane, Fabrizio Silvestri, "
         "Emanuele Rodolà",
+    ),
+    "2412.13526": Paper(
+        "Rethink the Evaluation Protocol of Model Merging on Classification Task",
+        "Fanshuang Kong, Richong Zhang, Zhijie Nie, Ziqiao Wang",
     ),
     "2501.09522": Paper(
         "Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual Model Merging",
@@ -233,6 +262,10 @@ PAPERS = {
     "2603.06242": Paper(
         "DC-Merge: Improving Model Merging with Directional Consistency",
         "Han-Chen Zhang, Zi-Hao Zhou, Mao-Lin Luo, Shimin Di, Min-Ling Zhang, Tong Wei",
+    ),
+    "2603.09888": Paper(
+        "LCA: Local Classifier Alignment for Continual Learning",
+        "Tung Tran, Danilo Vasconcellos Vargas, Khoat Than",
     ),
     "2604.01329": Paper(
         "Model Merging via Data-Free Covariance Estimation",

@@ -1,5 +1,6 @@
 import re
 
+from clmerge.deploy.calibration import Calibration
 from clmerge.deploy.routing import Routing
 from clmerge.merging import registered_mergers
 from clmerge.report.citations import PAPERS, bibtex
@@ -22,9 +23,12 @@ def test_a_paper_that_is_not_known_gets_no_title_and_no_authors():
     assert "title" not in bibtex(["9912.00001"])
 
 
-def sources_of(kind):
-    return {kind.source}.union(*(sources_of(each) for each in kind.__subclasses__()))
+def kinds_of(kind):
+    return {kind}.union(*(kinds_of(each) for each in kind.__subclasses__()))
 
 
-def test_the_papers_belong_to_rules_and_routings():
-    assert PAPERS.keys() <= {merger.source for merger in registered_mergers().values()} | sources_of(Routing)
+def test_the_papers_are_those_of_rules_routings_and_calibrations():
+    rules = {*registered_mergers().values(), *kinds_of(Routing)}
+    own = {rule.source for rule in rules if rule.__module__.startswith("clmerge.")}
+    own |= {source for one in kinds_of(Calibration) for source in one.sources}
+    assert PAPERS.keys() == own - {""}

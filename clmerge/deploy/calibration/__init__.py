@@ -8,6 +8,7 @@ from clmerge.deploy.calibration.repair import Repair
 from clmerge.deploy.calibration.rotation import HeadRotation
 from clmerge.deploy.calibration.sample_tuning import SampleTuning
 from clmerge.deploy.calibration.surgery import Surgery
+from clmerge.deploy.calibration.tent import Tent
 
 __all__ = [
     "CalibratedModels",
@@ -18,4 +19,5 @@ __all__ = [
     "Repair",
     "SampleTuning",
     "Surgery",
+    "Tent",
 ]
