@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from clmerge.distributed import of_rank_zero
+
 
 class Restorable(Protocol):
     """What keeps something between tasks."""
@@ -10,8 +12,19 @@ class Restorable(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Return the state: tensors and primitives."""
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> object:
         """Restore what ``state_dict`` returned."""
+
+
+def take_of_rank_zero(part: Restorable) -> None:
+    """Give a part on every process the state that it has on rank zero.
+
+    All processes compute it of the same images; results may differ in their last bits nevertheless.
+
+    Args:
+        part: The part, in place.
+    """
+    part.load_state_dict(of_rank_zero(part.state_dict()))
 
 
 def states_of(parts: Mapping[str, Restorable]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clmerge.deploy.calibration.calibration import Calibration
 from clmerge.deploy.calibration.operated import copy_with, split_state
-from clmerge.deploy.kept_state import load_states, states_of
+from clmerge.deploy.kept_state import load_states, states_of, take_of_rank_zero
 from clmerge.deploy.predictors import Predictor
 from clmerge.distributed import of_rank_zero
 from clmerge.results.results import ADAPTERS, HEAD
@@ -90,6 +90,8 @@ class CalibratedModels:
             with swapped(self.module, state):
                 for one in self.calibrations.values():
                     one.collect(model, self.module, self.data, task)
+        for one in self.calibrations.values():
+            take_of_rank_zero(one)
         return {
             f"calibration.{name}": one.nbytes(self.module, self.data, task, models=len(merged))
             for name, one in self.calibrations.items()

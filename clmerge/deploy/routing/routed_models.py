@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clmerge.deploy.kept_state import load_states, states_of
+from clmerge.deploy.kept_state import load_states, states_of, take_of_rank_zero
 from clmerge.deploy.predictors import PerTask, Predictor
 from clmerge.deploy.routing.routed import RoutedViews
 from clmerge.deploy.routing.routed_model import RoutedModel, dense_copy, put_state
@@ -139,6 +139,7 @@ class RoutedModels:
             seed = derived_seed(self.seed, "routing", name, task)
             images = partial(self._images, task)
             one.collect(TaskEnd(task, self._classes(task), of_backbone(tau), frame, images, seed))
+            take_of_rank_zero(one)
             self._collecting[name] = time.perf_counter() - started
         return {f"routing.{name}": self.nbytes(name, frame, range(task + 1)) for name in self.routings}
 
@@ -263,6 +264,7 @@ def views_of(routing: Routing, merge: RunningMerge, label: str, module: Classifi
     views = merge.predictor(label, module)
     assert isinstance(views, PerTask)
     router = routing.chooser(views.tasks)
+    take_of_rank_zero(router)
     encoder = dense_copy(module.backbone)
     put_state(encoder, of_backbone(merge.base))
     return RoutedViews(views.view, views.tasks, router, encoder)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from clmerge.deploy.kept_state import take_of_rank_zero
 from clmerge.deploy.routing.experts import Expert, Experts, Targets, experts_of, mixed_layers, put_mixtures
 from clmerge.deploy.routing.mixture import Gates
 from clmerge.deploy.routing.routed import Routed
 from clmerge.deploy.routing.routed_model import RoutedModel, dense_copy, put_state
 from clmerge.deploy.routing.routers import FeatureRouter, Router
+from clmerge.distributed import of_rank_zero
 from clmerge.merging.checks import checked_choice
 from clmerge.settings import Configured
 from clmerge.weights.task_vector import State, TaskVector
@@ -192,10 +194,13 @@ class Routing(Configured, ABC):
         """
         frame = deployment.frame
         base, experts = self.mixed(deployment)
+        experts = of_rank_zero(experts)  # singular vectors of two processes may differ, even in sign
         gates = self.gates(experts, deployment)
         backbone = frame.model(deployment.merged)
         put_mixtures(backbone, base, experts, gates)
         router = self.router(deployment)
+        if router is not None:
+            take_of_rank_zero(router)
         encoder = frame.model(frame.base) if router is not None and router.needs_features else None
         model = RoutedModel(backbone, frame.head, tasks=deployment.tasks, router=router, encoder=encoder)
         self.learn(model, deployment)
