@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from clmerge.evaluation.evaluator import Rows
     from clmerge.evaluation.probes import Probe
     from clmerge.models import Backbone
+    from clmerge.results.model_facts import ModelFacts
     from clmerge.results.results import Results
     from clmerge.runs.session import Session
 
@@ -145,7 +146,8 @@ def _of_checkpoint(config: Any, parser: "CommandParser") -> "Found":
     quiet_lightning()
     seed_everything(0, workers=True, verbose=False)
     objects = parser.instantiate(config)
-    stream, backbone = objects.stream, objects.backbone or _recorded_backbone(parser, config.target)
+    facts = _facts_of(config.target)
+    stream, backbone = objects.stream, objects.backbone or _recorded_backbone(parser, config.target, facts)
     load_weights(backbone, config.target)
     module, data = ContinualClassifier(backbone), StreamDataModule()
     data.setup_stream(stream, backbone.train_transform, backbone.eval_transform)
@@ -159,7 +161,10 @@ def _of_checkpoint(config: Any, parser: "CommandParser") -> "Found":
         return Trainer(devices=1, enable_progress_bar=shown, inference_mode=not gradients, **quiet)  # type: ignore[arg-type]
 
     rows = _rows(session, {name: Merged()}, config, objects.probes, trainer)
-    return _filled(session.new_results(f"{name} on {stream.name}"), session, rows, config, objects.probes)
+    results = session.new_results(f"{name} on {stream.name}")
+    if facts is not None:
+        results.describe(name, data=facts.data)
+    return _filled(results, session, rows, config, objects.probes)
 
 
 def _rows(
@@ -187,18 +192,22 @@ def _rows(
     )
 
 
-def _recorded_backbone(parser: "CommandParser", file: str) -> "Backbone":
+def _facts_of(file: str) -> "ModelFacts | None":
+    """Return what a checkpoint says of itself; None if it says nothing."""
+    from clmerge.results.model_facts import ModelFacts
+    from clmerge.weights import load_metadata
+
+    return ModelFacts.from_metadata(load_metadata(file), file) if Path(file).suffix == ".safetensors" else None
+
+
+def _recorded_backbone(parser: "CommandParser", file: str, facts: "ModelFacts | None") -> "Backbone":
     """Return the backbone that the header of a model file of a run names, built as for the run."""
     from clmerge.cli.parser import known_subclasses
     from clmerge.models import Backbone, ZeroShotHead
-    from clmerge.results.model_facts import KEY, ModelFacts
+    from clmerge.results.model_facts import KEY
     from clmerge.shapes import brief
-    from clmerge.weights import load_metadata
 
     option = "name the architecture with --backbone, for example --backbone OpenClip"
-    facts = None
-    if Path(file).suffix == ".safetensors":
-        facts = ModelFacts.from_metadata(load_metadata(file), file)
     if facts is None:
         raise ValueError(
             f"expected a file in model/ of a run, whose header ({KEY}) names its backbone, got {file}: {option}"

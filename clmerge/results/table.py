@@ -102,6 +102,8 @@ def render_text(results: Results, *, setting: Setting | None = None, width: int 
 def final_text(results: Results, rows: Mapping[str, ModelRow], *, split: str) -> str:
     """Return a table of the accuracies of finished models on every task, as plain text.
 
+    What the models looked at beside the training of each task is the last column, where one did.
+
     Args:
         results: Names of the tasks, their numbers of images, and which reading of the logits to show.
         rows: Name -> ``task_agnostic`` and ``task_aware``, one accuracy per task.
@@ -111,10 +113,11 @@ def final_text(results: Results, rows: Mapping[str, ModelRow], *, split: str) ->
     names = results.task_labels(numbered=False)
     short = all(len(name) <= 6 for name in names)
     headings = names if short else [f"T{task + 1}" for task in range(len(names))]
-    lines = [["model", *headings, "average"]]
-    for model, row in rows.items():
+    last, told = _data_column(results, list(rows))
+    lines = [["model", *headings, "average", *last]]
+    for (model, row), own in zip(rows.items(), told, strict=True):
         values = list(row[setting])
-        lines.append([shorten(model, _NAME_LENGTH), *map(percent, values), percent(sum(values) / len(values))])
+        lines.append([shorten(model, _NAME_LENGTH), *map(percent, values), percent(sum(values) / len(values)), *own])
     counts = f", {sum(results.samples or ())} images"
     notes = (
         [_HINTS[setting]]
@@ -124,8 +127,8 @@ def final_text(results: Results, rows: Mapping[str, ModelRow], *, split: str) ->
             ", ".join(f"{heading} {name}" for heading, name in zip(headings, names, strict=True)),
         ]
     )
-    if told := [model for model in rows if model in results.mergers and results.model(model).needs_task]:
-        notes.append(told_note(told))
+    if needy := [model for model in rows if model in results.mergers and results.model(model).needs_task]:
+        notes.append(told_note(needy))
     title = f"Accuracy in % on {split} images, {setting.replace('_', '-')}{counts}"
     return "\n".join([title, *align(lines), *notes])
 
@@ -169,9 +172,7 @@ def _cells(results: Results, setting: Setting, width: int) -> _Cells:
     tasks = results.task_labels(numbered=False)[:done]
     short = all(len(name) <= 6 for name in tasks)
     headings = tasks if short else [f"T{task + 1}" for task in range(done)]
-    told = [["-" if is_reference(model) else results.model(model).data] for model in models]
-    last = ["data"] if any(results.model(model).data != DATA_FREE for model in results.mergers) else []
-    told = told if last else [[] for _ in models]
+    last, told = _data_column(results, models)
     rows = _rows(names, accuracies, figures, told)
     if _width([["model", *headings, *_FIGURES, *last], *rows]) > width:
         headings = ["first", "latest", "worst"]
@@ -181,6 +182,13 @@ def _cells(results: Results, setting: Setting, width: int) -> _Cells:
         notes.append(", ".join(f"{h} {name}" for h, name in zip(headings, tasks, strict=True)))
     title = f"Accuracy in % after task {done} of {results.num_tasks}, {setting.replace('_', '-')}"
     return _Cells(title, notes, ["model", *headings, *_FIGURES, *last], rows, models, best)
+
+
+def _data_column(results: Results, models: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Return heading and cell of every model of what they looked at; nothing where none looked at anything."""
+    if all(is_reference(model) or results.model(model).data == DATA_FREE for model in models):
+        return [], [[] for _ in models]
+    return ["data"], [["-" if is_reference(model) else results.model(model).data] for model in models]
 
 
 def _latest_figures(results: Results, model: str, setting: Setting) -> list[float]:

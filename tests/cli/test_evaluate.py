@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from clmerge.cli import main
 from clmerge.report import read_study
 from clmerge.results.model_facts import ModelFacts
 from clmerge.results.results import Results, validate
-from clmerge.weights import save_tensors
+from clmerge.weights import load_metadata, load_tensors, save_tensors
 
 OTHER = ["--stream", "ClassIncremental", "--stream.source", "SklearnDigits", "--stream.source.test_fraction", "0.1"]
 
@@ -138,6 +139,16 @@ def test_a_checkpoint(folders, capsys, backbone):
     assert found.models == ["magmax"]
     assert found.matrix("magmax")[-1].tolist() == pytest.approx(recorded(run).matrix("magmax")[-1].tolist())
     assert found.confusion("magmax") == recorded(run).confusion("magmax")
+
+
+def test_a_checkpoint_says_what_it_looked_at(folders, capsys, tmp_path):
+    own = folders["text_run"] / "model" / "magmax.safetensors"
+    facts = ModelFacts.from_metadata(load_metadata(own), str(own))
+    file = tmp_path / "learned.safetensors"
+    save_tensors(file, load_tensors(own), metadata=replace(facts, data="val(unlabelled)").to_metadata())
+    assert main(["evaluate", str(file), *STREAM]) == 0
+    heading, row = (line.split() for line in capsys.readouterr().out.splitlines()[1:3])
+    assert (heading[-1], row[0], row[-1]) == ("data", "learned", "val(unlabelled)")
 
 
 def header(**changes):

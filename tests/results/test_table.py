@@ -82,6 +82,19 @@ def test_long_names_of_tasks_are_shown_by_their_classes():
     )
 
 
+def test_finished_models_say_what_they_looked_at():
+    results = Results(["a", "b"], classes=[["0"], ["1"]])
+    rows = {}
+    for name in ("ties", "adamerging", "expert"):
+        results.add_row(name, [1.0, 0.5], [1.0, 0.5])
+        rows[name] = {"task_agnostic": [1.0, 0.5], "task_aware": [1.0, 0.5]}
+    assert "data" not in final_text(results, rows, split="test")
+    results.describe("adamerging", data="val(unlabelled)")
+    lines = [line.split() for line in final_text(results, rows, split="test").splitlines()]
+    assert [line[-1] for line in lines[1:5]] == ["data", "none", "val(unlabelled)", "-"]
+    assert lines[3][:-1] == ["adamerging", "100.0", "50.0", "75.0"]
+
+
 def test_best_is_not_marked_without_mergers():
     results = Results(["a"], classes=[["0"]])
     results.add_row("expert", [0.9], [1.0])
