@@ -14,6 +14,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from clmerge.deploy.predictors import Compute, Place, Predictor
+from clmerge.deploy.routing.routers import cosines
 from clmerge.models import Classifier, Head
 from clmerge.weights.swap import assign, named_tensors
 from clmerge.weights.task_vector import State
@@ -85,7 +86,7 @@ class Operated(nn.Module):
         plain: Tensor | None = None
         if self.centroids is not None:
             plain = backbone(images)
-            tasks = nearest(plain, self.centroids)
+            tasks = cosines(plain.float(), self.centroids).argmax(dim=1)
         assert tasks is not None
         self.chosen = tasks
         if self._places or plain is None:
@@ -93,17 +94,6 @@ class Operated(nn.Module):
                 plain = backbone(images)
         logits: Tensor = self.classifier.head(plain if self._final is None else self._final(plain, tasks))
         return logits
-
-
-def nearest(features: Tensor, centroids: Tensor) -> Tensor:
-    """Return the position of the direction that is nearest to every feature, ``(B,)``.
-
-    Args:
-        features: ``(B, D)``.
-        centroids: ``(T, D)``.
-    """
-    found: Tensor = functional.normalize(features.float(), dim=-1) @ functional.normalize(centroids, dim=-1).T
-    return found.argmax(dim=1)
 
 
 def blocks_of(backbone: nn.Module) -> list[str]:

@@ -145,13 +145,19 @@ class CentroidRouter(FeatureRouter):
 
     @override
     def forward(self, features: Tensor) -> Tensor:
-        cosines = functional.normalize(features, dim=-1) @ functional.normalize(self.centroids, dim=-1).T
-        nearest = cosines.topk(min(self.top_k, self.num_tasks), dim=-1)
+        near = cosines(features, self.centroids)
+        nearest = near.topk(min(self.top_k, self.num_tasks), dim=-1)
         if self.temperature is None:
             weights = torch.full_like(nearest.values, 1.0 / nearest.values.shape[-1])
         else:
             weights = (nearest.values / self.temperature).softmax(dim=-1)
-        return torch.zeros_like(cosines).scatter(-1, nearest.indices, weights)
+        return torch.zeros_like(near).scatter(-1, nearest.indices, weights)
+
+
+def cosines(features: Tensor, centroids: Tensor) -> Tensor:
+    """Return the cosines of features ``(B, D)`` with centroids ``(T, D)``, ``(B, T)``."""
+    found: Tensor = functional.normalize(features, dim=-1) @ functional.normalize(centroids, dim=-1).T
+    return found
 
 
 class GaussianRouter(FeatureRouter):

@@ -20,9 +20,14 @@ from clmerge.seeds import seeded_generator
 
 
 class _TrainedGates(Routing):
-    """Gates of every block that are trained on adaptation images, from the same start after every task."""
+    """Gates of every block that are trained on adaptation images, from the same start after every task.
+
+    Attributes:
+        objective: What they minimise, summed over the tasks.
+    """
 
     adapts: ClassVar[bool] = True
+    objective: ClassVar[type[Entropy | CrossEntropy]]
 
     def __init__(
         self, *, rank: int | None, targets: Targets, init: float, steps: int, lr: float, heads: Heads, seed: int
@@ -39,6 +44,30 @@ class _TrainedGates(Routing):
     @override
     def router(self, deployment: Deployment) -> Router | None:
         return None
+
+    def _weights(self, model: RoutedModel, generator: torch.Generator) -> Sequence[float]:
+        """Prepare a step, and return the weights of the tasks in its loss."""
+        return [1.0] * len(model.tasks)
+
+    @override
+    def learn(self, model: RoutedModel, deployment: Deployment) -> None:
+        rounds = deployment.batches()
+        objective = self.objective(heads=self.heads)
+        place = {task: column for column, task in enumerate(deployment.tasks)}
+        seen = [label for own in deployment.classes for label in own]
+        generator = seeded_generator(seed=self.seed, task=len(place), name="preferences", purpose=self.name)
+
+        def loss(step: int) -> Tensor:
+            weights, terms = self._weights(model, generator), []
+            for batch in next(rounds):
+                column = place[batch.task]
+                labels = batch.labels if self.reads_labels else None
+                term = objective_loss(model, objective, batch.images, labels, deployment.classes[column], seen)
+                terms.append(weights[column] * term)
+            return torch.stack(terms).sum()
+
+        with on(model, deployment.frame.device):
+            descend(loss, list(model.layer_routers.parameters()), steps=self.steps, lr=self.lr)
 
     def _start(self, gate: nn.Module, name: str) -> None:
         """Draw small weights, and set the biases of the last layer: all gates begin near ``init``."""
@@ -79,6 +108,7 @@ class WEMoE(_TrainedGates):
     name = "wemoe"
     source: ClassVar[str] = "2402.00433"
     summary: ClassVar[str] = "per image and block, trained gates of the MLPs' task vectors"
+    objective: ClassVar[type[Entropy | CrossEntropy]] = Entropy
 
     def __init__(
         self,
@@ -123,23 +153,6 @@ class WEMoE(_TrainedGates):
         return gates_by_block(experts[0], router)
 
     @override
-    def learn(self, model: RoutedModel, deployment: Deployment) -> None:
-        rounds = deployment.batches()
-        objective = Entropy(heads=self.heads)
-        classes = dict(zip(deployment.tasks, deployment.classes, strict=True))
-        seen = [label for own in deployment.classes for label in own]
-
-        def loss(step: int) -> Tensor:
-            terms = [
-                objective_loss(model, objective, batch.images, None, classes[batch.task], seen)
-                for batch in next(rounds)
-            ]
-            return torch.stack(terms).sum()
-
-        with on(model, deployment.frame.device):
-            descend(loss, list(model.layer_routers.parameters()), steps=self.steps, lr=self.lr)
-
-    @override
     def nbytes(self, frame: Frame, classes: Sequence[Sequence[int]]) -> int:
         widths = [frame.base[f"{layer}.weight"].shape[1] for layer in _leaders(self.layers(frame))]
         gates = sum(4 * (width * width + width + (width + 1) * len(classes)) for width in widths[: self._count(widths)])
@@ -175,6 +188,7 @@ class PWEMoE(_TrainedGates):
     source: ClassVar[str] = "2406.09770"
     summary: ClassVar[str] = "per block, coefficients of the task vectors by a preference among the tasks"
     reads_labels: ClassVar[bool] = True
+    objective: ClassVar[type[Entropy | CrossEntropy]] = CrossEntropy
     per_task: ClassVar[tuple[str, ...]] = ("preference",)
 
     def __init__(
@@ -206,27 +220,15 @@ class PWEMoE(_TrainedGates):
         return gates_by_block(experts[0], router)
 
     @override
+    def _weights(self, model: RoutedModel, generator: torch.Generator) -> Sequence[float]:
+        drawn = -torch.rand(len(model.tasks), generator=generator).clamp(min=1e-12).log()
+        drawn = drawn / drawn.sum()  # uniform on the simplex
+        prefer(model, drawn)
+        return drawn.tolist()
+
+    @override
     def learn(self, model: RoutedModel, deployment: Deployment) -> None:
-        rounds = deployment.batches()
-        objective = CrossEntropy(heads=self.heads)
-        classes = dict(zip(deployment.tasks, deployment.classes, strict=True))
-        place = {task: column for column, task in enumerate(deployment.tasks)}
-        seen = [label for own in deployment.classes for label in own]
-        generator = seeded_generator(seed=self.seed, task=len(place), name="preferences", purpose=self.name)
-
-        def loss(step: int) -> Tensor:
-            drawn = -torch.rand(len(place), generator=generator).clamp(min=1e-12).log()
-            drawn = drawn / drawn.sum()  # uniform on the simplex
-            prefer(model, drawn)
-            terms = [
-                drawn[place[batch.task]].item()
-                * objective_loss(model, objective, batch.images, batch.labels, classes[batch.task], seen)
-                for batch in next(rounds)
-            ]
-            return torch.stack(terms).sum()
-
-        with on(model, deployment.frame.device):
-            descend(loss, list(model.layer_routers.parameters()), steps=self.steps, lr=self.lr)
+        super().learn(model, deployment)
         shares = self.preference or [1.0] * (1 + max(deployment.tasks))
         wanted = torch.tensor([shares[task] for task in deployment.tasks])
         prefer(model, wanted / wanted.sum())

@@ -10,7 +10,6 @@ from clmerge.deploy.calibration.operated import (
     behind_blocks,
     blocks_of,
     from_tensors,
-    nearest,
     split_state,
     to_tensors,
 )
@@ -57,12 +56,7 @@ def test_a_bias_of_the_same_form_is_taken_away_exactly():
     z = torch.randn(6, 8, dtype=torch.float64)
     bias = (z @ true.down[0].double().T).clamp(min=0) @ true.up[0].double().T  # z - z_expert
     found = true.double()(z, torch.zeros(6, dtype=torch.long))
-    assert (found - (z - bias)).abs().mean() < 1e-15
-
-
-def test_the_nearest_direction_wins_whatever_the_lengths():
-    centroids = torch.tensor([[1.0, 0.0], [0.0, 100.0]])
-    assert nearest(torch.tensor([[5.0, 4.0], [0.1, 0.2], [-1.0, 0.0]]), centroids).tolist() == [0, 1, 1]
+    assert (found - (z - bias)).abs().mean() < 1e-14
 
 
 @pytest.mark.parametrize("places", [(FEATURES,), (FEATURES, BLOCK)])

@@ -10,6 +10,7 @@ from clmerge.deploy.routing.routers import (
     MLPRouter,
     PreferenceGate,
     SubspaceRouter,
+    cosines,
     posterior,
     router_of,
 )
@@ -33,6 +34,12 @@ def test_a_direction_of_length_zero_reads_nothing():
     x = torch.ones(1, 1, 3)
     found = SubspaceRouter(2, 2, top_k=2).fit(a)(x, torch.einsum("bni,tri->bntr", x, a))
     assert torch.allclose(found[0, 0], torch.tensor([1.0, 0.0]).softmax(dim=0))
+
+
+def test_the_nearest_direction_wins_whatever_the_lengths():
+    centroids = torch.tensor([[1.0, 0.0], [0.0, 100.0]])
+    found = cosines(torch.tensor([[5.0, 4.0], [0.1, 0.2], [-1.0, 0.0]]), centroids)
+    assert found.argmax(dim=1).tolist() == [0, 1, 1]
 
 
 def test_the_nearest_centroids():
