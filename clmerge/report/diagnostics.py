@@ -23,6 +23,8 @@ def diagnostic_figures(study: Study) -> list[Figure]:
         figures += _vectors(found["vectors"], study.tasks)
     if found.get("models"):
         figures += _models(found["models"], study)
+    if found.get("layers"):
+        figures += _layers(found["layers"], study.tasks)
     return figures
 
 
@@ -90,6 +92,43 @@ def _vectors(found: Mapping[str, Any], tasks: Sequence[str]) -> Iterable[Figure]
             "How many directions does a task use?",
             "Effective rank of the weight changes, mean over the matrices of a layer.",
             _by_layer([r for _, r in kept], [n for n, _ in kept], tasks, "rank", (0.0, _highest([r for _, r in kept]))),
+        )
+
+
+def _layers(found: Mapping[str, Any], tasks: Sequence[str]) -> Iterable[Figure]:
+    """Draw what averaging two experts does to each layer."""
+    first, second = (tasks[task] for task in found["tasks"])
+    layers = found["layers"]
+    names = _short_names([layer["name"] for layer in layers])
+    columns = {
+        "barrier": f"of {first}",
+        "barrier_of_second": f"of {second}",
+    }
+    barriers = [[layer[key] for key in columns] for layer in layers]
+    span = (0.0, max(_highest(barriers), 1e-3))
+    yield Figure(
+        "layers_barrier",
+        "Which layer cannot be averaged?",
+        f"Rise of the loss when one layer goes from the expert of {first} to that of {second} and all others stay, "
+        f"measured on {found['images']} images of both tasks: 0 is no barrier.",
+        _by_layer(barriers, names, list(columns.values()), "barrier", span, across="other layers"),
+    )
+    known = [(name, layer) for name, layer in zip(names, layers, strict=True) if layer["llfc"] is not None]
+    if known:
+        rows = [[layer["llfc"], layer["features_apart"]] for _, layer in known]
+        yield Figure(
+            "layers_features",
+            "Does averaging weights average features?",
+            "One minus the cosine between the features of the averaged model and the average of both experts' "
+            "features, beside that between the two experts' features: 0 is the same direction.",
+            _by_layer(
+                rows,
+                [name for name, _ in known],
+                ["average", "experts apart"],
+                "1 - cosine",
+                (0.0, max(_highest(rows), 1e-3)),
+                across="features",
+            ),
         )
 
 
@@ -177,9 +216,10 @@ def _by_layer(
     span: tuple[float, float],
     what: str = "layer",
     unit: Unit = "number",
+    across: str = "task",
 ) -> HeatChart:
     return HeatChart(
-        [Grid("", _values(rows))], what, "task", names, tasks[: len(rows[0])], name, span, unit, diagonal=False
+        [Grid("", _values(rows))], what, across, names, tasks[: len(rows[0])], name, span, unit, diagonal=False
     )
 
 

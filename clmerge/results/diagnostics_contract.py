@@ -17,7 +17,15 @@ def validate_diagnostics(document: Any, where: str) -> None:
     """
     record({"tasks": listed(text, filled=True)})(document, where)
     size = len(document["tasks"])
-    record({}, {"vectors": maybe(_vectors(size)), "models": maybe(_models(size))})(document, where)
+    record({}, {"vectors": maybe(_vectors(size)), "models": maybe(_models(size)), "layers": maybe(_layers)})(
+        document, where
+    )
+
+
+def _layers(value: Any, where: str) -> None:
+    figures = dict.fromkeys(("barrier", "barrier_of_second", "llfc", "features_apart", "coefficient"), maybe(number))
+    layer = record({"name": text, **figures})
+    record({"tasks": listed(count, 2), "images": count, "layers": listed(layer)})(value, where)
 
 
 def _vectors(size: int) -> Check:

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+from clmerge.evaluation.diagnostics.behaviour import first_images
 from clmerge.evaluation.diagnostics.document import document
+from clmerge.evaluation.diagnostics.layers import diagnose_layers
 from clmerge.evaluation.diagnostics.models import diagnose_models
 from clmerge.evaluation.diagnostics.vectors import diagnose_vectors
 from clmerge.results.results import Setting
@@ -34,7 +36,8 @@ def diagnose(
     """Diagnose the task vectors, the experts and the merged models of a stream.
 
     Models are compared on validation images, or on test images if some task has no validation images; the document
-    records which.
+    records which. The experts of the first and the last task are compared layer by layer, on half as many images of
+    both together.
 
     Args:
         module: The classifier, with a head for all tasks.
@@ -48,7 +51,7 @@ def diagnose(
         progress: Called with a description of the current measurement.
 
     Returns:
-        The diagnostics document (docs/diagnostics.md); its ``vectors`` are None for a stream of one task.
+        The diagnostics document (docs/diagnostics.md); ``vectors`` and ``layers`` are None for a stream of one task.
     """
     tasks = data.stream.tasks
     held_out = all(len(data.stream.dataset(task.index, "val")) for task in tasks)
@@ -72,4 +75,13 @@ def diagnose(
         num_images=num_images,
         progress=progress,
     )
-    return document([task.name for task in tasks], vectors=vectors, models={"split": split, **models})
+    layers = None
+    if len(tasks) > 1:
+        progress("diagnosing layers")
+        ends = (0, len(tasks) - 1)
+        batches = [batch for task in ends for batch in first_images(loaders[task], -(-num_images // 4))]
+        own = sorted({*tasks[ends[0]].classes, *tasks[ends[1]].classes}) if setting == "task_aware" else None
+        found = diagnose_layers(module, weights, (bank[ends[0]], bank[ends[1]]), batches, classes=own)
+        layers = {"tasks": list(ends), "images": sum(len(labels) for _, labels in batches), "layers": found}
+    names = [task.name for task in tasks]
+    return document(names, vectors=vectors, models={"split": split, **models}, layers=layers)

@@ -15,6 +15,7 @@ from clmerge.evaluation.diagnostics.behaviour import (
     representation_bias,
 )
 from clmerge.evaluation.diagnostics.json_types import to_json
+from clmerge.evaluation.diagnostics.sharpness import average_sharpness
 from clmerge.results.results import BASE, EXPERT, SETTINGS, Setting
 from clmerge.weights import State, TaskVector
 
@@ -47,7 +48,8 @@ def diagnose_models(
 
     Every task's images are decoded once. Memory holds these images, the merged vectors, two task vectors, a
     combination of the two and one set of weights. With ``T`` tasks and ``M`` mergers every task's images are classified
-    ``1 + 1 + p + M (1 + p) + (T - 1)(2 + p)`` times, with ``p = num_points - 2``.
+    ``1 + 1 + p + M (1 + p) + (T - 1)(2 + p)`` times, with ``p = num_points - 2``, and ``3 (2 + M)`` times for the
+    sharpness.
 
     Args:
         module: A classifier as for :class:`clmerge.evaluation.diagnostics.Observer`, with a head for all tasks.
@@ -86,7 +88,7 @@ def diagnose_models(
     xi = torch.zeros(num_tasks, num_tasks, dtype=torch.float64)
     counts: list[int] = []
     references: dict[str, dict[str, list[float]]] = {
-        name: {"loss": [], "error": [], "disagreement": [], "representation_bias": []}
+        name: {"loss": [], "error": [], "disagreement": [], "representation_bias": [], "sharpness": []}
         for name in (BASE, EXPERT, *merged)
     }
     for task in range(num_tasks):
@@ -103,7 +105,9 @@ def diagnose_models(
         expert = behave(own)
         ends = {BASE: (zero, behave(zero)), EXPERT: (own, expert)}
         ends |= {name: (tau, behave(tau)) for name, tau in merged.items()}
-        for name, (_, seen) in ends.items():
+        for name, (tau, seen) in ends.items():
+            rise = average_sharpness(observer, weights(tau), batches, loss=seen.loss, classes=classes)
+            references[name]["sharpness"].append(rise)
             references[name]["loss"].append(seen.loss)
             references[name]["error"].append(seen.error)
             references[name]["disagreement"].append(disagreement(seen.predictions, expert.predictions))

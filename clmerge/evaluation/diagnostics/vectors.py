@@ -62,9 +62,9 @@ def diagnose_vectors(
         {
             "tasks": names,
             "whole": _pairs(whole),
-            "layers": [{"name": name, **_pairs(layers[name])} for name in sorted(layers, key=_natural)],
+            "layers": [{"name": name, **_pairs(layers[name])} for name in sorted(layers, key=natural)],
             "rank": rank,
-            "matrices": sorted(spectra, key=lambda entry: _natural(entry["name"])),
+            "matrices": sorted(spectra, key=lambda entry: natural(entry["name"])),
         }
     )
     return found
@@ -85,7 +85,7 @@ def layer_of(name: str) -> str:
     return name.removesuffix(".weight").removesuffix(".bias")
 
 
-def _natural(name: str) -> list[tuple[str, int]]:
+def natural(name: str) -> list[tuple[str, int]]:
     """Return a sort key that orders block 10 after block 2."""
     return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
