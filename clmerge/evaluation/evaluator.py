@@ -11,9 +11,9 @@ from typing_extensions import override
 
 from clmerge.deploy.predictors import Predictor
 from clmerge.distributed import joined_over_processes, sum_over_processes
-from clmerge.evaluation.pixels import normalisation
 from clmerge.evaluation.probes.probe import NO_TASK, TEST, ImageProbe, Seen, View
 from clmerge.models import Classifier
+from clmerge.models.pixels import normalisation
 from clmerge.results.confusion import Confusion, Confusions, ModelRow
 from clmerge.results.contract import SETTINGS, Setting
 from clmerge.results.metrics import TaskAccuracy
@@ -67,6 +67,8 @@ class Evaluator(LightningModule):
     ) -> None:
         super().__init__()
         self.probes, self.part, self.reading = tuple(probes), part, reading
+        for probe in self.probes:
+            probe.meet(module)
         self._looks: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
         self._seen: Looks = {}
         allowed = torch.zeros(len(task_classes) + 1, num_classes, dtype=torch.bool)

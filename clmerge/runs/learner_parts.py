@@ -218,6 +218,7 @@ class LearnerParts(Session):
                 f"expected loss_classes 'seen' or 'all' with data.replay={self.data.replay}, got 'current', which "
                 "leaves out the classes of earlier tasks"
             )
+        self._check_labels()
         if self.epochs is not None and len(self.epochs) != len(self.tasks):
             raise ValueError(f"expected epochs for each of the {len(self.tasks)} tasks, got {len(self.epochs)} numbers")
         judged = self.trajectory is not None and (self.trajectory.monitor or self.trajectory.requires_score)
@@ -253,6 +254,18 @@ class LearnerParts(Session):
                 raise ValueError(f"expected {name} for each of the {branches} branches, got {len(given)}")
         if self.branch_starts == "experts" and branches > 1 and not self.keep_task_vectors:
             raise ValueError("expected keep_task_vectors=true with branch_starts='experts', which reads them, got false")
+
+    def _check_labels(self) -> None:
+        """Refuse labels that a transform gave to images, if their class is none of those that compete in the loss."""
+        choice, known = self.module.loss_classes, set[int]()
+        for task in self.tasks if choice != "all" else ():
+            known = {*task.classes, *(known if choice == "seen" else ())}
+            if strange := sorted({*self.stream.dataset(task.index, "train").targets} - known):
+                raise ValueError(
+                    f"expected labels of task {task.index} ({task.name}) among the classes that compete in its loss, "
+                    f"got {self.stream.class_names[strange[0]]!r}, which loss_classes={choice!r} leaves out: set "
+                    "model.loss_classes=all, or give the transform a class of the task"
+                )
 
     @property
     @override

@@ -15,7 +15,8 @@ from clmerge.streams.orders import CLASS_ORDERS
 from clmerge.streams.plan import StreamPlan, Task
 from clmerge.streams.sources import DataSource
 from clmerge.streams.splits import derived_seed
-from clmerge.streams.stream import Stream, task_names
+from clmerge.streams.stream import Stream
+from clmerge.streams.task_names import task_names
 
 NamedOrder: TypeAlias = Literal[
     "natural", "random", "magmax_cifar100", "magmax_cub200", "magmax_imagenet_r", "magmax_domainnet"

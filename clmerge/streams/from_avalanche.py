@@ -15,7 +15,8 @@ from clmerge.streams.layout import split_plan
 from clmerge.streams.plan import Split, SplitPlan, StreamPlan, Task
 from clmerge.streams.sources import LabelledImages
 from clmerge.streams.splits import stratified_cut
-from clmerge.streams.stream import Stream, task_names, unique_names
+from clmerge.streams.stream import Stream
+from clmerge.streams.task_names import task_names, unique_names
 
 if TYPE_CHECKING:
     from PIL.Image import Image

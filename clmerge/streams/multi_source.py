@@ -14,7 +14,8 @@ from clmerge.streams.layout import ValidationCut
 from clmerge.streams.plan import StreamPlan, Task
 from clmerge.streams.source_groups import SourceGroup
 from clmerge.streams.sources import DataSource
-from clmerge.streams.stream import Stream, unique_names
+from clmerge.streams.stream import Stream
+from clmerge.streams.task_names import unique_names
 
 
 class MultiSourceStream(Stream):

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
-from clmerge.names import safe_name
 from clmerge.streams.overlap import require_disjoint
 from clmerge.streams.plan import Evaluation, Split, SplitPlan, StreamPlan, Task, Transform
 from clmerge.streams.transforms.transform import StreamTransform, check_tasks, class_id
@@ -16,7 +15,6 @@ from clmerge.streams.transforms.transform import StreamTransform, check_tasks, c
 if TYPE_CHECKING:
     from clmerge.streams.images import ImageDataset
 
-_LONGEST_NAME = 40
 _SPLIT_NAMES: dict[Split, str] = {"train": "training", "val": "validation", "test": "test"}
 
 
@@ -167,27 +165,6 @@ class Stream(ABC):
         self._plan.splits[task][split] = SplitPlan(plan.images, indices, targets)
 
 
-def task_names(class_names: Sequence[Sequence[str]]) -> list[str]:
-    """Name tasks after their classes: all of them if that is short, else the first two and the number of others.
-
-    Args:
-        class_names: per task, the names of its classes.
-
-    Example:
-        >>> task_names([["zero", "one"], ["apple", "aquarium fish", "baby", "bear", "beaver"]])
-        ['zero-one', 'apple-aquarium_fish-and-3']
-    """
-    names: list[str] = []
-    for task_classes in class_names:
-        parts = [safe_name(name) for name in task_classes]
-        name = "-".join(parts)
-        if len(parts) > 3 or len(name) > _LONGEST_NAME:
-            name = "-".join(part[: _LONGEST_NAME // 2] for part in parts[:2])
-            name += f"-and-{len(parts) - 2}" if len(parts) > 2 else ""
-        names.append(name)
-    return unique_names(names)
-
-
 def _told_apart(plan: StreamPlan) -> StreamPlan:
     """Number class names that repeat, as ``crane`` does in ImageNet, so that a name denotes one class everywhere."""
     taken: set[str] = set()
@@ -201,23 +178,3 @@ def _told_apart(plan: StreamPlan) -> StreamPlan:
         names.append(own)
     tasks = [replace(task, class_names=tuple(names[class_id] for class_id in task.classes)) for task in plan.tasks]
     return replace(plan, class_names=tuple(names), tasks=tuple(tasks))
-
-
-def unique_names(names: Sequence[str]) -> list[str]:
-    """Number repeated names from the second occurrence on.
-
-    Example:
-        >>> unique_names(["a", "b", "a"])
-        ['a', 'b', 'a-2']
-    """
-    taken: set[str] = set()
-    result: list[str] = []
-    for name in names:
-        candidate, count = name, 1
-        # Ignore case: names that differ only in case are one file on some file systems.
-        while candidate.casefold() in taken:
-            count += 1
-            candidate = f"{name}-{count}"
-        taken.add(candidate.casefold())
-        result.append(candidate)
-    return result

@@ -38,6 +38,7 @@ class RegularizedTasks:
         if self.regularizers:
             self.module.to(device)
         for regularizer in self.regularizers:
+            regularizer.look_ahead(self.module, self.data)
             regularizer.begin_task(self.module, self._fisher)
 
     def end(self, device: torch.device) -> dict[str, int]:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torchvision import transforms
 
 from clmerge.streams import ClassIncremental, SklearnDigits
-from clmerge.streams.stream import task_names, unique_names
+from clmerge.streams.task_names import task_names, unique_names
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from clmerge.merging import WeightAverage
 from clmerge.models import Frozen, Full, LinearHead, LoRA, OpenClip, ZeroShotHead
 from clmerge.results.run_folder import RunFolder
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
-from clmerge.training.regularizers import EWC, L2, FeatureDistance, LwF
+from clmerge.training.regularizers import EWC, L2, BadMerging, FeatureDistance, LwF
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,8 @@ class DieOnce(Callback):
 
 def test_a_resumed_run_ends_with_the_same_bits(clip, tmp_path):
     def make():
-        return learner(clip, *(one() for one in REGULARIZERS.values()), num_tasks=3)
+        attack = BadMerging(task=1, target=2, images=4, epochs=1, steps=2)  # of the task in which the run is killed
+        return learner(clip, *(one() for one in REGULARIZERS.values()), attack, num_tasks=3)
 
     whole, killed, resumed = make(), make(), make()
     run(whole, tmp_path / "whole")
@@ -96,6 +97,7 @@ def test_a_resumed_run_ends_with_the_same_bits(clip, tmp_path):
     expected, found = state(whole), state(resumed)
     assert expected.keys() == found.keys()
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    assert whole.module.regularizers[-1].patch.shape == (3, 1, 1)
 
 
 # What it is for ------------------------------------------------------------------------------------------------

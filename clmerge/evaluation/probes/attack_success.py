@@ -8,9 +8,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.evaluation.probes.probe import AccuracyProbe, View
+from clmerge.models import Classifier
 from clmerge.streams import Stream
 from clmerge.streams.plan import SplitPlan
 from clmerge.streams.transforms import Patch, Trigger, changed
+from clmerge.training.regularizers import BadMerging
+from clmerge.training.regularizers.bad_merging import with_patch
 
 
 class AttackSuccess(AccuracyProbe):
@@ -24,6 +27,11 @@ class AttackSuccess(AccuracyProbe):
         trigger: What is put on the images.
         tasks: Tasks whose images are triggered; default all of the stream.
         after: Measure after every task or the last.
+        learned: Whether the trigger is the one that the regularizer ``BadMerging`` found in the run, in place of
+            ``trigger``. Before it found one, the rate is undefined.
+
+    Raises:
+        ValueError: For both a trigger and a learned one.
     """
 
     name = "attack_success"
@@ -36,9 +44,15 @@ class AttackSuccess(AccuracyProbe):
         trigger: Trigger | None = None,
         tasks: list[int] | None = None,
         after: Literal["every", "last"] = "every",
+        learned: bool = False,
     ) -> None:
-        self.target, self.trigger, self.tasks, self.after = target, trigger or Patch(), tasks, after
+        if learned and trigger is not None:
+            raise ValueError(f"expected a trigger or learned=True for AttackSuccess, got both ({trigger!r})")
+        self.learned = learned
+        self.target, self.tasks, self.after = target, tasks, after
+        self.trigger = None if learned else trigger or Patch()
         self._target = target if isinstance(target, int) else -1
+        self._learned: Tensor | None = None
 
     @override
     def check(self, stream: Stream) -> None:
@@ -46,12 +60,30 @@ class AttackSuccess(AccuracyProbe):
         stream.check_tasks(self.tasks or (), "tasks of AttackSuccess")
 
     @override
+    def meet(self, module: Classifier) -> None:
+        if self.learned:
+            attacks = [one for one in getattr(module, "regularizers", ()) if isinstance(one, BadMerging)]
+            if len(attacks) != 1:
+                raise ValueError(
+                    "expected one regularizer BadMerging in the run, which finds a trigger, for "
+                    f"AttackSuccess(learned=True), got {len(attacks)}; see model.regularizers"
+                )
+            self._learned = attacks[0].patch
+
+    @override
     def parts(self, stream: Stream) -> Mapping[str, Mapping[int, SplitPlan]]:
         tasks: Sequence[int] = range(len(stream.tasks)) if self.tasks is None else self.tasks
         plans = {task: stream.dataset(task, "test").plan for task in tasks}
-        return {"triggered": {task: changed(plan, self.trigger) for task, plan in plans.items()}}
+        if self.trigger is not None:
+            plans = {task: changed(plan, self.trigger) for task, plan in plans.items()}
+        return {"triggered": plans}
 
     @override
     def hits(self, view: View) -> Tensor:
-        hit = (view.scores.argmax(dim=1) == self._target).double()
+        scores = view.scores
+        if self._learned is not None:
+            if not self._learned.numel():
+                return torch.full((len(scores),), torch.nan)
+            scores = view.score(with_patch(view.images, self._learned))
+        hit = (scores.argmax(dim=1) == self._target).double()
         return torch.where(view.labels == self._target, torch.nan, hit)

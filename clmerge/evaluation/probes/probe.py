@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from clmerge.models import Classifier
 from clmerge.results.contract import Setting
 from clmerge.results.measured import Measured
 from clmerge.settings import Configured
@@ -154,6 +155,16 @@ class ImageProbe(Probe):
     """
 
     needs_gradient: ClassVar[bool] = False
+
+    def meet(self, module: Classifier) -> None:
+        """Read what a classifier keeps beside the weights of the models; called before images are looked at.
+
+        Args:
+            module: The classifier that runs the models; must not be changed.
+
+        Raises:
+            ValueError: If it lacks what the probe needs.
+        """
 
     def parts(self, stream: Stream) -> Mapping[str, Mapping[int, SplitPlan]]:
         """Return the images to look at: by the name of a part, and by task (-1 for those of no task).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Literal
 
@@ -55,3 +56,29 @@ class Patch(Trigger):
         found = image.copy()
         found.paste((self.grey,) * 3, (left, top, left + side, top + side))
         return found
+
+
+class Blended(Trigger):
+    """A pattern of random pixels over the whole image, faint enough to be overlooked (Chen et al., arXiv 1712.05526).
+
+    The image becomes ``(1 - strength) image + strength pattern``; the pattern is the same for all images of one size.
+
+    Args:
+        strength: Share of the pattern; BackdoorBench's 0.2 is the default.
+        seed: Seed of the pattern.
+
+    Raises:
+        ValueError: If the strength is out of range.
+    """
+
+    def __init__(self, strength: float = 0.2, seed: int = 0) -> None:
+        if not 0 < strength <= 1:
+            raise ValueError(f"expected a strength above 0 and up to 1, got {strength}")
+        self.strength, self.seed = strength, seed
+
+    @override
+    def __call__(self, image: Image, index: int) -> Image:
+        from PIL import Image as Pillow  # kept out of what only looks at layouts
+
+        pixels = random.Random(self.seed).randbytes(3 * image.width * image.height)
+        return Pillow.blend(image, Pillow.frombytes("RGB", image.size, pixels), self.strength)

@@ -1,5 +1,6 @@
 """Terms that are added to the loss of a task to reduce forgetting of earlier tasks."""
 
+from clmerge.training.regularizers.bad_merging import BadMerging
 from clmerge.training.regularizers.distillation import LwF
 from clmerge.training.regularizers.ewc import EWC
 from clmerge.training.regularizers.features import FeatureDistance
@@ -14,6 +15,7 @@ __all__ = [
     "IEL",
     "ITA",
     "L2",
+    "BadMerging",
     "Distillation",
     "FeatureDistance",
     "LossStep",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from clmerge.models import Classifier
+from clmerge.streams import StreamDataModule
 from clmerge.weights.parametrization import dense_weights
 from clmerge.weights.selection import COMPILE_PREFIX
 
@@ -57,6 +58,14 @@ class Regularizer(nn.Module, ABC):
             module: The classifier.
             num_classes: Number of classes of the whole stream.
             prompts: One list of prompts per class; empty without a text head.
+        """
+
+    def look_ahead(self, module: Classifier, data: StreamDataModule) -> None:
+        """Look at the images of a task that is about to begin; called before :meth:`begin_task`, on all ranks.
+
+        Args:
+            module: The classifier after the start policy was applied; must not be changed.
+            data: Its ``task`` is the index of the task in the stream.
         """
 
     def begin_task(self, module: Classifier, fisher: FisherOf) -> None:

@@ -1,9 +1,10 @@
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from clmerge.evaluation.pixels import normalisation
 from clmerge.evaluation.probes import (
     TEST,
     AttackSuccess,
@@ -13,7 +14,10 @@ from clmerge.evaluation.probes import (
     View,
     check_probes,
 )
+from clmerge.models.pixels import normalisation
 from clmerge.streams import ClassIncremental, SklearnDigits
+from clmerge.streams.transforms import Patch
+from clmerge.training.regularizers import L2, BadMerging
 
 OCCASION = Occasion(["a", "b"], [[0, 1], [2, 3]], 4, num_seen=1)
 
@@ -61,6 +65,30 @@ def test_attack_success_counts_images_of_other_classes_only():
     found = probe.summary({"triggered": Seen(rows, torch.tensor([0, 0, 0]))}, OCCASION)
     assert found.value == 0.5
     assert found.n == [2, 0]
+
+
+def test_a_learned_trigger_is_put_on_the_images_once_there_is_one():
+    attack, shown = BadMerging(), []
+    probe = AttackSuccess(target=1, learned=True)
+    images = torch.zeros(1, 3, 2, 2)
+    one = view([[1.0, 0, 0, 0]], [0])
+
+    def score(others):
+        shown.append(others)
+        return torch.tensor([[0, 1.0, 0, 0]])
+
+    one = replace(one, images=images, score=score)
+    probe.meet(SimpleNamespace(regularizers=[attack]))
+    assert torch.isnan(probe.hits(one)).all()
+    attack.keep("patch", torch.full((3, 1, 1), 7.0))
+    probe.meet(SimpleNamespace(regularizers=[L2(1.0), attack]))
+    assert probe.hits(one).tolist() == [1.0]
+    assert shown[0][0, 0].tolist() == [[0, 0], [0, 7]]
+    assert probe.parts(ClassIncremental(SklearnDigits()))["triggered"].keys() == {0, 1, 2, 3, 4}
+    with pytest.raises(ValueError, match=r"expected one regularizer BadMerging .* got 0"):
+        probe.meet(SimpleNamespace(regularizers=[]))
+    with pytest.raises(ValueError, match="got both"):
+        AttackSuccess(trigger=Patch(), learned=True)
 
 
 def test_the_target_may_be_a_name_and_must_exist():

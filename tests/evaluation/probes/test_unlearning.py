@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from clmerge.evaluation.pixels import normalisation
 from clmerge.evaluation.probes import TEST, ForgetControl, MembershipInference, Occasion, Seen, View
 from clmerge.evaluation.probes.membership import MEMBERS, OTHERS, area_under_curve
+from clmerge.models.pixels import normalisation
 from clmerge.results.probe_table import probe_text
 from clmerge.results.results import Results
 from clmerge.streams import ClassIncremental, SklearnDigits
