@@ -25,7 +25,9 @@ def validate_diagnostics(document: Any, where: str) -> None:
 def _layers(value: Any, where: str) -> None:
     figures = dict.fromkeys(("barrier", "barrier_of_second", "llfc", "features_apart", "coefficient"), maybe(number))
     layer = record({"name": text, **figures})
-    record({"tasks": listed(count, 2), "images": count, "layers": listed(layer)})(value, where)
+    tangent = record({"localisation": maybe(number), "alignment": maybe(number), "images": count})
+    wanted = {"tasks": listed(count, 2), "images": count, "layers": listed(layer)}
+    record(wanted, {"tangent": listed(tangent, 2)})(value, where)
 
 
 def _vectors(size: int) -> Check:

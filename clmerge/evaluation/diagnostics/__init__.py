@@ -8,6 +8,7 @@ from clmerge.evaluation.diagnostics.models import diagnose_models
 from clmerge.evaluation.diagnostics.pairs import PairSums, pair_sums
 from clmerge.evaluation.diagnostics.sharpness import average_sharpness
 from clmerge.evaluation.diagnostics.spectra import effective_rank, spectrum, subspace_overlap
+from clmerge.evaluation.diagnostics.tangent import tangent_localisation
 from clmerge.evaluation.diagnostics.vectors import diagnose_vectors
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "representation_bias",
     "spectrum",
     "subspace_overlap",
+    "tangent_localisation",
 ]

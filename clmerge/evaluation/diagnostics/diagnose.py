@@ -1,16 +1,17 @@
 """Compute a run's diagnostics document in one call."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from clmerge.evaluation.diagnostics.behaviour import first_images
 from clmerge.evaluation.diagnostics.document import document
 from clmerge.evaluation.diagnostics.layers import diagnose_layers
 from clmerge.evaluation.diagnostics.models import diagnose_models
+from clmerge.evaluation.diagnostics.tangent import tangent_images, tangent_localisation
 from clmerge.evaluation.diagnostics.vectors import diagnose_vectors
 from clmerge.results.results import Setting
 from clmerge.streams.plan import Split
@@ -19,6 +20,14 @@ from clmerge.weights import State, TaskVectorBank
 
 if TYPE_CHECKING:  # imports Lightning, which is not needed to read a document
     from clmerge.streams import StreamDataModule
+
+
+_TANGENT_IMAGES = 16
+
+
+def _joined(batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)
 
 
 def diagnose(
@@ -83,5 +92,13 @@ def diagnose(
         own = sorted({*tasks[ends[0]].classes, *tasks[ends[1]].classes}) if setting == "task_aware" else None
         found = diagnose_layers(module, weights, (bank[ends[0]], bank[ends[1]]), batches, classes=own)
         layers = {"tasks": list(ends), "images": sum(len(labels) for _, labels in batches), "layers": found}
+        zero = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in bank[0].items()}
+        base = weights(zero)
+        if number := tangent_images(base, _TANGENT_IMAGES):
+            own, other = (_joined(first_images(loaders[task], number)) for task in ends)
+            pairs = ((ends[0], own, other), (ends[1], other, own))
+            layers["tangent"] = [
+                tangent_localisation(module, base, weights(bank[t]), one, two) for t, one, two in pairs
+            ]
     names = [task.name for task in tasks]
     return document(names, vectors=vectors, models={"split": split, **models}, layers=layers)
