@@ -95,10 +95,8 @@ def diagnose(
         zero = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in bank[0].items()}
         base = weights(zero)
         if number := tangent_images(base, _TANGENT_IMAGES):
-            own, other = (_joined(first_images(loaders[task], number)) for task in ends)
-            pairs = ((ends[0], own, other), (ends[1], other, own))
-            layers["tangent"] = [
-                tangent_localisation(module, base, weights(bank[t]), one, two) for t, one, two in pairs
-            ]
+            one, two = (_joined(first_images(loaders[task], number)) for task in ends)
+            orders = ((ends[0], one, two), (ends[1], two, one))
+            layers["tangent"] = [tangent_localisation(module, base, weights(bank[t]), a, b) for t, a, b in orders]
     names = [task.name for task in tasks]
     return document(names, vectors=vectors, models={"split": split, **models}, layers=layers)

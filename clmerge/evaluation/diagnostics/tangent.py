@@ -32,14 +32,14 @@ def tangent_localisation(
     own: tuple[Tensor, Tensor],
     other: tuple[Tensor, Tensor],
 ) -> dict[str, float | int | None]:
-    """Return how far the linearised change that a task vector makes is about its own task (arXiv 2305.12827, section 5).
+    """Return how far the linearised change that a task vector makes is about its own task.
 
-    With ``J`` the gradients at theta_0 of every image's logit of its own class, ``g = J tau`` the linearised change, and
-    ``v_i`` the eigenvectors of the kernel ``J J^T`` over the images of both tasks: ``localisation`` is
-    ``sum_i (v_i g)^2 m_i / sum_i (v_i g)^2``, where ``m_i`` is the share of ``v_i`` on images of the own task. 1: only
-    eigenfunctions of the own task are used, 0.5 (with as many images of both): no distinction. ``alignment`` is
-    ``||P tau|| / ||tau||`` with P the projection on the span of the gradients of all images: how much of the vector
-    these images see at all. Memory holds one gradient for every image.
+    After section 5 of arXiv 2305.12827. With ``J`` the gradients at theta_0 of every image's logit of its own class,
+    ``g = J tau`` the linearised change, and ``v_i`` the eigenvectors of the kernel ``J J^T`` over the images of both
+    tasks: ``localisation`` is ``sum_i (v_i g)^2 m_i / sum_i (v_i g)^2``, where ``m_i`` is the share of ``v_i`` on
+    images of its own task. 1: only eigenfunctions of the own task are used, 0.5 (with as many images of both): none.
+    ``alignment`` is ``||P tau|| / ||tau||`` with P the projection on the span of the gradients of all images: how much
+    of the vector these images see at all. Memory holds one gradient for every image.
 
     Args:
         module: The classifier; unchanged.
