@@ -256,6 +256,16 @@ class Results:
             self._models[model] = record
         record.add_row(rows, bytes_kept=bytes_kept, merge_seconds=merge_seconds)
 
+    def add_skipped(self, sizes: Mapping[str, int]) -> None:
+        """Add a row without numbers to every model, for a finished task after which nothing is evaluated.
+
+        Args:
+            sizes: Bytes that each model keeps.
+        """
+        unknown = [math.nan] * self.num_tasks
+        for name, size in sizes.items():
+            self.add_row(name, unknown, unknown, bytes_kept=size)
+
     def set_confusion(self, model: str, confusions: Confusions) -> None:
         """Set the answers of a model after the last task, by class.
 

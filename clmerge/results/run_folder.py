@@ -14,7 +14,7 @@ from clmerge.names import file_name, tell
 from clmerge.results.checkpoint_files import damage
 from clmerge.results.contract import SCHEMA
 from clmerge.results.run_lock import LOCK, hold_lock
-from clmerge.results.run_manifest import Manifest, check_config, read_manifest
+from clmerge.results.run_manifest import Manifest, check_config, models_text, read_manifest
 from clmerge.weights import checksum, load_tensors, save_tensors, save_torch, write_json_atomic, write_text_atomic
 from clmerge.weights.checksums import MANIFEST, verify_files
 
@@ -38,6 +38,7 @@ class RunFolder:
         self.path = Path(path)
         self.writes = writes
         self.manifest = Manifest()
+        self._committed: tuple[Mapping[str, Any] | None, str] = None, ""  # the models of the last commit, as JSON
 
     @classmethod
     def create(cls, path: str | Path, *, config: str = "", unique: bool = False, writes: bool = True) -> "RunFolder":
@@ -221,10 +222,20 @@ class RunFolder:
 
     def commit(self) -> None:
         """Write the manifest in memory to disk, which commits it."""
-        if self.writes:
-            write_text_atomic(self.path / MANIFEST, json.dumps(vars(self.manifest), allow_nan=False) + "\n")
-            if self.manifest.results:
-                write_json_atomic(self.results, {"schema": SCHEMA, "runs": [self.manifest.results]})
+        if not self.writes:
+            return
+        results = self.manifest.results
+        models = results.get("models", {})
+        before, text = self._committed
+        if models is not before:  # accuracies are all that grows with the square of the stream: they are written once
+            text = models_text(models)
+        about = json.dumps({key: value for key, value in results.items() if key != "models"}, allow_nan=False)
+        rest = {key: value for key, value in vars(self.manifest).items() if key != "results"}
+        whole = f'"results": {about[:-1]}{", " * (len(results) > 1)}"models": {text}}}, ' if results else ""
+        write_text_atomic(self.path / MANIFEST, "{" + whole + json.dumps(rest, allow_nan=False)[1:] + "\n")
+        if results and models is not before:
+            write_json_atomic(self.results, {"schema": SCHEMA, "runs": [results]})
+        self._committed = (models, text)
 
     def commit_state(self, task: int, module: Mapping[str, Tensor], accumulators: Mapping[str, Any]) -> None:
         """Commit a task that was trained and merged.

@@ -1,5 +1,6 @@
 """The manifest of a run: the record of what is committed, validated when it is read."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import Any
 
 import clmerge
 from clmerge.files import parse_json
-from clmerge.results.contract import DATA_FREE, validate_run
+from clmerge.results.contract import DATA_FREE, SETTINGS, validate_run
 from clmerge.results.contract import SCHEMA as RESULTS_SCHEMA
+from clmerge.results.results import Results
 from clmerge.shapes import anything, count, flag, keyed, listed, maybe, record, text
 from clmerge.weights.checksums import MANIFEST
 
@@ -29,7 +31,9 @@ class Manifest:
         task_epochs: ``epochs`` when the current task began.
         branch: Committed fits of the current task, if tasks are trained in branches.
         wandb_id: Identity of the run in W&B, kept when the run is resumed.
-        results: The results so far, as the record of ``results.json``.
+        results: The results so far, as the record of ``results.json``; rows of skipped tasks may be missing at the end.
+        skipped: Bytes that every model keeps after each of the latest tasks, whose undefined rows ``results`` lacks: so
+            a stream that is evaluated now and then does not write its accuracies after every task.
         finished: Whether the run is complete.
         config: The text of ``config.yaml``; empty for a run that was started from Python.
         options: Options that were changed when the run was resumed: ``task``, the first task trained with them, and
@@ -50,6 +54,7 @@ class Manifest:
     branch: int = 0
     wandb_id: str | None = None
     results: dict[str, Any] = field(default_factory=dict)
+    skipped: list[dict[str, int]] = field(default_factory=list)
     finished: bool = False
     schema: int = SCHEMA
     clmerge: str = clmerge.__version__
@@ -59,6 +64,10 @@ class Manifest:
     stream: dict[str, Any] = field(default_factory=dict)
     data: str = DATA_FREE
     files: dict[str, str] = field(default_factory=dict)
+
+    def record(self, results: Results) -> None:
+        """Take results with a row for every evaluated or skipped task."""
+        self.results, self.skipped = results.to_dict(), []
 
     def options_in_force(self) -> list[str]:
         """Return the options that override ``config.yaml`` for the latest task."""
@@ -106,9 +115,54 @@ def read_manifest(file: Path) -> Manifest:
             f"expected a manifest of clmerge {clmerge.__version__}, got unknown entries {unknown} in {file}; "
             f"resume with the version that wrote it ({found.get('clmerge', 'not recorded')})"
         )
+    _fill_rows(found.get("results"))
     if wrong := _contradiction(found):
         raise ValueError(f"expected {wrong} in {file}, which was changed by another hand than clmerge's; put it back")
-    return Manifest(**found)
+    manifest = Manifest(**found)
+    if manifest.skipped:
+        results = Results.from_dict(manifest.results)
+        for sizes in manifest.skipped:
+            results.add_skipped(sizes)
+        manifest.record(results)
+    return manifest
+
+
+def models_text(models: Mapping[str, Any]) -> str:
+    """Return the models of a run's results as JSON for the manifest: ``null`` in place of rows without a number.
+
+    Raises:
+        ValueError: If there is a NaN.
+
+    Example:
+        >>> models_text({"expert": {"task_aware": {"R": [[None, None], [0.5, 1.0]]}}})
+        '{"expert": {"task_aware": {"R": [null, [0.5, 1.0]]}}}'
+    """
+
+    def shortened(figures: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        if figures is None:
+            return None
+        return {**figures, "R": [None if all(value is None for value in row) else row for row in figures["R"]]}
+
+    short = {
+        name: {**found, **{setting: shortened(found[setting]) for setting in SETTINGS if setting in found}}
+        for name, found in models.items()
+    }
+    return json.dumps(short, allow_nan=False)
+
+
+def _fill_rows(results: Any) -> None:
+    """Put the rows back that ``models_text`` shortens; what has another form is left to the contract."""
+    models = results.get("models") if isinstance(results, dict) else None
+    readings = [
+        found.get(setting)
+        for found in (models.values() if isinstance(models, dict) else ())
+        for setting in SETTINGS
+        if isinstance(found, dict)
+    ]
+    for figures in readings:
+        if isinstance(figures, dict) and isinstance(figures.get("R"), list) and isinstance(results.get("tasks"), list):
+            unknown = [None] * len(results["tasks"])
+            figures["R"] = [unknown if row is None else row for row in figures["R"]]
 
 
 def check_config(file: Path, expected: str) -> None:
@@ -177,6 +231,7 @@ _CONTRACT = record(
         "state": maybe(text),
         "wandb_id": maybe(text),
         "results": keyed(anything),
+        "skipped": listed(keyed(count)),
         "finished": flag,
         "clmerge": text,
         "data": text,

@@ -1,6 +1,5 @@
 """The outer loop over a stream: train a task, merge, evaluate, commit; resumes after an interruption."""
 
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -196,9 +195,7 @@ class Learner(LearnerParts):
         trainer = trainers.for_evaluation(f"evaluating {len(predictors)} models", gradients=gradients)
         last = task == len(self.tasks) - 1
         probing = self.probing(self.probes, task, weights=self._dense(), base=self.merge.base)
-        rows = self.evaluate(
-            trainer, predictors, task, on=self.evaluated_tasks(task), confusion=last, probing=probing
-        )
+        rows = self.evaluate(trainer, predictors, task, on=self.evaluated_tasks(task), confusion=last, probing=probing)
         kept = self._bytes_kept(task)
         for name, row in rows.items():
             accuracies = (row[setting] for setting in SETTINGS)
@@ -229,14 +226,15 @@ class Learner(LearnerParts):
 
     def _skip(self, run: RunFolder, results: Results, task: int) -> None:
         """Add undefined rows for a task after which nothing is evaluated."""
-        unknown = [math.nan] * len(self.tasks)
-        for name, size in self._bytes_kept(task).items():
-            results.add_row(name, unknown, unknown, bytes_kept=size)
-        self._commit(run, results, task)
+        sizes = self._bytes_kept(task)
+        results.add_skipped(sizes)
+        run.manifest.evaluated = task + 1
+        run.manifest.skipped.append(sizes)
+        run.commit()
 
     def _commit(self, run: RunFolder, results: Results, task: int) -> None:
         run.manifest.evaluated = task + 1
-        run.manifest.results = results.to_dict()
+        run.manifest.record(results)
         run.commit()
 
     def _evaluate_zero_shot(self, run: RunFolder, trainers: Trainers, results: Results) -> None:
@@ -244,13 +242,19 @@ class Learner(LearnerParts):
         if self.module.head.open_vocabulary:
             trainer = trainers.for_evaluation("evaluating zero-shot", gradients=needs_gradient(self.probes))
             base = self.merge.base
-            probing = self.probing(self.probes, len(self.tasks) - 1, weights={ZERO_SHOT: lambda: base} if base else {}, base=base, last=True)
+            probing = self.probing(
+                self.probes,
+                len(self.tasks) - 1,
+                weights={ZERO_SHOT: lambda: base} if base else {},
+                base=base,
+                last=True,
+            )
             row = self.evaluate(trainer, {ZERO_SHOT: Merged()}, 0, confusion=True, probing=probing)[ZERO_SHOT]
             results.set_zero_shot(row["task_agnostic"], row["task_aware"])
             results.set_confusion(ZERO_SHOT, row["confusion"])
             self._add_probes(results, ZERO_SHOT, row)
         results.add_seconds("evaluate", time.perf_counter() - started)
-        run.manifest.results = results.to_dict()
+        run.manifest.record(results)
         run.commit()
 
     def _has_views(self, run: RunFolder, results: Results) -> bool:
@@ -271,7 +275,7 @@ class Learner(LearnerParts):
             save_models(run, self, more, routed)
             save_plots(results, run.plots)
         run.manifest.finished = True
-        run.manifest.results = results.to_dict()
+        run.manifest.record(results)
         run.commit()
 
     def _bytes_kept(self, task: int) -> dict[str, int]:
@@ -288,5 +292,8 @@ class Learner(LearnerParts):
         if self.routed and self.mergers:
             frame = self.routed.frame(self.merge.base, torch.device("cpu"))
             for name, routed in self.routed.names(self.mergers).items():
-                more |= {label: kept[name] + self.routed.nbytes(one.name, frame, range(task + 1)) for label, one in routed.items()}
+                more |= {
+                    label: kept[name] + self.routed.nbytes(one.name, frame, range(task + 1))
+                    for label, one in routed.items()
+                }
         return {**kept, **more, EXPERT: 4 * num_entries(shapes)}

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import stat
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,54 @@ def test_what_was_committed_is_found_again(run):
     run.commit()
     assert RunFolder.open(run.path, writes=False).manifest == run.manifest
     assert json.loads(run.results.read_text()) == {"schema": 2, "runs": [found]}
+
+
+def accuracies(rows, num_tasks=40):
+    """Results of two models, of which some rows have no number."""
+    results = Results([f"t{task}" for task in range(num_tasks)], classes=[[f"c{task}"] for task in range(num_tasks)])
+    for row in rows:
+        for model in ("magmax", "expert"):
+            if row is None:
+                results.add_skipped({model: 7})
+            else:
+                results.add_row(model, [row] * num_tasks, [None] * num_tasks, bytes_kept=7)
+    return results
+
+
+def test_rows_without_a_number_are_short_in_the_manifest_and_whole_elsewhere(run):
+    results = accuracies([0.5, None, None, 1.0])
+    run.manifest.record(results)
+    run.commit()
+    assert manifest(run)["results"]["models"]["magmax"]["task_agnostic"]["R"][1:3] == [None, None]
+    assert json.loads(run.results.read_text())["runs"] == [results.to_dict()]
+    assert RunFolder.open(run.path).manifest.results == results.to_dict()
+    (run.path / "manifest.json").write_text(json.dumps(vars(run.manifest)))  # as it was before rows were shortened
+    assert RunFolder.open(run.path).manifest.results == results.to_dict()
+
+
+def test_skipped_tasks_are_committed_without_writing_the_accuracies(run):
+    run.manifest.record(accuracies([0.5]))
+    run.commit()
+    sizes = [(run.path / "manifest.json").stat().st_size]
+    written = run.results.read_text()
+    for _ in range(2):
+        run.manifest.skipped.append({"magmax": 7, "expert": 7})
+        run.commit()
+        sizes.append((run.path / "manifest.json").stat().st_size)
+    assert max(after - before for before, after in pairwise(sizes)) < 40
+    assert run.results.read_text() == written
+    again = RunFolder.open(run.path)
+    assert again.manifest.results == accuracies([0.5, None, None]).to_dict()
+    assert again.manifest.skipped == []
+    assert json.loads(again.results.read_text())["runs"] == [again.manifest.results]
+    again.commit()
+    assert RunFolder.open(run.path).manifest.results == again.manifest.results
+
+
+def test_skipped_tasks_of_an_unknown_form_are_refused(run):
+    edit_manifest(run, skipped=[{"magmax": -1}])
+    with pytest.raises(ValueError, match="skipped"):
+        RunFolder.open(run.path)
 
 
 def test_the_version_that_began_a_run_stays_on_record(run):
