@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -10,24 +10,24 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 
 from clmerge.callbacks.progress import Pace, matrix_lines, trainable_line
+from clmerge.deploy.predictors import Merged, Predictor
 from clmerge.evaluation.probes.measuring import needs_gradient
-from clmerge.runs.final_models import save_models
-from clmerge.runs.learner_parts import LearnerParts
+from clmerge.figures import plot_files, save_plots
 from clmerge.lightning_compat import quiet_lightning
 from clmerge.loggers import finish_loggers, log_artifacts, log_summary, log_task
 from clmerge.merging.checks import num_entries
 from clmerge.names import tell
-from clmerge.runs.notices import adaptation_lines, add_place, notices, view_lines
-from clmerge.figures import plot_files, save_plots
-from clmerge.deploy.predictors import Merged, Predictor
 from clmerge.results.confusion import ModelRow
 from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Results
-from clmerge.runs.resume import restore
-from clmerge.runs.launching.task_jobs import TaskJobs, check_apart
 from clmerge.results.run_folder import RunFolder
+from clmerge.runs.final_models import save_models
+from clmerge.runs.launching.task_jobs import TaskJobs, check_apart
+from clmerge.runs.learner_parts import LearnerParts
+from clmerge.runs.notices import adaptation_lines, add_place, notices, view_lines
+from clmerge.runs.resume import restore
 from clmerge.runs.task_training import TaskTraining
-from clmerge.search.grid import with_values
 from clmerge.runs.trainers import TrainerFactory, Trainers
+from clmerge.search.grid import with_values
 from clmerge.weights import State, TaskVectorBank, apply_task_vector
 
 
