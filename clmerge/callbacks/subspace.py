@@ -30,11 +30,11 @@ class Subspace(Callback):
     ``points`` copies of the trained weights, float32 or wider, and one more during a step.
 
     Args:
-        points: Number of weights collected.
+        points: Number of weights collected; in a fit of fewer steps those of every step.
         start: Share of the fit's optimizer steps after which the subspace is trained.
 
     Raises:
-        ValueError: If a number is out of range; during a fit, if it has no end, or too few steps.
+        ValueError: If a number is out of range; during a fit, if it has no end, or no step before ``start``.
         RuntimeError: During a fit whose processes hold parts of the weights.
 
     Example:
@@ -63,10 +63,10 @@ class Subspace(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_parts(pl_module, type(self).__name__)
         total = float(trainer.estimated_stepping_batches)
-        if not math.isfinite(total) or total < 0 or self.start * total < self.points:
+        if not math.isfinite(total) or self.start * total < 1:
             raise ValueError(
-                f"expected a fit with {math.ceil(self.points / self.start)} optimizer steps or more for "
-                f"Subspace(points={self.points}, start={self.start}), got {total:g}; lower points, or train longer"
+                f"expected a fit with {math.ceil(1 / self.start)} optimizer steps or more and an end for "
+                f"Subspace(start={self.start}), got {total:g}: raise start, or train longer"
             )
         for optimizer in trainer.optimizers:
             self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._remember(pl_module)))
@@ -77,12 +77,12 @@ class Subspace(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         last = math.floor(self.start * float(trainer.estimated_stepping_batches))
-        position = len(self._collected) + 1
-        if self._basis or position > self.points or trainer.global_step < last * position // self.points:
+        points, position = min(self.points, last), len(self._collected) + 1
+        if self._basis or trainer.global_step < last * position // points:
             return
         parameters = trained_parameters(pl_module)
         self._collected.append(wide_copy(parameters))
-        if position == self.points:
+        if position == points:
             # Those of before a resume are where the checkpoint was read to.
             self._collected = [
                 {name: point[name].to(p.device) for name, p in parameters.items()} for point in self._collected

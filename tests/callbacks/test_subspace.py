@@ -118,5 +118,13 @@ def test_one_instance_serves_two_fits_and_leaves_nothing_behind():
 def test_settings_that_do_not_fit():
     with pytest.raises(ValueError, match="1 point or more and start between 0 and 1"):
         Subspace(0)
-    with pytest.raises(ValueError, match="a fit with 20 optimizer steps or more for Subspace"):
-        fit(started(), [Subspace(10)])
+    with pytest.raises(ValueError, match="a fit with 2 optimizer steps or more and an end for Subspace"):
+        fit(started(), [Subspace(10)], max_steps=1)
+
+
+def test_a_fit_of_fewer_steps_collects_every_one():
+    trace = Trace()
+    module = fit(started(), [trace, Subspace(10)], epochs=2)  # 6 steps
+    basis, _ = np.linalg.qr(np.stack(trace.weights[:3]).T)
+    assert np.linalg.norm(flat(module) - basis @ (basis.T @ flat(module))) < 1e-5
+    assert np.linalg.norm(flat(module) - np.stack(trace.weights[:3]).mean(axis=0)) > 1e-3

@@ -119,19 +119,19 @@ class Soups:
 
     def _soups(self, merger: str, members: Sequence[Member], run: StoredRun, cache: RowCache) -> dict[str, Any]:
         run.enter(len(run.tasks) - 1)
-        kitchen = _Kitchen(run, members)
-        scores = [kitchen.score([index]) for index in range(len(members))]
+        mixes = _Mixes(run, members)
+        scores = [mixes.score([index]) for index in range(len(members))]
         ranked = sorted(range(len(members)), key=lambda index: -scores[index])
         greedy, best = ranked[:1], scores[ranked[0]]
         for index in ranked[1:]:
-            if (score := kitchen.score([*greedy, index])) >= best:
+            if (score := mixes.score([*greedy, index])) >= best:
                 greedy, best = [*greedy, index], score
         every = list(range(len(members)))
         tell(f"{merger}: {len(greedy)} of {len(members)} runs are in the greedy soup")
         chosen = {"uniform": every, "greedy": sorted(greedy)}
-        states = {kind: kitchen.state(indices) for kind, indices in chosen.items()}
+        states = {kind: mixes.state(indices) for kind, indices in chosen.items()}
         predictors: dict[str, Predictor] = {kind: Merged(state) for kind, state in states.items()}
-        predictors["ensemble"] = LogitMean([kitchen.state([index]) for index in every])
+        predictors["ensemble"] = LogitMean([mixes.state([index]) for index in every])
         told = [member.identity for member in members]
         keys = {kind: cache.key(str(told), f"soup {kind} {chosen.get(kind, every)}", "test", []) for kind in predictors}
         if missing := {kind: one for kind, one in predictors.items() if keys[kind] not in cache}:
@@ -140,12 +140,12 @@ class Soups:
         found = {
             kind: {
                 "members": chosen.get(kind, every),
-                "score": kitchen.score(chosen[kind]) if kind in chosen else None,
+                "score": mixes.score(chosen[kind]) if kind in chosen else None,
                 **{setting: cache[keys[kind]][setting] for setting in SETTINGS},
             }
             for kind in predictors
         }
-        probabilities, labels = kitchen.probabilities([[index] for index in every] + [every])
+        probabilities, labels = mixes.probabilities([[index] for index in every] + [every])
         terms = ensemble_terms(probabilities[:-1], probabilities[-1], labels)
         vectors = [{**member.vector, **_floating(member.head)} for member in members]
         return {
@@ -158,7 +158,7 @@ class Soups:
         }
 
 
-class _Kitchen:
+class _Mixes:
     """Averages of members, as weights of one run's module."""
 
     def __init__(self, run: StoredRun, members: Sequence[Member]) -> None:
