@@ -30,6 +30,8 @@ NOT_RUN = {
     "clmerge fit --config stranger.yaml": "is refused; tests/cli/test_named_code.py says how",
     "clmerge fit --config configs/quickstart.yaml --learner.start_policy=base --run_dir shared/ray": "starts Ray; "
     "tests/cli/test_launch.py has one",
+    "clmerge fit --config configs/quickstart.yaml --config configs/scenarios/sequential_unlearning.yaml": "has five "
+    "tasks; tests/test_scenarios.py runs it",
     "scripts/quickstart": "installs gigabytes; the fit that it runs is the README's",
     "scripts/test": "is what runs this",
     "scripts/docs": "is what .ci/run runs beside this",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from clmerge.callbacks.merge import MergeCallback
     from clmerge.callbacks.online_merging import OnlineMerging
     from clmerge.callbacks.population import Population
+    from clmerge.callbacks.salience_mask import SalienceMask
     from clmerge.callbacks.sparse import Sparse
     from clmerge.callbacks.subspace import Subspace
     from clmerge.callbacks.trajectory_average import TrajectoryAverage
@@ -22,12 +23,22 @@ _HOMES = {
     "MergeCallback": "merge",
     "OnlineMerging": "online_merging",
     "Population": "population",
+    "SalienceMask": "salience_mask",
     "Sparse": "sparse",
     "Subspace": "subspace",
     "TrajectoryAverage": "trajectory_average",
 }
 
-__all__ = ["BestWeights", "MergeCallback", "OnlineMerging", "Population", "Sparse", "Subspace", "TrajectoryAverage"]
+__all__ = [
+    "BestWeights",
+    "MergeCallback",
+    "OnlineMerging",
+    "Population",
+    "SalienceMask",
+    "Sparse",
+    "Subspace",
+    "TrajectoryAverage",
+]
 
 
 def __getattr__(name: str) -> object:

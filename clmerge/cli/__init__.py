@@ -16,6 +16,7 @@ COMMANDS = {
     "fit": "train a stream of tasks, merge after every task, evaluate all tasks after every task",
     "sweep": "run fit for several seeds and settings, some at a time",
     "compare": "merge a finished run's task vectors again with any mergers, without training",
+    "forget": "take tasks out of a finished run's merged models, and state what was removed",
     "evaluate": "evaluate a finished run's models, or a checkpoint, on its own or another stream",
     "predict": "show the most likely classes of images by a model of a finished run",
     "export": "write a model of a finished run as files that other libraries load",

@@ -23,6 +23,7 @@ from clmerge.merging.linear.metagpt import MetaGPT
 from clmerge.merging.linear.random_mix import RandomMix
 from clmerge.merging.linear.slerp import SLERP
 from clmerge.merging.linear.soup import GreedySoup, SortedSoup
+from clmerge.merging.linear.ssu import SSU
 from clmerge.merging.linear.stock import ModelStock
 from clmerge.merging.linear.subtraction import ExtSub
 from clmerge.merging.linear.sum import Sum
@@ -96,6 +97,7 @@ __all__ = [
     "PAINT",
     "PCB",
     "SLERP",
+    "SSU",
     "SVC",
     "TALL",
     "TIES",

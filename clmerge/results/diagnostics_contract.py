@@ -47,6 +47,7 @@ def _vectors(size: int) -> Check:
 
 def _models(size: int) -> Check:
     row = listed(maybe(number), size)
+    known = record({"n": count, "remembered": keyed(maybe(number))})
 
     def checked(value: Any, where: str) -> None:
         record({"positions": listed(number, filled=True)})(value, where)
@@ -61,6 +62,7 @@ def _models(size: int) -> Check:
             {
                 "split": one_of(("val", "test")),
                 "disentanglement": maybe(record({"xi": listed(row, size)})),
+                "knowledge": record({"shared": known, "unshared": known}),
             },
         )(value, where)
 

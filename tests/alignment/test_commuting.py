@@ -22,7 +22,7 @@ NEED_IMAGES = {name for name, rule in registered_mergers().items() if rule().req
 BY_POSITION = {"DARE", "DELLA", "RandomMix", "TunableMagMax"}
 BIT_FOR_BIT = {
     *("Breadcrumbs", "CoFiMA", "Consensus", "EMR", "FactorProduct", "FedNova", "Fisher", "MagMax", "PCB", "Pipeline"),
-    *("TALL", "TIES", "TaskArithmetic", "UGM", "WeightAverage", "WeightedAverage", "WiSEFT"),
+    *("SSU", "TALL", "TIES", "TaskArithmetic", "UGM", "WeightAverage", "WeightedAverage", "WiSEFT"),
 }
 RULES = sorted(
     name

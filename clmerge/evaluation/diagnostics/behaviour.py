@@ -21,12 +21,14 @@ class Behaviour(NamedTuple):
         error: Share of misclassified images.
         predictions: Predicted class of every image, ``(N,)``.
         features: Features of every image, ``(N, D)``, float32.
+        right: Whether every image is classified right, ``(N,)``.
     """
 
     loss: float
     error: float
     predictions: Tensor
     features: Tensor
+    right: Tensor
 
 
 class Observer:
@@ -64,7 +66,7 @@ class Observer:
         state = {self._own[name]: tensor.to(self._device) for name, tensor in weights.items()}
         columns = None if classes is None else torch.tensor(sorted(classes), device=self._device)
         loss = wrong = 0.0
-        predicted, features = [], []
+        predicted, features, right = [], [], []
         with eval_mode(self._whole):
             for images, labels in batches:
                 seen, logits = functional_call(self._whole, state, (images.to(self._device),))
@@ -73,11 +75,13 @@ class Observer:
                     logits, labels = logits[:, columns], torch.searchsorted(columns, labels)
                 loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
                 best = logits.argmax(dim=1)
+                right.append((best == labels).cpu())
                 wrong += float((best != labels).sum())
                 predicted.append(best.cpu())
                 features.append(seen.float().cpu())
         predictions = torch.cat(predicted)
-        return Behaviour(loss / len(predictions), wrong / len(predictions), predictions, torch.cat(features))
+        count = len(predictions)
+        return Behaviour(loss / count, wrong / count, predictions, torch.cat(features), torch.cat(right))
 
 
 class _FeaturesAndLogits(nn.Module):

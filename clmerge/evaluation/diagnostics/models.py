@@ -15,6 +15,7 @@ from clmerge.evaluation.diagnostics.behaviour import (
     representation_bias,
 )
 from clmerge.evaluation.diagnostics.json_types import to_json
+from clmerge.evaluation.diagnostics.knowledge import Knowledge
 from clmerge.evaluation.diagnostics.sharpness import average_sharpness
 from clmerge.results.results import BASE, EXPERT, SETTINGS, Setting
 from clmerge.weights import State, TaskVector
@@ -86,6 +87,7 @@ def diagnose_models(
     positions = [index / (num_points - 1) for index in range(num_points)]
     segments = _Segments(positions)
     xi = torch.zeros(num_tasks, num_tasks, dtype=torch.float64)
+    knowledge = Knowledge()
     counts: list[int] = []
     references: dict[str, dict[str, list[float]]] = {
         name: {"loss": [], "error": [], "disagreement": [], "representation_bias": [], "sharpness": []}
@@ -116,11 +118,13 @@ def diagnose_models(
         for name in merged:
             segments.add(EXPERT, name, [task], behave, ends[EXPERT], ends[name])
         alone = expert if scale == 1.0 else behave(combine((scale, own)))
+        others_right = torch.zeros_like(expert.right)
         for other in range(num_tasks):
             if other == task:
                 continue
             tau = vectors[other]
             pair = [(own, expert), (tau, behave(tau))]
+            others_right |= pair[1][1].right
             first, second = pair if task < other else reversed(pair)
             segments.add(EXPERT, EXPERT, sorted((task, other)), behave, first, second)
             joint = behave(combine((scale, own), (scale, tau)))
@@ -128,6 +132,7 @@ def diagnose_models(
             half = disagreement(joint.predictions, alone.predictions) / 2
             xi[task, other] += half
             xi[other, task] += half
+        knowledge.add(expert.right, others_right, {name: ends[name][1].right for name in (BASE, *merged)})
     document: dict[str, Any] = to_json(
         {
             "setting": setting,
@@ -136,6 +141,7 @@ def diagnose_models(
             "models": references,
             "segments": segments.found(),
             "disentanglement": {"scale": scale, "xi": xi},
+            "knowledge": knowledge.found(),
         }
     )
     return document

@@ -1,6 +1,7 @@
 """Fold a run's task vectors again, in any order, and evaluate the merged models; stored rows are reused."""
 
 import time
+from copy import deepcopy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -45,6 +46,7 @@ class Refold:
     def __init__(self, run: StoredRun, mergers: Mapping[str, Merger]) -> None:
         self.run = run
         self.order: list[int] = []
+        self._task = 0
         self.merge = RunningMerge(
             {name: with_values(merger, {}) for name, merger in mergers.items()},
             base=run.base,
@@ -66,12 +68,36 @@ class Refold:
         """
         self.run.enter(task)
         self.order.append(task)
+        self._task = task
+        self.merge.fold(self._vector(task), self.run.module, task=task, given={"weights": self.run.base})
+
+    def take_out(self, task: int) -> None:
+        """Take one task out of every merger by ``downdate``; predictors that were built before stay as they are.
+
+        Args:
+            task: A task that was folded in.
+
+        Raises:
+            TypeError: If a merger is not removable.
+            ValueError: If too little of one would remain; no merger is changed then.
+        """
+        self.run.enter(task)
+        self._task = task
+        vector, merge = self._vector(task), self.merge
+        statistics = merge.measured(vector, self.run.module, {"weights": self.run.base})
+        without = deepcopy(merge.mergers)
+        for merger in without.values():
+            merger.downdate(vector, task=task, base=merge.base_fingerprint, statistics=statistics)
+        merge.mergers = without
+        self.order.remove(task)
+
+    def _vector(self, task: int) -> CheckedVector:
         vector = CheckedVector(self.run.bank[task])
         vector.stored = BankVector(self.run.bank, task)  # rules that keep every vector read it there
-        self.merge.fold(vector, self.run.module, task=task, given={"weights": self.run.base})
+        return vector
 
     def _statistics(self, module: LightningModule) -> Statistics:
-        return self.run.measure_again(self.merge.required_statistics - PROVIDED, self.order[-1])
+        return self.run.measure_again(self.merge.required_statistics - PROVIDED, self._task)
 
 
 def check_mergers(run: StoredRun, mergers: Mapping[str, Merger]) -> None:

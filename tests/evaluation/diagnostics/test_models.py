@@ -168,6 +168,25 @@ def test_disentanglement(found, behave, vectors):
     assert max(max(row) for row in xi) > 0
 
 
+def test_knowledge_is_shared_or_of_one_expert_alone(found, behave, vectors, merged, data):
+    counts = {"shared": [0, 0], "unshared": [0, 0]}
+    for task, (_, labels) in enumerate(data):
+
+        def right(tau, task=task, labels=labels[:15]):
+            return behave(tau, task)[2] == labels
+
+        own = right(vectors[task])
+        others = torch.stack([right(tau) for other, tau in enumerate(vectors) if other != task]).any(dim=0)
+        for kind, known in (("shared", own & others), ("unshared", own & ~others)):
+            counts[kind][0] += int(known.sum())
+            counts[kind][1] += int((right(merged["mean"]) & known).sum())
+    assert all(n for n, _ in counts.values())
+    for kind, (n, kept) in counts.items():
+        assert found["knowledge"][kind]["n"] == n
+        assert found["knowledge"][kind]["remembered"]["mean"] == pytest.approx(kept / n)
+        assert found["knowledge"][kind]["remembered"].keys() == {"base", "sum", "mean"}
+
+
 def test_vectors_that_touch_nothing_of_each_other_are_disentangled(module, base, loaders):
     """Equal models on a segment have no barrier, and a zero vector disturbs nobody."""
     zero = {name: torch.zeros_like(w) for name, w in base.items()}
