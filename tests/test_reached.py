@@ -13,11 +13,13 @@ from clmerge.alignment import Transport
 from clmerge.callbacks import MergeCallback
 from clmerge.deploy.calibration import Calibration
 from clmerge.deploy.routing import Routing
+from clmerge.evaluation.probes import Probe
 from clmerge.merging import Finisher, Merger, Sparsifier
 from clmerge.models import Backbone, Head, Tuning
 from clmerge.runs.launching import Launcher
 from clmerge.streams import DataSource, Stream
 from clmerge.streams.source_groups import SourceGroup
+from clmerge.streams.transforms import StreamTransform, Trigger
 from clmerge.training.exchange_rules import ExchangeRule
 from clmerge.training.regularizers import Regularizer
 from clmerge.training.trajectory import TrajectoryRule
@@ -38,6 +40,9 @@ CHOSEN = (
     Transport,
     ExchangeRule,
     Launcher,
+    Probe,
+    StreamTransform,
+    Trigger,
     Calibration,
     Routing,
 )

@@ -56,6 +56,7 @@ def build_parser() -> "CommandParser":
     )
     at_least_help = "Share of the merged model's accuracy on the other tasks that must stay, on validation images."
     steps_help = "Steps of training (default: at most 20 of gradient_ascent; one epoch of ssu)."
+    labels_help = "Factor of the loss of random labels in ssu; 0: none (default: 0.5, the paper's)."
     relearn_help = "Also learn so many images per task again, to see how fast (default: 0, not)."
     probes_help = "Further numbers about every model; ForgetControl and MembershipInference are there."
     evaluation_help = "What is measured: task_agnostic accuracy, or task_aware (default: what the run does)."
@@ -68,6 +69,7 @@ def build_parser() -> "CommandParser":
     parser.add_argument("--coefficients", type=str | None, default=None, help=coefficients_help)
     parser.add_argument("--at-least", type=float, default=0.95, metavar="SHARE", help=at_least_help)
     parser.add_argument("--steps", type=int | None, default=None, help=steps_help)
+    parser.add_argument("--random-labels", type=float, default=0.5, metavar="FACTOR", help=labels_help)
     parser.add_argument("--relearn", type=int, default=0, metavar="IMAGES", help=relearn_help)
     parser.add_argument("--probes", type=list[Probe], default=[], help=probes_help)
     parser.add_argument("--evaluation", type=Evaluation | None, default=None, help=evaluation_help)
@@ -118,6 +120,7 @@ def _forget(config: Any, objects: Any) -> int:
         coefficients=[float(one) for one in coefficients],
         at_least=config.at_least,
         steps=config.steps,
+        random_labels=config.random_labels,
         relearn=config.relearn,
         probes=objects.probes,
         memory=int(config.memory * 2**30),

@@ -183,6 +183,9 @@ def test_requests_in_a_sequence(folder, tmp_path, capsys):
     assert not one["difference"]["bitwise"]
     again = forget(folder, tmp_path / "again", capsys, *options)
     assert again == found  # the same images, labels and steps
+    plain = forget(folder, tmp_path / "plain", capsys, *options, "--random-labels", "0")
+    assert plain["settings"]["random_labels"] == 0
+    assert plain["models"]["weight_average"]["difference"] != one["difference"]
 
 
 def test_a_run_in_sequence_says_so_and_only_its_last_movement_is_subtracted(tmp_path, capsys):

@@ -197,7 +197,7 @@ class Forgetting:
         told: list[dict[str, Any]] = []
         between: dict[str, State] = {}
         for place, task in enumerate(request.tasks):
-            learned = memorised(run, state_of(merged), task, request.steps)
+            learned = memorised(run, state_of(merged), task, request.steps, random_labels=request.random_labels)
             direction = {name: tensor - merged[name].to(tensor.dtype) for name, tensor in learned.items()}
             merged, coefficient, choice = self._as_far_as_allowed(merged, direction, [task], self.control, state_of)
             one: dict[str, Any] = {"task": run.tasks[task].name, "coefficient": coefficient}

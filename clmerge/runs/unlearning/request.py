@@ -26,6 +26,7 @@ class Request:
         coefficients: Coefficients to choose from on validation images; one value is taken as it is.
         at_least: Share of the merged model's accuracy on the other tasks that must stay, on validation images.
         steps: Steps of training, for the methods that train; None: 20 of gradient ascent, one epoch of ``ssu``.
+        random_labels: Factor of the loss of random labels in ``ssu``.
         relearn: Images per task to forget that are learned again, to see how fast; 0: none.
         probes: Further probes.
         memory: Bytes of weights that are held at a time while coefficients are tried.
@@ -36,6 +37,7 @@ class Request:
     coefficients: Sequence[float] = ()
     at_least: float = 0.95
     steps: int | None = None
+    random_labels: float = 0.5
     relearn: int = 0
     probes: Sequence[Probe] = field(default_factory=tuple)
     memory: int = 2**32
@@ -51,7 +53,7 @@ class Request:
         else:
             found["coefficients"] = list(self.tried)
         if self.method == "ssu":
-            found |= {"steps": self.steps or "one epoch", "random_labels": 0.5, "deviations": 1.0}
+            found |= {"steps": self.steps or "one epoch", "random_labels": self.random_labels, "deviations": 1.0}
         if self.chooses:
             found["at_least"] = self.at_least
         return found
@@ -97,6 +99,8 @@ def check_request(run: StoredRun, mergers: dict[str, Merger], request: Request) 
         raise ValueError(
             f"expected 1 step or more and 0 images or more to learn again, got {request.steps} and {request.relearn}"
         )
+    if request.random_labels < 0:
+        raise ValueError(f"expected --random-labels of 0 or more, got {request.random_labels}")
     if request.coefficients and request.method in ("downdate", "gradient_ascent"):
         raise ValueError(f"expected no --coefficients for {request.method}, which has none")
     if request.steps is not None and request.method not in ("gradient_ascent", "ssu"):

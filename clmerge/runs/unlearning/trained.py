@@ -36,22 +36,25 @@ def ascended(run: StoredRun, start: State, tasks: Sequence[int], steps: int) -> 
         return [_vector(run) for _ in steps_on(run.module, batches, loss, steps)]
 
 
-def memorised(run: StoredRun, start: State, task: int, steps: int | None) -> TaskVector:
+def memorised(
+    run: StoredRun, start: State, task: int, steps: int | None, *, random_labels: float = 0.5
+) -> TaskVector:
     """Return the vector after a model has learned a task once more, in the form of SSU (arXiv 2406.10952).
 
-    The loss is the cross-entropy plus 0.5 times that of random other labels, and the gradients of every step are masked
-    by their salience.
+    The loss is the cross-entropy plus a multiple of that of random other labels, and the gradients of every step are
+    masked by their salience.
 
     Args:
         run: The run.
         start: Weights of the start, by the module's names.
         task: The task to forget.
         steps: Number of steps; None: one epoch.
+        random_labels: Factor of the loss of random labels.
     """
     run.enter(len(run.tasks) - 1)
     batches, per_epoch = _batches(run, [task], "ssu")
     generator = torch.Generator().manual_seed(derived_seed(run.seed, "ssu labels", task))
-    loss = memorising_loss(_competing(run, [task]), random_labels=0.5, generator=generator)
+    loss = memorising_loss(_competing(run, [task]), random_labels=random_labels, generator=generator)
     with swapped(run.module, start):
         for _ in steps_on(run.module, batches, loss, steps or per_epoch, salient=True):
             pass
