@@ -56,6 +56,20 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def without_secret(text: str, secret: str) -> str:
+    """Replace a secret that is quoted in a text by the beginning of its SHA-256, which tells secrets apart.
+
+    Args:
+        text: The ``repr`` of an object with the secret.
+        secret: The secret.
+
+    Example:
+        >>> without_secret("Probe(key='mine')", "mine")
+        "Probe(key='sha256:3fd30542fe3f')"
+    """
+    return text.replace(repr(secret), f"'sha256:{hashlib.sha256(secret.encode()).hexdigest()[:12]}'")
+
+
 def shown(name: str) -> str:
     """Return a name for display: :func:`visible`, and in quotes if it is empty or blank.
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from streams.tiny_layouts import hugging_face_split, samples, write_members, write_tree
+from support.keys import write_keys
 from support.tiny import ForeignModule, toy_loader
 
 from clmerge.cli import main
@@ -119,6 +120,8 @@ def place(tmp_path, monkeypatch, request):
             hugging_face_split(40, names=["ant", "bee", "cat", "dog"]).save_to_disk("pets")
             for first, name in enumerate(("train-000", "train-001", "test-000")):
                 write_members(Path("shards") / f"{name}.tar", samples(20 * first, 20, num_classes=4))
+        if page == "provenance.md":
+            write_keys(tmp_path)
         code = "\n".join([*commands_of(page), *blocks_of(page, "python")])
         for name in sorted(set(re.findall(r"\bruns/([\w-]+)", code))):
             shutil.copytree(request.getfixturevalue("finished"), tmp_path / "runs" / name)

@@ -23,6 +23,7 @@ COMMANDS = {
     "push": "put a model of a finished run on Hugging Face's hub, with a model card",
     "rebase": "carry a finished or half-finished run over to a new base model",
     "merge": "merge checkpoints of any size into one safetensors file",
+    "sign": "sign a file or a folder with a key, which clmerge merge --verify checks",
     "inspect": "show what is in a checkpoint, an adapter, a bank, a merged file or a run",
     "list": "show what there is to choose from: mergers, sources, backbones, methods ...",
     "completion": "print the script with which bash or zsh completes words",

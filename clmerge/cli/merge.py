@@ -4,6 +4,7 @@ import contextlib
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 USAGE = """\
 clmerge merge --base B --models A1 A2 ... --merger RULE --out FILE [options]
        clmerge merge --recipe FILE [options]
-       clmerge merge --verify FILE_OR_FOLDER"""
+       clmerge merge --verify FILE_OR_FOLDER [--key PUBLIC.pem]"""
 EPILOG = """\
 examples:
   clmerge merge --base base.safetensors --models a.pt b.pt --merger TIES --merger.density=0.2 --out merged.safetensors
@@ -30,6 +31,7 @@ examples:
       --align WeightMatching --data configs/quickstart.yaml --out merged.safetensors
   clmerge merge --merger.help TIES
   clmerge merge --verify merged.safetensors
+  clmerge merge --verify merged.safetensors --key public.pem
 """
 
 
@@ -102,6 +104,12 @@ def build_parser() -> "CommandParser":
     )
     no_hash_help = "Leave the SHA-256 of inputs and result out of the ledger, which then says so."
     shard_help = "Write --out as a folder in Hugging Face's layout, in files of at most this size, for example 5GB."
+    attestation_help = (
+        "Also write OUT.intoto.json beside the result: what it was made from, as an in-toto statement with SLSA "
+        "provenance."
+    )
+    key_help = "With --verify: also check the signature of clmerge sign by this public key, a file in PEM."
+    signature_help = "With --key: the signature (default: FILE.sig)."
     threads_help = "Threads that merge; another one computes the SHA-256 meanwhile."
     parser.add_argument("--recipe", action="config", help=recipe_help)
     parser.add_argument("--base", type=str | None, default=None, help="The base model, in any format of --models.")
@@ -128,10 +136,13 @@ def build_parser() -> "CommandParser":
     )
     parser.add_argument("--overwrite", action="store_true", help="Replace the output if it exists.")
     parser.add_argument("--no-hash", action="store_true", help=no_hash_help)
+    parser.add_argument("--attestation", action="store_true", help=attestation_help)
     parser.add_argument("--threads", type=int, default=1, help=threads_help)
     parser.add_argument(
         "--verify", type=str | None, default=None, help="Replay this file's ledger, compare bit for bit."
     )
+    parser.add_argument("--key", type=str | None, default=None, metavar="FILE", help=key_help)
+    parser.add_argument("--signature", type=str | None, default=None, metavar="FILE", help=signature_help)
     return parser
 
 
@@ -158,6 +169,7 @@ def main(argv: Sequence[str]) -> int:
         "dry_run",
         "overwrite",
         "no_hash",
+        "attestation",
     ):
         if config[option] is None and defaults[option] is not None:
             parser.error(f"expected a value of {option}, got null; leave it out for its default")
@@ -179,11 +191,19 @@ def main(argv: Sequence[str]) -> int:
             parser.error(
                 "expected --data and --allow with --align or --buffers re-estimated, got neither; leave them out"
             )
-    elif config.base or config.models or config.merger or config.out:
+        if config.key or config.signature:
+            parser.error("expected --key and --signature with --verify, which checks them, got them without")
+        if config.attestation and config.no_hash:
+            parser.error("expected SHA-256 with --attestation, which names files by them, got --no-hash; leave it out")
+    elif config.base or config.models or config.merger or config.out or config.attestation:
         parser.error("expected --verify alone, since the file says how it was made, got other options beside it")
+    elif config.signature and not config.key:
+        parser.error("expected --key with --signature, the public key that checks it, got none")
     try:
         with _modules_left_alone():
-            return _verify(config.verify) if config.verify is not None else _merge(parser, config, groups)
+            if config.verify is not None:
+                return _verify(config.verify, config.key, config.signature)
+            return _merge(parser, config, groups)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return complain("merge", error)
     except Stopped as stop:
@@ -221,6 +241,7 @@ def _translated(argv: Sequence[str]) -> Iterator[str]:
 def _merge(parser: "CommandParser", config: Any, groups: "list[Group]") -> int:
     import torch
 
+    from clmerge.checkpoints.attestation import attest, attestation_path
     from clmerge.checkpoints.merge import CheckpointMerge
     from clmerge.checkpoints.output import existing, parse_size
 
@@ -232,6 +253,12 @@ def _merge(parser: "CommandParser", config: Any, groups: "list[Group]") -> int:
     there = None if config.out is None else existing(config.out, kind)
     if there is not None and not config.overwrite and not config.dry_run:
         raise FileExistsError(f"expected a new file, got {there}, which exists; name another or pass --overwrite")
+    if config.attestation and config.out is not None and not config.overwrite and not config.dry_run:
+        statement = attestation_path(config.out)
+        if statement.exists():
+            raise FileExistsError(
+                f"expected a new file for --attestation, got {statement}, which exists; pass --overwrite"
+            )
     made = parser.instantiate(config)
     estimation = alignment = None
     if made.align is not None:
@@ -265,11 +292,14 @@ def _merge(parser: "CommandParser", config: Any, groups: "list[Group]") -> int:
         tell(f"clmerge merge: warning: {len(row.names)} {row.action}, {row.reason}: {row.names[0]}")
     if config.dry_run:
         return 0
+    started = datetime.now(UTC)
     with progress("merging", job.work) as on_bytes:
         job.run(config.out, hashes=not config.no_hash, shard_bytes=shard_bytes, on_bytes=on_bytes)
     if job.adapter is not None:
         tell(job.adapter.report(), file=sys.stdout)
     tell(f"wrote   {config.out}", file=sys.stdout)
+    if config.attestation:
+        tell(f"wrote   {attest(config.out, started=started)}", file=sys.stdout)
     return 0
 
 
@@ -297,9 +327,19 @@ def _groups(parser: "CommandParser", said: object) -> "list[Group]":
     return groups
 
 
-def _verify(path: str) -> int:
+def _verify(path: str, key: str | None, signature: str | None) -> int:
+    from clmerge.checkpoints.signing import check_signature, signature_path
     from clmerge.checkpoints.verify import verify
 
+    signed = signature_path(path) if signature is None else Path(signature)
+    if key is not None:
+        if (wrong := check_signature(path, key, signed)) is not None:
+            tell(f"clmerge merge: {wrong}")
+            tell(f"{path} is NOT what was signed", file=sys.stdout)
+            return 1
+        tell(f"{path} is what {signed} signs with {key}", file=sys.stdout)
+    elif signed.exists():
+        tell(f"clmerge merge: {signed} was not checked: --key names the public key of its owner")
     with progress("verifying", None) as on_bytes:
         differences, ledger = verify(path, on_bytes=on_bytes)
     for line in differences:

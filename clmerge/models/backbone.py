@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from clmerge.checkpoints import open_checkpoint
 from clmerge.checkpoints.names import align_names
 from clmerge.checkpoints.reader import describe
+from clmerge.models.hub import cached_revision
 from clmerge.weights.modes import eval_mode
 
 Transform = Callable[[Image], Tensor]
@@ -39,9 +40,13 @@ class Backbone(nn.Module, ABC):
         encoder: Path in ``model`` of the module that ``forward`` calls; empty for ``model`` itself.
         read: Description of the weights read from a checkpoint file; empty without one.
         name: Name of the model in its library; empty for a backbone of one's own.
+        hub: Repository of the hub that the weights are from, ``ORG/MODEL``; empty if they are from elsewhere.
+        revision: Commit of this repository; empty if that is not known.
     """
 
     name: str = ""
+    hub: str = ""
+    revision: str = ""
 
     default_trainable: ClassVar[tuple[str, ...]] = ("*",)
     encoder: ClassVar[str] = ""
@@ -55,6 +60,12 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
         """Encode images of shape ``(B, 3, H, W)`` into features of shape ``(B, D)``, not normalised."""
+
+    def _note_hub(self, repository: str, cache_dir: str | None = None) -> None:
+        """Record which repository of the hub the weights are from, and its commit."""
+        repository = repository.strip("/")
+        if repository.count("/") == 1:
+            self.hub, self.revision = repository.partition("@")[0], cached_revision(repository, cache_dir)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Encode ``N`` prompts into features of shape ``(N, D)``, not normalised.
@@ -145,6 +156,10 @@ class OpenClip(Backbone):
             source, cache_dir=cache_dir, **({"bpe_path": str(vocabulary)} if brings_vocabulary else {})
         )
         self.feature_dim = self._num_features()
+        if file is None:
+            tagged = {} if pretrained is None else open_clip.get_pretrained_cfg(name, pretrained)
+            repository = (tagged.get("hf_hub") or "").rpartition("/")[0]  # a file follows, or nothing
+            self._note_hub(source.removeprefix("hf-hub:") if source.startswith("hf-hub:") else repository, cache_dir)
 
     def _load(self, file: str, weights: str | None) -> None:
         import open_clip
@@ -249,6 +264,9 @@ class Timm(Backbone):
             **config, is_training=True, scale=(0.9, 1.0), hflip=0.0, color_jitter=None, auto_augment=None
         )
         self.name, self.image_size, self.size = name, image_size, size
+        if pretrained:
+            known: Any = self.model.pretrained_cfg.get("hf_hub_id")  # type: ignore[operator, union-attr]
+            self._note_hub(name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else known or "")
         # Some models have another projection between trunk and classifier.
         self.feature_dim = int(getattr(self.model, "head_hidden_size", self.model.num_features))  # type: ignore[arg-type]
 

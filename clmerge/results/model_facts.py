@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import PurePath
 from typing import Any
 
 import clmerge
@@ -20,7 +21,8 @@ class ModelFacts:
     Attributes:
         model: Name of the model in the run's results.
         run: Name of the run.
-        backbone: Class (``class``) and, where the run has a configuration, ``settings`` of the backbone.
+        backbone: Class (``class``) and, where the run has a configuration, ``settings`` of the backbone; ``hub`` and
+            ``revision`` where the base model is a repository of Hugging Face's hub.
         head: Class of the head.
         tuning: Mode of tuning with its settings, as text.
         rule: Merge rule (``merger`` and ``init_args``); None for a model that is not merged.
@@ -46,6 +48,15 @@ class ModelFacts:
     templates: list[dict[str, Any]] = field(default_factory=list)
     routing: Mapping[str, Any] | None = None
     version: str = clmerge.__version__
+
+    @property
+    def base_name(self) -> str:
+        """The base model in words: its name and what it was loaded from, of a path the last part."""
+        settings = self.backbone.get("settings", {})
+        name = str(settings.get("name") or ("nano" if self.backbone["class"] == "OpenClip" else "the base model"))
+        parts = [PurePath(name).name if name.startswith("local-dir:") else name]
+        loaded = (settings.get(key) for key in ("pretrained", "checkpoint"))
+        return " ".join([*parts, *(PurePath(one).name for one in loaded if isinstance(one, str))])
 
     def templates_of(self, class_id: int) -> list[str]:
         """Return the templates of a class; none if the head needs no text."""

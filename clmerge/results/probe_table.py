@@ -49,7 +49,9 @@ def probe_text(results: Results) -> str:
     if not names:
         return ""
     rows = [["", *names]]
-    rows += [[model, *(_cell(results.model(model).probes.get(name)) for name in names)] for model in results.models]
+    rows += [
+        [model, *(probe_cell(results.model(model).probes.get(name)) for name in names)] for model in results.models
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(names) + 1)]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     shares = any(found.get("share") for model in results.models for found in results.model(model).probes.values())
@@ -57,7 +59,12 @@ def probe_text(results: Results) -> str:
     return "\n".join(["probes, means over the tasks learned so far", *lines, *note])
 
 
-def _cell(found: Mapping[str, Any] | None) -> str:
+def probe_cell(found: Mapping[str, Any] | None) -> str:
+    """Return what a probe found about a model in a few characters: a share in percent with its interval, or a number.
+
+    Args:
+        found: The entry of ``results.json``; None if the probe was not measured of the model.
+    """
     value = None if found is None else found.get("value")
     if found is None or value is None or math.isnan(value):
         return "-"

@@ -7,9 +7,11 @@ from typing import Any
 from clmerge.bounded_yaml import load_yaml
 from clmerge.deploy.describe import describe_merger
 from clmerge.deploy.routing import RoutedModel
+from clmerge.models import Backbone
 from clmerge.results.model_facts import ModelFacts
 from clmerge.results.results import ADAPTERS, EXPERT, HEAD
 from clmerge.results.run_folder import RunFolder
+from clmerge.runs.attested import attest_models
 from clmerge.runs.learner_parts import LearnerParts
 from clmerge.streams import Stream
 from clmerge.weights import save_tensors
@@ -22,7 +24,7 @@ def save_models(
 ) -> None:
     """Write dense weights of the backbone under every merger to ``model/``, and the head if it was trained.
 
-    The header of every file holds a :class:`ModelFacts`.
+    The header of every file holds a :class:`ModelFacts`; ``models.intoto.json`` says what the files were made from.
 
     Args:
         run: The run folder.
@@ -64,6 +66,7 @@ def save_models(
         save_tensors(run.model(EXPERT), whole, metadata={**note, **expert.to_metadata()})
     if not module.head.open_vocabulary:
         save_tensors(run.model(HEAD), module.head.state_dict(), metadata=expert.to_metadata())
+    attest_models(run, learner, facts)
 
 
 def _facts(run: RunFolder, learner: LearnerParts) -> ModelFacts:
@@ -75,7 +78,7 @@ def _facts(run: RunFolder, learner: LearnerParts) -> ModelFacts:
     return ModelFacts(
         model="",
         run=str(config.get("name", "")),
-        backbone={"class": type(module.backbone).__name__, **settings},
+        backbone={"class": type(module.backbone).__name__, **settings, **_from_hub(module.backbone)},
         head=type(module.head).__name__,
         tuning=repr(module.tuning),
         rule=None,
@@ -84,6 +87,12 @@ def _facts(run: RunFolder, learner: LearnerParts) -> ModelFacts:
         tasks=[{"name": task.name, "classes": list(task.classes)} for task in learner.tasks],
         templates=grouped_templates(stream) if module.head.open_vocabulary else [],
     )
+
+
+def _from_hub(backbone: Backbone) -> dict[str, str]:
+    """Return the hub's repository and commit that the base model is from; nothing if it is from elsewhere."""
+    found = {"hub": backbone.hub, "revision": backbone.revision}
+    return {key: value for key, value in found.items() if value}
 
 
 def grouped_templates(stream: Stream) -> list[dict[str, Any]]:

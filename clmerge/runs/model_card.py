@@ -7,6 +7,7 @@ from clmerge.models import LinearHead, TangentModule
 from clmerge.models.templates import GENERIC
 from clmerge.names import visible
 from clmerge.results.model_facts import ModelFacts
+from clmerge.results.probe_table import probe_cell
 from clmerge.results.results import SETTINGS, Results
 from clmerge.results.table import percent
 from clmerge.runs.exported import FACTS_FILE, FinalModel, Target, input_of
@@ -55,7 +56,10 @@ model.load_state_dict(load_file("{place}/model.safetensors"))  # a {backbone} of
 
 
 def model_card(model: FinalModel, results: Results, target: Target, *, repo: str | None = None) -> str:
-    """Return the card in Markdown, with the header that Hugging Face's hub reads; no licence is claimed.
+    """Return the card in Markdown, with the header that Hugging Face's hub reads.
+
+    It names what the model was made from, its rule, the images that it looked at, its accuracies and what probes found.
+    No licence is claimed.
 
     Args:
         model: The model.
@@ -78,13 +82,16 @@ def model_card(model: FinalModel, results: Results, target: Target, *, repo: str
         f"library_name: {library}",
         f"pipeline_tag: {_pipeline(model, target)}",
         "tags: [clmerge, model-merging, continual-learning]",
+        *([f"base_model: {facts.backbone['hub']}"] if facts.backbone.get("hub") else []),
         "---",
         "",
         f"# {_safe(facts.model)} of {_safe(facts.run or results.name)}",
         "",
-        _what(facts) + f" Backbone: `{_safe(backbone)}`, tuned by "
-        f"`{_safe(facts.tuning)}`, head: `{facts.head}`.",
+        _what(facts) + f" Backbone: `{_safe(backbone)}`, tuned by `{_safe(facts.tuning)}`, head: `{facts.head}`.",
         "",
+        f"- **Made from**: {_origin(model)}",
+        f"- **Licence**: none is stated. That of the base model and of the data applies; {_safe(facts.base_name)} and the "
+        "images are not clmerge's.",
         f"- **Input**: {height} x {width} pixels, RGB, mean {_numbers(own['mean'])}, std {_numbers(own['std'])}, "
         f"{own['interpolation']} interpolation.",
         f"- **Images that the model looked at beside the training of each task**: {_data(results, facts.model)}.",
@@ -99,6 +106,7 @@ def model_card(model: FinalModel, results: Results, target: Target, *, repo: str
         "## Accuracy",
         "",
         *_accuracy(results, facts.model),
+        *_probes(results, facts.model),
     ]
     return "\n".join(lines) + "\n"
 
@@ -170,6 +178,32 @@ def _accuracy(results: Results, model: str) -> list[str]:
             cells = [percent(value) for value in (*row, sum(row) / len(row))]
             lines.append(f"| {_safe(name)} | {setting.replace('_', '-')} | " + " | ".join(cells) + " |")
     return [*lines, "", "Task-agnostic: all classes compete. Task-aware: those of the image's task."]
+
+
+def _origin(model: FinalModel) -> str:
+    facts = model.facts
+    base = f"the base model `{_safe(facts.base_name)}`"
+    if facts.backbone.get("hub"):
+        commit = f" at commit `{facts.backbone['revision']}`" if facts.backbone.get("revision") else ""
+        base += f" (`{_safe(str(facts.backbone['hub']))}` on Hugging Face's hub{commit})"
+    if facts.model == "zero_shot" or not facts.tasks:
+        return f"{base}."
+    tasks = _names([str(task["name"]) for task in facts.tasks])
+    return f"{base} and its fine-tuning on {len(facts.tasks)} tasks: {tasks}."
+
+
+def _probes(results: Results, model: str) -> list[str]:
+    """Return a table of what probes found about the final model."""
+    found = results.model(model).probes if model in results.models else {}
+    rows = [
+        f"| {_safe(name)} | {probe_cell(one)} | {one.get('better') or ''} |"
+        for name, one in found.items()
+        if "value" in one
+    ]
+    if not rows:
+        return []
+    note = "Shares are in percent, with a 95 % Wilson interval."
+    return ["", "## Probes", "", "| probe | value | better |", "|---|---|---|", *rows, "", note]
 
 
 def _names(names: Sequence[str]) -> str:

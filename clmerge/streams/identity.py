@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from clmerge.streams.files import FileImages
 from clmerge.streams.sources import ArrayImages, EncodedImages, ImageSubset, LabelledImages
+from clmerge.streams.transforms.fingerprinted import AddedImages
 from clmerge.streams.transforms.transform import ChangedImages
 
 if TYPE_CHECKING:
@@ -90,8 +91,13 @@ def _other(run: str, number: int, name: str, what: str) -> ValueError:
 def _add_images(digest: hashlib._Hash, images: LabelledImages, indices: Sequence[int]) -> str:
     """Add names or content of images to a hash, and return a hash of file sizes."""
     sizes = hashlib.sha256()
-    while isinstance(images, ImageSubset | ChangedImages):
-        if isinstance(images, ChangedImages):
+    while isinstance(images, ImageSubset | ChangedImages | AddedImages):
+        if isinstance(images, AddedImages):
+            own = len(images.images)
+            for index in (index for index in indices if index >= own):
+                digest.update(images.image(index).tobytes())
+            indices = [index for index in indices if index < own]
+        elif isinstance(images, ChangedImages):
             turned = [index for index in indices if images.only is None or index in images.only]
             digest.update(f"{images.change!r} {turned}".encode())
         else:

@@ -109,8 +109,9 @@ ARGUMENT = {
     "merge": "--threads=1",
     "sweep": "--seeds=0",
     "predict": "nothing image.png",
+    "sign": "nothing --key=private.pem",
 }  # the others take names of runs
-IMPORTED = {"completion": "argparse", "inspect": "torch", "list": "argparse"}
+IMPORTED = {"completion": "argparse", "inspect": "torch", "list": "argparse", "sign": "model_signing"}
 AT_IMPORT = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored

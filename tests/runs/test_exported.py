@@ -151,7 +151,9 @@ def test_the_card(folders, tmp_path, capsys):
     assert "merged by `MagMax(scale=0.5)`" in card
     assert "28 x 28 pixels" in card
     assert "| magmax | task-agnostic | " + " | ".join(f"{100 * value:.1f}" for value in last) in card
-    assert "licen" not in card.lower()
+    assert "license:" not in card
+    assert "- **Licence**: none is stated." in card
+    assert "- **Made from**: the base model `nano` and its fine-tuning on 2 tasks: " in card
     assert 'create_model_and_transforms("local-dir:FOLDER")' in card
     found, _ = open_final_model(str(run), model="expert", task=None)
     assert found.facts.rule is None

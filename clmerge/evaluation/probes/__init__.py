@@ -3,6 +3,7 @@
 from clmerge.evaluation.probes.attack_success import AttackSuccess
 from clmerge.evaluation.probes.calibration_error import CalibrationError
 from clmerge.evaluation.probes.communication import CommunicatedBytes
+from clmerge.evaluation.probes.fingerprint_hits import FingerprintHits
 from clmerge.evaluation.probes.forget_control import ForgetControl
 from clmerge.evaluation.probes.membership import MembershipInference
 from clmerge.evaluation.probes.probe import (
@@ -17,6 +18,7 @@ from clmerge.evaluation.probes.probe import (
     WeightProbe,
     check_probes,
 )
+from clmerge.evaluation.probes.watermark_bits import WatermarkBits
 from clmerge.results.measured import Measured
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "AttackSuccess",
     "CalibrationError",
     "CommunicatedBytes",
+    "FingerprintHits",
     "ForgetControl",
     "ImageProbe",
     "Measured",
@@ -34,6 +37,7 @@ __all__ = [
     "Probe",
     "Seen",
     "View",
+    "WatermarkBits",
     "WeightProbe",
     "check_probes",
 ]

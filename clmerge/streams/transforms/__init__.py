@@ -1,5 +1,6 @@
 """Stream transforms: what the data of a stream is turned into; docs/probes.md has one line on each."""
 
+from clmerge.streams.transforms.fingerprinted import Fingerprinted
 from clmerge.streams.transforms.poisoned import Poisoned
 from clmerge.streams.transforms.repeated import Repeated
 from clmerge.streams.transforms.transform import Change, ChangedImages, StreamTransform, changed, check_tasks, class_id
@@ -9,6 +10,7 @@ __all__ = [
     "Blended",
     "Change",
     "ChangedImages",
+    "Fingerprinted",
     "Patch",
     "Poisoned",
     "Repeated",
