@@ -14,6 +14,19 @@ def announces_unfreezing(trainer: Trainer) -> bool:
     return any(is_lightning(callback, "BaseFinetuning") for callback in callbacks_of(trainer))
 
 
+def refuse_unfreezing(trainer: Trainer, callback: str) -> None:
+    """Refuse a fit that unfreezes parameters, for a callback whose weights are those that are trained from the start.
+
+    Raises:
+        ValueError: If a callback will unfreeze parameters.
+    """
+    if announces_unfreezing(trainer):
+        raise ValueError(
+            f"expected parameters that are trained from the start of a fit with {callback}, got a callback that "
+            "unfreezes some later; remove one of the two, or make them trainable before the fit"
+        )
+
+
 class FrozenParameters:
     """Watch frozen parameters that are not merged for changes during a fit.
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from clmerge.callbacks.frozen import refuse_unfreezing
 from clmerge.callbacks.member_settings import augment, own_settings
 from clmerge.callbacks.ranks import refuse_parts
 from clmerge.names import tell
@@ -120,6 +121,7 @@ class Population(Callback):
         if len(trainer.optimizers) != 1:
             raise RuntimeError(f"expected one optimizer for Population, got {len(trainer.optimizers)}")
         refuse_parts(pl_module, type(self).__name__)
+        refuse_unfreezing(trainer, type(self).__name__)
         if self.settings is not None:
             self._hooks = own_settings(trainer.optimizers[0], self.settings, lambda: self._current)
         if self.buffers == "recompute" and has_running_statistics(pl_module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from clmerge.callbacks.frozen import refuse_unfreezing
 from clmerge.callbacks.ranks import refuse_parts
 from clmerge.weights.selection import is_included, trained_parameters
 
@@ -52,6 +53,7 @@ class Sparse(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_parts(pl_module, type(self).__name__)
+        refuse_unfreezing(trainer, type(self).__name__)
         if not self._pruned(pl_module):
             raise ValueError(f"expected include to select trained parameters, got none that match {self.include}")
         for optimizer in trainer.optimizers:

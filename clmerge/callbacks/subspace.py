@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from clmerge.callbacks.frozen import refuse_unfreezing
 from clmerge.callbacks.ranks import refuse_parts
 from clmerge.training.trajectory import Weights, mean_of
 from clmerge.training.trajectory.rule import wide_copy
@@ -62,6 +63,7 @@ class Subspace(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_parts(pl_module, type(self).__name__)
+        refuse_unfreezing(trainer, type(self).__name__)
         total = float(trainer.estimated_stepping_batches)
         if not math.isfinite(total) or self.start * total < 1:
             raise ValueError(

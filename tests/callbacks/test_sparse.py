@@ -1,11 +1,12 @@
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, Callback, ModelCheckpoint
 from support.tiny import ForeignModule, toy_loader
 
-from clmerge.callbacks import MergeCallback, Sparse
+from clmerge.callbacks import MergeCallback, Population, Sparse, Subspace
 from clmerge.merging import WeightAverage
+from clmerge.training.exchange_rules import Keep
 
 
 def started():
@@ -67,6 +68,22 @@ def test_a_fit_that_was_killed_keeps_its_mask(tmp_path):
         fit(started(), [Kill(), Sparse(0.5), ModelCheckpoint(dirpath=tmp_path, filename="last")])
     resumed = fit(started(), [Sparse(0.5), ModelCheckpoint(dirpath=tmp_path)], ckpt_path=tmp_path / "last.ckpt")
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in resumed.state_dict().items())
+
+
+class Unfreezes(BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.net[0])
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
+
+
+@pytest.mark.parametrize(
+    "callback", [Sparse(0.5), Subspace(2), Population(2, Keep())], ids=lambda one: type(one).__name__
+)
+def test_parameters_that_are_unfrozen_later_are_refused(callback):
+    with pytest.raises(ValueError, match=rf"from the start of a fit with {type(callback).__name__}, got a callback"):
+        fit(started(), [callback, Unfreezes()])
 
 
 def test_settings_that_do_not_fit():
