@@ -159,7 +159,7 @@ def sweep(
     """
     order = run.kept if order is None else list(order)
     counts = [len(order)] if last_only else list(range(1, len(order) + 1))
-    told = {name: _told(run, merger) for name, merger in mergers.items()}
+    told = {name: told_rule(run, merger) for name, merger in mergers.items()}
     calibrated_of = calibrated_names(mergers, calibrations)
     for name, found in calibrated_of.items():
         told |= {each: f"{told[name]}, {one!r} on {one.data}, seed {run.seed}" for each, one in found.items()}
@@ -219,7 +219,7 @@ def _seen(run: StoredRun, routing: Routing) -> str:
     return f"on {run.statistics_images} images{learned}, seed {run.seed}"
 
 
-def _told(run: StoredRun, merger: Merger) -> str:
+def told_rule(run: StoredRun, merger: Merger) -> str:
     """Return a merger with its settings, what it is scored by where that is not the usual one, and what it learns on."""
     scored = merger.requires_score and run.evaluation != "task_agnostic"
     learned = f" on {run.adaptation!r}" if merger.requires_gradient else ""

@@ -13,7 +13,7 @@ from clmerge.evaluation.diversity import ensemble_terms, locality
 from clmerge.merging import Merger
 from clmerge.names import tell
 from clmerge.results.results import SETTINGS
-from clmerge.runs.comparison.refold import Refold
+from clmerge.runs.comparison.refold import Refold, told_rule
 from clmerge.runs.comparison.row_cache import RowCache, make_row
 from clmerge.runs.stored_run import StoredRun
 from clmerge.training.trajectory import Weights, mean_of
@@ -29,7 +29,7 @@ class Member:
 
     Attributes:
         run: Name of the run.
-        identity: Its hash.
+        identity: The run's hash, the rule, and what that looks at.
         vector: Its weights minus theta_0, by dense name.
         head: The trained head, by the module's names.
     """
@@ -106,7 +106,8 @@ class Soups:
         head = {f"head.{name}": _kept(tensor) for name, tensor in run.module.head.state_dict().items() if learned}
         for name, merger in mergers.items():
             vector = {key: _kept(tensor) for key, tensor in refold.merge.merged_vector(name).items()}
-            self._members.setdefault(name, []).append(Member(run.name, f"{run.identity} {merger!r}", vector, head))
+            identity = f"{run.identity} {told_rule(run, merger)}"
+            self._members.setdefault(name, []).append(Member(run.name, identity, vector, head))
 
     def finish(self, run: StoredRun, cache: RowCache) -> list[dict[str, Any]]:
         """Return the soups of every merger, as ``results.json`` has them.
