@@ -35,13 +35,13 @@ def kinds() -> dict[str, type]:
     from clmerge.models import Backbone, Head, Tuning
     from clmerge.runs.launching import Launcher
     from clmerge.streams import DataSource, SourceGroup, Stream
-    from clmerge.streams.transforms import StreamTransform, Trigger
+    from clmerge.streams.transforms import ImageChange, StreamTransform, Trigger
     from clmerge.training.exchange_rules import ExchangeRule
     from clmerge.training.regularizers import Regularizer
     from clmerge.training.trajectory import TrajectoryRule
 
     own = (Merger, Sparsifier, Finisher, Stream, DataSource, SourceGroup, Backbone, Head, Tuning, Regularizer)
-    own = (*own, TrajectoryRule, ExchangeRule, Launcher, StreamTransform, Trigger, Probe)
+    own = (*own, TrajectoryRule, ExchangeRule, Launcher, StreamTransform, Trigger, ImageChange, Probe)
     return {
         base.__name__: base
         for base in (*own, Transport, Aligner, Calibration, Routing, Optimizer, Transform, Callback, Logger)

@@ -45,10 +45,10 @@ def build_parser() -> "CommandParser":
     from clmerge.merging.strategies.methods import Method
     from clmerge.streams import AdaptationData
     from clmerge.streams.plan import Evaluation
-    from clmerge.streams.transforms import Trigger
+    from clmerge.streams.transforms import ImageChange
 
     set_policy()
-    models = (Calibration, Routing, Probe, Trigger)
+    models = (Calibration, Routing, Probe, ImageChange)
     CommandParser.class_names = known_subclasses((Merger, Objective, Sparsifier, Finisher, *models))
     parser = CommandParser(
         prog="clmerge compare",

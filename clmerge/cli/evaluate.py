@@ -43,11 +43,11 @@ def build_parser() -> "CommandParser":
     from clmerge.models import Backbone
     from clmerge.streams import DataSource, Stream
     from clmerge.streams.plan import Evaluation
-    from clmerge.streams.transforms import Trigger
+    from clmerge.streams.transforms import ImageChange
 
     load_all("clmerge.streams")
     set_policy()
-    CommandParser.class_names = known_subclasses((Stream, DataSource, Backbone, Probe, Trigger))
+    CommandParser.class_names = known_subclasses((Stream, DataSource, Backbone, Probe, ImageChange))
     parser = CommandParser(
         prog="clmerge evaluate",
         usage="clmerge evaluate RUN|CHECKPOINT [--models A B ...] [--stream CLASS ...] [options]",

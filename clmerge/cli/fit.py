@@ -70,7 +70,7 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     from clmerge.runs.launching import Launcher
     from clmerge.runs.learner import Learner
     from clmerge.streams import AdaptationData, DataSource, Stream, StreamDataModule
-    from clmerge.streams.transforms import StreamTransform, Trigger
+    from clmerge.streams.transforms import ImageChange, StreamTransform
     from clmerge.training.module import ContinualClassifier
     from clmerge.training.regularizers import Regularizer
 
@@ -78,7 +78,7 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     set_policy()
     Logging.__dataclass_fields__["extra"].type = list[lightning_loggers.Logger]
     Logging.__annotations__["extra"] = list[lightning_loggers.Logger]
-    models = (Backbone, Head, Tuning, Regularizer, Calibration, Routing, Probe, StreamTransform, Trigger, Optimizer)
+    models = (Backbone, Head, Tuning, Regularizer, Calibration, Routing, Probe, StreamTransform, ImageChange, Optimizer)
     bases = (Merger, Objective, Stream, DataSource, Launcher, *models, Callback, lightning_loggers.Logger)
     CommandParser.class_names = known_subclasses(bases)
     parser = CommandParser(

@@ -32,10 +32,10 @@ def build_parser() -> "CommandParser":
     from clmerge.merging import Finisher, Merger, Objective, Sparsifier
     from clmerge.runs.unlearning.request import Method
     from clmerge.streams.plan import Evaluation
-    from clmerge.streams.transforms import Trigger
+    from clmerge.streams.transforms import ImageChange
 
     set_policy()
-    CommandParser.class_names = known_subclasses((Merger, Objective, Sparsifier, Finisher, Probe, Trigger))
+    CommandParser.class_names = known_subclasses((Merger, Objective, Sparsifier, Finisher, Probe, ImageChange))
     parser = CommandParser(
         prog="clmerge forget",
         usage="clmerge forget RUN --tasks TASK [TASK ...] --out FOLDER [--method METHOD] [--mergers A B ...] [options]",

@@ -22,6 +22,7 @@ TOPICS = {
     "routings": ("Routing",),
     "transforms": ("StreamTransform",),
     "triggers": ("Trigger",),
+    "changes": ("ImageChange",),
     "probes": ("Probe",),
     "sparsifiers": ("Sparsifier",),
     "finishers": ("Finisher",),

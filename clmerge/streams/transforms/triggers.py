@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from abc import ABC, abstractmethod
+from abc import ABC
 from typing import TYPE_CHECKING, Literal
 
 from typing_extensions import override
 
-from clmerge.settings import Configured
+from clmerge.streams.transforms.changes import ImageChange
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,17 +16,8 @@ if TYPE_CHECKING:
 Corner = Literal["bottom-right", "bottom-left", "top-right", "top-left"]
 
 
-class Trigger(Configured, ABC):
+class Trigger(ImageChange, ABC):
     """Put something on an image by which a backdoor recognises it. Subclasses keep their constructor arguments."""
-
-    @abstractmethod
-    def __call__(self, image: Image, index: int) -> Image:
-        """Return the image with the trigger.
-
-        Args:
-            image: An RGB image; must not be changed.
-            index: Its index in the data set.
-        """
 
 
 class Patch(Trigger):

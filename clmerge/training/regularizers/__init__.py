@@ -9,6 +9,7 @@ from clmerge.training.regularizers.l2 import L2
 from clmerge.training.regularizers.mean_teacher import MeanTeacher
 from clmerge.training.regularizers.regularizer import LossStep, Regularizer, current_weights, regularized_logits
 from clmerge.training.regularizers.second_order import IEL, ITA
+from clmerge.training.regularizers.trades import TRADES
 from clmerge.training.regularizers.watermark import WeightWatermark
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "IEL",
     "ITA",
     "L2",
+    "TRADES",
     "BadMerging",
     "Distillation",
     "FeatureDistance",
