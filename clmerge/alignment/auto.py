@@ -9,6 +9,9 @@ from clmerge.alignment.procrustes import Procrustes
 from clmerge.alignment.transport import Identity, Permuted, Swap, Transport
 from clmerge.weights import State, TaskVector
 
+_FAR = 0.5
+"""Barrier above which vectors carried little over, between two pretraining seeds of a ViT."""
+
 
 class Auto(Transport):
     """Choose by the barrier between the bases: Identity if there is none, Permuted if matching lowers it.
@@ -60,6 +63,8 @@ class Auto(Transport):
         if after < before:
             self._chosen, self.aligned = permuted, permuted.aligned
             self.why = f"matching lowers the barrier from {before:.3f} to {after:.3f}"
+            if after > _FAR:
+                self.why += ", far from 0: expect little, and compare with fine-tuning on a few images"
         else:
             self._choose(Identity(), swap, f"matching does not lower the barrier of {before:.3f}: {after:.3f}")
 
