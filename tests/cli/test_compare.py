@@ -411,13 +411,17 @@ def test_diagnose_says_why_with_the_chosen_settings(run, capsys):
     assert diagnosed["tasks"] == found["tasks"]
     assert diagnosed["models"]["split"] == "val"
     assert list(diagnosed["models"]["models"]) == ["base", "expert", "magmax", "task_arithmetic"]
+    known = diagnosed["models"]["knowledge"]
+    assert known["shared"]["remembered"].keys() == {"base", "magmax", "task_arithmetic"}
+    printed = capsys.readouterr()
+    assert f"% of {known['unshared']['n']} that one alone knows" in printed.out
     assert len(diagnosed["vectors"]["whole"]["cosine"]) == 3
     # Validation images of all tasks are few enough here to be all: the errors are those that the search saw.
     for search in found["searches"]:
         (chosen,) = [point for point in search["points"] if point["values"] == search["chosen"]]
         errors = diagnosed["models"]["models"][search["model"]]["error"]
         assert [1 - error for error in errors] == pytest.approx(chosen["accuracy"])
-    assert "run: diagnosing on task 3 of 3" in capsys.readouterr().err
+    assert "run: diagnosing on task 3 of 3" in printed.err
     study = read_study([run / "compare"])
     figures = {figure.name for figure in (*common_figures(study), *diagnostic_figures(study))}
     assert {"searches", "cosine", "layers_norm", "effective_rank", "barriers", "disagreement"} <= figures

@@ -90,6 +90,22 @@ def test_what_is_written_never_saw_the_task(folder, tmp_path, capsys):
     assert models["ties"]["privacy_leak"]["after"] == 0
 
 
+def test_a_run_that_never_saw_the_task_has_the_same_models(folder, tmp_path, capsys, monkeypatch):
+    """Independent experts: to the bit where the rule is merged anew, to rounding where the task is subtracted."""
+    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
+    options = ["--config", str(folder.parent / "config.yaml"), "--transforms=[{class_path: support.shorter.Shorter}]"]
+    assert main(["fit", *options, "--run_dir", str(tmp_path / "never")]) == 0
+    monkeypatch.delenv("CLMERGE_RUN_DIR")
+    found = forget(folder, tmp_path / "out", capsys, "--tasks", "2")
+    for name in ("ties", "weight_average"):
+        never = load_tensors(tmp_path / "never" / "model" / f"{name}.safetensors")
+        written = load_tensors(tmp_path / "out" / f"{name}.safetensors")
+        assert never.keys() == written.keys()
+        gap = max(float((never[key] - tensor).abs().max()) for key, tensor in written.items())
+        assert gap == 0 if name == "ties" else gap < 1e-6
+    assert found["models"]["ties"]["difference"]["bitwise"]
+
+
 def test_the_statement_says_what_was_removed(folder, tmp_path, capsys):
     found = forget(folder, tmp_path / "out", capsys, "--tasks", "1")
     run, _ = open_run(str(folder), name="run")

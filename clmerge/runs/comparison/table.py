@@ -62,6 +62,7 @@ def comparison_lines(study: Study, setting: Setting) -> tuple[list[str], list[st
     notes = list(_NOTES.values())
     notes += [line for entry in study.mergers for line in _forgotten(entry)]
     notes += [line for entry in study.mergers for line in _routed(entry)]
+    notes += _knowledge(study)
     if best is not None:
         notes.append("* best merger by average accuracy after the last task")
     if told := [entry.name for entry in study.mergers if entry.needs_task]:
@@ -123,6 +124,22 @@ def _routed(entry: Entry) -> Iterator[str]:
         columns = [[math.nan if v is None else float(v) for v in column] for column in zip(*found, strict=True)]
         values = " ".join(percent(math.fsum(column) / len(column)) for column in columns)
         yield f"{entry.name}: routed to the right task {values} % of each"
+
+
+def _knowledge(study: Study) -> Iterator[str]:
+    """Describe how much of what experts share, and of what one alone knows, every merged model remembers."""
+    run = study.diagnosed
+    models = ((run.results.diagnostics or {}).get("models") or {}) if run is not None else {}
+    if run is None or "knowledge" not in models:
+        return
+    shared, unshared = (models["knowledge"][kind] for kind in ("shared", "unshared"))
+    for name in run.results.mergers:
+        if name in shared["remembered"]:
+            kept = [percent(number(kind["remembered"][name])) for kind in (shared, unshared)]
+            yield (
+                f"{name}: remembers {kept[0]} % of {shared['n']} images that several experts know, and {kept[1]} % of "
+                f"{unshared['n']} that one alone knows"
+            )
 
 
 def _total(seconds: Sequence[Spread]) -> float:
