@@ -159,8 +159,12 @@ def _show(document: dict[str, Any]) -> None:
         gap = one["difference"]
         far = "to the bit" if gap["bitwise"] else f"but for {gap['max_abs']:.1e} at most"
         chosen = "".join(f", {key} {value:g}" for key, value in one.get("chosen", {}).items())
-        if "validation" in one and one["validation"]["tried"][-1]["value"] in one["chosen"].values():
-            chosen += " (the largest that was tried)"
+        if "validation" in one:
+            (value,) = one["chosen"].values()
+            if not value:
+                chosen += " (the model as it was: nothing that was tried forgets more and keeps the control)"
+            elif value == one["validation"]["tried"][-1]["value"]:
+                chosen += " (the largest that was tried)"
         tell(f"{name}: {one['how']}{chosen}; equals the merge without them {far}", file=sys.stdout)
     print("forget, control: mean accuracy on the tasks to forget, and on the others; never: merged without them")
     print("attack: membership inference, 0.5 is no trace; leak: by how many % it works better than on never")
