@@ -19,6 +19,7 @@ from clmerge.checkpoints.names import clean_names
 from clmerge.checkpoints.peft_adapter import has_factors, peft_adapter, read_config
 from clmerge.checkpoints.pickled import StandIn, StoredTensor, UnreadTensor
 from clmerge.checkpoints.reader import Checkpoint, TorchCheckpoint
+from clmerge.checkpoints.remote import local_path
 from clmerge.checkpoints.safetensors_file import SafetensorsCheckpoint
 from clmerge.checkpoints.torch_file import TorchFile
 from clmerge.files import parse_json
@@ -44,7 +45,7 @@ def open_models(paths: Iterable[str | os.PathLike[str]], weights: str | None = N
         ValueError: If the format of a path cannot be read.
     """
     found: list[Checkpoint] = []
-    for path in map(Path, paths):
+    for path in map(local_path, paths):
         bank = path / "bank" if (path / "manifest.json").is_file() else path
         if bank.name == "bank":
             verify_part(bank.parent, "bank/")
@@ -94,7 +95,7 @@ def open_checkpoint(path: str | os.PathLike[str], weights: str | None = None) ->
     Args:
         path: A ``.safetensors`` file, a file of ``torch.save`` (``.pt``, ``.pth``, ``.bin``, Lightning's ``.ckpt``),
             an index of sharded files, or a folder with one of these; a LoRA adapter of PEFT, file or folder, or of
-            kohya's scripts or diffusers.
+            kohya's scripts or diffusers. Or a URL of one of these, see ``local_path``.
         weights: Which set is read from a file with several: its key in the file, or the first part of its tensors'
             names. Default: averaged weights (``state_dict_ema``, ``model_ema``) if there are any, else
             ``state_dict``, ``model_state_dict``, ``model``, ``module``, ``weights``, or the tensors at the top level.
@@ -103,7 +104,7 @@ def open_checkpoint(path: str | os.PathLike[str], weights: str | None = None) ->
         FileNotFoundError: If there is nothing at ``path``.
         ValueError: If the format cannot be read, or the file holds several sets of weights with unknown names.
     """
-    path = Path(path)
+    path = local_path(path)
     if (kind := what_it_is(path)) not in ("nothing", "file", "folder"):
         raise ValueError(f"expected a checkpoint, a file or a folder, got {path}, which is a {kind}")
     if kind == "nothing":

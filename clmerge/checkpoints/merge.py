@@ -24,6 +24,7 @@ from clmerge.checkpoints.output import check_target, new_output
 from clmerge.checkpoints.policy import Policy, decide, describe_rows, is_left_out
 from clmerge.checkpoints.positions import fit_positions
 from clmerge.checkpoints.reader import Checkpoint, Entry, describe, float_dtype
+from clmerge.checkpoints.remote import local_path
 from clmerge.checkpoints.tied import untie
 from clmerge.checkpoints.vectors import CheckpointVectors, Origin, check_statistics
 from clmerge.checkpoints.writer import sha256_of
@@ -106,6 +107,7 @@ class CheckpointMerge:
                 f"{' and '.join(wrong)}; leave it out"
             )
         self.origin: Origin = origin
+        base, models = local_path(base), [*map(local_path, models)]
         self.base = open_checkpoint(base, weights)
         if self.base.is_task_vector:
             raise ValueError(f"expected the weights of a base model, got the task vector {self.base.source}")

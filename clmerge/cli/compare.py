@@ -15,6 +15,7 @@ from clmerge.names import tell
 if TYPE_CHECKING:
     from clmerge.cli.parser import CommandParser
     from clmerge.results.results import Results
+    from clmerge.runs.launching import Launcher
     from clmerge.runs.stored_run import StoredRun
     from clmerge.streams import AdaptationData
 
@@ -25,6 +26,7 @@ examples:
   clmerge compare runs/digits --mergers TaskArithmetic --grid 'TaskArithmetic.weights[*]=0:1:0.1' --search cma_es
   clmerge compare runs/digits --mergers MagMax OPCM --orders 10
   clmerge compare runs/seed0 runs/seed1 runs/seed2 --mergers MagMax TIES --out runs/three-seeds
+  clmerge compare runs/seed0 runs/seed1 runs/seed2 --mergers MagMax TIES --launcher=local --launcher.jobs=3
   clmerge compare runs/seed0 runs/seed1 runs/seed2 --mergers MagMax --soup
   clmerge compare runs/digits --joint runs/all-classes --diagnose
   clmerge compare runs/digits --mergers MagMax --calibrations SampleTuning
@@ -43,6 +45,7 @@ def build_parser() -> "CommandParser":
     from clmerge.evaluation.probes import Probe
     from clmerge.merging import Finisher, Merger, Objective, Sparsifier
     from clmerge.merging.strategies.methods import Method
+    from clmerge.runs.launching import Launcher
     from clmerge.streams import AdaptationData
     from clmerge.streams.plan import Evaluation
     from clmerge.streams.transforms import ImageChange
@@ -132,28 +135,38 @@ def build_parser() -> "CommandParser":
     wandb_help = "Log what was found about each run to W&B, into the project and group of that run."
     parser.add_argument("--allow", type=str, nargs="+", default=[], metavar="PACKAGE", help=allow_help)
     parser.add_argument("--wandb", action="store_true", help=wandb_help)
+    launcher_help = (
+        "Evaluate several runs at the same time: local (processes of this machine), or ray; the same results."
+    )
     parser.add_argument("--json", action="store_true", help="Print the document instead of the table.")
+    parser.add_subclass_arguments(Launcher, "launcher", required=False, help=launcher_help)
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Run ``clmerge compare``; return the exit code."""
+    from clmerge.cli.launch import build_launcher, split_launcher
+
     parser = build_parser()
-    config = parser.parse_args(list(argv))
+    launcher, words = split_launcher(argv)
+    config = parser.parse_args([*words, *launcher])
     if config.orders < 0 or config.memory <= 0 or config.image_memory < 0:
         parser.error("expected --orders and --image-memory of 0 or more and --memory above 0")
     if config.budget is not None and config.budget < 1:
         parser.error("expected --budget of 1 or more")
     if (config.search or config.budget or config.preference or config.at_least) and not (config.scale or config.grid):
         parser.error("expected --scale or --grid with what to search, got neither")
+    if config.launcher and len(config.runs) < 2:
+        parser.error("expected two runs or more for --launcher, which evaluates each by a job of its own, got one")
     if config.soup and len(config.runs) < 2:
         parser.error("expected two runs or more for --soup, which averages their final models, got one")
     if config.scale_rule and config.scale is None:
         parser.error("expected --scale with the values that --scale-rule chooses from, got none")
     try:
+        jobs_by, config.launcher = build_launcher(config.launcher), None
         objects = parser.instantiate(config)
         given = any(word.startswith("--adaptation.") for word in argv)
-        return _compare(config, objects, objects.adaptation if given else None)
+        return _compare(config, objects, objects.adaptation if given else None, jobs_by, words)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return complain("compare", error)
     except Stopped as stop:
@@ -161,9 +174,12 @@ def main(argv: Sequence[str]) -> int:
         raise
 
 
-def _compare(config: Any, objects: Any, adaptation: "AdaptationData | None") -> int:
+def _compare(
+    config: Any, objects: Any, adaptation: "AdaptationData | None", jobs_by: "Launcher | None", words: Sequence[str]
+) -> int:
     import json
 
+    from clmerge.cli.compare_jobs import take_rows
     from clmerge.cli.open_run import open_run
     from clmerge.deploy.naming import name_mergers
     from clmerge.lightning_compat import quiet_lightning
@@ -234,6 +250,8 @@ def _compare(config: Any, objects: Any, adaptation: "AdaptationData | None") -> 
             if cache is None:  # from here on, no other process writes to the folder
                 cache = RowCache(out / "rows.json")
                 ending.callback(cache.close)
+                if jobs_by is not None:
+                    take_rows(cache, out, words, config.runs, names, jobs_by)
             with _scratch_folder(out) as scratch:
                 run.use_scratch(scratch, image_memory=config.image_memory)
                 found.append(compare_run(run, request(mergers), cache, joint))

@@ -15,6 +15,7 @@ from clmerge.shapes import anything, count, flag, keyed, listed, maybe, record, 
 from clmerge.weights.checksums import MANIFEST
 
 SCHEMA = 1
+_SAME = "same"
 
 
 @dataclass
@@ -128,20 +129,24 @@ def read_manifest(file: Path) -> Manifest:
 
 
 def models_text(models: Mapping[str, Any]) -> str:
-    """Return the models of a run's results as JSON for the manifest: ``null`` in place of rows without a number.
+    """Return the models of a run's results as JSON for the manifest, with most rows of a long stream shortened.
+
+    A row without a number is ``null``, one that equals the row before it, as those of the base model do, ``"same"``.
 
     Raises:
         ValueError: If there is a NaN.
 
     Example:
-        >>> models_text({"expert": {"task_aware": {"R": [[None, None], [0.5, 1.0]]}}})
-        '{"expert": {"task_aware": {"R": [null, [0.5, 1.0]]}}}'
+        >>> models_text({"expert": {"task_aware": {"R": [[None, None], [0.5, 1.0], [0.5, 1.0]]}}})
+        '{"expert": {"task_aware": {"R": [null, [0.5, 1.0], "same"]}}}'
     """
 
     def shortened(figures: Mapping[str, Any] | None) -> dict[str, Any] | None:
         if figures is None:
             return None
-        return {**figures, "R": [None if all(value is None for value in row) else row for row in figures["R"]]}
+        rows = [None if all(value is None for value in row) else row for row in figures["R"]]
+        same = [row is not None and row == before for row, before in zip(rows, [None, *rows], strict=False)]
+        return {**figures, "R": [_SAME if is_same else row for row, is_same in zip(rows, same, strict=True)]}
 
     short = {
         name: {**found, **{setting: shortened(found[setting]) for setting in SETTINGS if setting in found}}
@@ -161,8 +166,11 @@ def _fill_rows(results: Any) -> None:
     ]
     for figures in readings:
         if isinstance(figures, dict) and isinstance(figures.get("R"), list) and isinstance(results.get("tasks"), list):
-            unknown = [None] * len(results["tasks"])
-            figures["R"] = [unknown if row is None else row for row in figures["R"]]
+            rows: list[Any] = []
+            for row in figures["R"]:
+                as_before = row == _SAME and rows
+                rows.append(rows[-1] if as_before else [None] * len(results["tasks"]) if row is None else row)
+            figures["R"] = rows
 
 
 def check_config(file: Path, expected: str) -> None:

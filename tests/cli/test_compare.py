@@ -296,6 +296,35 @@ def test_runs_are_told_apart_and_aggregated(run, tmp_path, capsys):
     assert (shown.mean, shown.std) == (pytest.approx((a + b) / 2), pytest.approx(abs(a - b) / 2**0.5))
 
 
+@pytest.mark.slow
+def test_runs_that_are_compared_by_jobs_give_the_same(run, tmp_path, capsys):
+    """Rows of a second run come from the file of its job, and are the bits that one process computes."""
+    other = shutil.copytree(run, tmp_path / "other")
+    arguments = [run, other, "--mergers", "MagMax", "TaskArithmetic", "--scale=0.5,1.0"]
+    compare(*arguments, "--out", tmp_path / "alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clmerge.runs.stored_run.StoredRun.evaluate", None)  # this process evaluates nothing
+        compare(*arguments, "--launcher=local", "--launcher.jobs=2", "--out", tmp_path / "jobs")
+    told = capsys.readouterr().err
+    assert "comparing 2 of 2 runs by LocalLauncher" in told
+    assert "compared other: " in told
+    found, alone = (json.loads((tmp_path / name / "results.json").read_text())["runs"] for name in ("jobs", "alone"))
+    assert [*map(without_times, found)] == [*map(without_times, alone)]
+    assert {p.name for p in (tmp_path / "jobs").iterdir()} == {"results.json", "rows.json"}
+
+
+def test_a_job_that_fails_ends_the_comparison_with_its_words(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.executable", shutil.which("false"))
+    assert main(["compare", str(run), str(shutil.copytree(run, tmp_path / "other")), "--launcher=local"]) == 1
+    assert "to be done by a job, got exit code 1" in capsys.readouterr().err
+
+
+def test_one_run_is_not_compared_by_jobs(run, capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", str(run), "--launcher=local"])
+    assert "expected two runs or more for --launcher" in capsys.readouterr().err
+
+
 def test_a_task_that_is_left_out_is_as_if_it_never_came(run, capsys):
     names = [task["name"] for task in record_of_stream(run)]
     arguments = [run, "--mergers", "WeightAverage", "MagMax", "--scale", "0.5,1.0"]

@@ -26,6 +26,7 @@ learner: {{start_policy: base, statistics_images: 16}}
 trainer: {{max_epochs: 2, accelerator: cpu, limit_train_batches: 2, enable_progress_bar: false}}
 logging: {{wandb: false, csv: true}}
 """
+LONGEST = 3000  # seconds of a run on a machine that has much else to do
 LOCAL = ["--launcher=local", "--launcher.jobs=2"]
 
 
@@ -65,14 +66,27 @@ def assert_same_bits(run, alone):
     assert not [*run.glob("jobs/*")]
 
 
-def start(config, run, *words):
-    command = ["-W", "ignore", "-m", "clmerge", "fit", "--config", str(config), "--run_dir", str(run), "--auto_resume"]
-    return subprocess.Popen(
-        [sys.executable, *command, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture
+def start(config):
+    """Starts a command; a test that fails leaves none of them behind."""
+    started = []
+
+    def begin(run, *words):
+        command = ["-W", "ignore", "-m", "clmerge", "fit", "--config", str(config), "--run_dir", str(run)]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, *command, "--auto_resume", *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def wait_for(condition, seconds=600):
@@ -109,9 +123,9 @@ def test_jobs_give_the_bits_of_one_process(config, alone, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_whoever_is_killed_the_same_command_ends_with_the_same_bits(config, alone, tmp_path):
+def test_whoever_is_killed_the_same_command_ends_with_the_same_bits(start, alone, tmp_path):
     run = tmp_path / "run"
-    driver = start(config, run, *LOCAL)
+    driver = start(run, *LOCAL)
     wait_for(lambda: [*run.glob("jobs/task_00*/checkpoints/*.ckpt")])  # in the middle of a task
     killed = jobs_of(run)
     for pid in killed.values():
@@ -120,22 +134,22 @@ def test_whoever_is_killed_the_same_command_ends_with_the_same_bits(config, alon
     driver.kill()
     driver.communicate()
     wait_for(lambda: not set(jobs_of(run).values()) & set(again.values()), seconds=120)  # they end with the driver
-    driver = start(config, run, *LOCAL)
-    told, _ = driver.communicate(timeout=900)
+    driver = start(run, *LOCAL)
+    told, _ = driver.communicate(timeout=LONGEST)
     assert driver.returncode == 0, told
     assert_same_bits(run, alone)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("after", [1.0, 3.0, 6.0, 9.0])
-def test_a_driver_killed_at_any_moment_is_taken_up_at_once(config, alone, tmp_path, after):
+def test_a_driver_killed_at_any_moment_is_taken_up_at_once(start, alone, tmp_path, after):
     run = tmp_path / "run"
-    driver = start(config, run, *LOCAL)
+    driver = start(run, *LOCAL)
     time.sleep(after)
     driver.kill()
     driver.communicate()
-    driver = start(config, run, *LOCAL)  # whose jobs wait for those of the killed one
-    told, _ = driver.communicate(timeout=900)
+    driver = start(run, *LOCAL)  # whose jobs wait for those of the killed one
+    told, _ = driver.communicate(timeout=LONGEST)
     assert driver.returncode == 0, told
     assert_same_bits(run, alone)
 
@@ -178,14 +192,14 @@ def test_drawn_factors_are_those_of_the_task(tuning, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_ray_gives_the_bits_of_one_process(config, alone, tmp_path, monkeypatch):
+def test_ray_gives_the_bits_of_one_process(start, alone, tmp_path, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     run = tmp_path / "run"
-    driver = start(config, run, "--launcher=ray", "--launcher.jobs=2")
+    driver = start(run, "--launcher=ray", "--launcher.jobs=2")
     pid = wait_for(lambda: jobs_of(run) and [*run.glob("jobs/*/checkpoints/*.ckpt")] and jobs_of(run))
     os.kill(parent(next(iter(pid.values()))), signal.SIGKILL)  # a worker of Ray
-    told, _ = driver.communicate(timeout=900)
+    told, _ = driver.communicate(timeout=LONGEST)
     assert driver.returncode == 0, told
     assert_same_bits(run, alone)
 

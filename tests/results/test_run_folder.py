@@ -148,11 +148,14 @@ def accuracies(rows, num_tasks=40):
     return results
 
 
-def test_rows_without_a_number_are_short_in_the_manifest_and_whole_elsewhere(run):
-    results = accuracies([0.5, None, None, 1.0])
+def test_rows_without_a_number_or_a_change_are_short_in_the_manifest_and_whole_elsewhere(run):
+    results = accuracies([0.5, 0.5, None, None, 1.0, 1.0, 1.0])
+    results.set_zero_shot([0.25] * 40, [0.5] * 40)
     run.manifest.record(results)
     run.commit()
-    assert manifest(run)["results"]["models"]["magmax"]["task_agnostic"]["R"][1:3] == [None, None]
+    models = manifest(run)["results"]["models"]
+    assert models["magmax"]["task_agnostic"]["R"][1:4] == ["same", None, None]
+    assert models["zero_shot"]["task_aware"]["R"][1:] == ["same"] * 6
     assert json.loads(run.results.read_text())["runs"] == [results.to_dict()]
     assert RunFolder.open(run.path).manifest.results == results.to_dict()
     (run.path / "manifest.json").write_text(json.dumps(vars(run.manifest)))  # as it was before rows were shortened

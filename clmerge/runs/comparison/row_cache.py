@@ -107,6 +107,10 @@ class RowCache:
         self._rows.update(rows)
         write_json_atomic(self.file, {key: _to_json(row) for key, row in self._rows.items()})
 
+    def take(self, other: "RowCache") -> None:
+        """Add the rows of another cache; they are on disk when this returns."""
+        self.add(other._rows)
+
 
 def _answers(value: Any, where: str) -> None:
     counts = record({"images": listed(count), "right": listed(count), "wrong": maybe(listed(listed(maybe(count), 3)))})
