@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clmerge.figures.charts import Value, to_csv
+from clmerge.figures.charts import LineChart, Panel, Value, to_csv
 from clmerge.figures.numbers import MISSING, Unit, show
 from clmerge.figures.probes import Probed, curve_chart, readable, task_chart, unit_of
 from clmerge.names import file_name
-from clmerge.report.charts import Figure, look, value_of
+from clmerge.report.charts import Figure, line_of, look, value_of
 from clmerge.report.runs import number
 from clmerge.report.study import Entry, Spread, Study
 from clmerge.results.probe_table import cases, probe_names, wilson
@@ -76,6 +76,29 @@ def probe_figures(study: Study) -> Iterable[Figure]:
                 f"The same after the last task, for every task{better}.",
                 by_task,
             )
+        if (plane := _plane(study, name, unit)) is not None:
+            yield Figure(
+                f"probe_{file_name(name)}_against_accuracy",
+                f"{title.capitalize()} against average accuracy",
+                "One dot per model after the last task. What lies above the line through the others gains in the probe "
+                "beyond what its accuracy explains; the base model and interpolations with it make a curve.",
+                plane,
+            )
+
+
+def _plane(study: Study, name: str, unit: Unit) -> LineChart | None:
+    """Return the models by average accuracy and by a probe that is a share and better when higher; None if under 3."""
+    if unit != "share" or _any(study, name).get("better") != "higher":
+        return None
+    dots = [
+        line_of(entry, [(accuracy.mean, value)])
+        for entry in study.entries
+        if (value := _value(entry, name)).is_defined
+        and (accuracy := entry.figure("average_accuracy", study.evaluation)).is_defined
+    ]
+    title = readable(name)
+    chart = LineChart([Panel("", dots)], "average accuracy", title, x_unit="share", y_unit=unit, dots=True)
+    return chart if len(dots) > 2 else None
 
 
 def _names(study: Study) -> list[str]:

@@ -52,6 +52,21 @@ def test_figures_and_page(study):
     assert 'id="probe_attack_success"' in page
 
 
+def test_a_share_that_is_better_when_higher_is_drawn_against_accuracy(study, tmp_path):
+    document = json.loads((tmp_path / "compare" / "results.json").read_text())
+    for model in document["runs"][0]["models"].values():
+        model["probes"]["attack_success"] |= {"better": "higher"}
+    (tmp_path / "compare" / "results.json").write_text(json.dumps(document))
+    turned = read_study([tmp_path / "compare"])
+    figure = next(one for one in probe_figures(turned) if one.name == "probe_attack_success_against_accuracy")
+    dots = {line.name: line.points for line in figure.chart.panels[0].lines}
+    entry = turned.mergers[0]
+    ((x, value),) = dots[entry.name]
+    assert x == entry.figure("average_accuracy", turned.evaluation).mean
+    assert value.mean == entry.runs[0].results.model(entry.model).probes["attack_success"]["value"]
+    assert len(dots) == len(turned.entries)
+
+
 def test_without_probes_nothing_is_shown(tmp_path):
     write_comparison(tmp_path, num_tasks=3)
     plain = read_study([tmp_path / "compare"])
