@@ -7,6 +7,8 @@ from clmerge.streams.transforms.domains import Domains
 from clmerge.streams.transforms.few_shot import FewShot
 from clmerge.streams.transforms.fingerprinted import Fingerprinted
 from clmerge.streams.transforms.held_out import HeldOut
+from clmerge.streams.transforms.imbalanced import Imbalanced
+from clmerge.streams.transforms.label_noise import LabelNoise
 from clmerge.streams.transforms.poisoned import Poisoned
 from clmerge.streams.transforms.repeated import Repeated
 from clmerge.streams.transforms.transform import Change, ChangedImages, StreamTransform, changed, check_tasks, class_id
@@ -23,6 +25,8 @@ __all__ = [
     "Fingerprinted",
     "HeldOut",
     "ImageChange",
+    "Imbalanced",
+    "LabelNoise",
     "Patch",
     "Poisoned",
     "Repeated",

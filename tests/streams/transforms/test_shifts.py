@@ -14,6 +14,8 @@ from clmerge.streams.transforms import (
     Domains,
     FewShot,
     HeldOut,
+    Imbalanced,
+    LabelNoise,
     Rotation,
     Unchanged,
 )
@@ -127,8 +129,40 @@ def test_shots_depend_on_the_seed_and_small_classes_keep_all():
     assert len(digits(FewShot(10_000)).dataset(0, "train")) == len(digits().dataset(0, "train"))
 
 
+def test_label_noise_gives_another_class_of_the_task():
+    clean, noisy = digits(num_tasks=2), digits(LabelNoise(0.25, tasks=[1]), num_tasks=2)
+    assert noisy.dataset(0, "train").targets == clean.dataset(0, "train").targets
+    for split in ("val", "test"):
+        assert noisy.dataset(1, split).targets == clean.dataset(1, split).targets
+    pairs = [*zip(clean.dataset(1, "train").targets, noisy.dataset(1, "train").targets, strict=True)]
+    wrong = Counter((right, given) for right, given in pairs if right != given)
+    assert sum(wrong.values()) == round(0.25 * len(pairs))
+    assert {given for _, given in wrong} == set(clean.tasks[1].classes)
+    assert len(wrong) == 5 * 4  # every pair of classes occurs
+
+
+def test_label_noise_needs_another_class():
+    with pytest.raises(ValueError, match="expected two classes or more in a task of LabelNoise"):
+        _ = digits(LabelNoise(), num_tasks=10).tasks
+
+
+def test_imbalanced_classes_get_rarer_along_a_power():
+    whole, rare = (
+        Counter(stream.dataset(0, "train").targets)
+        for stream in (digits(num_tasks=1), digits(Imbalanced(100.0), num_tasks=1))
+    )
+    for label, count in whole.items():
+        assert rare[label] == max(1, round(count * 100 ** (-label / 9)))
+    assert digits(Imbalanced(1.0)).dataset(0, "train").targets == digits().dataset(0, "train").targets
+    split = digits(Imbalanced(100.0))  # classes count over the stream, not within a task
+    assert Counter(label for task in range(5) for label in split.dataset(task, "train").targets) == rare
+    assert split.dataset(4, "test").targets == digits().dataset(4, "test").targets
+
+
 @pytest.mark.parametrize(
-    "other", [Corrupted(Corruption("jpeg")), Domains([Unchanged()] * 5), HeldOut([4]), FewShot(4)], ids=repr
+    "other",
+    [Corrupted(Corruption("jpeg")), Domains([Unchanged()] * 5), HeldOut([4]), FewShot(4), LabelNoise(), Imbalanced()],
+    ids=repr,
 )
 def test_a_turned_stream_is_another_stream(other):
     known = stream_identity(digits(other))
@@ -145,6 +179,8 @@ def test_a_turned_stream_is_another_stream(other):
         (lambda: HeldOut([]), "expected one task or more for HeldOut"),
         (lambda: HeldOut([1, 1]), "expected one task or more for HeldOut"),
         (lambda: FewShot(0), "expected one shot or more"),
+        (lambda: LabelNoise(0.0), "expected a ratio above 0"),
+        (lambda: Imbalanced(0.5), "expected a factor of 1 or more"),
         (lambda: digits(HeldOut([7])).tasks, r"expected tasks of HeldOut to be in 0\.\.4"),
         (lambda: digits(HeldOut([0, 1, 2, 3, 4])).tasks, "expected HeldOut to leave a task to train, got all 5"),
         (lambda: digits(Corrupted(tasks=[5])).tasks, r"expected tasks of Corrupted to be in 0\.\.4"),
