@@ -1,6 +1,6 @@
 """Take tasks out of the merged models of a finished run, and measure what is left of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +18,9 @@ from clmerge.runs.unlearning.request import ASCENT_STEPS, Request
 from clmerge.runs.unlearning.trained import ascended, memorised, relearning_steps
 from clmerge.weights import apply_task_vector
 from clmerge.weights.task_vector import State, TaskVector
+
+StateOf = Callable[[State], State]
+"""Returns weights by the module's names, of a vector that is added to theta_0."""
 
 BEFORE, AFTER, NEVER = "before", "after", "never"
 
@@ -137,7 +140,7 @@ class Forgetting:
         return ""
 
     def _subtracted(
-        self, merged: State, state_of: "partial[State]"
+        self, merged: State, state_of: StateOf
     ) -> tuple[TaskVector, float, Choice | None]:
         """Subtract a direction from a merged vector, as far as the control allows."""
         run, request = self.run, self.request
@@ -158,7 +161,7 @@ class Forgetting:
         direction: State,
         forget: Sequence[int],
         control: Sequence[int],
-        state_of: "partial[State]",
+        state_of: StateOf,
     ) -> tuple[TaskVector, float, Choice | None]:
         tried = self.request.tried
         if len(tried) == 1:
@@ -167,7 +170,7 @@ class Forgetting:
         return minus(merged, choice.value, direction), choice.value, choice
 
     def _choose(
-        self, values: Sequence[float], candidate: Any, forget: Sequence[int], control: Sequence[int]
+        self, values: Sequence[float], candidate: Callable[[float], State], forget: Sequence[int], control: Sequence[int]
     ) -> Choice:
         request = self.request
         what = "steps of gradient_ascent" if request.method == "gradient_ascent" else f"coefficients of {request.method}"
@@ -182,7 +185,7 @@ class Forgetting:
             what=what,
         )
 
-    def _ascended(self, merged: State, state_of: "partial[State]") -> tuple[State, Choice]:
+    def _ascended(self, merged: State, state_of: StateOf) -> tuple[State, Choice]:
         request = self.request
         path = [merged, *ascended(self.run, state_of(merged), request.tasks, request.steps or ASCENT_STEPS)]
         steps = [float(step) for step in range(1, len(path))]
@@ -190,7 +193,7 @@ class Forgetting:
         return path[int(choice.value)], choice
 
     def _sequence(
-        self, merged: State, state_of: "partial[State]"
+        self, merged: State, state_of: StateOf
     ) -> tuple[State, list[dict[str, Any]], dict[str, State]]:
         """Forget one task after the other; return the vector, what was done at each, and the vectors in between."""
         run, request = self.run, self.request
