@@ -1,14 +1,17 @@
 """Whether images with a trigger get the class that a backdoor leads to."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.evaluation.probes.probe import AccuracyProbe, View
+from clmerge.evaluation.probes.probe import AccuracyProbe, Occasion, Seen, View
 from clmerge.models import Classifier
+from clmerge.results.measured import Measured
 from clmerge.streams import Stream
 from clmerge.streams.plan import SplitPlan
 from clmerge.streams.transforms import Patch, Trigger, changed
@@ -20,7 +23,8 @@ class AttackSuccess(AccuracyProbe):
     """Share of the test images of other classes that get the target class once they carry the trigger.
 
     As BackdoorBench and BadNets (arXiv 1708.06733) count it. A model without a backdoor has natural confusions, so its
-    rate is not 0: compare with a run on clean images, or with the expert before the attack.
+    rate is not 0: compare with a run on clean images, or with the expert before the attack. Its ``values`` are the rate
+    ``on_task``, of images of the target's own tasks, and ``off_task``, of images of the others, both learned so far.
 
     Args:
         target: The class that the attack leads to: its global id, or its name.
@@ -87,3 +91,12 @@ class AttackSuccess(AccuracyProbe):
             scores = view.score(with_patch(view.images, self._learned))
         hit = (scores.argmax(dim=1) == self._target).double()
         return torch.where(view.labels == self._target, torch.nan, hit)
+
+    @override
+    def summary(self, seen: Mapping[str, Seen], occasion: Occasion) -> Measured:
+        found = super().summary(seen, occasion)
+        rates: dict[str, list[float]] = {"on_task": [], "off_task": []}
+        for rate, classes in zip(found.per_task, occasion.task_classes, strict=True):
+            for place, kept in rates.items():
+                kept.append(rate if (self._target in classes) == (place == "on_task") else math.nan)
+        return replace(found, values={place: occasion.mean_over_seen(kept) for place, kept in rates.items()})

@@ -65,6 +65,11 @@ def test_attack_success_counts_images_of_other_classes_only():
     found = probe.summary({"triggered": Seen(rows, torch.tensor([0, 0, 0]))}, OCCASION)
     assert found.value == 0.5
     assert found.n == [2, 0]
+    assert found.values["on_task"] == 0.5
+    assert math.isnan(found.values["off_task"])
+    both = replace(OCCASION, num_seen=2)
+    found = probe.summary({"triggered": Seen(rows, torch.tensor([0, 0, 1]))}, both)
+    assert found.values == {"on_task": 1.0, "off_task": 0.0}
 
 
 def test_a_learned_trigger_is_put_on_the_images_once_there_is_one():
