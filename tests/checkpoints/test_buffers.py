@@ -296,7 +296,7 @@ def test_what_cannot_be_done_is_refused_and_leaves_nothing(folder, models, tmp_p
         assert not list(tmp_path.glob(".*"))
         return capsys.readouterr().err
 
-    assert "got another --buffers" in refused("--data", str(folder / "fit.yaml"), code=2)
+    assert "got neither; leave them out" in refused("--data", str(folder / "fit.yaml"), code=2)
     assert f"expected a run folder as the last of --models for --buffers re-estimated, got {models[1]}" in refused(
         "--buffers=re-estimated"
     )

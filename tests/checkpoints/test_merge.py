@@ -1,5 +1,6 @@
 import json
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from clmerge.merging import (
     TrimTensor,
     WeightedAverage,
 )
+from clmerge.merging.vectors import packs
 from clmerge.weights import TaskVectorBank, apply_task_vector, fingerprint, load_metadata, task_vector
 
 
@@ -229,7 +231,8 @@ def test_a_merged_parameter_is_not_held_while_the_next_is_merged(merger, base, m
         assert [one() for one in merged if one() is not None] == []
 
     monkeypatch.setattr(SafetensorsWriter, "put", watched)
-    monkeypatch.setattr("clmerge.merging.vectors._LARGEST", 0)  # each by itself
+    for place in ("clmerge.merging.out_of_core.packs", "clmerge.checkpoints.merge.packs"):
+        monkeypatch.setattr(place, partial(packs, size=0))  # each by itself
     job = CheckpointMerge(base, models=written(models, tmp_path), merger=merger)
     job.run(tmp_path / "out.safetensors", on_bytes=on_bytes)
     assert len(merged) > 1
