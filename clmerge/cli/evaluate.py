@@ -11,6 +11,7 @@ from clmerge.names import tell
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from torch import Tensor
 
     from clmerge.cli.parser import CommandParser
     from clmerge.deploy.predictors import Predictor
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from clmerge.results.model_facts import ModelFacts
     from clmerge.results.results import Results
     from clmerge.runs.session import Session
+    from clmerge.training.module import ContinualClassifier
 
     Found = tuple[Results, Rows]
 
@@ -124,7 +126,9 @@ def _of_run(config: Any, parser: "CommandParser") -> "Found":
     if config.split == "val" and not session.has_validation:
         raise ValueError(f"expected validation images for --split val, got a stream without: {session.stream.name}")
     trainer = partial(run.trainers.for_evaluation, f"{run.name}: {config.split} images")
-    rows = _rows(session, predictors, config, probes, trainer)
+    rows = _rows(
+        session, predictors, config, probes, trainer, weights=run.models.weights(run.module), base=run.models.base
+    )
     for name in predictors:
         found = run.results.model(name)
         if name != ZERO_SHOT:
@@ -137,6 +141,7 @@ def _of_checkpoint(config: Any, parser: "CommandParser") -> "Found":
     from lightning.pytorch import Trainer, seed_everything
 
     from clmerge.deploy.predictors import Merged
+    from clmerge.evaluation.probes import WeightProbe
     from clmerge.lightning_compat import quiet_lightning
     from clmerge.models.backbone import load_weights
     from clmerge.runs.session import Session
@@ -148,8 +153,11 @@ def _of_checkpoint(config: Any, parser: "CommandParser") -> "Found":
     objects = parser.instantiate(config)
     facts = _facts_of(config.target)
     stream, backbone = objects.stream, objects.backbone or _recorded_backbone(parser, config.target, facts)
+    module = ContinualClassifier(backbone)
+    of_weights = any(isinstance(probe, WeightProbe) for probe in objects.probes)
+    base = _dense(module) if of_weights and not backbone.starts_random else {}
     load_weights(backbone, config.target)
-    module, data = ContinualClassifier(backbone), StreamDataModule()
+    data = StreamDataModule()
     data.setup_stream(stream, backbone.train_transform, backbone.eval_transform)
     session = Session(stream, module, data)
     module.begin_stream(len(stream.class_names), stream.class_prompts)
@@ -160,7 +168,8 @@ def _of_checkpoint(config: Any, parser: "CommandParser") -> "Found":
         shown = sys.stderr.isatty()
         return Trainer(devices=1, enable_progress_bar=shown, inference_mode=not gradients, **quiet)  # type: ignore[arg-type]
 
-    rows = _rows(session, {name: Merged()}, config, objects.probes, trainer)
+    weights = {name: partial(_dense, module)}
+    rows = _rows(session, {name: Merged()}, config, objects.probes, trainer, weights=weights, base=base)
     results = session.new_results(f"{name} on {stream.name}")
     if facts is not None:
         results.describe(name, data=facts.data)
@@ -173,6 +182,9 @@ def _rows(
     config: Any,
     probes: "Sequence[Probe]",
     trainer: "Callable[..., Trainer]",
+    *,
+    weights: "Mapping[str, Callable[[], Mapping[str, Tensor]]]",
+    base: "Mapping[str, Tensor]",
 ) -> "Rows":
     """Return accuracies, answers by class and findings of every predictor."""
     from clmerge.evaluation.probes import check_probes
@@ -188,8 +200,14 @@ def _rows(
         last,
         split=config.split,
         confusion=True,
-        probing=session.probing(probes, last),
+        probing=session.probing(probes, last, weights=weights, base=base),
     )
+
+
+def _dense(module: "ContinualClassifier") -> "dict[str, Tensor]":
+    """Return copies of the weights that are merged of a classifier, by name."""
+    own = dict(module.named_parameters())
+    return {name: own[name].detach().cpu().clone() for name in module.trained_names}
 
 
 def _facts_of(file: str) -> "ModelFacts | None":

@@ -1,7 +1,7 @@
 """The models of a finished run after its last task, as predictors of its classifier."""
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from clmerge.merging import Merger
 from clmerge.models import Classifier
 from clmerge.results.results import ADAPTERS, EXPERT, HEAD, ZERO_SHOT, Results
 from clmerge.results.run_folder import RunFolder
-from clmerge.weights import TaskVectorBank, load_tensors
+from clmerge.weights import TaskVectorBank, apply_task_vector, load_tensors
 from clmerge.weights.parametrization import own_names, parametrized, state_of
 from clmerge.weights.swap import swapped
 
@@ -81,6 +81,28 @@ class FinalPredictors:
     def path(self) -> Path:
         """The run folder."""
         return self._folder.path
+
+    @property
+    def base(self) -> dict[str, Tensor]:
+        """theta_0 of what was merged, dense, by name; empty if the backbone was frozen."""
+        base: dict[str, Tensor] = self._state[1]["base"]
+        return base
+
+    def weights(self, module: nn.Module) -> dict[str, Callable[[], Mapping[str, Tensor]]]:
+        """Return what computes the merged parameters of every model that is one set of weights, dense, by their names.
+
+        Args:
+            module: The classifier, with the weights that the run ended with.
+        """
+        if not self.base:
+            return {}
+        merge, base = self._merge, self.base
+        merged = {name: partial(merge.merged_weights, name) for name, one in self._mergers.items() if not one.task_views}
+        return {
+            **merged,
+            EXPERT: lambda: apply_task_vector(base, merge.task_vector(module)),
+            ZERO_SHOT: lambda: base,
+        }
 
     def enter(self, module: nn.Module) -> None:
         """Load the weights, running statistics and head that the run ended with into its classifier."""

@@ -149,6 +149,11 @@ def marked_vector(weights: Mapping[str, Tensor], base: Mapping[str, Tensor], par
     parts = []
     for name in marked_names(weights, parameter):
         weight = weights[name]
+        if of != "weights" and name not in base:
+            raise ValueError(
+                f"expected the base model's {name} to read a watermark of {of}, got none; for a checkpoint name it "
+                "with --backbone.pretrained or --backbone.checkpoint"
+            )
         if of == "task_vector":
             weight = weight - base[name].to(weight)
         elif of == "rounding":

@@ -1,6 +1,7 @@
 import huggingface_hub.constants
 import pytest
 
+from clmerge.models import OpenClip
 from clmerge.models.hub import cached_revision
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
@@ -27,3 +28,13 @@ def test_the_commit_is_that_of_the_cache(cache, tmp_path):
 @pytest.mark.parametrize("repository", ["org/other", "org/name@v1", "org/name@odd"])
 def test_what_is_not_known_is_empty(cache, repository):
     assert cached_revision(repository) == ""
+
+
+def test_a_backbone_knows_its_repository_and_commit(cache):
+    backbone = OpenClip("nano")
+    assert (backbone.hub, backbone.revision) == ("", "")
+    backbone._note_hub("org/name/")
+    assert (backbone.hub, backbone.revision) == ("org/name", COMMIT)
+    other = OpenClip("nano")
+    other._note_hub("timm/")  # of timm, for a model without a repository
+    assert other.hub == ""

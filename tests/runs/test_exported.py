@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from support.small_runs import learned_run, text_run
 from clmerge.cli import main
 from clmerge.cli.open_run import open_final_model, open_run
 from clmerge.models import Adapters, CosineHead, Linearized, LinearHead, OpenClip, Timm
+from clmerge.results.measured import Measured
 from clmerge.results.model_facts import ModelFacts
 from clmerge.results.results import Results
 from clmerge.runs.exported import FinalModel, export
@@ -178,6 +180,50 @@ def test_what_is_wrong_is_said_in_one_sentence(arguments, code, message, folders
     error = capsys.readouterr().err
     assert (found, "Traceback" in error) == (code, False)
     assert message in error
+
+
+def test_the_statement_about_the_models_of_a_run(folders):
+    """What the files were made from, read by in-toto's library, without the paths of the machine."""
+    run = folders["text_run"]
+    document = json.loads((run / "model" / "models.intoto.json").read_text())
+    named = {one["name"]: one["digest"]["sha256"] for one in document["subject"]}
+    assert named == {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (run / "model").glob("*.safetensors")
+    }
+    found = document["predicate"]["buildDefinition"]
+    assert found["buildType"] == "urn:clmerge:fit:v1"
+    assert found["externalParameters"]["mergers"]["magmax"] == "MagMax(scale=0.5)"
+    base, *others = found["resolvedDependencies"]
+    assert (base["name"], len(base["digest"]["clmerge-tensors-sha256"])) == ("nano", 64)
+    digests = {one["name"]: one["digest"] for one in others}
+    for task in range(2):
+        name = f"bank/task_00{task}.safetensors"
+        content = hashlib.blake2b((run / name).read_bytes(), digest_size=16).hexdigest()
+        assert digests[name] == {"blake2b-128": content}
+    assert digests["config.yaml"] == {"sha256": hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest()}
+    assert str(run.parent.parent) not in json.dumps(document)
+    pytest.importorskip("in_toto_attestation")
+    from google.protobuf import json_format
+    from in_toto_attestation.v1 import statement, statement_pb2
+
+    statement.Statement.copy_from_pb(json_format.Parse(json.dumps(document), statement_pb2.Statement())).validate()
+
+
+def test_the_card_has_the_base_of_a_hub_and_what_probes_found():
+    module = ContinualClassifier(OpenClip("nano"), LinearHead())
+    backbone = {"class": "OpenClip", "settings": {"name": "hf-hub:org/clip"}, "hub": "org/clip", "revision": "0a" * 20}
+    tasks = [{"name": "cats", "classes": [0]}]
+    facts = ModelFacts("m", "r", backbone, "LinearHead", "Full()", None, "", ["a"], tasks)
+    module.begin_stream(1)
+    module.head.add_classes([0])
+    results = Results(["only"], classes=[["a"]])
+    results.add_row("m", [1.0], [1.0])
+    results.add_probe("m", "attack_success", Measured(0.5, n=4), better="lower", share=True)
+    card = model_card(FinalModel(module.eval(), facts, [0]), results, "open_clip")
+    assert "\nbase_model: org/clip\n---\n" in card
+    assert f"`hf-hub:org/clip` (`org/clip` on Hugging Face's hub at commit `{'0a' * 20}`)" in card
+    assert "and its fine-tuning on 1 tasks: cats." in card
+    assert "| attack_success | 50.0 [15.0, 85.0] | lower |" in card
 
 
 def test_a_model_in_tangent_space_says_so(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 from support.records import record, without_times
@@ -97,6 +98,31 @@ def test_compare_and_evaluate_find_the_same(folder, tmp_path, capsys):
     evaluated = json.loads((tmp_path / "e" / "results.json").read_text())["runs"][0]["models"]
     value = evaluated["task_arithmetic"]["probes"]["calibration_error"]["value"]
     assert value == pytest.approx(own["task_arithmetic"]["probes"]["calibration_error"]["value"])
+
+
+MARK = "[{class_path: WatermarkBits, init_args: {key: mine, parameter: '*resblocks.0.mlp.c_fc.weight', random_keys: 1}}]"
+
+
+def test_evaluate_and_compare_read_weights_alike(folder, config, tmp_path, capsys):
+    found = {}
+    for command, words in (("compare", ()), ("evaluate", ()), ("checkpoint", ("--backbone=OpenClip",))):
+        target, name = str(folder), command
+        if command == "checkpoint":
+            clip = re.search(r"local-dir:[^}]+", config.read_text())[0]
+            target, name = str(folder / "model" / "task_arithmetic.safetensors"), "evaluate"
+            words = (*words, f"--backbone.name={clip}", "--stream=ClassIncremental", "--stream.source=SklearnDigits")
+        out = tmp_path / command
+        assert main([name, target, "--probes", MARK, "--out", str(out), *words]) == 0
+        models = json.loads((out / "results.json").read_text())["runs"][0]["models"]
+        probes = {model: one.get("probes", {}) for model, one in models.items()}
+        name = "watermark_task_vector"
+        found[command] = {model: one[name] for model, one in probes.items() if name in one}
+    for model in ("task_arithmetic", "expert", "zero_shot"):
+        ours, theirs = (found[command][model] for command in ("compare", "evaluate"))
+        assert (ours["value"], ours["values"]) == (theirs["value"], theirs["values"])
+    assert found["evaluate"]["zero_shot"]["value"] is None
+    assert found["checkpoint"]["task_arithmetic"]["value"] == found["evaluate"]["task_arithmetic"]["value"]
+    assert "emr" not in found["evaluate"]  # a view per task is no one set of weights
 
 
 def test_probes_look_at_test_images_only(folder, capsys):
