@@ -13,9 +13,10 @@ from support.tiny import tiny_clip
 from clmerge import ContinualClassifier, Learner
 from clmerge.merging import WeightAverage
 from clmerge.models import Frozen, Full, LinearHead, LoRA, OpenClip, ZeroShotHead
+from clmerge.models.adversary import Ball
 from clmerge.results.run_folder import RunFolder
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
-from clmerge.training.regularizers import EWC, L2, BadMerging, FeatureDistance, LwF
+from clmerge.training.regularizers import EWC, L2, TRADES, BadMerging, FeatureDistance, LwF
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,8 @@ class DieOnce(Callback):
 def test_a_resumed_run_ends_with_the_same_bits(clip, tmp_path):
     def make():
         attack = BadMerging(task=1, target=2, images=4, epochs=1, steps=2)  # of the task in which the run is killed
-        return learner(clip, *(one() for one in REGULARIZERS.values()), attack, num_tasks=3)
+        trades = TRADES(threats=[Ball("linf", 0.1), Ball("l2", 1.0)], steps=1)  # starts from random points
+        return learner(clip, *(one() for one in REGULARIZERS.values()), trades, attack, num_tasks=3)
 
     whole, killed, resumed = make(), make(), make()
     run(whole, tmp_path / "whole")
@@ -199,6 +201,7 @@ import torch
 from lightning.pytorch import Trainer
 from training.test_regularized_tasks import REGULARIZERS, learner
 from clmerge.deploy.calibration import SampleTuning
+from clmerge.models.adversary import Ball
 from clmerge.results.run_folder import RunFolder
 from clmerge.training.sharpness import SAM
 from clmerge.weights import fingerprint
