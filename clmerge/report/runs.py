@@ -14,7 +14,7 @@ from clmerge.names import shown
 from clmerge.report.rules import Rule, rule_of
 from clmerge.results.metrics.matrix import Figures
 from clmerge.results.results import Results, Setting, validate
-from clmerge.results.run_manifest import check_config
+from clmerge.results.run_manifest import check_config, fill_rows
 from clmerge.weights import TaskVectorBank
 from clmerge.weights.checksums import verify_part
 from clmerge.weights.factored import TensorFile
@@ -168,6 +168,7 @@ def _fitted(file: Path, document: Mapping[str, Any]) -> Run:
     verify_part(path, "")
     if isinstance(text := manifest.get("config"), str) and text and (path / CONFIG).is_file():
         check_config(path / CONFIG, text)
+    fill_rows(manifest.get("results"))
     if manifest.get("finished") and manifest.get("results", document) != document:
         raise ValueError(
             f"expected the results in {file} that the run has committed, got others: they were changed; clmerge fit "

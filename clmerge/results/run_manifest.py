@@ -116,7 +116,7 @@ def read_manifest(file: Path) -> Manifest:
             f"expected a manifest of clmerge {clmerge.__version__}, got unknown entries {unknown} in {file}; "
             f"resume with the version that wrote it ({found.get('clmerge', 'not recorded')})"
         )
-    _fill_rows(found.get("results"))
+    fill_rows(found.get("results"))
     if wrong := _contradiction(found):
         raise ValueError(f"expected {wrong} in {file}, which was changed by another hand than clmerge's; put it back")
     manifest = Manifest(**found)
@@ -155,8 +155,18 @@ def models_text(models: Mapping[str, Any]) -> str:
     return json.dumps(short, allow_nan=False)
 
 
-def _fill_rows(results: Any) -> None:
-    """Put the rows back that ``models_text`` shortens; what has another form is left to the contract."""
+def fill_rows(results: Any) -> None:
+    """Put the rows back that ``models_text`` shortens, in place; what has another form is left to the contract.
+
+    Args:
+        results: The results of a manifest, parsed.
+
+    Example:
+        >>> figures = {"R": [None, [0.5, 1.0], "same"]}
+        >>> fill_rows({"tasks": ["a", "b"], "models": {"expert": {"task_aware": figures}}})
+        >>> figures["R"]
+        [[None, None], [0.5, 1.0], [0.5, 1.0]]
+    """
     models = results.get("models") if isinstance(results, dict) else None
     readings = [
         found.get(setting)

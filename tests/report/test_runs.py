@@ -5,6 +5,8 @@ import torch
 from support.run_folders import write_run
 
 from clmerge.report.runs import read_runs
+from clmerge.results.results import Results
+from clmerge.results.run_folder import RunFolder
 from clmerge.weights import TaskVectorBank, checksum
 from clmerge.weights.factored import Product
 
@@ -77,6 +79,23 @@ def test_folders_that_are_no_run_are_refused(tmp_path):
     write_run(tmp_path / "run", finished=0)
     with pytest.raises(ValueError, match="at least one finished task"):
         read_runs(tmp_path / "run")
+
+
+def test_a_finished_run_that_was_evaluated_now_and_then_is_read(tmp_path):
+    run = RunFolder.create(tmp_path / "run")
+    results = Results(["a", "b", "c"], classes=[["x"], ["y"], ["z"]])
+    results.set_zero_shot([0.5] * 3, [0.5] * 3)
+    for model in ("magmax", "expert"):
+        results.add_skipped({model: 4})
+        results.add_skipped({model: 4})
+        results.add_row(model, [1.0] * 3, [1.0] * 3, bytes_kept=4)
+    run.manifest.record(results)
+    run.manifest.trained = run.manifest.evaluated = 3
+    run.manifest.state = "state/task_002"
+    run.manifest.finished = True
+    run.commit()
+    assert '"same"' in (run.path / "manifest.json").read_text()
+    assert read_runs(run.path)[0].results.to_dict() == results.to_dict()
 
 
 def test_what_a_run_has_committed_is_what_is_shown(tmp_path):
