@@ -53,6 +53,7 @@ COMPARISONS: dict[str, list[str]] = {
         f"--mergers={listed(TA)}",
         f"--calibrations={listed('Repair', 'SampleTuning', SURGERY % '', SURGERY % ', routed: false')}",
     ],
+    "tent": [f"--mergers={listed(TA)}", "--calibrations=Tent"],
     "unl": [
         *BUFFER,
         "--mergers="
@@ -133,7 +134,10 @@ def rows_of(work: Path, stream: str, seed: int) -> dict[str, dict[str, Any]]:
 
 
 def table(figures: dict[str, dict[str, dict[str, list[Any]]]]) -> str:
-    """Return the table as Markdown: means over the seeds, with the standard deviation of accuracies."""
+    """Return the table as Markdown: means over the seeds, with the standard deviation of accuracies.
+
+    The last column counts the seeds of the digits, and of the grey sets where they are others.
+    """
 
     def percent(values: list[Any]) -> str:
         kept = [100 * value for value in values if value is not None]
@@ -142,8 +146,8 @@ def table(figures: dict[str, dict[str, dict[str, list[Any]]]]) -> str:
         return f"{statistics.mean(kept):.1f}" + (f" ± {statistics.stdev(kept):.1f}" if len(kept) > 1 else "")
 
     lines = [
-        "| model | data | digits | told the task | forgetting | grey | told the task | MB kept | s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | data | digits | told the task | forgetting | grey | told the task | MB kept | s | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     digits, grey = figures["q"], figures["g"]
 
@@ -154,10 +158,11 @@ def table(figures: dict[str, dict[str, dict[str, list[Any]]]]) -> str:
     for name in sorted(digits, key=place):
         one, other = digits[name], grey.get(name, {"agnostic": [], "aware": []})
         size = [value for value in one["bytes"] if value is not None]
+        seeds = " + ".join(dict.fromkeys(str(len(row["aware"])) for row in (one, other)))
         lines.append(
             f"| {name} | {one['data'][0]} | {percent(one['agnostic'])} | {percent(one['aware'])} | "
             f"{percent(one['forgetting'])} | {percent(other['agnostic'])} | {percent(other['aware'])} | "
-            f"{statistics.mean(size) / 1e6 if size else 0:.1f} | {statistics.mean(one['seconds']):.1f} |"
+            f"{statistics.mean(size) / 1e6 if size else 0:.1f} | {statistics.mean(one['seconds']):.1f} | {seeds} |"
         )
     return "\n".join(lines)
 

@@ -17,4 +17,4 @@ def test_the_benchmark_of_learned_rules_runs_on_tiny_shapes(tmp_path):
     result = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, timeout=300)
     assert result.returncode in (0, 1), result.stderr
     assert re.search(r"plain: [0-9.]+ CPU s a step, [0-9.]+ models", result.stdout)
-    assert re.search(r"a step of 2 x 1 images takes [0-9.]+ times as long", result.stdout)
+    assert re.search(r"2 tasks of 1 images: a step takes [0-9.]+ times as long", result.stdout)
