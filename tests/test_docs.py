@@ -28,6 +28,7 @@ PAGES = {
 PROGRAMS = re.compile(r"(clmerge \w+|python|pip|wandb|pytest|scripts/\w+|\.venv/\S+)(\s|$)")
 BASE = ROOT / "clmerge" / "models" / "nano_clip" / "open_clip_model.safetensors"
 NOT_RUN = {
+    "clmerge compare runs/backdoor-0 runs/backdoor-1": "merges by 34 rules; takes minutes",
     "clmerge fit --config stranger.yaml": "is refused; tests/cli/test_named_code.py says how",
     "clmerge fit --config configs/quickstart.yaml --learner.start_policy=base --run_dir shared/ray": "starts Ray; "
     "tests/cli/test_launch.py has one",
