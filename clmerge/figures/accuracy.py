@@ -1,5 +1,6 @@
 """Charts of a run's accuracies: matrices, what happens to each task, over time, at the end."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,16 +35,19 @@ def by_task(values: Sequence[Value]) -> list[tuple[float, Value]]:
     return [(float(index + 1), value) for index, value in enumerate(values)]
 
 
-def forgetting_chart(models: Sequence[Model], tasks: Sequence[str], accuracy: str = "accuracy") -> LineChart:
+def forgetting_chart(
+    models: Sequence[Model], tasks: Sequence[str], accuracy: str = "accuracy", *, most: int | None = None
+) -> LineChart:
     """Return one panel for every task: the accuracy on it after every task, and when it was learned.
 
     Args:
         models: The models, those in front first.
         tasks: Names of the tasks to show.
         accuracy: Name of the vertical axis.
+        most: Most panels; of more tasks so many are shown, evenly spaced. Default: all.
     """
     panels = []
-    for task, name in enumerate(tasks):
+    for task, name in [*enumerate(tasks)][:: 1 if most is None else math.ceil(len(tasks) / most)]:
         lines = [
             Line(model.name, model.look, by_task([row[task] for row in model.matrix]), task + 1, faint=model.faint)
             for model in models
@@ -96,7 +100,7 @@ def plot_forgetting_curves(results: Results, *, setting: Setting | None = None) 
     """Draw, in one panel per task, the accuracy on that task after every task.
 
     A vertical line marks when the task was learned. Accuracy before it is zero-shot ability and transfer, drawn thin;
-    accuracy after it shows forgetting.
+    accuracy after it shows forgetting. Of more than 100 tasks some are shown, evenly spaced.
 
     Args:
         results: Results of the run so far.
@@ -107,7 +111,7 @@ def plot_forgetting_curves(results: Results, *, setting: Setting | None = None) 
     """
     setting = setting or results.evaluation
     models = [_model(results, model, setting) for model in results.models]
-    return draw(forgetting_chart(models, results.task_labels(), _accuracy("accuracy", setting)))
+    return draw(forgetting_chart(models, results.task_labels(), _accuracy("accuracy", setting), most=100))
 
 
 def plot_average_accuracy(results: Results, *, setting: Setting | None = None) -> Figure:

@@ -1,5 +1,6 @@
 """Axes with their names and tick labels, in sizes of pixels: 72 to the inch."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,12 +52,22 @@ def name_columns(axes: Axes, names: Sequence[str], start: float, *, on_page: boo
         on_page: Whether they are for a page.
     """
     room = axes.bbox.width / len(names)
-    step = 1 if room >= 12 else 5
-    texts = [label(name, LONGEST, on_page=on_page) for name in names]
-    axes.set_xticks([start + index for index in range(len(names))][::step], texts[::step])
+    step = named_step(room)
+    texts = [label(name, LONGEST, on_page=on_page) for name in names[::step]]
+    axes.set_xticks([start + index for index in range(len(names))][::step], texts)
     if slant(names, room):
         for tick in axes.get_xticklabels():
             tick.set(rotation=45, ha="right", rotation_mode="anchor")
+
+
+def named_step(room: float) -> int:
+    """Return which of many names are written, the first and every so many, if each has so many pixels.
+
+    Example:
+        >>> named_step(20), named_step(6), named_step(1.5)
+        (1, 5, 8)
+    """
+    return 1 if room >= 12 else max(5, math.ceil(12 / room))
 
 
 def slant(names: Sequence[str], room: float) -> float:

@@ -86,7 +86,8 @@ def start(config):
     yield begin
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 def wait_for(condition, seconds=600):
@@ -202,6 +203,31 @@ def test_ray_gives_the_bits_of_one_process(start, alone, tmp_path, monkeypatch):
     told, _ = driver.communicate(timeout=LONGEST)
     assert driver.returncode == 0, told
     assert_same_bits(run, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("default")  # Ray's own
+def test_a_node_of_a_ray_cluster_that_dies_loses_no_bits(start, alone, tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_AUTH_MODE", "disabled")):
+        monkeypatch.setenv(name, value)
+    store = {"object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **store})
+    run = tmp_path / "run"
+    try:
+        nodes = [cluster.add_node(num_cpus=1, **store) for _ in range(2)]
+        driver = start(run, "--launcher=ray", f"--launcher.address={cluster.address}")
+        wait_for(lambda: [*run.glob("jobs/*/checkpoints/*.ckpt")], seconds=LONGEST)
+        (raylet,) = nodes[0].all_processes["raylet"]
+        raylet.process.kill()  # with SIGKILL; its workers end, and their jobs with them
+        told, _ = driver.communicate(timeout=LONGEST)
+        assert driver.returncode == 0, told
+        assert_same_bits(run, alone)
+    finally:
+        cluster.shutdown()
 
 
 def parent(pid):

@@ -13,6 +13,7 @@ from clmerge.figures import (
     plot_matrix,
     save_plots,
 )
+from clmerge.figures.accuracy import forgetting_chart
 from clmerge.figures.looks import HEAT, look_of
 
 
@@ -67,6 +68,14 @@ def test_forgetting_curves_hold_the_columns_of_every_matrix():
         for model in results.models:
             np.testing.assert_array_equal(dots(panel, model, results), results.matrix(model)[:, task])
         assert panel.get_ylim() == (0, 1)
+
+
+def test_of_many_tasks_some_are_drawn():
+    tasks = [f"t{task}" for task in range(7)]
+    chart = forgetting_chart([], tasks, most=3)
+    assert [panel.title for panel in chart.panels] == ["t0", "t3", "t6"]
+    assert [panel.rule for panel in chart.panels] == [1, 4, 7]
+    assert len(forgetting_chart([], tasks, most=7).panels) == 7
 
 
 def test_average_accuracy_says_where_its_lines_end():

@@ -11,6 +11,7 @@ from matplotlib.text import Text
 
 from clmerge.figures.charts import Grid, HeatChart, Line, LineChart, Panel, Value
 from clmerge.figures.drawing import draw, draw_key, draw_panels, draw_strip
+from clmerge.figures.heatmaps import heat_frame
 from clmerge.figures.looks import look_of
 from clmerge.figures.svg import Marks, to_svg
 from clmerge.results.results import EXPERT
@@ -168,3 +169,13 @@ def test_turned_text_keeps_its_anchor():
     assert path.get("d") == "M0 72H36L72 0"
     assert path.get("stroke-opacity") == "0.5"
     assert svg.get("aria-hidden") == "true"
+
+
+def test_a_heatmap_of_a_thousand_tasks_is_no_larger_than_one_of_a_hundred():
+    def size(tasks, *, on_page=False):
+        names = [str(task) for task in range(tasks)]
+        frame = heat_frame(HeatChart([], "after task", "on task", names, names), on_page=on_page)
+        return frame.width, frame.height
+
+    assert max(size(1000)) < max(size(100)) + 60
+    assert max(size(1000, on_page=True)) < 2600
