@@ -32,7 +32,7 @@ class Repeated(StreamTransform):
         >>> from clmerge.streams import ClassIncremental, SklearnDigits
         >>> stream = ClassIncremental(SklearnDigits(), num_tasks=2).turned_into([Repeated(tasks=[1], times=2)])
         >>> [(task.name, len(stream.dataset(task.index, "train"))) for task in stream.tasks]
-        [('zero-one-and-3', 650), ('five-six-and-3', 323), ('five-six-and-3-2', 322)]
+        [('zero-one-and-3', 649), ('five-six-and-3', 323), ('five-six-and-3-2', 323)]
     """
 
     def __init__(self, tasks: list[int], times: int = 2, split: bool = True, seed: int = 0) -> None:
