@@ -71,17 +71,22 @@ def check_signature(
     try:
         verifier.verify(path, signature)
     except Exception as error:  # those of the library, of the signature's JSON and of cryptography share no base
-        return f"{path} is not what {signature} signs with {key}: {_difference(error)}"
+        return f"{path} is not what {signature} signs with {key}: {_difference(error, path.name)}"
     return None
 
 
-def _difference(error: Exception) -> str:
-    """Return which files differ, in the words of model-signing but without the bytes of their hashes."""
+def _difference(error: Exception, name: str) -> str:
+    """Return which files differ, in the words of model-signing but without the bytes of their hashes.
+
+    Args:
+        error: What model-signing raised.
+        name: Name of what was signed, which a single file has there in place of a dot.
+    """
     text = str(error).replace("\\'", "'")  # it shows a list of sentences, in which quotes are escaped
     if not text:  # of cryptography
         return "the signature is of another key or of other content"
     found = {
-        "changed": re.findall(r"Hash mismatch for '([^']+)'", text),
+        "changed": [name if each == "." else each for each in re.findall(r"Hash mismatch for '([^']+)'", text)],
         "missing": re.findall(r"Missing files in model '[^']*': ([^'\"]+)", text),
         "not signed": re.findall(r"Extra files found in model '[^']*': ([^'\"]+)", text),
     }

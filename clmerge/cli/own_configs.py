@@ -30,11 +30,29 @@ def use_own_configs(argv: Sequence[str]) -> list[str]:
     return found
 
 
+def own_configs_beside(file: str) -> list[str]:
+    """Return the names of the package's configurations in the folder that a name points to.
+
+    Example:
+        >>> "configs/quickstart.yaml" in own_configs_beside("configs/quickstar.yaml")
+        True
+    """
+    if not file.startswith(_PREFIX):
+        return []
+    parent = Path(file).parent
+    found = [folder / parent.relative_to(_PREFIX.rstrip("/")) for folder in _folders()]
+    return [str(parent / each.name) for folder in found if folder.is_dir() for each in sorted(folder.glob("*.yaml"))]
+
+
+def _folders() -> list[Path]:
+    package = Path(__file__).parents[1]
+    return [package / "configs", package.parent / "configs"]  # in a wheel; beside the package in a clone
+
+
 def _place(file: str) -> str:
     if not file.startswith(_PREFIX) or Path(file).exists():
         return file
-    package = Path(__file__).parents[1]
-    for folder in (package / "configs", package.parent / "configs"):  # in a wheel; beside the package in a clone
+    for folder in _folders():
         if (own := folder / file.removeprefix(_PREFIX)).is_file():
             tell(f"config    {own}, of the package")
             return str(own)

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from clmerge.cli.option_table import OptionTable, Type, nearest
 from clmerge.cli.option_values import alternatives, in_words, is_null, item_of, kinds_of, may_be, part_of, spoken
+from clmerge.cli.own_configs import own_configs_beside
 from clmerge.names import visible
 
 _MOST_NAMED = 12
@@ -130,7 +131,7 @@ class ValueCheck:
                 found, self.file = read_yaml(path), value
             elif not path.exists():
                 there = [str(path.parent / p.name) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-                self.unknown(f"a file for --{name}", value, there)
+                self.unknown(f"a file for --{name}", value, there or own_configs_beside(value))
             else:
                 return
         except OptionError:

@@ -96,6 +96,7 @@ TYPOS = [
     ("fit stray.yaml", "options that begin with --, got 'stray.yaml'; did you mean --config stray.yaml?"),
     ("fit stray", "options that begin with --, got 'stray'"),
     ("fit --config nowhere.yaml", "a file for --config, got nowhere.yaml"),
+    ("fit --config configs/quickstar.yaml", "did you mean configs/quickstart.yaml?"),
     ("fit --resum runs/a", "did you mean --resume?"),
     ("merge --merger TEIS", "the name of a merger for --merger, got 'TEIS'"),
     ("merge --merger TIES --merger.densty=0.2", "did you mean density?"),

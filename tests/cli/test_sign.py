@@ -102,6 +102,18 @@ def test_a_signed_file_that_is_not_what_its_ledger_says_fails_the_replay(merged,
     assert "is NOT what its ledger says" in capsys.readouterr().out
 
 
+def test_a_single_file_is_named_where_it_changed(tmp_path, capsys):
+    pytest.importorskip("model_signing")
+    private, public = write_keys(tmp_path)
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(b"weights")
+    assert main(["sign", str(file), "--key", str(private)]) == 0
+    flip(file)
+    capsys.readouterr()
+    assert main(["sign", str(file), "--check", str(public)]) == 1
+    assert capsys.readouterr().err.endswith("changed: a.safetensors\n")
+
+
 def test_a_folder_names_the_file_that_changed(tmp_path, capsys):
     pytest.importorskip("model_signing")
     private, public = write_keys(tmp_path)
