@@ -163,6 +163,10 @@ PAPERS = {
         "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling",
         "Pala Tej Deep, Rishabh Bhardwaj, Soujanya Poria",
     ),
+    "2406.10952": Paper(
+        "Avoiding Copyright Infringement via Large Language Model Unlearning",
+        "Guangyao Dou, Zheyuan Liu, Qing Lyu, Kaize Ding, Eric Wong",
+    ),
     "2406.09770": Paper(
         "Towards Efficient Pareto Set Approximation via Mixture of Experts Based Model Fusion",
         "Anke Tang, Li Shen, Yong Luo, Shiwei Liu, Han Hu, Bo Du",

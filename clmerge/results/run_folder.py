@@ -229,9 +229,10 @@ class RunFolder:
         before, text = self._committed
         if models is not before:  # accuracies are all that grows with the square of the stream: they are written once
             text = models_text(models)
-        about = json.dumps({key: value for key, value in results.items() if key != "models"}, allow_nan=False)
+        parts = {key: text if key == "models" else json.dumps(value, allow_nan=False) for key, value in results.items()}
         rest = {key: value for key, value in vars(self.manifest).items() if key != "results"}
-        whole = f'"results": {about[:-1]}{", " * (len(results) > 1)}"models": {text}}}, ' if results else ""
+        written = ", ".join(f"{json.dumps(key)}: {part}" for key, part in parts.items())
+        whole = f'"results": {{{written}}}, ' if results else ""
         write_text_atomic(self.path / MANIFEST, "{" + whole + json.dumps(rest, allow_nan=False)[1:] + "\n")
         if results and models is not before:
             write_json_atomic(self.results, {"schema": SCHEMA, "runs": [results]})

@@ -79,6 +79,8 @@ def test_a_new_rule_that_does_not_say_is_taken_for_model_wide():
             return vector
 
     class _Planned(TIES):
+        name = "planned"  # until it is collected, it is a merger beside TIES
+
         def _plan(self, vector, step):
             return super()._plan(vector, step)
 

@@ -13,10 +13,13 @@ import warnings
 from pathlib import Path
 
 import torch
-from kill_driver import forked
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a program, it does not know the tests
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
+
+from support.kill_driver import forked  # noqa: E402
 
 import clmerge.runs.learner  # noqa: E402
 from clmerge.cli import main as clmerge_main  # noqa: E402
