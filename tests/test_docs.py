@@ -40,6 +40,7 @@ NOT_RUN = {
     "python scripts/bench_adaptive.py": "takes minutes; tests/test_bench_adaptive.py runs it on small shapes",
     "python scripts/bench_methods.py": "takes hours",
     "python scripts/bench_routing.py": "takes minutes",
+    "python scripts/trust_table.py": "takes half an hour",
     "pip install wandb-workspaces": "needs a network",
     "python scripts/wandb_report.py": "needs W&B's server",
     "python scripts/convert_results.py": "needs files of schema 1; tests/test_convert_results.py runs it",
