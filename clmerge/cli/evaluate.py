@@ -255,16 +255,15 @@ def _is_path(pretrained: object) -> bool:
 
 
 def _filled(results: "Results", session: "Session", rows: "Rows", config: Any, probes: "Sequence[Probe]") -> "Found":
+    from clmerge.evaluation.probes.measuring import add_findings
     from clmerge.runs.foreign_stream import final_rows
 
     results.evaluation = config.evaluation or session.evaluation
     results.set_samples([session.num_images(task.index, config.split) for task in session.tasks])
     results.split = config.split
     found = final_rows(results, rows)
-    about = {probe.name: probe.described() for probe in probes}
     for name, row in rows.items():
-        for probe, measured in row.get("probes", {}).items():
-            found.add_probe(name, probe, measured, **about[probe])
+        add_findings(found, name, row.get("probes", {}), probes)
     return found, rows
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -214,6 +215,14 @@ class RunningMerge:
             name: Name of the merger; default the deployed one.
         """
         return apply_task_vector(self.base, self.merged_vector(name))
+
+    def weights_by_name(self, names: Iterable[str]) -> dict[str, Callable[[], dict[str, Tensor]]]:
+        """Return what computes :meth:`merged_weights`, by name, of the mergers that are one set of weights.
+
+        Args:
+            names: Names of mergers.
+        """
+        return {name: partial(self.merged_weights, name) for name in names if not self.mergers[name].task_views}
 
     def merged_state(self, name: str | None = None) -> dict[str, Tensor]:
         """Return theta_0 plus the merged vector of the tasks so far: dense weights by dense names, to save.

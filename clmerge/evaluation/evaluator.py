@@ -124,8 +124,8 @@ class Evaluator(LightningModule):
         compute = _Pass(self.module, exchange, images)
         for name, predictor in self.predictors.items():
             scores = predictor.scores(compute, tasks)
-            for probe in self.probes:
-                self._look(probe, name, scores, (images, labels, tasks), exchange)
+            if self.probes:
+                self._look(name, scores, (images, labels, tasks), exchange)
             if self.part != TEST:
                 continue
             self._accuracies[name].update(scores, labels, tasks)
@@ -135,10 +135,8 @@ class Evaluator(LightningModule):
             if predictor.choices is not None:
                 self._count(name, *predictor.choices, tasks)
 
-    def _look(
-        self, probe: ImageProbe, name: str, scores: Tensor, batch: tuple[Tensor, Tensor, Tensor], exchange: Exchange
-    ) -> None:
-        """Show a probe the images of tasks that the predictor knows."""
+    def _look(self, name: str, scores: Tensor, batch: tuple[Tensor, Tensor, Tensor], exchange: Exchange) -> None:
+        """Show the probes the images of tasks that the predictor knows."""
         images, labels, tasks = batch
         predictor = self.predictors[name]
         own = predictor.needs_task or self.reading == "task_aware"
@@ -153,9 +151,10 @@ class Evaluator(LightningModule):
         view = View(
             self.part, images, labels, tasks, scores.masked_fill(~competing, -torch.inf), score, (mean, deviation)
         )
-        rows = probe.look(view).detach().double().cpu()
         known = torch.tensor([predictor.knows(task) for task in tasks.tolist()], dtype=torch.bool)
-        self._looks.setdefault((name, probe.name), []).append((rows[known], tasks.cpu()[known]))
+        for probe in self.probes:
+            rows = probe.look(view).detach().double().cpu()
+            self._looks.setdefault((name, probe.name), []).append((rows[known], tasks.cpu()[known]))
 
     def _count(self, name: str, chosen_from: Sequence[int], shares: Tensor, tasks: Tensor) -> None:
         """Add up, by task of the images, the share of the choices that are right, and the images."""

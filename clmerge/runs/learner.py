@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
@@ -11,13 +10,12 @@ from lightning.pytorch.loggers import Logger
 
 from clmerge.callbacks.progress import Pace, matrix_lines, trainable_line
 from clmerge.deploy.predictors import Merged, Predictor
-from clmerge.evaluation.probes.measuring import needs_gradient
+from clmerge.evaluation.probes.measuring import add_findings, needs_gradient
 from clmerge.figures import plot_files, save_plots
 from clmerge.lightning_compat import quiet_lightning
 from clmerge.loggers import finish_loggers, log_artifacts, log_summary, log_task
 from clmerge.merging.checks import num_entries
 from clmerge.names import tell
-from clmerge.results.confusion import ModelRow
 from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Results
 from clmerge.results.run_folder import RunFolder
 from clmerge.runs.final_models import save_models
@@ -204,7 +202,7 @@ class Learner(LearnerParts):
                 results.set_confusion(name, row["confusion"])
             if "routing_accuracy" in row:
                 results.add_routing(name, row["routing_accuracy"])
-            self._add_probes(results, name, row)
+            add_findings(results, name, row.get("probes", {}), self.probes)
         results.add_seconds("evaluate", time.perf_counter() - started)
         self._commit(run, results, task)
 
@@ -213,16 +211,8 @@ class Learner(LearnerParts):
         if not self.mergers:
             return {}
         merge = self.merge
-        found = {
-            name: partial(merge.merged_weights, name) for name, merger in self.mergers.items() if not merger.task_views
-        }
         own = lambda: apply_task_vector(merge.base, merge.task_vector(self.module))  # noqa: E731  one of many alike
-        return {**found, EXPERT: own}
-
-    def _add_probes(self, results: Results, name: str, row: ModelRow) -> None:
-        about = {probe.name: probe.described() for probe in self.probes}
-        for probe, found in row.get("probes", {}).items():
-            results.add_probe(name, probe, found, **about[probe])
+        return {**merge.weights_by_name(self.mergers), EXPERT: own}
 
     def _skip(self, run: RunFolder, results: Results, task: int) -> None:
         """Add undefined rows for a task after which nothing is evaluated."""
@@ -252,7 +242,7 @@ class Learner(LearnerParts):
             row = self.evaluate(trainer, {ZERO_SHOT: Merged()}, 0, confusion=True, probing=probing)[ZERO_SHOT]
             results.set_zero_shot(row["task_agnostic"], row["task_aware"])
             results.set_confusion(ZERO_SHOT, row["confusion"])
-            self._add_probes(results, ZERO_SHOT, row)
+            add_findings(results, ZERO_SHOT, row.get("probes", {}), self.probes)
         results.add_seconds("evaluate", time.perf_counter() - started)
         run.manifest.record(results)
         run.commit()

@@ -1,6 +1,6 @@
 """Measure probes of several predictors: on images beside the test images, and on weights."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -11,6 +11,7 @@ from clmerge.evaluation.evaluator import Evaluator, Looks
 from clmerge.evaluation.probes.probe import TEST, ImageProbe, Occasion, Probe, Seen, WeightProbe
 from clmerge.models import Classifier
 from clmerge.results.measured import Measured
+from clmerge.results.results import Results
 from clmerge.streams import StreamDataModule
 from clmerge.streams.images import ImageDataset
 from clmerge.streams.plan import SplitPlan
@@ -43,18 +44,9 @@ class Probing:
         return [probe for probe in self.probes if self.occasion.last or probe.after == "every"]
 
     @cached_property
-    def _of_images(self) -> list[ImageProbe]:
-        return [probe for probe in self.due if isinstance(probe, ImageProbe)]
-
-    @property
     def riding(self) -> list[ImageProbe]:
         """The probes that look at the test images as they are."""
-        return [probe for probe in self._of_images if type(probe).parts is ImageProbe.parts]
-
-    @property
-    def needing_images(self) -> list[ImageProbe]:
-        """The probes that have images of their own."""
-        return [probe for probe in self._of_images if type(probe).parts is not ImageProbe.parts]
+        return [one for one in self.due if isinstance(one, ImageProbe) and type(one).parts is ImageProbe.parts]
 
 
 def needs_gradient(probes: Sequence[Probe]) -> bool:
@@ -84,13 +76,10 @@ def measure(
         Findings by predictor; a predictor lacks probes that it is not made for.
     """
     occasion = probing.occasion
-    found: dict[str, Findings] = {name: {} for name in predictors}
+    found = _of_weights(probing, predictors)
     for probe in probing.due:
-        if isinstance(probe, WeightProbe):
-            for name in predictors.keys() & probing.weights.keys():
-                found[name][probe.name] = probe.measure(probing.weights[name](), probing.base, occasion)
+        if not isinstance(probe, ImageProbe):
             continue
-        assert isinstance(probe, ImageProbe)
         looks: dict[str, dict[str, Seen]] = {name: {} for name in predictors}
         if probe in probing.riding:
             for name in predictors:
@@ -101,6 +90,31 @@ def measure(
                     looks[name][part] = each
         for name, parts in looks.items():
             found[name][probe.name] = probe.summary(parts, occasion)
+    order = [probe.name for probe in probing.due]
+    return {name: {probe: each[probe] for probe in order if probe in each} for name, each in found.items()}
+
+
+def add_findings(results: Results, model: str, findings: Findings, probes: Sequence[Probe]) -> None:
+    """Add what probes found about a model to its results.
+
+    Args:
+        results: The results, with the model's row.
+        model: Name of the model.
+        findings: The findings; those of some probes may be missing.
+        probes: The probes.
+    """
+    for probe in probes:
+        if probe.name in findings:
+            results.add_probe(model, probe.name, findings[probe.name], **probe.described())
+
+
+def _of_weights(probing: Probing, names: Iterable[str]) -> dict[str, Findings]:
+    """Show the weights of every model, computed once and one model at a time, to the probes of weights."""
+    probes = [probe for probe in probing.due if isinstance(probe, WeightProbe)]
+    found: dict[str, Findings] = {name: {} for name in names}
+    for name in found.keys() & probing.weights.keys() if probes else ():
+        weights = probing.weights[name]()
+        found[name] = {probe.name: probe.measure(weights, probing.base, probing.occasion) for probe in probes}
     return found
 
 

@@ -206,7 +206,7 @@ def sweep(
                     split,
                     confusion=confusion,
                     probes=probes,
-                    weights=_dense(refold.merge, merged),
+                    weights=refold.merge.weights_by_name(merged),
                     last=count == len(order),
                 )
             cache.add({keys[name, count]: make_row(rows[name], seconds[name]) for name in missing})
@@ -234,11 +234,6 @@ def _merged(run: StoredRun, merge: RunningMerge, names: Sequence[str]) -> tuple[
         predictors[name] = merge.predictor(name, run.module)
         seconds[name] = merge.update_seconds[name] + time.perf_counter() - started
     return predictors, seconds
-
-
-def _dense(merge: RunningMerge, names: Sequence[str]) -> dict[str, Callable[[], State]]:
-    """Return what computes the merged parameters of every merger that is one set of weights."""
-    return {name: partial(merge.merged_weights, name) for name in names if not merge.mergers[name].task_views}
 
 
 def _groups(
