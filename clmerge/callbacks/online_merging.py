@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from clmerge.callbacks.merge import MergeCallback
 from clmerge.callbacks.ranks import refuse_parts
+from clmerge.callbacks.step_hooks import StepHooks
 from clmerge.lightning_compat import callbacks_of
 from clmerge.seeds import seeded_uniform
 from clmerge.weights.selection import trained_parameters
 
 
-class OnlineMerging(Callback):
+class OnlineMerging(StepHooks):
     """Merge every step of any optimizer with a reference vector (online merging optimizers, arXiv 2405.17931).
 
     With ``delta`` the optimizer's own update of a parameter and ``tau`` the reference, the parameter moves by
@@ -64,12 +64,12 @@ class OnlineMerging(Callback):
                 "expected alpha from 0 to 1, reserve above 0 to 1, every of 1 or more and rule 'dare' or 'ties', got "
                 f"alpha={alpha}, reserve={reserve}, every={every}, rule={rule!r}"
             )
+        super().__init__()
         self.alpha, self.reserve, self.rule, self.every = alpha, reserve, rule, every
         self.base = None if base is None else dict(base)
         self.seed = seed
         self._reference: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
-        self._hooks: list[RemovableHandle] = []
         self._task = 0
 
     @override
@@ -92,9 +92,11 @@ class OnlineMerging(Callback):
                 name: parameter.detach() - base[name].to(parameter) if name in base else torch.zeros_like(parameter)
                 for name, parameter in parameters.items()
             }
-        for optimizer in trainer.optimizers:
-            self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._remember(trainer, pl_module)))
-            self._hooks.append(optimizer.register_step_post_hook(lambda one, *_: self._merge(one, trainer, pl_module)))
+        self._around_steps(
+            trainer,
+            before=lambda _: self._remember(trainer, pl_module),
+            after=lambda optimizer: self._merge(optimizer, trainer, pl_module),
+        )
 
     def _remember(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (trainer.global_step + 1) % self.every == 0:
@@ -137,17 +139,9 @@ class OnlineMerging(Callback):
         return vector * (vector.abs() >= threshold)
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave()
-
     def _leave(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._before = [], {}
+        super()._leave()
+        self._before = {}
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from clmerge.callbacks.frozen import refuse_unfreezing
 from clmerge.callbacks.ranks import refuse_parts
+from clmerge.callbacks.step_hooks import StepHooks
 from clmerge.weights.selection import is_included, trained_parameters
 
 
-class Sparse(Callback):
+class Sparse(StepHooks):
     """Prune the smallest weights when a fit begins, and keep them at zero while it trains (arXiv 2306.16788).
 
     Fits that start from the same weights prune the same ones, so that their average is as sparse as each of them: the
@@ -40,9 +40,9 @@ class Sparse(Callback):
     def __init__(self, sparsity: float = 0.5, *, include: Sequence[str] | None = None) -> None:
         if not 0 <= sparsity < 1:
             raise ValueError(f"expected sparsity as a share from 0 to below 1, got {sparsity}")
+        super().__init__()
         self.sparsity = sparsity
         self.include = None if include is None else list(include)
-        self._hooks: list[RemovableHandle] = []
         self._kept: dict[str, Tensor] = {}
 
     @override
@@ -56,8 +56,7 @@ class Sparse(Callback):
         refuse_unfreezing(trainer, type(self).__name__)
         if not self._pruned(pl_module):
             raise ValueError(f"expected include to select trained parameters, got none that match {self.include}")
-        for optimizer in trainer.optimizers:
-            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._prune(pl_module)))
+        self._around_steps(trainer, after=lambda _: self._prune(pl_module))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -83,19 +82,6 @@ class Sparse(Callback):
             for name, parameter in trained_parameters(pl_module).items()
             if (parameter.ndim > 1 if self.include is None else is_included(name, self.include))
         }
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
 
     @override
     def state_dict(self) -> dict[str, Any]:

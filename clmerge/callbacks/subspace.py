@@ -6,20 +6,20 @@ import math
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from clmerge.callbacks.frozen import refuse_unfreezing
 from clmerge.callbacks.ranks import refuse_parts
+from clmerge.callbacks.step_hooks import StepHooks
 from clmerge.training.trajectory import Weights, mean_of
 from clmerge.training.trajectory.rule import wide_copy
 from clmerge.weights.selection import trained_parameters
 from clmerge.weights.swap import assign
 
 
-class Subspace(Callback):
+class Subspace(StepHooks):
     """Learn how to average the weights along a fit, in its last part (trainable weight averaging, arXiv 2205.13104).
 
     In the first part of a fit, up to ``start``, the weights are collected at equal distances. Then the model is set to
@@ -46,8 +46,8 @@ class Subspace(Callback):
     def __init__(self, points: int = 10, *, start: float = 0.5) -> None:
         if points < 1 or not 0 < start < 1:
             raise ValueError(f"expected 1 point or more and start between 0 and 1, got points={points}, start={start}")
+        super().__init__()
         self.points, self.start = points, start
-        self._hooks: list[RemovableHandle] = []
         self._forget()
 
     def _forget(self) -> None:
@@ -70,9 +70,9 @@ class Subspace(Callback):
                 f"expected a fit with {math.ceil(1 / self.start)} optimizer steps or more and an end for "
                 f"Subspace(start={self.start}), got {total:g}: raise start, or train longer"
             )
-        for optimizer in trainer.optimizers:
-            self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._remember(pl_module)))
-            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._project(pl_module)))
+        self._around_steps(
+            trainer, before=lambda _: self._remember(pl_module), after=lambda _: self._project(pl_module)
+        )
 
     @override
     def on_train_batch_end(
@@ -116,17 +116,9 @@ class Subspace(Callback):
         self._before = {}
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave()
-
     def _leave(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._before = [], {}
+        super()._leave()
+        self._before = {}
 
     @override
     def state_dict(self) -> dict[str, Any]:
