@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+from table_runs import clmerge, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 TA = "{class_path: TaskArithmetic, init_args: {scale: 0.3}}"
@@ -84,15 +83,6 @@ COMPARISONS: dict[str, list[str]] = {
 }
 
 
-def clmerge(*arguments: str, log: Path) -> None:
-    """Run a command with its output in a file, and stop where it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    with log.open("w") as sink:
-        done = subprocess.run([sys.executable, "-m", "clmerge", *arguments], stdout=sink, stderr=sink, env=environment)
-    if done.returncode:
-        raise SystemExit(f"clmerge {arguments[0]} failed: {log}")
-
-
 def config_of(stream: str, work: Path, data: Path) -> Path:
     """Return the configuration of a stream."""
     if stream == "q":
@@ -140,12 +130,6 @@ def table(figures: dict[str, dict[str, dict[str, list[Any]]]]) -> str:
     digits, and of the grey sets where they are others.
     """
 
-    def percent(values: list[Any]) -> str:
-        kept = [100 * value for value in values if value is not None]
-        if not kept:
-            return "-"
-        return f"{statistics.mean(kept):.1f}" + (f" ± {statistics.stdev(kept):.1f}" if len(kept) > 1 else "")
-
     lines = [
         "| model | data | digits | told the task | forgetting | grey | told the task | MB kept | s | seeds |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -161,8 +145,8 @@ def table(figures: dict[str, dict[str, dict[str, list[Any]]]]) -> str:
         size = [value for value in one["bytes"] if value is not None]
         seeds = " + ".join(dict.fromkeys(str(len(row["aware"])) for row in (one, other)))
         lines.append(
-            f"| {name} | {one['data'][0]} | {percent(one['agnostic'])} | {percent(one['aware'])} | "
-            f"{percent(one['forgetting'])} | {percent(other['agnostic'])} | {percent(other['aware'])} | "
+            f"| {name} | {one['data'][0]} | {spread(one['agnostic'])} | {spread(one['aware'])} | "
+            f"{spread(one['forgetting'])} | {spread(other['agnostic'])} | {spread(other['aware'])} | "
             f"{statistics.mean(size) / 1e6 if size else 0:.1f} | {min(one['seconds']):.1f} | {seeds} |"
         )
     return "\n".join(lines)

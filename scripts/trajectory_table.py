@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from table_runs import spread
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
@@ -194,7 +196,7 @@ def table(title: str, figures: Mapping[str, Mapping[str, list[float]]]) -> str:
     """Return a table as Markdown: means over the seeds with the standard deviation."""
     lines = [f"| {title} | {' | '.join(LABELS.values())} |", f"|---|{'---|' * len(LABELS)}"]
     for rule, row in figures.items():
-        cells = [f"{100 * statistics.mean(row[k]):.1f} ± {100 * statistics.stdev(row[k]):.1f}" for k in LABELS]
+        cells = [spread(row[k]) for k in LABELS]
         lines.append(f"| {RULES[rule]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

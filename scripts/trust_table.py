@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from table_runs import clmerge, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 SCENARIOS = [f"--config={ROOT / 'configs' / 'scenarios' / name}.yaml" for name in ("backdoor", "watermark")]
@@ -37,15 +36,6 @@ def mergers() -> list[str]:
     ]
 
 
-def clmerge(*arguments: str, log: Path) -> None:
-    """Run a command with its output in a file, and stop where it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    with log.open("w") as sink:
-        done = subprocess.run([sys.executable, "-m", "clmerge", *arguments], stdout=sink, stderr=sink, env=environment)
-    if done.returncode:
-        raise SystemExit(f"clmerge {arguments[0]} failed: {log}")
-
-
 def figures_of(file: Path) -> dict[str, dict[str, float | None]]:
     """Return accuracy and probes of every model of a comparison."""
     [run] = json.loads(file.read_text())["runs"]
@@ -62,12 +52,8 @@ def table(figures: dict[str, dict[str, list[float | None]]], shares: list[str]) 
     probes = list(dict.fromkeys(key for row in figures.values() for key in row if key != ACCURACY))
 
     def cell(name: str, key: str) -> str:
-        kept = [value for value in figures[name].get(key, []) if value is not None]
-        if not kept:
-            return "-"
         factor, digits = (100, 1) if key in shares else (1, 3)
-        mean = f"{factor * statistics.mean(kept):.{digits}f}"
-        return mean + (f" ± {factor * statistics.stdev(kept):.{digits}f}" if len(kept) > 1 else "")
+        return spread(figures[name].get(key, []), factor=factor, digits=digits)
 
     def place(name: str) -> float:
         kept = [value for value in figures[name][ACCURACY] if value is not None]
