@@ -4,30 +4,12 @@ import math
 
 import pytest
 import torch
-from evaluation.diagnostics.test_models import CLASSES, Bent
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
 from clmerge.evaluation.diagnostics import Observer, average_sharpness, diagnose_layers
-from clmerge.models import LinearHead
-from clmerge.training.module import ContinualClassifier
 from clmerge.weights import apply_task_vector
-
-
-@pytest.fixture(scope="module")
-def module():
-    torch.manual_seed(0)
-    module = ContinualClassifier(Bent(), LinearHead())
-    module.begin_stream(6)
-    for classes in CLASSES:
-        module.begin_task(classes)
-    return module.eval()
-
-
-@pytest.fixture(scope="module")
-def base(module):
-    return {name: module.get_parameter(name).detach().clone() for name in module.trained_names}
 
 
 @pytest.fixture(scope="module")

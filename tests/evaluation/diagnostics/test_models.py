@@ -4,40 +4,14 @@ from itertools import combinations
 
 import pytest
 import torch
-from support.toy_backbone import ToyBackbone
+from support.bent import CLASSES
 from torch.func import functional_call
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from clmerge.evaluation.diagnostics import diagnose_models, diagnose_vectors, document
 from clmerge.evaluation.diagnostics.models import combine
-from clmerge.models import LinearHead
-from clmerge.training.module import ContinualClassifier
 from clmerge.weights import TaskVectorBank, apply_task_vector
-
-CLASSES = [(0, 3), (1, 2), (4, 5)]
-
-
-class Bent(ToyBackbone):
-    """Not linear in its weights, so that there are hills between two of them."""
-
-    def forward(self, images):
-        return super().forward(images).mul(4).sin()
-
-
-@pytest.fixture(scope="module")
-def module():
-    torch.manual_seed(0)
-    module = ContinualClassifier(Bent(), LinearHead())
-    module.begin_stream(6)
-    for classes in CLASSES:
-        module.begin_task(classes)
-    return module.eval()
-
-
-@pytest.fixture(scope="module")
-def base(module):
-    return {name: module.get_parameter(name).detach().clone() for name in module.trained_names}
 
 
 @pytest.fixture(scope="module")
