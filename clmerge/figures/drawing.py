@@ -19,7 +19,7 @@ from clmerge.figures.heatmaps import draw_heatmap, heat_frame
 from clmerge.figures.lettering import label, lettered
 from clmerge.figures.lines import draw_lines, formatter
 from clmerge.figures.looks import CARD, HEAT, INK, LINE, SOFT, Look
-from clmerge.figures.numbers import named, percent
+from clmerge.figures.numbers import named, percent, show
 from clmerge.figures.svg import Marks, to_svg
 
 NAME_LENGTH = 40  # largest length of a model's name in a legend
@@ -131,7 +131,8 @@ def _keys(chart: LineChart) -> list[Line2D]:
     keys = []
     for line in chart.models:
         last = line.points[-1][1].mean if line.points and chart.shows_last else math.nan
-        name = label(line.name, NAME_LENGTH) + ("" if math.isnan(last) else f" {percent(last)}")
+        value = percent(last) if chart.y_unit == "share" else show(last, chart.y_unit)  # the axis says that it is %
+        name = label(line.name, NAME_LENGTH) + ("" if math.isnan(last) else f" {value}")
         dash = "" if chart.dots else line.look.dash
         keys.append(Line2D([], [], linestyle=dash, linewidth=2, markersize=6.4, label=name, **line.look.style))
     return keys

@@ -31,6 +31,14 @@ def test_a_probe_of_the_last_task_alone_is_a_heatmap_and_others_are_curves():
     assert isinstance(charts["attack"], LineChart)
     assert charts["attack"].y_unit == "share"
     assert [value.mean for _, value in charts["attack"].panels[0].lines[0].points] == [0.5, 0.25, 0.0]
+    shown = [text.get_text() for text in plot_probe(results, "attack").legends[0].get_texts()]
+    assert shown[0] == f"{results.mergers[0]} 0.0"
+    for model in results.mergers:
+        results.model(model).probes["late"]["curve"] = [2.0, 3.0, 0.0203]
+    shown = [text.get_text() for text in plot_probe(results, "late").legends[0].get_texts()]
+    assert shown[0] == f"{results.mergers[0]} 0.0203", "a number is no percentage"
+    for model in results.mergers:
+        results.model(model).probes["late"]["curve"] = [math.nan, math.nan, 0.0203]
     assert isinstance(charts["late"], HeatChart)
     assert charts["late"].rows == results.models
     assert math.isnan(charts["late"].grids[0].cells[0][0].mean)
