@@ -103,6 +103,7 @@ def _rebase(config: Any, parser: "CommandParser", out: Path, work: Path) -> dict
             check.save(run.path / RECORD)
         learner.fit(run, trainer=trainer_factory(run_config), training=rebase.training, until=old.num_tasks)
         document = rebase.save(run, oracle)
+        run.close()  # its lock is on the folder that is renamed
         if out.exists():
             out.rmdir()
         work.rename(out)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,10 @@ class RunFolder:
     Args:
         path: The folder.
         writes: Whether this process writes (rank zero) or only reads.
+
+    Attributes:
+        close: Lets other processes write at once, not only when this object is gone; to be called before the folder
+            moves.
     """
 
     def __init__(self, path: str | Path, *, writes: bool = True) -> None:
@@ -39,6 +43,7 @@ class RunFolder:
         self.writes = writes
         self.manifest = Manifest()
         self._committed: tuple[Mapping[str, Any] | None, str] = None, ""  # the models of the last commit, as JSON
+        self.close: Callable[[], object] = lambda: None
 
     @classmethod
     def create(cls, path: str | Path, *, config: str = "", unique: bool = False, writes: bool = True) -> "RunFolder":
@@ -65,7 +70,7 @@ class RunFolder:
                     f"--run_dir{resume if (run.path / MANIFEST).is_file() else ''}"
                 )
             run.path.mkdir(parents=True, exist_ok=True)
-            hold_lock(run.path, run)
+            run.close = hold_lock(run.path, run)
             if not run._is_free():
                 raise FileExistsError(f"expected a new or empty run folder, got {run.path}, where a run just was")
             run._remove_everything()
@@ -91,7 +96,7 @@ class RunFolder:
         run = cls(path, writes=writes)
         read_manifest(run.path / MANIFEST)
         if writes:
-            hold_lock(run.path, run)
+            run.close = hold_lock(run.path, run)
         run.manifest = read_manifest(run.path / MANIFEST)  # the process that held the lock may have changed it
         run.verify()
         if writes:

@@ -180,6 +180,7 @@ def test_the_tasks_that_were_not_trained_are_trained_on_the_new_base(made, tmp_p
     run = RunFolder.open(tmp_path / "new", writes=False)
     assert (run.manifest.trained, run.manifest.finished) == (1, False)
     assert run.manifest.data == "buffer(52 per class, unlabelled)"
+    assert not (tmp_path / "new" / ".lock").exists()
     assert main(["fit", "--resume", str(tmp_path / "new")]) == 0
     run = RunFolder.open(tmp_path / "new", writes=False)
     assert (run.manifest.trained, run.manifest.finished) == (2, True)

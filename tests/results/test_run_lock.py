@@ -58,3 +58,16 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fcntl.flock", unknown)
     RunFolder.create(tmp_path / "run")
     assert "knows no locks: let one process at a time write there" in capsys.readouterr().err
+
+
+def test_a_folder_that_was_closed_may_move_while_its_object_is_still_there(tmp_path):
+    held = RunFolder.create(tmp_path / "work")
+    (tmp_path / "work").rename(tmp_path / "moved")
+    with pytest.raises(BlockingIOError, match="expected a folder that no other process writes"):
+        RunFolder.open(tmp_path / "moved")
+    (tmp_path / "moved").rename(tmp_path / "work")
+    held.close()
+    (tmp_path / "work").rename(tmp_path / "moved")
+    assert not (tmp_path / "moved" / ".lock").exists()
+    RunFolder.open(tmp_path / "moved").close()
+    assert held.path == tmp_path / "work"
