@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from clmerge.cli.parser import CommandParser
     from clmerge.results.results import Results
     from clmerge.results.run_folder import RunFolder
+    from clmerge.runs.launching.branch_jobs import BranchJobs
     from clmerge.runs.launching.task_jobs import TaskJobs
     from clmerge.runs.learner import Learner
     from clmerge.streams import Stream
@@ -128,8 +129,8 @@ def build_parser(*, trainer: bool = True) -> "CommandParser":
     parser.add_class_arguments(AdaptationData, "adaptation")
     parser.add_class_arguments(Logging, "logging")
     launcher_help = (
-        "Train the tasks apart from each other under learner.start_policy=base: local (processes of this machine), or "
-        "ray; the results have the same bits."
+        "Train the tasks apart from each other under learner.start_policy=base, else the learner.branches of one task "
+        "after the other: local (processes of this machine), or ray; the results have the same bits."
     )
     parser.add_subclass_arguments(Launcher, "launcher", required=False, help=launcher_help)
     parser.set_defaults({"mergers": [{"class_path": "clmerge.merging.MagMax"}]})
@@ -198,14 +199,14 @@ def spread_lists(argv: Sequence[str]) -> list[str]:
 
 def _run(arguments: Sequence[str], resume: str | None, launcher: Sequence[str]) -> int:
     from clmerge.cli.failures import is_foreseen
-    from clmerge.cli.launch import build_launcher, task_jobs
+    from clmerge.cli.launch import build_launcher, jobs_of
     from clmerge.cli.preflight import check_run
     from clmerge.cli.ranks import find_processes
     from clmerge.cli.rehearsal import fast_dev_config
     from clmerge.cli.requeue import requeue_hint
     from clmerge.cli.resume import complete_line, find_run, give_hint, open_run, record_changes, recorded_words
     from clmerge.results.run_folder import RunFolder
-    from clmerge.runs.launching.task_jobs import check_apart
+    from clmerge.runs.launching.spread import spread_of
     from clmerge.streams.data_check import RECORD
     from clmerge.streams.decoding import UnreadableImageError
     from clmerge.streams.overview import stream_lines
@@ -237,8 +238,7 @@ def _run(arguments: Sequence[str], resume: str | None, launcher: Sequence[str]) 
         learner, logging, check = build_run(parser, config, known, tells=processes.writes)
         check_run(learner, build)
         jobs_by = build_launcher(config.launcher)
-        if jobs_by is not None:
-            check_apart(learner)
+        spread = None if jobs_by is None else spread_of(learner)
         if config.dry_run or config.fast_dev_run:
             return _rehearse(learner, build, config, writes=processes.writes)
         if run is None:
@@ -257,7 +257,8 @@ def _run(arguments: Sequence[str], resume: str | None, launcher: Sequence[str]) 
                 check.save(run.path / RECORD)
             for line in stream_lines(learner.stream):
                 tell(line)
-        _fit(learner, logging, config, run, build, None if jobs_by is None else task_jobs(run, jobs_by))
+        jobs = jobs_of(run, jobs_by, learner, spread) if jobs_by is not None and spread is not None else None
+        _fit(learner, logging, config, run, build, jobs)
     except Exception as error:
         hint = ""
         if run is not None and not run.is_untrained:
@@ -367,7 +368,12 @@ def leave_unreadable_out(stream: "Stream", config: Any, run: Path | None) -> "Da
 
 
 def _fit(
-    learner: "Learner", logging: Logging, config: Any, run: "RunFolder", build: Any, jobs: "TaskJobs | None"
+    learner: "Learner",
+    logging: Logging,
+    config: Any,
+    run: "RunFolder",
+    build: Any,
+    jobs: "TaskJobs | BranchJobs | None",
 ) -> None:
     from clmerge.loggers import describe_run
 

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clmerge.results.run_folder import RunFolder
     from clmerge.runs.launching import Job, Launcher
+    from clmerge.runs.launching.branch_jobs import BranchJobs
+    from clmerge.runs.launching.spread import Spread
     from clmerge.runs.launching.task_jobs import TaskJobs
+    from clmerge.runs.learner import Learner
 
 _NAMES = {"local": "LocalLauncher", "ray": "RayLauncher"}
 
@@ -63,30 +66,37 @@ def build_launcher(options: Any) -> "Launcher | None":
     return found
 
 
-def task_jobs(run: "RunFolder", launcher: "Launcher") -> "TaskJobs":
-    """Return the jobs that train the tasks of a run.
+def jobs_of(run: "RunFolder", launcher: "Launcher", learner: "Learner", spread: "Spread") -> "TaskJobs | BranchJobs":
+    """Return the jobs that train the tasks of a run, or their branches.
 
     Args:
         run: The run folder; its configuration is what the jobs train by.
         launcher: Runs the jobs.
+        learner: The learner.
+        spread: What the jobs train.
     """
     import torch
 
+    from clmerge.runs.branching import branch_label
     from clmerge.runs.launching import Job
+    from clmerge.runs.launching.branch_jobs import BranchJobs
     from clmerge.runs.launching.task_jobs import TaskJobs
+    from clmerge.runs.launching.trained import FILE
 
     path = run.path.resolve()
     threads = (("OMP_NUM_THREADS", str(torch.get_num_threads())),)  # sums depend on it
+    sizes = {"branches": len(learner.participants(0, 0)), "rounds": learner.rounds}
 
-    def job(task: int) -> "Job":
-        folder = run.job(task).resolve()
+    def job(task: int, branch: int | None = None) -> "Job":
+        folder = run.job(task, branch).resolve()
+        more, label = ((), "") if branch is None else ((str(branch),), branch_label(branch, **sizes))
         return Job(
-            f"task {task + 1}",
-            (sys.executable, "-m", "clmerge.cli.train_task", str(path), str(task)),
+            f"task {task + 1}{label}",
+            (sys.executable, "-m", "clmerge.cli.train_task", str(path), str(task), *more),
             log=f"{folder}.log",
-            commit=str(folder / "trained.pt"),
+            commit=str(folder / FILE),
             folder=str(Path.cwd()),
             variables=threads,
         )
 
-    return TaskJobs(run, launcher, job)
+    return TaskJobs(launcher, job) if spread == "tasks" else BranchJobs(run, launcher, job)

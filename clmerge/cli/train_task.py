@@ -1,15 +1,16 @@
-"""The job that trains one task of a run: ``python -m clmerge.cli.train_task RUN TASK``."""
+"""The job that trains a task of a run, or a branch: ``python -m clmerge.cli.train_task RUN TASK [BRANCH]``."""
 
 import sys
 from typing import Any
 
 
-def train_task(folder: str, task: int) -> int:
-    """Train one task of a run in a folder of its own; return the exit code.
+def train_task(folder: str, task: int, branch: int | None = None) -> int:
+    """Train one task of a run, or a branch of it, in a folder of its own; return the exit code.
 
     Args:
         folder: Folder of the run.
         task: Index of the task.
+        branch: Number of the task's fits before this one; default the whole task is trained.
     """
     from lightning.pytorch.loggers import CSVLogger
 
@@ -28,14 +29,14 @@ def train_task(folder: str, task: int) -> int:
         processes = find_processes(build, folder)
         learner, _, _ = build_run(build_parser(), config, whole.path, tells=False)
         check_run(learner, build)
-        mine = whole.job(task)
+        mine = whole.job(task, branch)
         there = (mine / MANIFEST).is_file()
         run = (RunFolder.open if there else RunFolder.create)(mine, writes=processes.writes)
         processes.publish(run.path)
-        loggers: list[Any] = [CSVLogger(whole.logs, name=f"task_{task:03d}")] if config.logging.csv else []
-        learner.train_apart(run, task, trainer=build, loggers=loggers)
+        loggers: list[Any] = [CSVLogger(whole.logs, name=mine.name)] if config.logging.csv else []
+        learner.train_apart(run, task, branch=branch, whole=whole, trainer=build, loggers=loggers)
     except Exception as error:
-        say(f"fit, task {task + 1}", error)
+        say(f"fit, task {task + 1}{'' if branch is None else f', fit {branch + 1}'}", error)
         return 1
     return 0
 
@@ -45,4 +46,5 @@ if __name__ == "__main__":
     from clmerge.cli.signals import run_until_stopped
 
     follow_parent()
-    sys.exit(run_until_stopped("fit", lambda: train_task(sys.argv[1], int(sys.argv[2]))))
+    numbers = [int(word) for word in sys.argv[2:]]
+    sys.exit(run_until_stopped("fit", lambda: train_task(sys.argv[1], *numbers)))

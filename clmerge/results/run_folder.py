@@ -194,9 +194,13 @@ class RunFolder:
         """Lightning's checkpoint of the last completed epoch of a task, or a branch of it, in training."""
         return self.path / "checkpoints" / f"task_{task:03d}{f'_branch_{branch:03d}' * (branch > 0)}.ckpt"
 
-    def job(self, task: int) -> Path:
-        """Folder of the job that trains a task apart from the others; it is removed when the task is merged."""
-        return self.path / "jobs" / f"task_{task:03d}"
+    def job(self, task: int, branch: int | None = None) -> Path:
+        """Folder of the job that trains a task, or a branch of it; it is removed when that is merged."""
+        return self.path / "jobs" / f"task_{task:03d}{'' if branch is None else f'_branch_{branch:03d}'}"
+
+    def round_start(self, task: int) -> Path:
+        """File from which jobs train the branches of the current round of a task."""
+        return self.path / "jobs" / f"task_{task:03d}_start.pt"
 
     def has_whole(self, checkpoint: Path) -> bool:
         """Return whether there is an intact checkpoint; a damaged one is reported and removed.
@@ -359,7 +363,9 @@ class RunFolder:
                 if found not in keep:
                     shutil.rmtree(found) if found.is_dir() else found.unlink()
         for found in sorted((self.path / "jobs").glob("task_*")):  # the folder of a job and its log
-            if int(found.name.split(".")[0][5:]) < self.manifest.trained:
+            number, _, fit = found.name.split(".")[0][5:].partition("_branch_")
+            merged = (self.manifest.trained, self.manifest.branch if fit else 0)
+            if (int(number.partition("_")[0]), int(fit or 0)) < merged:
                 shutil.rmtree(found) if found.is_dir() else found.unlink()
         for kept in (self.bank, self.path / "unmerged"):  # remove files of a task that was merged but not committed
             for found in sorted(kept.glob("task_*.safetensors")):

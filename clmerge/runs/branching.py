@@ -11,8 +11,8 @@ from clmerge.callbacks import MergeCallback
 from clmerge.merging import Merger, Statistics
 from clmerge.streams.splits import derived_seed
 from clmerge.weights import TaskVector
-from clmerge.weights.parametrization import own_names, renew
-from clmerge.weights.swap import assign, full_copy, named_tensors
+from clmerge.weights.parametrization import own_names, renew, running_statistics
+from clmerge.weights.swap import assign, full_copy, named_tensors, own_tensors
 
 Reference: TypeAlias = Literal["start", "base"]
 
@@ -21,10 +21,10 @@ class BranchedTask:
     """The fits of one task: in each of ``rounds`` rounds, ``branches`` models are trained from one start and merged.
 
     The vector of a branch is its weights minus the start; the merged vector is added to the start, which begins the
-    next round (Branch-and-Merge, arXiv 2407.08699; repeated, ColD Fusion, arXiv 2212.01378). With ``reference="base"`` it
-    is the weights minus theta_0, and the merged vector is added to that (Model Stock in rounds, arXiv 2403.19522).
-    Weights that are trained but not merged, such as a head, are averaged over the branches. Running statistics continue
-    from branch to branch.
+    next round (Branch-and-Merge, arXiv 2407.08699; repeated, ColD Fusion, arXiv 2212.01378). With ``reference="base"``
+    it is the weights minus theta_0, and the merged vector is added to that (Model Stock in rounds, arXiv 2403.19522).
+    What is trained but not merged, such as a head, and running statistics start alike, too, and are averaged over the
+    branches. So the branches of a round do not depend on each other.
 
     Args:
         merge: The callback that holds theta_0 and selects the merged parameters.
@@ -65,7 +65,7 @@ class BranchedTask:
         merger.reset()
         merge.take_base(module)
         self._start: TaskVector = merge.task_vector(module)
-        self._rest_start = {name: full_copy(tensor) for name, tensor in self._rest().items()}
+        self._rest_start = {name: full_copy(tensor, torch.device("cpu")) for name, tensor in self._rest().items()}
         self._rest_sum = {name: torch.zeros_like(tensor) for name, tensor in self._rest_start.items()}
 
     @property
@@ -97,12 +97,12 @@ class BranchedTask:
             score=self._scorer(origin) if self.merger.requires_score else None,
         )
         for name, tensor in self._rest().items():
-            self._rest_sum[name] += tensor.detach()
+            self._rest_sum[name] += tensor.detach().cpu()
         self.done += 1
         if self.done % self.branches == 0:
             merged = self.merger.compute()
             self._start = {name: tensor + merged[name].to(tensor) for name, tensor in origin.items()}
-            self._rest_start = {name: total / self.branches for name, total in self._rest_sum.items()}
+            self._rest_start = {name: _mean(total, self.branches) for name, total in self._rest_sum.items()}
             self._rest_sum = {name: torch.zeros_like(total) for name, total in self._rest_sum.items()}
             self.merger.reset()
             self._place(self._start, self._rest_start)
@@ -125,9 +125,26 @@ class BranchedTask:
         """Restore what ``state_dict`` returned."""
         self.merger.load_state_dict(state["merger"])
         self.done = int(state["done"])
-        self._start = dict(state["start"])
-        self._rest_start, self._rest_sum = dict(state["rest_start"]), dict(state["rest_sum"])
+        self._rest_sum = dict(state["rest_sum"])
+        self.enter(state["start"], state["rest_start"], self.done)
         self._place(self._start, self._rest_start)
+
+    @property
+    def start(self) -> tuple[TaskVector, dict[str, Tensor]]:
+        """Where the round starts: the vector from theta_0, and what is trained but not merged."""
+        return self._start, self._rest_start
+
+    def enter(self, start: TaskVector, rest: Mapping[str, Tensor], done: int) -> None:
+        """Take over the start of a round that another process has begun.
+
+        Args:
+            start: The vector from theta_0.
+            rest: What is trained but not merged.
+            done: Number of fits before the one that :meth:`begin` begins.
+        """
+        self.done = done
+        self._start = {name: tensor.to(self.merge.base[name].device) for name, tensor in start.items()}
+        self._rest_start = dict(rest)
 
     def _origin(self, theta: TaskVector) -> TaskVector:
         """Return what branch vectors are measured from, as a vector from theta_0."""
@@ -144,10 +161,18 @@ class BranchedTask:
         assign(named_tensors(self.module, values, origin="the start of a branch"), values)
 
     def _rest(self) -> dict[str, Tensor]:
-        """Return the tensors that are trained but not merged, by the module's own names."""
-        parameters = dict(self.module.named_parameters())
-        own = [name for dense, name in own_names(self.module).items() if dense not in self.merge.base]
-        return {name: parameters[name] for name in own if name in parameters and parameters[name].requires_grad}
+        """Return what training moves but is not merged, running statistics included, by the module's own names."""
+        own, tensors = own_names(self.module), own_tensors(self.module)
+        statistics = running_statistics(self.module, counts=True)
+        return {
+            name: tensors[name]
+            for dense, name in own.items()
+            if dense in statistics or (dense not in self.merge.base and tensors[name].requires_grad)
+        }
+
+
+def _mean(total: Tensor, number: int) -> Tensor:
+    return total / number if total.is_floating_point() else total // number  # counts of batches
 
 
 def branch_label(done: int, *, branches: int, rounds: int) -> str:

@@ -19,6 +19,7 @@ from clmerge.names import tell
 from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Results
 from clmerge.results.run_folder import RunFolder
 from clmerge.runs.final_models import save_models
+from clmerge.runs.launching.branch_jobs import BranchJobs
 from clmerge.runs.launching.task_jobs import TaskJobs, check_apart
 from clmerge.runs.learner_parts import LearnerParts
 from clmerge.runs.notices import adaptation_lines, add_place, notices, view_lines
@@ -46,7 +47,7 @@ class Learner(LearnerParts):
         report: Callable[[Results], None] | None = None,
         progress: bool | None = None,
         artifacts: bool = False,
-        jobs: TaskJobs | None = None,
+        jobs: TaskJobs | BranchJobs | None = None,
         training: Callable[[LearnerParts, RunFolder, Trainers], TaskTraining] | None = None,
         until: int | None = None,
     ) -> Results:
@@ -59,7 +60,8 @@ class Learner(LearnerParts):
             report: Called with the results after every evaluated task.
             progress: Whether to show progress bars instead of a line per epoch; default where stderr is a terminal.
             artifacts: Whether to log base, task vectors and merged models to W&B as artifacts at the end.
-            jobs: Train the tasks apart from each other, in place of this process; the results have the same bits.
+            jobs: Train the tasks apart from each other, or the branches of one task after the other, in place of this
+                process; the results have the same bits.
             training: Makes what obtains the tasks in place of training them here.
             until: Number of tasks after which the run is left for another fit to go on with; default all.
 
@@ -69,7 +71,7 @@ class Learner(LearnerParts):
         """
         if artifacts:
             self.require_task_vectors()
-        if jobs is not None:
+        if isinstance(jobs, TaskJobs):
             check_apart(self)
         progress = sys.stderr.isatty() if progress is None else progress
         trainers = Trainers(trainer, run, loggers, progress=progress)
@@ -93,7 +95,7 @@ class Learner(LearnerParts):
             for task in filter(self.is_evaluated, range(results.num_finished)):
                 # The loggers of a killed run may lack metrics that the manifest has.
                 log_task(told, results, task, deployed=deployed)
-            if jobs is not None:
+            if isinstance(jobs, TaskJobs):
                 jobs.start(range(run.manifest.trained, len(self.tasks)))
             pace = Pace(len(self.tasks), results.seconds)
             for task in range(run.manifest.evaluated, len(self.tasks) if until is None else until):
@@ -125,23 +127,40 @@ class Learner(LearnerParts):
         return results
 
     def train_apart(
-        self, run: RunFolder, task: int, *, trainer: TrainerFactory = Trainer, loggers: Sequence[Logger] = ()
+        self,
+        run: RunFolder,
+        task: int,
+        *,
+        branch: int | None = None,
+        whole: RunFolder | None = None,
+        trainer: TrainerFactory = Trainer,
+        loggers: Sequence[Logger] = (),
     ) -> None:
-        """Train one task in a run folder of its own, from where it was interrupted; another process merges it.
+        """Train one task, or a branch of it, in a run folder of its own, from where it was interrupted.
 
         Args:
-            run: Folder of the task; ``trained.pt`` appears there when the task is trained.
+            run: Folder of the job; ``trained.pt``, which another process merges, appears there at the end.
             task: Index of the task.
+            branch: Number of the task's fits before this one; default the whole task is trained.
+            whole: Folder of the run, which holds the start of the branch.
             trainer: As for ``fit``.
             loggers: Lightning loggers.
 
         Raises:
             ValueError: If the task depends on the one before.
         """
-        check_apart(self)
+        if branch is None:
+            check_apart(self)
         self._begin()
         try:
-            TaskTraining(self, run, Trainers(trainer, run, loggers, progress=False)).train_apart(task)
+            training = TaskTraining(self, run, Trainers(trainer, run, loggers, progress=False))
+            if branch is None:
+                training.train_apart(task)
+            else:
+                assert whole is not None, "the start of a branch lies there"
+                if self.keep_task_vectors:
+                    self.merge.bank = TaskVectorBank(whole.bank)
+                training.branches.train_apart(whole, task, branch)
         except Exception as error:
             add_place(error, run, self.tasks)
             raise

@@ -41,6 +41,11 @@ class RegularizedTasks:
             regularizer.look_ahead(self.module, self.data)
             regularizer.begin_task(self.module, self._fisher)
 
+    def begin_branch(self) -> None:
+        """Begin one of several fits of the task; the module holds the weights that it starts from."""
+        for regularizer in self.regularizers:
+            regularizer.begin_branch(self.module)
+
     def end(self, device: torch.device) -> dict[str, int]:
         """End a task; the module holds the trained weights.
 

@@ -2,13 +2,10 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-from support.records import record, without_times
+from support.launched import LOCAL, LONGEST, assert_same_bits, commands, jobs_of, parent, wait_for
 from support.tiny import tiny_clip
 
 from clmerge.cli import main
@@ -26,8 +23,7 @@ learner: {{start_policy: base, statistics_images: 16}}
 trainer: {{max_epochs: 2, accelerator: cpu, limit_train_batches: 2, enable_progress_bar: false}}
 logging: {{wandb: false, csv: true}}
 """
-LONGEST = 3000  # seconds of a run on a machine that has much else to do
-LOCAL = ["--launcher=local", "--launcher.jobs=2"]
+FILES = ["bank/task_002.safetensors", *(f"model/{name}.safetensors" for name in ("magmax", "dare", "fisher"))]
 
 
 def write_config(folder, tuning="Full"):
@@ -58,64 +54,17 @@ def no_pictures(monkeypatch):
     monkeypatch.delenv("CLMERGE_RUN_DIR", raising=False)
 
 
-def assert_same_bits(run, alone):
-    assert without_times(record(run))["models"] == without_times(record(alone))["models"]
-    files = ["bank/task_002.safetensors", *(f"model/{name}.safetensors" for name in ("magmax", "dare", "fisher"))]
-    for name in files:
-        assert (run / name).read_bytes() == (alone / name).read_bytes(), name
-    assert not [*run.glob("jobs/*")]
-
-
 @pytest.fixture
 def start(config):
-    """Starts a command; a test that fails leaves none of them behind."""
-    started = []
-
-    def begin(run, *words):
-        command = ["-W", "ignore", "-m", "clmerge", "fit", "--config", str(config), "--run_dir", str(run)]
-        started.append(
-            subprocess.Popen(
-                [sys.executable, *command, "--auto_resume", *words],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-        return started[-1]
-
-    yield begin
-    for process in started:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-def wait_for(condition, seconds=600):
-    until = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    return found
-
-
-def jobs_of(run):
-    """Process ids by task of the jobs that run at present."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdecimal() else []
-        except OSError:  # it has ended
-            continue
-        if b"clmerge.cli.train_task" in words and str(run).encode() in words:
-            found[int(words[words.index(str(run).encode()) + 1])] = int(entry.name)
-    return found
+    with commands(config) as begin:
+        yield begin
 
 
 @pytest.mark.slow
 def test_jobs_give_the_bits_of_one_process(config, alone, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(["fit", "--config", str(config), "--run_dir", str(run), *LOCAL]) == 0
-    assert_same_bits(run, alone)
+    assert_same_bits(run, alone, FILES)
     told = capsys.readouterr().err
     assert "training 3 of 3 tasks by LocalLauncher" in told
     assert "trained task 3: " in told
@@ -138,7 +87,7 @@ def test_whoever_is_killed_the_same_command_ends_with_the_same_bits(start, alone
     driver = start(run, *LOCAL)
     told, _ = driver.communicate(timeout=LONGEST)
     assert driver.returncode == 0, told
-    assert_same_bits(run, alone)
+    assert_same_bits(run, alone, FILES)
 
 
 @pytest.mark.exhaustive
@@ -152,7 +101,7 @@ def test_a_driver_killed_at_any_moment_is_taken_up_at_once(start, alone, tmp_pat
     driver = start(run, *LOCAL)  # whose jobs wait for those of the killed one
     told, _ = driver.communicate(timeout=LONGEST)
     assert driver.returncode == 0, told
-    assert_same_bits(run, alone)
+    assert_same_bits(run, alone, FILES)
 
 
 @pytest.mark.slow
@@ -165,7 +114,7 @@ def test_a_job_that_fails_ends_the_run_with_its_words_and_one_process_goes_on(co
     assert "expected task 2 to be done by a job, got exit code 1" in told
     assert "expected a sound disk, got none" in told
     assert main(["fit", "--resume", str(run)]) == 0
-    assert_same_bits(run, alone)
+    assert_same_bits(run, alone, FILES)
 
 
 def broken(folder):
@@ -188,7 +137,7 @@ def test_drawn_factors_are_those_of_the_task(tuning, tmp_path):
     runs = tmp_path / "alone", tmp_path / "jobs"
     for run, words in zip(runs, ([], LOCAL), strict=True):
         assert main(["fit", "--config", str(config), "--run_dir", str(run), *words]) == 0
-    assert_same_bits(runs[1], runs[0])
+    assert_same_bits(runs[1], runs[0], FILES)
 
 
 @pytest.mark.slow
@@ -202,7 +151,7 @@ def test_ray_gives_the_bits_of_one_process(start, alone, tmp_path, monkeypatch):
     os.kill(parent(next(iter(pid.values()))), signal.SIGKILL)  # a worker of Ray
     told, _ = driver.communicate(timeout=LONGEST)
     assert driver.returncode == 0, told
-    assert_same_bits(run, alone)
+    assert_same_bits(run, alone, FILES)
 
 
 @pytest.mark.slow
@@ -225,13 +174,9 @@ def test_a_node_of_a_ray_cluster_that_dies_loses_no_bits(start, alone, tmp_path,
         raylet.process.kill()  # with SIGKILL; its workers end, and their jobs with them
         told, _ = driver.communicate(timeout=LONGEST)
         assert driver.returncode == 0, told
-        assert_same_bits(run, alone)
+        assert_same_bits(run, alone, FILES)
     finally:
         cluster.shutdown()
-
-
-def parent(pid):
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,5 @@ def job_environment(variables: Mapping[str, str]) -> dict[str, str]:
     return kept | {PARENT_VARIABLE: str(os.getpid())}
 
 
-
-
 def _signal(code: int) -> int:
     return -code if code < 0 else code - _KILLED

@@ -1,7 +1,8 @@
 """The interface of what runs jobs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 
 from clmerge.runs.launching.job import Job
 
@@ -21,9 +22,14 @@ class Launcher(ABC):
         self.retries = retries
 
     @abstractmethod
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, int]]:
+    def run(self, jobs: Sequence[Job]) -> Generator[tuple[Job, int]]:
         """Yield every job and its exit code as it ends; closing the iterator stops those that run.
 
         Args:
             jobs: The jobs, the most urgent first.
         """
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Hold what jobs run on for a block, so that several ``run`` in it start that once."""
+        yield

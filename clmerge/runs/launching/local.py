@@ -1,7 +1,7 @@
 """Run jobs as processes of this machine."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from queue import SimpleQueue
 
@@ -23,7 +23,7 @@ class LocalLauncher(Launcher):
         super().__init__(jobs, retries)
 
     @override
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, int]]:
+    def run(self, jobs: Sequence[Job]) -> Generator[tuple[Job, int]]:
         processes = Processes()
         places: SimpleQueue[dict[str, str]] = SimpleQueue()
         devices = visible_devices()

@@ -1,7 +1,8 @@
 """Run jobs on a cluster of Ray, or on a Ray of this machine alone."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -34,12 +35,27 @@ class RayLauncher(Launcher):
         self.address = address
         self.cpus = cpus
         self.gpus = gpus
+        self._connected = False
 
     @override
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, int]]:
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        if self._connected:
+            yield
+            return
         ray = _imported()
         self._connect(ray)
+        self._connected = True
         try:
+            yield
+        finally:
+            self._connected = False
+            ray.shutdown()
+
+    @override
+    def run(self, jobs: Sequence[Job]) -> Generator[tuple[Job, int]]:
+        ray = _imported()
+        with self.session():
             start = ray.remote(max_retries=self.retries, num_cpus=self.cpus, num_gpus=self.gpus)(run_on_worker)
             left = {start.remote(job, self.retries): job for job in jobs}
             try:
@@ -55,8 +71,6 @@ class RayLauncher(Launcher):
             finally:
                 for reference in left:
                     ray.cancel(reference, force=True)
-        finally:
-            ray.shutdown()
 
     def _connect(self, ray: Any) -> None:
         options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}

@@ -16,9 +16,10 @@ from clmerge.training.regularizers.teacher import TeacherRegularizer, backbone_t
 class MeanTeacher(TeacherRegularizer):
     """Keep the answers near those of a moving average of the model (Tarvainen and Valpola, arXiv 1703.01780).
 
-    ``strength * mean((softmax(student) - softmax(teacher))^2)`` over images and classes. The teacher begins a task as
-    the model does, and moves by ``1 - decay`` towards it before every optimizer step; it is run in evaluation mode on
-    the student's images. ``learner.trajectory=EMA`` with the same decay makes the average the task's expert, too.
+    ``strength * mean((softmax(student) - softmax(teacher))^2)`` over images and classes. The teacher begins a task (or
+    one of its branches) as the model does, and moves by ``1 - decay`` towards it before every optimizer step; it is run
+    in evaluation mode on the student's images. ``learner.trajectory=EMA`` with the same decay makes the average the
+    task's expert, too.
     State: one copy of the trained weights and the head. Cost: one more forward pass per step.
 
     Args:
@@ -46,6 +47,10 @@ class MeanTeacher(TeacherRegularizer):
 
     @override
     def begin_task(self, module: Classifier, fisher: FisherOf) -> None:
+        self.begin_branch(module)
+
+    @override
+    def begin_branch(self, module: Classifier) -> None:
         self.remember(module, again=True)
         self._step = 0
 

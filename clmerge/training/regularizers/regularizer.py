@@ -76,6 +76,13 @@ class Regularizer(nn.Module, ABC):
             fisher: Measures the Fisher information of the current weights of ``module``.
         """
 
+    def begin_branch(self, module: Classifier) -> None:
+        """Renew what a fit changes of the state, before each of several fits of a task, none of which knows another.
+
+        Args:
+            module: The classifier with the weights that the fit starts from.
+        """
+
     @abstractmethod
     def penalty(self, step: LossStep) -> Tensor:
         """Return the term: a scalar, differentiable by the trained parameters."""
