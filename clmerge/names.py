@@ -1,5 +1,6 @@
 """Turn untrusted names, from folders, files and other programs, into text that is safe to print and into file names."""
 
+import difflib
 import hashlib
 import re
 import sys
@@ -31,6 +32,21 @@ def visible(text: str, *, keep: str = "") -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(character if character in keep or _is_plain(character) else _escape(character) for character in text)
+
+
+def did_you_mean(word: str, words: Sequence[str]) -> str:
+    """Return the end of an error message that names the word nearest to an unknown one; empty if none is near.
+
+    Args:
+        word: The unknown word.
+        words: The known ones.
+
+    Example:
+        >>> did_you_mean("magmx", ["ties", "magmax"])
+        "; did you mean 'magmax'?"
+    """
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def tell(line: str, *, file: TextIO | None = None) -> None:

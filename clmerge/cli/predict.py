@@ -73,6 +73,8 @@ def _predict(config: Any) -> int:
     classifier = open_classifier(
         config.run, model=config.model, task=config.task, classes=config.classes, allow=config.allow
     )
+    for name in classifier.new_classes:
+        tell(f"{name}: not a class of {config.run}, so known to the text head by its name alone")
     found: list[dict[str, Any]] = []
     for start in range(0, len(files), _BATCH):
         found += _classified(classifier, files[start : start + _BATCH], config.top)

@@ -16,6 +16,7 @@ from clmerge.deploy.routing.routing import Routing
 from clmerge.deploy.running_merge import RunningMerge
 from clmerge.merging import Merger
 from clmerge.models import Classifier
+from clmerge.names import did_you_mean
 from clmerge.results.results import ADAPTERS, EXPERT, HEAD, ZERO_SHOT, Results
 from clmerge.results.run_folder import RunFolder
 from clmerge.weights import TaskVectorBank, apply_task_vector, load_tensors
@@ -126,7 +127,10 @@ class FinalPredictors:
         """
         found = by_class(name, self._mergers)
         if found not in self.names:
-            raise ValueError(f"expected one of the models {', '.join(self.names)} of {self._folder.path}, got {name!r}")
+            raise ValueError(
+                f"expected one of the models {', '.join(self.names)} of {self._folder.path}, got "
+                f"{name!r}{did_you_mean(name, list(self.names))}"
+            )
         return found
 
     def chooses(self, name: str) -> bool:

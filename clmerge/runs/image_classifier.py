@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from clmerge.deploy.predictors import Merged, PerTask, Predictor
 from clmerge.deploy.routing.routed import Routed
 from clmerge.models.templates import GENERIC
+from clmerge.names import did_you_mean
 from clmerge.results.model_facts import ModelFacts
 from clmerge.results.results import EXPERT, ZERO_SHOT
 from clmerge.runs.exported import FinalModel
@@ -71,6 +72,7 @@ class ImageClassifier:
 
     Attributes:
         classes: Names of the classes, in the order of the probabilities.
+        new_classes: Those of them that the run, or the task, does not have: a text head knows them by name alone.
         name: Name of the model.
         transform: PIL image to tensor.
 
@@ -96,7 +98,8 @@ class ImageClassifier:
         own = range(len(known.names)) if self._task is None else known.tasks[self._task][1]
         self.classes = list(classes) or [known.names[index] for index in own]
         there = {known.names[index].casefold() for index in own}
-        if module.head.open_vocabulary and any(each.casefold() not in there for each in self.classes):
+        self.new_classes = [each for each in self.classes if each.casefold() not in there]
+        if module.head.open_vocabulary and self.new_classes:
             models.build_head(module, [[t.replace("{}", each) for t in known.templates] for each in self.classes])
             self._columns = list(range(len(self.classes)))
         else:
@@ -197,5 +200,7 @@ def chosen_task(known: RunClasses, wanted: str | None, predictor: Predictor, mod
         return names.index(wanted)
     if wanted.isdecimal() and 1 <= int(wanted) <= len(names):
         return int(wanted) - 1
-    raise ValueError(f"expected the name or number of one of the tasks {', '.join(names)}, got {wanted!r}")
+    raise ValueError(
+        f"expected the name or number of one of the tasks {', '.join(names)}, got {wanted!r}{did_you_mean(wanted, names)}"
+    )
 

@@ -1,7 +1,6 @@
 """Parse and combine the parameter values of mergers that a search tries."""
 
 import copy
-import difflib
 import inspect
 import itertools
 import json
@@ -12,6 +11,7 @@ from typing import Any
 
 from clmerge.merging import Merger
 from clmerge.merging.strategies.space import is_numeric
+from clmerge.names import did_you_mean
 from clmerge.settings import Configured
 
 _STEP = re.compile(r"([A-Za-z_]\w*)|\[(\d+|\*)\]")
@@ -102,7 +102,7 @@ def named(word: str, mergers: Mapping[str, Merger]) -> list[str]:
     chosen = [name for name, merger in mergers.items() if word in (name, type(merger).__name__)]
     if not chosen:
         known = [each for name, merger in mergers.items() for each in (type(merger).__name__, name)]
-        raise ValueError(f"expected one of the mergers compared, got {word!r}{_near(word, known)}")
+        raise ValueError(f"expected one of the mergers compared, got {word!r}{did_you_mean(word, known)}")
     return chosen
 
 
@@ -183,7 +183,7 @@ def _paths(merger: Merger, parameter: str) -> list[str]:
             if name not in _parameters(held):
                 raise ValueError(
                     f"expected a parameter of {type(held).__name__} ({', '.join(_parameters(held)) or 'none'}), "
-                    f"got {name!r}{_near(name, _parameters(held))}"
+                    f"got {name!r}{did_you_mean(name, _parameters(held))}"
                 )
             held, before = getattr(held, name), f"{before}.{name}".lstrip(".")
             continue
@@ -247,8 +247,3 @@ def _checked(merger: Merger, parameter: str, values: list[Any]) -> list[Any]:
 
 def _parameters(held: Configured) -> list[str]:
     return list(inspect.signature(type(held)).parameters)
-
-
-def _near(word: str, words: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.4)
-    return f"; did you mean {near[0]!r}?" if near else ""

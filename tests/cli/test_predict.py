@@ -94,6 +94,10 @@ def test_classes(folders, images, capsys):
     assert all({one["class"] for one in each["classes"]} == {"Seven", "one"} for each in some["images"])
     new = predicted(capsys, folders["text_run"], images, "--classes", "cat", "one")
     assert all({one["class"] for one in each["classes"]} == {"cat", "one"} for each in new["images"])
+    assert main(["predict", str(folders["text_run"]), str(images), "--classes", "cat", "one"]) == 0
+    err = capsys.readouterr().err
+    assert "cat: not a class of" in err
+    assert "one: not a class" not in err
     assert main(["predict", str(folders["learned_run"]), str(images), "--classes", "cat", "one"]) == 1
     assert "got 'cat': only a text head" in capsys.readouterr().err
 
@@ -124,6 +128,7 @@ def test_what_cannot_be_read_does_not_stop_the_others(folders, images, tmp_path,
         (["{run}", "x.png", "--top", "0"], 2, "expected --top of 1 or more, got 0"),
         (["{run}", "x.png", "--modle", "a"], 2, "did you mean --model?"),
         (["{run}", "x.png", "--model", "a"], 1, "expected one of the models magmax, emr"),
+        (["{run}", "x.png", "--model", "magmx"], 1, "got 'magmx'; did you mean 'magmax'?"),
         (["{run}", "x.png", "--task", "9"], 1, "expected the name or number of one of the tasks"),
         (["{run}", "{run}/state"], 1, "expected images in"),
         (["{run}", "x.png", "--classes", "a", "a"], 2, "expected different --classes, got a twice"),
