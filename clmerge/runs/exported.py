@@ -64,8 +64,8 @@ def export(model: FinalModel, target: Target, folder: Path) -> Target:
         target = "open_clip" if isinstance(backbone, OpenClip) else "timm"
     if model.routed is not None and target not in ("safetensors", "onnx"):
         raise ValueError(
-            f"expected --to safetensors or --to onnx for {model.facts.model}, whose weights differ from image to image, "
-            f"got --to {target}: no model of another library is like it"
+            f"expected --to safetensors or --to onnx for {model.facts.model}, whose weights differ from image to "
+            f"image, got --to {target}: no model of another library is like it"
         )
     _check(backbone, target)
     require_empty(folder)

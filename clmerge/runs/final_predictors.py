@@ -98,7 +98,9 @@ class FinalPredictors:
         if not self.base:
             return {}
         merge, base = self._merge, self.base
-        merged = {name: partial(merge.merged_weights, name) for name, one in self._mergers.items() if not one.task_views}
+        merged = {
+            name: partial(merge.merged_weights, name) for name, one in self._mergers.items() if not one.task_views
+        }
         return {
             **merged,
             EXPERT: lambda: apply_task_vector(base, merge.task_vector(module)),
@@ -143,7 +145,8 @@ class FinalPredictors:
         """Return the predictor of a model; it has the weights that were evaluated after the last task.
 
         Args:
-            name: A merger, ``MERGER+CALIBRATION``, ``MERGER+ROUTING``, ``expert`` or ``zero_shot``, or a merger by its class.
+            name: A merger, ``MERGER+CALIBRATION``, ``MERGER+ROUTING``, ``expert`` or ``zero_shot``, or a merger by its
+                class.
             module: The classifier; the weights and head that the run ended with are loaded into it.
 
         Raises:

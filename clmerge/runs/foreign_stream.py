@@ -64,8 +64,8 @@ def columns_of(known: Sequence[str], wanted: Sequence[str], run: str) -> list[in
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(
             f"expected classes that the learned head of {run} knows ({', '.join(known[:8])}"
-            f"{', ...' if len(known) > 8 else ''}), got {missing[0]!r}{more}: only a text head can name classes that it "
-            "was not trained on"
+            f"{', ...' if len(known) > 8 else ''}), got {missing[0]!r}{more}: only a text head can name classes that "
+            "it was not trained on"
         )
     return [places[name.casefold()] for name in wanted]
 
@@ -73,9 +73,7 @@ def columns_of(known: Sequence[str], wanted: Sequence[str], run: str) -> list[in
 def _task_of(results: Results, names: Sequence[str]) -> int | None:
     """Return the task of a run that has all of the classes; None if there is none."""
     wanted = {name.casefold() for name in names}
-    return next(
-        (task for task, own in enumerate(results.classes) if wanted <= {name.casefold() for name in own}), None
-    )
+    return next((task for task, own in enumerate(results.classes) if wanted <= {name.casefold() for name in own}), None)
 
 
 def final_rows(results: Results, rows: Mapping[str, ModelRow]) -> Results:

@@ -167,8 +167,8 @@ def final_model(
         raise ValueError(f"expected no --task for {facts.model}, which has one set of weights, got {task}")
     elif not isinstance(predictor, Merged):
         raise ValueError(
-            f"expected a model that is weights of the backbone, to write it down, got {facts.model}, which has adapters "
-            "behind it; `clmerge evaluate` and `clmerge predict` run it"
+            f"expected a model that is weights of the backbone, to write it down, got {facts.model}, which has "
+            "adapters behind it; `clmerge evaluate` and `clmerge predict` run it"
         )
     else:
         state, classes = predictor.state, list(range(len(known.names)))
@@ -200,7 +200,5 @@ def chosen_task(known: RunClasses, wanted: str | None, predictor: Predictor, mod
         return names.index(wanted)
     if wanted.isdecimal() and 1 <= int(wanted) <= len(names):
         return int(wanted) - 1
-    raise ValueError(
-        f"expected the name or number of one of the tasks {', '.join(names)}, got {wanted!r}{did_you_mean(wanted, names)}"
-    )
-
+    near = did_you_mean(wanted, names)
+    raise ValueError(f"expected the name or number of one of the tasks {', '.join(names)}, got {wanted!r}{near}")

@@ -10,21 +10,21 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from typing_extensions import override
 
-from clmerge.deploy.calibration import CalibratedModels, Calibration
 from clmerge.callbacks import MergeCallback
+from clmerge.deploy.calibration import CalibratedModels, Calibration
 from clmerge.deploy.naming import check_names, check_settings
 from clmerge.deploy.routing import Routing
 from clmerge.deploy.routing.routed_models import RoutedModels
 from clmerge.evaluation.probes import Probe, check_probes
-from clmerge.statistics.provided import PROVIDED
 from clmerge.merging import Merger, Statistics, WeightAverage
-from clmerge.training.module import ContinualClassifier
-from clmerge.training.regularized_tasks import RegularizedTasks
-from clmerge.streams import AdaptationData, Stream, StreamDataModule
-from clmerge.training.trajectory import TrajectoryRule
 from clmerge.runs.branching import taking_part, uploads_of
 from clmerge.runs.session import Session
+from clmerge.statistics.provided import PROVIDED
+from clmerge.streams import AdaptationData, Stream, StreamDataModule
 from clmerge.streams.splits import derived_seed
+from clmerge.training.module import ContinualClassifier
+from clmerge.training.regularized_tasks import RegularizedTasks
+from clmerge.training.trajectory import TrajectoryRule
 from clmerge.weights.buffers import Buffers
 from clmerge.weights.parametrization import merged_parameters, running_statistics
 from clmerge.weights.task_vector import TaskVector
@@ -62,8 +62,8 @@ class LearnerParts(Session):
             the vector of an earlier task, the latest first (``experts``; Model Ratatouille, arXiv 2212.10445).
         branch_fraction: Share of the branches that train in each round, drawn anew for every round: the clients that
             take part in a round of a federation.
-        branch_settings: Optimizer settings of every branch, such as ``lr`` and ``weight_decay``, one mapping each (DiWA,
-            arXiv 2205.09739); default the same for all.
+        branch_settings: Optimizer settings of every branch, such as ``lr`` and ``weight_decay``, one mapping each
+            (DiWA, arXiv 2205.09739); default the same for all.
         branch_augmentations: torchvision's v2 transforms of every branch's training images, one list each, in place of
             ``data.augmentation``; default the same for all.
         buffers: Running statistics of merged models: of the ``latest`` task, of the ``base``, their ``mean``, or
@@ -185,8 +185,9 @@ class LearnerParts(Session):
 
         Raises:
             ValueError: If a merger needs a score and the stream has no validation images, the adaptation data does not
-                serve it, or its settings do not fit the parameters or the number of tasks; if ``epochs`` does not have one number per task; if the
-                branches are impossible; or if images are replayed with a loss that leaves their classes out.
+                serve it, or its settings do not fit the parameters or the number of tasks; if ``epochs`` does not have
+                one number per task; if the branches are impossible; or if images are replayed with a loss that leaves
+                their classes out.
         """
         self._check_training()
         check_probes(self.probes, self.stream)
@@ -240,20 +241,22 @@ class LearnerParts(Session):
         lost = (self.branch_merger.requires & {"adam", "weights"}) | (self.merge.required_statistics & {"adam"})
         if branches > 1 and lost:
             raise ValueError(
-                "expected mergers for branches that need task vectors, scores, or statistics of the branches' images, got "
-                f"one that needs {sorted(lost)}"
+                "expected mergers for branches that need task vectors, scores, or statistics of the branches' images, "
+                f"got one that needs {sorted(lost)}"
             )
         if branches > 1 and self.branch_merger.requires_score and not self.has_validation:
             raise ValueError(
-                f"expected validation images for branch_merger {self.branch_merger.name!r}, got a stream that holds none "
-                "out; set stream.val_fraction above 0"
+                f"expected validation images for branch_merger {self.branch_merger.name!r}, got a stream that holds "
+                "none out; set stream.val_fraction above 0"
             )
         for name in ("branch_settings", "branch_augmentations"):
             given = getattr(self, name)
             if given is not None and len(given) != branches:
                 raise ValueError(f"expected {name} for each of the {branches} branches, got {len(given)}")
         if self.branch_starts == "experts" and branches > 1 and not self.keep_task_vectors:
-            raise ValueError("expected keep_task_vectors=true with branch_starts='experts', which reads them, got false")
+            raise ValueError(
+                "expected keep_task_vectors=true with branch_starts='experts', which reads them, got false"
+            )
 
     def _check_labels(self) -> None:
         """Refuse labels that a transform gave to images, if their class is none of those that compete in the loss."""

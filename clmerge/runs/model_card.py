@@ -90,8 +90,8 @@ def model_card(model: FinalModel, results: Results, target: Target, *, repo: str
         _what(facts) + f" Backbone: `{_safe(backbone)}`, tuned by `{_safe(facts.tuning)}`, head: `{facts.head}`.",
         "",
         f"- **Made from**: {_origin(model)}",
-        f"- **Licence**: none is stated. That of the base model and of the data applies; {_safe(facts.base_name)} and the "
-        "images are not clmerge's.",
+        f"- **Licence**: none is stated. That of the base model and of the data applies; {_safe(facts.base_name)} and "
+        "the images are not clmerge's.",
         f"- **Input**: {height} x {width} pixels, RGB, mean {_numbers(own['mean'])}, std {_numbers(own['std'])}, "
         f"{own['interpolation']} interpolation.",
         f"- **Images that the model looked at beside the training of each task**: {_data(results, facts.model)}.",
@@ -156,9 +156,9 @@ def _tangent(model: FinalModel) -> list[str]:
     if not any(isinstance(part, TangentModule) for part in model.module.backbone.modules()):
         return []
     return [
-        "- **Fine-tuned in tangent space**: the accuracies below are of the linearised model. The files hold the weights "
-        "theta_0 + tau, with which an ordinary model computes another function; `clmerge evaluate` on them says how good "
-        "it is."
+        "- **Fine-tuned in tangent space**: the accuracies below are of the linearised model. The files hold the "
+        "weights theta_0 + tau, with which an ordinary model computes another function; `clmerge evaluate` on them "
+        "says how good it is."
     ]
 
 

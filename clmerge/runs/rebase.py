@@ -63,12 +63,11 @@ class OldRun:
         if not self.base or self.bank.tasks != list(range(self.num_tasks)):
             raise ValueError(
                 f"expected the task vectors of all {self.num_tasks} trained tasks in {self.bank.folder}, got "
-                f"{len(self.bank)}: only a run that kept them (learner.keep_task_vectors, the default) can be carried over"
+                f"{len(self.bank)}: only a run that kept them (learner.keep_task_vectors, the default) can be carried "
+                "over"
             )
-        own, backbone = own_names(module), {}
-        for name, tensor in weights.items():
-            if name.startswith("backbone."):
-                backbone[name] = tensor
+        own = own_names(module)
+        backbone = {name: tensor for name, tensor in weights.items() if name.startswith("backbone.")}
         statistics = running_statistics(module)  # those of the old base, which training has changed
         targets = named_tensors(module, backbone, origin=str(folder.path))
         assign(targets, backbone)
@@ -175,7 +174,9 @@ class Rebase:
             run: The new run's folder.
             oracle: Accuracies of models fine-tuned from the new base, if they are known.
         """
-        rows: dict[str, Any] = {name: {"accuracies": row, "mean": sum(row) / len(row)} for name, row in self.rows.items()}
+        rows: dict[str, Any] = {
+            name: {"accuracies": row, "mean": sum(row) / len(row)} for name, row in self.rows.items()
+        }
         if oracle is not None:
             best = sum(oracle) / len(oracle)
             rows["oracle"] = {"accuracies": oracle, "mean": best}
@@ -252,8 +253,8 @@ class TransportedTasks(TaskTraining):
         kept = self.rebase.old.head(task)
         if not kept:
             raise ValueError(
-                f"expected the learned head of task {task} in {self.rebase.old.folder.unmerged(task)}, got none: the old "
-                "run has not kept it, and a head for the new base would have to be trained"
+                f"expected the learned head of task {task} in {self.rebase.old.folder.unmerged(task)}, got none: the "
+                "old run has not kept it, and a head for the new base would have to be trained"
             )
         moved = {
             name: torch.cat([transport.features(tensor[:, :width]), tensor[:, width:]], dim=1)

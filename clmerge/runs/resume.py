@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from clmerge.runs.learner_parts import LearnerParts
 from clmerge.deploy.describe import describe_merger
 from clmerge.results.results import EXPERT, ZERO_SHOT, Results
 from clmerge.results.run_folder import RunFolder
+from clmerge.runs.learner_parts import LearnerParts
 from clmerge.streams.identity import check_stream, stream_identity
 
 

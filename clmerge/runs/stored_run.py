@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.checkpoints.merge import remaining_tasks
+from clmerge.deploy.predictors import Predictor
 from clmerge.deploy.routing import Routing
 from clmerge.deploy.running_merge import RunningMerge
 from clmerge.evaluation.evaluate import Split
@@ -21,17 +22,17 @@ from clmerge.evaluation.probes import Probe
 from clmerge.evaluation.probes.measuring import needs_gradient
 from clmerge.merging import Merger, Statistics, WeightAverage
 from clmerge.merging.checks import Shapes, num_entries
-from clmerge.training.module import ContinualClassifier
-from clmerge.deploy.predictors import Predictor
 from clmerge.results.results import Results, Setting
 from clmerge.results.run_folder import RunFolder
-from clmerge.streams import AdaptationData, Stream, StreamDataModule
 from clmerge.runs.branching import uploads_of
 from clmerge.runs.final_predictors import FinalPredictors
 from clmerge.runs.session import Session
 from clmerge.runs.trainers import TrainerFactory, Trainers
+from clmerge.streams import AdaptationData, Stream, StreamDataModule
+from clmerge.training.module import ContinualClassifier
 from clmerge.weights import TaskVectorBank, load_tensors, save_tensors
 from clmerge.weights.parametrization import own_names, running_statistics
+
 
 class StoredRun(Session):
     """Restore the models of a finished run: theta_0, every expert, every merged model.
@@ -119,7 +120,9 @@ class StoredRun(Session):
             self._blank_head = copy.deepcopy(module.head)
         module.load_state_dict(weights)  # the text head comes with them
         buffers = config["learner"]["buffers"]
-        self.models = FinalPredictors(folder, mergers, buffers=buffers, statistics=self.base_statistics, routings=routings)
+        self.models = FinalPredictors(
+            folder, mergers, buffers=buffers, statistics=self.base_statistics, routings=routings
+        )
 
     @property
     @override

@@ -12,10 +12,10 @@ from lightning.pytorch.loggers import Logger
 
 from clmerge.callbacks.finite_loss import FiniteLoss
 from clmerge.callbacks.progress import EpochLines, EpochSeed, EveryEpoch
-from clmerge.results.checkpoint_files import AtomicCheckpointIO
 from clmerge.callbacks.stops_again import StopsAgain
 from clmerge.lightning_compat import TaskProgressBar, leave_requeueing, logger_step, set_step_offset
 from clmerge.names import tell
+from clmerge.results.checkpoint_files import AtomicCheckpointIO
 from clmerge.results.run_folder import RunFolder
 
 TrainerFactory = Callable[..., Trainer]

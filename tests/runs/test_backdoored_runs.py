@@ -64,4 +64,7 @@ def test_a_label_that_the_loss_leaves_out_is_refused(config, tmp_path, capsys):
         said = " ".join(capsys.readouterr().err.split())
         assert "expected labels of task 1 (three-four-five) among the classes that compete in its loss" in said
         assert f"got 'nine', which loss_classes={choice!r} leaves out: set model.loss_classes=all" in said
-    assert main([*arguments, "--trainer.limit_train_batches=1", "--learner.probes=null", "--learner.evaluate_every=3"]) == 0
+    assert (
+        main([*arguments, "--trainer.limit_train_batches=1", "--learner.probes=null", "--learner.evaluate_every=3"])
+        == 0
+    )

@@ -1,19 +1,18 @@
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from support.records import without_times
 from support.tiny import tiny_clip
 from torchvision.transforms import v2
 
-from support.records import without_times
-
 from clmerge import ContinualClassifier, Learner
-from clmerge.runs.branching import BranchedTask
 from clmerge.callbacks import MergeCallback
 from clmerge.merging import PAINT, SLERP, WIDEN, GreedySoup, MagMax, ModelStock, WeightAverage, WeightedAverage, WiSEFT
 from clmerge.models import CosineHead, LinearHead, OpenClip, ZeroShotHead
 from clmerge.results.run_folder import RunFolder
-from clmerge.streams.augmentation import Augmentation
+from clmerge.runs.branching import BranchedTask
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
+from clmerge.streams.augmentation import Augmentation
 from clmerge.weights import TaskVectorBank, load_tensors
 
 NAME = "backbone.model.visual.proj"

@@ -10,7 +10,7 @@ from support.small_runs import learned_run, text_run
 
 from clmerge.cli import main
 from clmerge.cli.open_run import open_final_model, open_run
-from clmerge.models import Adapters, CosineHead, Linearized, LinearHead, OpenClip, Timm
+from clmerge.models import Adapters, CosineHead, LinearHead, Linearized, OpenClip, Timm
 from clmerge.results.measured import Measured
 from clmerge.results.model_facts import ModelFacts
 from clmerge.results.results import Results

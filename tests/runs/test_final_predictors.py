@@ -45,7 +45,7 @@ def test_a_merger_is_found_by_its_class_and_others_are_refused(folders):
     run, _ = open_run(str(folders["text_run"]), name="run")
     assert run.models.resolve("MagMax") == "magmax"
     assert isinstance(run.predictor("EMR"), PerTask)
-    with pytest.raises(ValueError, match="expected one of the models magmax, emr, .*got 'tise'"):
+    with pytest.raises(ValueError, match=r"expected one of the models magmax, emr, .*got 'tise'"):
         run.predictor("tise")
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from clmerge import ContinualClassifier, Learner
 from clmerge.evaluation.evaluate import accuracy_on
+from clmerge.figures import save_plots
 from clmerge.merging import (
     EMR,
     PAINT,
@@ -30,11 +31,10 @@ from clmerge.merging import (
     WeightedAverage,
 )
 from clmerge.models import CosineHead, Frozen, LinearHead, OpenClip, Timm, ZeroShotHead
-from clmerge.figures import save_plots
 from clmerge.results.results import Results
 from clmerge.results.run_folder import RunFolder
-from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
 from clmerge.results.table import render_text
+from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
 from clmerge.weights import TaskVectorBank, load_tensors
 
 

@@ -100,7 +100,9 @@ def test_compare_and_evaluate_find_the_same(folder, tmp_path, capsys):
     assert value == pytest.approx(own["task_arithmetic"]["probes"]["calibration_error"]["value"])
 
 
-MARK = "[{class_path: WatermarkBits, init_args: {key: mine, parameter: '*resblocks.0.mlp.c_fc.weight', random_keys: 1}}]"
+MARK = (
+    "[{class_path: WatermarkBits, init_args: {key: mine, parameter: '*resblocks.0.mlp.c_fc.weight', random_keys: 1}}]"
+)
 
 
 def test_evaluate_and_compare_read_weights_alike(folder, config, tmp_path, capsys):
@@ -166,7 +168,9 @@ def test_a_probe_of_weights_sees_dense_parameters(folder):
     moved = {name: run.base[name] + tau[name] for name in run.base}
     from clmerge.deploy.predictors import Merged
 
-    rows = run.evaluate_again("", {"expert": Merged(run.expert(1))}, 1, probes=[probe], weights={"expert": lambda: moved})
+    rows = run.evaluate_again(
+        "", {"expert": Merged(run.expert(1))}, 1, probes=[probe], weights={"expert": lambda: moved}
+    )
     expected = math.sqrt(sum(float(tensor.square().sum()) for tensor in tau.values()))
     assert rows["expert"]["probes"]["distance"].value == pytest.approx(expected, rel=1e-4)
 

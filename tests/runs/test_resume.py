@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from support.kill_driver import POINTS
-from support.tiny import tiny_clip
 from support.records import record, without_times
+from support.tiny import tiny_clip
 
 DRIVER = Path(__file__).parents[1] / "support" / "kill_driver.py"
 CONFIG = """

@@ -15,7 +15,7 @@ from clmerge.cli.open_run import open_final_model, open_run
 from clmerge.deploy.routing import NearestCentroid, Smile, TaskOracle, load_routed
 from clmerge.deploy.routing.routed import Routed, RoutedByTask, RoutedViews
 from clmerge.merging import EMR, TaskArithmetic
-from clmerge.models import Adapters, Full, Linearized, LinearHead, LoRA, OpenClip, ZeroShotHead
+from clmerge.models import Adapters, Full, LinearHead, Linearized, LoRA, OpenClip, ZeroShotHead
 from clmerge.results.run_folder import RunFolder
 from clmerge.runs.exported import export
 from clmerge.runs.model_card import model_card
@@ -27,8 +27,9 @@ name: routed
 mergers: [TaskArithmetic, EMR]
 model: {backbone: {class_path: OpenClip, init_args: {name: CLIP}}, loss_classes: all, optimizer: {class_path: AdamW}}
 stream: {class_path: ClassIncremental, init_args: {num_tasks: 2, source: {class_path: SklearnDigits}}}
-learner: {routings: [{class_path: Smile, init_args: {rank: 4, gate_k: 2}}, {class_path: NearestCentroid, init_args: {rank: 4}},
-  {class_path: TaskOracle, init_args: {rank: 4}}], statistics_images: 32}
+learner: {routings: [{class_path: Smile, init_args: {rank: 4, gate_k: 2}},
+  {class_path: NearestCentroid, init_args: {rank: 4}}, {class_path: TaskOracle, init_args: {rank: 4}}],
+  statistics_images: 32}
 data: {batch_size: 64}
 trainer: {max_epochs: 1, accelerator: cpu, limit_train_batches: 4, enable_progress_bar: false}
 logging: {wandb: false, csv: false}
@@ -64,7 +65,10 @@ def test_the_results_say_what_a_routed_model_is(folder):
     smile, nearest = models[ROUTED[0]], models[ROUTED[1]]
     assert (smile["kind"], smile["data"]) == ("routed", "none")
     assert (nearest["kind"], nearest["data"]) == ("routed", "current")
-    assert smile["rule"]["routing"] == {"class_path": "Smile", "init_args": {"rank": 4, "targets": "mlp", "gate_k": 2, "top_k": 1}}
+    assert smile["rule"]["routing"] == {
+        "class_path": "Smile",
+        "init_args": {"rank": 4, "targets": "mlp", "gate_k": 2, "top_k": 1},
+    }
     assert models[ROUTED[2]]["task_agnostic"] is None  # the oracle must be told the task
     assert models["emr+nearest"]["task_agnostic"] is not None
     for model in (smile, nearest, models["emr+nearest"]):
@@ -105,7 +109,9 @@ def test_final_models_are_those_that_were_evaluated(folder):
     for name in predictors:
         for setting in ("task_agnostic", "task_aware"):
             expected = run.results.matrix(name, setting)[-1].tolist()
-            assert all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(rows[name][setting], expected, strict=True))
+            assert all(
+                a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(rows[name][setting], expected, strict=True)
+            )
 
 
 def test_predict_and_evaluate_accept_a_routed_model(folder, tmp_path, capsys):

@@ -17,7 +17,8 @@ model:
   loss_classes: seen
   optimizer: {class_path: AdamW}
   regularizers: [{class_path: TRADES, init_args: {threats: [{norm: linf, eps: 0.1}, {norm: l2, eps: 1.0}], steps: 1}}]
-stream: {class_path: ClassIncremental, init_args: {source: {class_path: SklearnDigits, init_args: {test_fraction: 0.1}}}}
+stream: {class_path: ClassIncremental,
+  init_args: {source: {class_path: SklearnDigits, init_args: {test_fraction: 0.1}}}}
 learner: {probes: [HeldOutAccuracy, NovelClassAccuracy]}
 data: {batch_size: 64}
 trainer: {max_epochs: 1, accelerator: cpu, limit_train_batches: 1, enable_progress_bar: false}

@@ -52,8 +52,8 @@ def test_a_shorter_epoch_is_said_once(tmp_path, capsys):
     assert partial_lines(Trainer(accelerator="cpu", limit_val_batches=0, logger=False)) == []
 
 
-# 2, not 1: Python keeps one Optional[Union[int, float]] for both orders, so that what another library has imported decides
-# whether "1" is a number of batches here. In a process of its own the command reads it as one.
+# 2, not 1: Python keeps one Optional[Union[int, float]] for both orders, so that what another library has imported
+# decides whether "1" is a number of batches here. In a process of its own the command reads it as one.
 @pytest.mark.parametrize("option", ["limit_test_batches=2", "fast_dev_run=true", "overfit_batches=2"])
 def test_the_command_line_refuses_before_it_makes_a_folder(tmp_path, capsys, option):
     arguments = ["fit", "--config", "configs/quickstart.yaml", f"--trainer.{option}"]

@@ -1,7 +1,7 @@
 """Compare mergers on one finished run: search settings, merge, evaluate, add references."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from clmerge.deploy.calibration import CalibratedModels, Calibration
 from clmerge.deploy.describe import describe_merger
@@ -15,10 +15,10 @@ from clmerge.results.results import SETTINGS, Results, Setting
 from clmerge.runs.comparison.diagnose import diagnose_run
 from clmerge.runs.comparison.orders import order_sweep
 from clmerge.runs.comparison.probed import add_probes
-from clmerge.runs.comparison.references import add_confusion, add_references, check_joint
 from clmerge.runs.comparison.recalibrated import calibrated_names
-from clmerge.runs.comparison.rerouted import routed_models, routed_sizes, with_references
+from clmerge.runs.comparison.references import add_confusion, add_references, check_joint
 from clmerge.runs.comparison.refold import check_mergers, sweep
+from clmerge.runs.comparison.rerouted import routed_models, routed_sizes, with_references
 from clmerge.runs.comparison.row_cache import CachedRow, RowCache
 from clmerge.runs.comparison.searches import Sought, plan_searches, scale_rules, search_all
 from clmerge.runs.comparison.soups import Soups
@@ -48,7 +48,7 @@ class Request:
     """
 
     mergers: Mapping[str, Merger]
-    sought: Sought = Sought()
+    sought: Sought = field(default_factory=Sought)
     scale_rule: bool = False
     orders: int = 0
     orders_seed: int = 0
@@ -195,7 +195,12 @@ def _add(
 ) -> None:
     """Add a merger's model, calibrated or routed or neither, with a row for every task."""
     told = describe_merger(
-        merger, vectors=run.folder.manifest.data, adaptation=run.adaptation, search=search, calibration=calibration, routing=routing
+        merger,
+        vectors=run.folder.manifest.data,
+        adaptation=run.adaptation,
+        search=search,
+        calibration=calibration,
+        routing=routing,
     )
     results.describe(name, **told)
     for task, row in enumerate(rows):

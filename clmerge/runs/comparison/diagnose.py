@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from clmerge.runs.comparison.refold import Refold
-from clmerge.runs.stored_run import StoredRun
 from clmerge.evaluation.diagnostics import diagnose
 from clmerge.merging import Merger
 from clmerge.names import tell
+from clmerge.runs.comparison.refold import Refold
+from clmerge.runs.stored_run import StoredRun
 from clmerge.weights import State
 
 

@@ -5,12 +5,12 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from clmerge.runs.comparison.row_cache import RowCache
-from clmerge.runs.comparison.refold import sweep
-from clmerge.search.search import mean_accuracy
-from clmerge.runs.stored_run import StoredRun
 from clmerge.merging import Merger
 from clmerge.results.results import SETTINGS
+from clmerge.runs.comparison.refold import sweep
+from clmerge.runs.comparison.row_cache import RowCache
+from clmerge.runs.stored_run import StoredRun
+from clmerge.search.search import mean_accuracy
 
 
 def permutations(num_tasks: int, num_orders: int, seed: int) -> list[list[int]]:

@@ -6,8 +6,8 @@ from clmerge.deploy.predictors import Merged
 from clmerge.evaluation.probes import Probe
 from clmerge.results.measured import Measured
 from clmerge.results.results import EXPERT, ZERO_SHOT, Results
-from clmerge.runs.comparison.row_cache import CachedRow, RowCache, make_row
 from clmerge.runs.comparison.refold import Table
+from clmerge.runs.comparison.row_cache import CachedRow, RowCache, make_row
 from clmerge.runs.stored_run import StoredRun
 from clmerge.weights import apply_task_vector
 

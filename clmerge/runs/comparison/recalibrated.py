@@ -25,13 +25,17 @@ class Recalibrated:
 
     def __init__(self, run: StoredRun, merge: RunningMerge, calibrations: Sequence[Calibration]) -> None:
         self.run, self.merge = run, merge
-        self.models = CalibratedModels(copy.deepcopy(list(calibrations)), run.module, run.data, run.stream, seed=run.seed)
+        self.models = CalibratedModels(
+            copy.deepcopy(list(calibrations)), run.module, run.data, run.stream, seed=run.seed
+        )
 
     def collect(self, names: Sequence[str], task: int) -> None:
         """Collect what the calibrations of some mergers keep of the task that was folded in last."""
         if names:
-            merged = {name: self.merge.state_with(self.merge.merged_vector(name), self.run.module, merger=name)
-                      for name in names}
+            merged = {
+                name: self.merge.state_with(self.merge.merged_vector(name), self.run.module, merger=name)
+                for name in names
+            }
             self.models.collect(merged, task, self.run.device, expert=lambda: self.run.expert(task))
 
     def add(
@@ -45,5 +49,3 @@ class Recalibrated:
             found[name] = predictor
             took[name] = took[name.rpartition("+")[0]] + self.models.seconds[name]
         return {name: found[name] for name in wanted}, took
-
-

@@ -1,30 +1,29 @@
 """Fold a run's task vectors again, in any order, and evaluate the merged models; stored rows are reused."""
 
 import time
-from copy import deepcopy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from copy import deepcopy
 
 from lightning.pytorch import LightningModule
 
 from clmerge.deploy.calibration import Calibration
 from clmerge.deploy.naming import check_settings
+from clmerge.deploy.predictors import Predictor
 from clmerge.deploy.routing import Routing
 from clmerge.deploy.routing.routed_models import routed_names
-from clmerge.statistics.provided import PROVIDED
 from clmerge.deploy.running_merge import RunningMerge
-from clmerge.search.grid import with_values
-from clmerge.runs.comparison.recalibrated import Recalibrated, calibrated_names
-from clmerge.runs.comparison.rerouted import Rerouted
-from clmerge.runs.comparison.row_cache import RowCache, CachedRow, make_row
-from clmerge.runs.stored_run import StoredRun
 from clmerge.evaluation.evaluate import Split
 from clmerge.evaluation.probes import Probe
 from clmerge.merging import Merger, Statistics
 from clmerge.names import tell
-from clmerge.deploy.predictors import Predictor
-from clmerge.weights import BankVector, CheckedVector, State
+from clmerge.runs.comparison.recalibrated import Recalibrated, calibrated_names
+from clmerge.runs.comparison.rerouted import Rerouted
+from clmerge.runs.comparison.row_cache import CachedRow, RowCache, make_row
+from clmerge.runs.stored_run import StoredRun
+from clmerge.search.grid import with_values
+from clmerge.statistics.provided import PROVIDED
+from clmerge.weights import BankVector, CheckedVector
 from clmerge.weights.parametrization import own_names
 from clmerge.weights.swap import swapped
 
@@ -220,7 +219,7 @@ def _seen(run: StoredRun, routing: Routing) -> str:
 
 
 def told_rule(run: StoredRun, merger: Merger) -> str:
-    """Return a merger with its settings, what it is scored by where that is not the usual one, and what it learns on."""
+    """Return a merger with its settings, what it is scored by where that is unusual, and what it learns on."""
     scored = merger.requires_score and run.evaluation != "task_agnostic"
     learned = f" on {run.adaptation!r}" if merger.requires_gradient else ""
     return f"{merger!r}{f' by {run.evaluation}' if scored else ''}{' per task' if merger.task_views else ''}{learned}"

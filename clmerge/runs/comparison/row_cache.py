@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import clmerge
+from clmerge.files import parse_json
 from clmerge.results.confusion import Confusion, Confusions, ModelRow
 from clmerge.results.measured import Measured
 from clmerge.results.model_record import to_json
@@ -15,7 +16,6 @@ from clmerge.results.results import ROUTING, SETTINGS
 from clmerge.results.run_lock import hold_lock
 from clmerge.shapes import amount, anything, count, keyed, listed, maybe, number, record, share
 from clmerge.weights import write_json_atomic
-from clmerge.files import parse_json
 
 
 class CachedRow(TypedDict):

@@ -7,10 +7,10 @@ from typing import Any
 
 from clmerge.deploy.naming import check_settings
 from clmerge.merging import Merger, TaskArithmetic
+from clmerge.merging.strategies.goal import Goal
 from clmerge.runs.comparison.refold import sweep
 from clmerge.runs.comparison.row_cache import CachedRow, RowCache
 from clmerge.runs.stored_run import StoredRun
-from clmerge.merging.strategies.goal import Goal
 from clmerge.search.grid import Values, grids, with_values
 from clmerge.search.scale_rule import ScaleRule
 from clmerge.search.search import Search, mean_accuracy
@@ -123,9 +123,7 @@ def _with_lists(merger: Merger, grid: Sequence[str], num_tasks: int) -> Merger:
 
 def _of_kept(merger: Merger, grid: Mapping[str, list[Any]], run: StoredRun) -> dict[str, list[Any]]:
     """Leave out the entries, of settings per task, of tasks that are not merged: the result does not depend on them."""
-    left_out = {
-        f"{name}[{task}]" for name in merger.per_task for task in range(len(run.tasks)) if task not in run.kept
-    }
+    left_out = {f"{name}[{task}]" for name in merger.per_task for task in range(len(run.tasks)) if task not in run.kept}
     return {path: values for path, values in grid.items() if path not in left_out}
 
 
@@ -151,7 +149,7 @@ def search_all(run: StoredRun, searches: Sequence[Search], cache: RowCache, memo
 def _try(
     run: StoredRun, candidates: Mapping[Search, Sequence[Values]], cache: RowCache, memory: int
 ) -> dict[Search, list[list[float]]]:
-    """Return the accuracies of candidates on the validation images after the last task, in one pass if memory allows."""
+    """Return the accuracies of candidates on validation images after the last task, in one pass if memory allows."""
     mergers = {
         f"{search.name} {i}": search.candidate(values)
         for search, several in candidates.items()

@@ -44,9 +44,9 @@ class Soups:
     """The soups of the final models of several runs, for every merger; runs are added one at a time.
 
     Members are ordered by their accuracy on validation images. The greedy soup takes the best, and every next one with
-    which the average's validation accuracy does not fall (Wortsman et al., arXiv 2203.05482; DiWA, arXiv 2205.09739); the
-    uniform soup has all of them, and so has the ensemble, which averages logits. Test images are looked at once, with
-    these three. A trained head is averaged with the weights, and running statistics are estimated on the training
+    which the average's validation accuracy does not fall (Wortsman et al., arXiv 2203.05482; DiWA, arXiv 2205.09739);
+    the uniform soup has all of them, and so has the ensemble, which averages logits. Test images are looked at once,
+    with these three. A trained head is averaged with the weights, and running statistics are estimated on the training
     images of all tasks.
 
     The final models of all runs are in memory until the end.

@@ -13,8 +13,8 @@ from clmerge.report.runs import number
 from clmerge.report.soups import soups_of
 from clmerge.report.study import Entry, Spread, Study
 from clmerge.results.results import ROUTING, Setting
-from clmerge.runs.comparison.compare import FORGOTTEN
 from clmerge.results.table import align, percent, told_note
+from clmerge.runs.comparison.compare import FORGOTTEN
 
 _NAME_LENGTH = 80
 _FRONT_LINES = 12
@@ -159,7 +159,8 @@ def _search_note(search: Mapping[str, Any], name: str) -> str:
 
 def _front_lines(front: Front) -> Iterator[str]:
     """Describe the points that no other one beats on all tasks; of many, the rest is left to the report."""
-    yield f"{front.name} of {front.run}: {len(front.rows)} points that no other beats on all tasks ({', '.join(front.tasks)})"
+    tasks = ", ".join(front.tasks)
+    yield f"{front.name} of {front.run}: {len(front.rows)} points that no other beats on all tasks ({tasks})"
     for values, accuracies, _ in front.rows[:_FRONT_LINES]:
         yield f"  {values}: {' '.join(percent(value) for value in accuracies)}"
     if len(front.rows) > _FRONT_LINES:

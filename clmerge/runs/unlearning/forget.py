@@ -139,9 +139,7 @@ class Forgetting:
             return f"{anew}: {error}"
         return ""
 
-    def _subtracted(
-        self, merged: State, state_of: StateOf
-    ) -> tuple[TaskVector, float, Choice | None]:
+    def _subtracted(self, merged: State, state_of: StateOf) -> tuple[TaskVector, float, Choice | None]:
         """Subtract a direction from a merged vector, as far as the control allows."""
         run, request = self.run, self.request
         vectors = [moved(run, task) for task in request.tasks]
@@ -170,10 +168,16 @@ class Forgetting:
         return minus(merged, choice.value, direction), choice.value, choice
 
     def _choose(
-        self, values: Sequence[float], candidate: Callable[[float], State], forget: Sequence[int], control: Sequence[int]
+        self,
+        values: Sequence[float],
+        candidate: Callable[[float], State],
+        forget: Sequence[int],
+        control: Sequence[int],
     ) -> Choice:
         request = self.request
-        what = "steps of gradient_ascent" if request.method == "gradient_ascent" else f"coefficients of {request.method}"
+        what = (
+            "steps of gradient_ascent" if request.method == "gradient_ascent" else f"coefficients of {request.method}"
+        )
         return choose(
             self.run,
             values,
@@ -192,9 +196,7 @@ class Forgetting:
         choice = self._choose(steps, lambda step: state_of(path[int(step)]), request.tasks, self.control)
         return path[int(choice.value)], choice
 
-    def _sequence(
-        self, merged: State, state_of: StateOf
-    ) -> tuple[State, list[dict[str, Any]], dict[str, State]]:
+    def _sequence(self, merged: State, state_of: StateOf) -> tuple[State, list[dict[str, Any]], dict[str, State]]:
         """Forget one task after the other; return the vector, what was done at each, and the vectors in between."""
         run, request = self.run, self.request
         told: list[dict[str, Any]] = []
@@ -262,16 +264,22 @@ def difference(after: State, never: State) -> dict[str, Any]:
         ``max_abs``, ``relative`` (as a share of the largest entry of ``never``) and whether they are ``bitwise`` equal.
     """
     largest = max((float(tensor.abs().max()) for tensor in never.values() if tensor.numel()), default=0.0)
-    gaps = (float((after[name].double() - tensor.double()).abs().max()) for name, tensor in never.items() if tensor.numel())
+    gaps = (
+        float((after[name].double() - tensor.double()).abs().max()) for name, tensor in never.items() if tensor.numel()
+    )
     gap = max(gaps, default=0.0)
-    equal = all(after[name].dtype == tensor.dtype and bool((after[name] == tensor).all()) for name, tensor in never.items())
+    equal = all(
+        after[name].dtype == tensor.dtype and bool((after[name] == tensor).all()) for name, tensor in never.items()
+    )
     return {"max_abs": gap, "relative": gap / largest if largest else (0.0 if not gap else None), "bitwise": equal}
 
 
 def _leak(row: ModelRow, never: ModelRow) -> float | None:
     """Return by how many percent the attack on members works better than on the model that never saw the tasks."""
     one, other = (_attack(each) for each in (row, never))
-    return 100 * (one.value - other.value) / other.value if one is not None and other is not None and other.value else None
+    return (
+        100 * (one.value - other.value) / other.value if one is not None and other is not None and other.value else None
+    )
 
 
 def _attack(row: ModelRow) -> Measured | None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from clmerge.evaluation.probes import ForgetControl, MembershipInference, Probe, check_probes
+from clmerge.merging import Merger
 from clmerge.runs.comparison.refold import check_mergers
 from clmerge.runs.stored_run import StoredRun
-from clmerge.merging import Merger
 
 Method: TypeAlias = Literal["downdate", "negate", "ext_sub", "ethos", "random_vector", "gradient_ascent", "ssu"]
 METHODS: tuple[str, ...] = get_args(Method)

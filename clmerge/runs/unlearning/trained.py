@@ -36,9 +36,7 @@ def ascended(run: StoredRun, start: State, tasks: Sequence[int], steps: int) -> 
         return [_vector(run) for _ in steps_on(run.module, batches, loss, steps)]
 
 
-def memorised(
-    run: StoredRun, start: State, task: int, steps: int | None, *, random_labels: float = 0.5
-) -> TaskVector:
+def memorised(run: StoredRun, start: State, task: int, steps: int | None, *, random_labels: float = 0.5) -> TaskVector:
     """Return the vector after a model has learned a task once more, in the form of SSU (arXiv 2406.10952).
 
     The loss is the cross-entropy plus a multiple of that of random other labels, and the gradients of every step are
@@ -107,13 +105,14 @@ def _some(run: StoredRun, task: int, images: int) -> tuple[Tensor, Tensor]:
 
 def _batches(run: StoredRun, tasks: Sequence[int], what: str) -> tuple[Batches, int]:
     """Return the batches of one epoch over the training images of tasks, and their number."""
-    images: ConcatDataset[Any] = ConcatDataset([run.stream.dataset(task, "train", run.data.eval_transform) for task in tasks])
+    images: ConcatDataset[Any] = ConcatDataset(
+        [run.stream.dataset(task, "train", run.data.eval_transform) for task in tasks]
+    )
     generator = torch.Generator().manual_seed(derived_seed(run.seed, what, *tasks))
     loader = DataLoader(images, batch_size=run.data.batch_size, shuffle=True, generator=generator)
 
     def epoch() -> Iterator[tuple[Tensor, Tensor]]:
-        for pictures, labels in loader:
-            yield pictures, labels
+        yield from loader
 
     return epoch, len(loader)
 

@@ -2,9 +2,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from clmerge.merging import OPCM, MagMax
 from clmerge.runs.comparison import orders
 from clmerge.runs.comparison.orders import order_sweep, permutations
-from clmerge.merging import OPCM, MagMax
 
 
 def test_orders_begin_with_the_runs_own_and_are_different():

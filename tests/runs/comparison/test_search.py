@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from clmerge.merging import DELLA, TIES, MagMax, TaskArithmetic
+from clmerge.merging.strategies.goal import Goal
 from clmerge.runs.comparison import searches
 from clmerge.runs.comparison.searches import Sought, plan_searches, scale_rules, search_all
-from clmerge.merging.strategies.goal import Goal
 from clmerge.search.scale_rule import ScaleRule, fit_rule
 from clmerge.search.search import Search
 
@@ -164,9 +164,7 @@ def test_a_search_goes_on_from_the_rows_that_it_left(passes):
 
 def test_entries_of_a_list_are_searched_but_for_tasks_that_are_left_out(passes):
     run = SimpleNamespace(**{**vars(RUN), "kept": [0, 2]})
-    (found,) = plan_searches(
-        run, {"own": TaskArithmetic()}, Sought(grid=["TaskArithmetic.weights[*]=0,1"])
-    ).values()
+    (found,) = plan_searches(run, {"own": TaskArithmetic()}, Sought(grid=["TaskArithmetic.weights[*]=0,1"])).values()
     assert list(found.grid) == ["weights[0]", "weights[2]"]
     assert found.candidate({"weights[0]": 0.5, "weights[2]": 0}).weights == [0.5, 1.0, 0]
     assert found.goal.weights == [1.0, 0.0, 1.0]

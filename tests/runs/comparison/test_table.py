@@ -43,7 +43,20 @@ def row(found, model):
 
 def test_a_row_has_the_figures_of_its_run():
     found = lines(compared("s0", seed=0))
-    assert row(found, "ties") == "ties * 80.0 55.0 66.7 15.0 40.0 10.0 102.5 4.0 0.30 val".split()
+    assert row(found, "ties") == [
+        "ties",
+        "*",
+        "80.0",
+        "55.0",
+        "66.7",
+        "15.0",
+        "40.0",
+        "10.0",
+        "102.5",
+        "4.0",
+        "0.30",
+        "val",
+    ]
     assert row(found, "expert")[-3:] == ["4.0", "-", "-"]
     assert "ties: scale=1 (at the edge of what was tried) chosen of 1 by 50.0 % on validation images" in found
 
