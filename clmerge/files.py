@@ -120,9 +120,11 @@ def _temporary_name(target: Path) -> Iterator[Path]:
 
 def _remove_leftovers(target: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(target.name)}\.([0-9a-f]{{8}})([0-9a-f]{{8}})[0-9a-f]{{16}}\.tmp")
-    for found in target.parent.iterdir():
-        match = pattern.fullmatch(found.name)
-        if match and _is_dead(found, host=match[1], process=int(match[2], 16)):
+    with os.scandir(target.parent) as entries:
+        names = [entry.name for entry in entries]  # not paths: in the folder of a long stream there are thousands
+    for name in names:
+        match = pattern.fullmatch(name)
+        if match and _is_dead(found := target.parent / name, host=match[1], process=int(match[2], 16)):
             shutil.rmtree(found, ignore_errors=True) if found.is_dir() else found.unlink(missing_ok=True)
 
 

@@ -17,7 +17,8 @@ Names have exactly one slash, so that grouping by the first and by the last slas
 """
 
 import math
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
 from clmerge.names import shown
 from clmerge.results.results import Results, Setting
@@ -53,6 +54,11 @@ def task_metrics(results: Results, deployed: str | None = None) -> dict[str, flo
         >>> "cl_forgetting/ties" in metrics
         False
     """
+    return figure_metrics(results, deployed) | by_task_metrics(results)
+
+
+def figure_metrics(results: Results, deployed: str | None = None) -> dict[str, float]:
+    """Return what of :func:`task_metrics` is one number for all tasks; arguments as there."""
     deployed = deployed_model(results, deployed)
     metrics: dict[str, float] = {}
     own = None if deployed is None else results.figures(deployed, results.evaluation)
@@ -65,31 +71,40 @@ def task_metrics(results: Results, deployed: str | None = None) -> dict[str, flo
             if model == deployed and prefix != "cl":
                 metrics |= {f"{prefix}/{name}": value for name, value in values.items()}
             metrics |= {f"{prefix}_{name}/{part_of_key(model)}": value for name, value in values.items()}
-            row = zip(results.task_labels(), figures["R"][-1], strict=True)
-            metrics |= {
-                f"{prefix}_accuracy_{part_of_key(model)}/{part_of_key(task)}": accuracy for task, accuracy in row
-            }
-    metrics |= probe_metrics(results)
-    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+    for model, probe, found in _probes(results):
+        metrics[f"cl_probe_{probe}/{part_of_key(model)}"] = _number(found["value"])
+    return _defined(metrics)
 
 
-def probe_metrics(results: Results) -> dict[str, float]:
-    """Return what probes found about every model after the latest task by its metric name."""
+def by_task_metrics(results: Results) -> dict[str, float]:
+    """Return what of :func:`task_metrics` is a number for every task; arguments as there."""
+    tasks = [part_of_key(label) for label in results.task_labels()]
     metrics: dict[str, float] = {}
-    for model in results.models:
-        for probe, found in results.model(model).probes.items():
-            if "value" not in found:
-                continue
-            metrics[f"cl_probe_{probe}/{part_of_key(model)}"] = _number(found["value"])
-            per_task = zip(results.task_labels(), found.get("per_task", ()), strict=False)
+    for prefix, setting in PREFIXES.items():
+        for model in results.models:
+            row = results.matrix(model, setting)[-1].tolist()
             metrics |= {
-                f"cl_probe_{probe}_{part_of_key(model)}/{part_of_key(task)}": _number(value) for task, value in per_task
+                f"{prefix}_accuracy_{part_of_key(model)}/{task}": accuracy
+                for task, accuracy in zip(tasks, row, strict=True)
             }
-    return metrics
+    for model, probe, found in _probes(results):
+        per_task = zip(tasks, found.get("per_task", ()), strict=False)
+        metrics |= {f"cl_probe_{probe}_{part_of_key(model)}/{task}": _number(value) for task, value in per_task}
+    return _defined(metrics)
+
+
+def _probes(results: Results) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Yield model, probe, and what it found about the model after the latest task."""
+    for model in results.models:
+        yield from ((model, probe, found) for probe, found in results.model(model).probes.items() if "value" in found)
 
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def _defined(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
 def part_of_key(name: str) -> str:

@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from clmerge.loggers import weights_and_biases
 from clmerge.loggers.facts import RunFacts
-from clmerge.loggers.metrics import TASK_KEY, deployed_model, part_of_key, task_metrics
+from clmerge.loggers.metrics import TASK_KEY, by_task_metrics, deployed_model, figure_metrics, part_of_key, task_metrics
+from clmerge.loggers.tasks_csv import write_tasks
 from clmerge.results.results import ZERO_SHOT, Results
 from clmerge.results.run_folder import RunFolder
 
@@ -45,7 +46,7 @@ def log_task(
     """Log the figures after a task to every logger.
 
     Loggers other than W&B's get one ``log_metrics`` call whose step is the number of tasks learned, so that
-    curves are drawn against tasks; they are flushed afterwards.
+    curves are drawn against tasks; they are flushed afterwards. For CSV, numbers of single tasks go to ``tasks.csv``.
 
     Args:
         loggers: Any Lightning loggers.
@@ -61,12 +62,16 @@ def log_task(
     if not 0 <= task_index < results.num_finished:
         raise ValueError(f"expected one of {results.num_finished} finished tasks, got task {task_index}")
     results = results.until(task_index + 1)
-    metrics = task_metrics(results, deployed)
+    figures, by_task = figure_metrics(results, deployed), by_task_metrics(results)
+    metrics = figures | by_task
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             weights_and_biases.log_metrics(logger.experiment, task_index + 1, metrics)
             if images:
                 weights_and_biases.log_tables(logger.experiment, results)
+        elif isinstance(logger, CSVLogger):
+            _log_metrics(logger, {TASK_KEY: task_index + 1.0, **figures}, task_index + 1)
+            write_tasks(logger, by_task, task_index + 1)
         else:
             _log_metrics(logger, {TASK_KEY: task_index + 1.0, **metrics}, task_index + 1)
     if images:

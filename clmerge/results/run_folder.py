@@ -1,6 +1,5 @@
 """The run folder: an atomic manifest records what is committed; other files are listed in it or derived from it."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
@@ -14,7 +13,7 @@ from clmerge.names import file_name, tell
 from clmerge.results.checkpoint_files import damage
 from clmerge.results.contract import SCHEMA
 from clmerge.results.run_lock import LOCK, hold_lock
-from clmerge.results.run_manifest import Manifest, check_config, models_text, read_manifest
+from clmerge.results.run_manifest import Manifest, ManifestText, check_config, read_manifest
 from clmerge.weights import checksum, load_tensors, save_tensors, save_torch, write_json_atomic, write_text_atomic
 from clmerge.weights.checksums import MANIFEST, verify_files
 
@@ -42,7 +41,8 @@ class RunFolder:
         self.path = Path(path)
         self.writes = writes
         self.manifest = Manifest()
-        self._committed: tuple[Mapping[str, Any] | None, str] = None, ""  # the models of the last commit, as JSON
+        self._text = ManifestText()
+        self._viewed: Mapping[str, Any] | None = None  # the models in results.json
         self.close: Callable[[], object] = lambda: None
 
     @classmethod
@@ -233,19 +233,11 @@ class RunFolder:
         """Write the manifest in memory to disk, which commits it."""
         if not self.writes:
             return
+        write_text_atomic(self.path / MANIFEST, self._text.of(self.manifest))
         results = self.manifest.results
-        models = results.get("models", {})
-        before, text = self._committed
-        if models is not before:  # accuracies are all that grows with the square of the stream: they are written once
-            text = models_text(models)
-        parts = {key: text if key == "models" else json.dumps(value, allow_nan=False) for key, value in results.items()}
-        rest = {key: value for key, value in vars(self.manifest).items() if key != "results"}
-        written = ", ".join(f"{json.dumps(key)}: {part}" for key, part in parts.items())
-        whole = f'"results": {{{written}}}, ' if results else ""
-        write_text_atomic(self.path / MANIFEST, "{" + whole + json.dumps(rest, allow_nan=False)[1:] + "\n")
-        if results and models is not before:
+        if results and results.get("models") is not self._viewed:
             write_json_atomic(self.results, {"schema": SCHEMA, "runs": [results]})
-        self._committed = (models, text)
+            self._viewed = results.get("models")
 
     def commit_state(self, task: int, module: Mapping[str, Tensor], accumulators: Mapping[str, Any]) -> None:
         """Commit a task that was trained and merged.
@@ -270,7 +262,7 @@ class RunFolder:
         self.manifest.task_step, self.manifest.task_epochs = self.manifest.step, self.manifest.epochs
         self.commit()
         if self.writes:
-            self._remove_leftovers()
+            self._remove_superseded()
 
     def commit_branch(self, task: int, done: int, state: Mapping[str, Any]) -> None:
         """Commit a branch of a task.
@@ -286,7 +278,7 @@ class RunFolder:
         self.manifest.branch = done
         self.commit()
         if self.writes:
-            self._remove_leftovers()
+            self._remove_superseded()
 
     def load_branch(self) -> dict[str, Any]:
         """Return the state given to the last ``commit_branch`` of the current task, on the CPU."""
@@ -352,8 +344,8 @@ class RunFolder:
             elif _is_own(entry.name) and entry.name != LOCK:
                 entry.unlink()
 
-    def _remove_leftovers(self) -> None:
-        """Remove states and checkpoints that the manifest no longer refers to, and half-written files."""
+    def _remove_superseded(self) -> None:
+        """Remove states, checkpoints and jobs that the manifest no longer refers to."""
         keep = {self.path / self.manifest.state} if self.manifest.state is not None else set()
         if not self.manifest.finished:
             task, branch = self.manifest.trained, self.manifest.branch
@@ -367,6 +359,10 @@ class RunFolder:
             merged = (self.manifest.trained, self.manifest.branch if fit else 0)
             if (int(number.partition("_")[0]), int(fit or 0)) < merged:
                 shutil.rmtree(found) if found.is_dir() else found.unlink()
+
+    def _remove_leftovers(self) -> None:
+        """Remove all that the manifest does not refer to, half-written files included: what a killed process left."""
+        self._remove_superseded()
         for kept in (self.bank, self.path / "unmerged"):  # remove files of a task that was merged but not committed
             for found in sorted(kept.glob("task_*.safetensors")):
                 if found.stem[5:].isdecimal() and int(found.stem[5:]) >= self.manifest.trained:

@@ -1,7 +1,7 @@
 """The manifest of a run: the record of what is committed, validated when it is read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,44 @@ def read_manifest(file: Path) -> Manifest:
     return manifest
 
 
+class ManifestText:
+    """Write manifests as JSON, large parts of a long stream once: a part that is the same object is the same text."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[object, str]] = {}
+
+    def of(self, manifest: Manifest) -> str:
+        """Return the text of a manifest.
+
+        Args:
+            manifest: The manifest; its ``stream``, and ``models``, ``tasks`` and ``classes`` of its results, are never
+                changed in place.
+
+        Raises:
+            ValueError: If it holds a NaN.
+
+        Example:
+            >>> ManifestText().of(Manifest(trained=2))[:15]
+            '{"trained": 2, '
+        """
+        results = [self._item(f"results.{name}", name, value) for name, value in manifest.results.items()]
+        items = [self._item(name, name, value) for name, value in vars(manifest).items() if name != "results"]
+        return "{" + ", ".join([f'"results": {{{", ".join(results)}}}'] * bool(results) + items) + "}\n"
+
+    def _item(self, place: str, name: str, value: object) -> str:
+        if (write := _LARGE.get(place)) is None:
+            return f"{_json(name)}: {_json(value)}"
+        known, text = self._known.get(place, (None, ""))
+        if value is not known or not text:
+            text = f"{_json(name)}: {write(value)}"
+            self._known[place] = value, text
+        return text
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, allow_nan=False)
+
+
 def models_text(models: Mapping[str, Any]) -> str:
     """Return the models of a run's results as JSON for the manifest, with most rows of a long stream shortened.
 
@@ -152,7 +190,7 @@ def models_text(models: Mapping[str, Any]) -> str:
         name: {**found, **{setting: shortened(found[setting]) for setting in SETTINGS if setting in found}}
         for name, found in models.items()
     }
-    return json.dumps(short, allow_nan=False)
+    return _json(short)
 
 
 def fill_rows(results: Any) -> None:
@@ -238,6 +276,12 @@ def _contradiction(found: Mapping[str, Any]) -> str | None:
     return None
 
 
+_LARGE: dict[str, Callable[[Any], str]] = {
+    "stream": _json,
+    "results.tasks": _json,
+    "results.classes": _json,
+    "results.models": models_text,
+}
 _TASK = record(
     {"name": text, **dict.fromkeys(("train", "val", "test"), count), "labels": text, "images": text}
     | {"sizes": record(dict.fromkeys(("train", "val", "test"), text))}

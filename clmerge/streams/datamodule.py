@@ -101,6 +101,7 @@ class StreamDataModule(LightningDataModule):
         self.part = (0, 1)
         self.branch = 0
         self._cache: dict[tuple[Split, int], CachedImages | None] = {}
+        self._cached_bytes = 0  # of the images in memory
         self._image_files: Path | None = None
 
     def setup_stream(self, stream: Stream, train_transform: Transform | None, eval_transform: Transform | None) -> None:
@@ -116,6 +117,7 @@ class StreamDataModule(LightningDataModule):
         self.augment(None)
         self._task = 0
         self._cache.clear()
+        self._cached_bytes = 0
 
     def augment(self, augmentation: Sequence[v2.Transform] | None) -> None:
         """Augment training images by other transforms than ``augmentation``; None goes back to that."""
@@ -160,7 +162,7 @@ class StreamDataModule(LightningDataModule):
             raise ValueError(f"expected a task in 0..{num_tasks - 1} of stream {self.stream.name}, got {task}")
         if task != self._task and self._image_files is None:
             # Validation images are used only while their task is trained; drop them to make room for test images.
-            self._cache = {key: images for key, images in self._cache.items() if key[0] == "test"}
+            self._cached_bytes -= _bytes_in_memory(self._cache.pop(("val", self._task), None))
         self._task = task
 
     @property
@@ -272,9 +274,10 @@ class StreamDataModule(LightningDataModule):
             return images
         key = (split, task)
         if key not in self._cache:
-            used = sum(kept.images.nbytes for kept in self._cache.values() if kept is not None and not kept.on_disk)
             file = None if self._image_files is None else self._image_files / f"{split}_{task:03d}.bin"
-            self._cache[key] = cached(images, self.cache_mb * 2**20 - used, file, num_workers=self.num_workers)
+            room = self.cache_mb * 2**20 - self._cached_bytes
+            self._cache[key] = cached(images, room, file, num_workers=self.num_workers)
+            self._cached_bytes += _bytes_in_memory(self._cache[key])
         return self._cache[key] or images
 
     def _eval_loader(
@@ -303,3 +306,7 @@ class StreamDataModule(LightningDataModule):
 
     def _on_cuda(self) -> bool:
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+
+def _bytes_in_memory(images: CachedImages | None) -> int:
+    return 0 if images is None or images.on_disk else images.images.nbytes

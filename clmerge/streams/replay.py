@@ -38,6 +38,8 @@ def replay_memory(stream: Stream, task: int, replay: Replay, transform: Transfor
     Returns:
         Images with global class ids; none before the second task.
     """
+    if not replay:
+        return Images([])
     earlier = [stream.dataset(index, "train", transform) for index in range(task)]
     if replay == "all":
         return Images(earlier)

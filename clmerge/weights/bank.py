@@ -59,9 +59,11 @@ class TaskVectorBank:
     @property
     def tasks(self) -> list[int]:
         """Indices of the stored tasks, ascending."""
-        if not self.folder.is_dir():
+        try:
+            with os.scandir(self.folder) as entries:  # names alone: of a long stream there are thousands
+                matches = [_FILE_NAME.fullmatch(entry.name) for entry in entries]
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        matches = (_FILE_NAME.fullmatch(entry.name) for entry in self.folder.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
     @property
@@ -114,7 +116,7 @@ class TaskVectorBank:
             )
         others = [other for other in tasks if other != task]
         for other in others:
-            known = self.metadata(other)["base"]
+            known = self._first_header(other)["base"]
             if base and known and base != known:
                 raise ValueError(
                     f"expected task vectors of the base model {known[:12]}... as in {self.path(other)}, got "
@@ -126,9 +128,12 @@ class TaskVectorBank:
         known_counts = {key: str(count) for key, count in (counts or {}).items() if count is not None}
         tensors, scales = factored(tau, factors or {})
         save_tensors(self.path(task), tensors, header | known_counts | scales)
+        self._headers.pop(task, None)
 
     def check_next(self, vectors: Sequence[str], *, base: str | None, again: bool) -> None:
         """Check, before a task is trained, that its vector can be appended.
+
+        The header of a file is read once: one that is exchanged later is noticed when it is read.
 
         Args:
             vectors: Fingerprints of the task vectors merged so far, in order.
@@ -142,19 +147,19 @@ class TaskVectorBank:
             "use a new folder, or go on with the tasks it holds: merge.load_checkpoint(...) of the last one, or "
             "fit(ckpt_path=...) to resume"
         )
-        tasks = self.tasks
-        if more := [task for task in tasks if task >= len(vectors) + again]:
+        headers = {task: self._first_header(task) for task in self.tasks}
+        if more := [task for task in headers if task >= len(vectors) + again]:
             raise RuntimeError(
                 f"expected no vector of a task that is not merged yet, got {self.path(more[0])} after {len(vectors)} "
                 f"merged tasks; {advice}"
             )
-        if base and (known := self.base) and known != base:
+        if base and (known := next((header["base"] for header in headers.values() if header["base"]), base)) != base:
             raise RuntimeError(
                 f"expected task vectors of the base model {base[:12]}..., got {self.folder} with some of "
                 f"{known[:12]}...; {advice}"
             )
-        for task in tasks:
-            found = self.metadata(task).get("sha256")
+        for task, header in headers.items():
+            found = header.get("sha256")
             if task < len(vectors) and found and vectors[task] not in ("unknown", found):
                 raise RuntimeError(
                     f"expected the vector that was merged as task {task}, got another in {self.path(task)}; {advice}"
@@ -166,10 +171,14 @@ class TaskVectorBank:
         status = self.path(task).stat()
         state = (status.st_ino, status.st_mtime_ns, status.st_size)
         known, header = self._headers.get(task, (None, {}))
-        if known != state:  # every task looks at the headers of all earlier ones
+        if known != state:
             header = {"task": str(task), "name": "", "base": ""} | load_metadata(self.path(task))
             self._headers[task] = (state, header)
         return dict(header)
+
+    def _first_header(self, task: int) -> Mapping[str, str]:
+        """Return the header as it was when it was first read: every task looks at those of all earlier ones."""
+        return self._headers[task][1] if task in self._headers else self.metadata(task)
 
     def __len__(self) -> int:
         return len(self.tasks)
