@@ -19,7 +19,7 @@ from clmerge.names import tell
 from clmerge.results.results import EXPERT, SETTINGS, ZERO_SHOT, Results
 from clmerge.results.run_folder import RunFolder
 from clmerge.runs.final_models import save_models
-from clmerge.runs.launching.branch_jobs import BranchJobs
+from clmerge.runs.launching.branch_jobs import BranchJobs, check_branched
 from clmerge.runs.launching.task_jobs import TaskJobs, check_apart
 from clmerge.runs.learner_parts import LearnerParts
 from clmerge.runs.notices import adaptation_lines, add_place, notices, view_lines
@@ -67,12 +67,14 @@ class Learner(LearnerParts):
 
         Raises:
             ValueError: If artifacts are requested and the run will keep no task vectors, or jobs are to train tasks
-                that depend on each other.
+                that depend on each other, or branches where there are none.
         """
         if artifacts:
             self.require_task_vectors()
         if isinstance(jobs, TaskJobs):
             check_apart(self)
+        elif jobs is not None:
+            check_branched(self)
         progress = sys.stderr.isatty() if progress is None else progress
         trainers = Trainers(trainer, run, loggers, progress=progress)
         self._begin()

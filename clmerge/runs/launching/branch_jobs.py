@@ -11,6 +11,7 @@ from clmerge.results.run_folder import RunFolder
 from clmerge.runs.launching.job import Job
 from clmerge.runs.launching.launcher import Launcher
 from clmerge.runs.launching.pending import Pending
+from clmerge.runs.learner_parts import LearnerParts
 from clmerge.weights import TaskVector, save_torch
 
 
@@ -97,3 +98,16 @@ class BranchJobs:
     def close(self) -> None:
         """Stop the jobs that run; what they have trained is kept."""
         self._pending.close()
+
+
+def check_branched(learner: LearnerParts) -> None:
+    """Refuse jobs for the branches of tasks that have none.
+
+    Raises:
+        ValueError: If tasks have one branch, or nothing to merge.
+    """
+    if learner.branches == 1 or not learner.mergers:
+        raise ValueError(
+            f"expected weights to merge and learner.branches of 2 or more, for jobs that train branches, got "
+            f"{learner.branches} and {list(learner.mergers) or 'a frozen backbone'}"
+        )

@@ -8,7 +8,7 @@ from support.tiny import tiny_clip
 from support.toy_backbone import Normed
 
 from clmerge import ContinualClassifier, Learner
-from clmerge.merging import SLERP, Fisher, GreedySoup, MagMax, WeightAverage
+from clmerge.merging import PAINT, SLERP, Fisher, MagMax, WeightAverage
 from clmerge.models import CosineHead, Frozen, LinearHead, LoRA, OpenClip
 from clmerge.results.run_folder import RunFolder
 from clmerge.runs.branching import BranchedTask
@@ -101,7 +101,7 @@ CASES = {
     ),
     "running statistics and a head": lambda clip: make(normed(), LinearHead()),
     "class means and scores": lambda clip: make(
-        OpenClip(clip), CosineHead(), branch_merger=GreedySoup(), buffers="re-estimated"
+        normed(), CosineHead(), branch_merger=PAINT(), branches=3, buffers="re-estimated"
     ),
     "factors": lambda clip: make(OpenClip(clip), tuning=LoRA(), start_policy="merged"),
     "what a fit changes beside": lambda clip: make(
@@ -175,6 +175,12 @@ def test_a_command_that_ends_is_taken_up_and_trains_nothing_twice(clip, tmp_path
         assert len(first.done) + len(second.done) == 8
         assert not {*first.done} & {*second.done}
     assert not [*run.path.glob("jobs/*")]
+
+
+def test_jobs_for_branches_need_branches(clip, tmp_path):
+    run, build = RunFolder.create(tmp_path / "run"), lambda: make(OpenClip(clip), branches=1, rounds=1)
+    with pytest.raises(ValueError, match=r"learner.branches of 2 or more, for jobs that train branches, got 1 and \["):
+        build().fit(run, trainer=Fits(), jobs=jobs_of(run, Here(build, run.path)))
 
 
 def test_what_a_job_hands_over_is_that_of_its_branch_and_start(tmp_path):
