@@ -238,6 +238,11 @@ def _run(arguments: Sequence[str], resume: str | None, launcher: Sequence[str]) 
         learner, logging, check = build_run(parser, config, known, tells=processes.writes)
         check_run(learner, build)
         jobs_by = build_launcher(config.launcher)
+        if jobs_by is not None and processes.count > 1:
+            raise ValueError(
+                f"expected one process for --launcher, whose jobs are processes of their own, got {processes.count}: "
+                "set --trainer.devices=1 (of several GPUs each job sees another one), or leave --launcher out"
+            )
         spread = None if jobs_by is None else spread_of(learner)
         if config.dry_run or config.fast_dev_run:
             return _rehearse(learner, build, config, writes=processes.writes)

@@ -186,9 +186,10 @@ def test_a_node_of_a_ray_cluster_that_dies_loses_no_bits(start, alone, tmp_path,
         (["--data.replay=2"], "expected data.replay=0, got 2"),
         (["--model.head=LinearHead"], "expected a head that knows all classes"),
         (["--model.regularizers=[EWC]"], "expected no regularizers"),
+        (["--trainer.devices=2", "--trainer.strategy=ddp"], "expected one process for --launcher"),
     ],
 )
-def test_tasks_that_depend_on_each_other_are_not_launched(config, words, message, tmp_path, capsys):
+def test_what_cannot_be_spread_is_refused_before_anything_starts(config, words, message, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(["fit", "--config", str(config), "--run_dir", str(run), *words, *LOCAL]) == 1
     assert message in capsys.readouterr().err
