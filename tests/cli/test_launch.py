@@ -161,8 +161,9 @@ def test_a_node_of_a_ray_cluster_that_dies_loses_no_bits(start, alone, tmp_path,
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_AUTH_MODE", "disabled")):
-        monkeypatch.setenv(name, value)
+    # Beside other programs Ray's own niceness of 15 would leave the jobs no time.
+    for name, value in (("USAGE_STATS_ENABLED", "0"), ("AUTH_MODE", "disabled"), ("worker_niceness", "0")):
+        monkeypatch.setenv(f"RAY_{name}", value)
     store = {"object_store_memory": 80 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **store})
     run = tmp_path / "run"
