@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from clmerge.figures.charts import Grid, HeatChart, Line, LineChart, Panel, Value
+from clmerge.figures.charts import Grid, HeatChart, Line, LineChart, Panel, Value, known_rows
 from clmerge.figures.drawing import draw
 from clmerge.figures.looks import Look, look_of
 from clmerge.results.metrics.continual import average_accuracy
-from clmerge.results.results import Results, Setting
+from clmerge.results.results import ZERO_SHOT, Results, Setting
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,14 @@ class Model:
         look: How it looks.
         matrix: Its accuracy matrix R.
         faint: Whether its lines are in the background.
+        moves: Whether training changes it; one that it does not change has numbers where others were not evaluated.
     """
 
     name: str
     look: Look
     matrix: Sequence[Sequence[Value]]
     faint: bool = False
+    moves: bool = True
 
 
 def by_task(values: Sequence[Value]) -> list[tuple[float, Value]]:
@@ -38,7 +40,7 @@ def by_task(values: Sequence[Value]) -> list[tuple[float, Value]]:
 def forgetting_chart(
     models: Sequence[Model], tasks: Sequence[str], accuracy: str = "accuracy", *, most: int | None = None
 ) -> LineChart:
-    """Return one panel for every task: the accuracy on it after every task, and when it was learned.
+    """Return one panel for every task: the accuracy on it after every evaluated task, and when it was learned.
 
     Args:
         models: The models, those in front first.
@@ -47,9 +49,17 @@ def forgetting_chart(
         most: Most panels; of more tasks so many are shown, evenly spaced. Default: all.
     """
     panels = []
+    last = max((len(model.matrix) for model in models), default=0) - 1
+    evaluated = sorted({0, last, *known_rows([model.matrix for model in models if model.moves])} if last >= 0 else ())
     for task, name in [*enumerate(tasks)][:: 1 if most is None else math.ceil(len(tasks) / most)]:
         lines = [
-            Line(model.name, model.look, by_task([row[task] for row in model.matrix]), task + 1, faint=model.faint)
+            Line(
+                model.name,
+                model.look,
+                [(float(row + 1), model.matrix[row][task]) for row in evaluated if row < len(model.matrix)],
+                task + 1,
+                faint=model.faint,
+            )
             for model in models
         ]
         panels.append(Panel(name, lines, rule=task + 1, y_range=(0.0, 1.0)))
@@ -157,7 +167,7 @@ def plot_final_accuracy(results: Results, *, setting: Setting | None = None) -> 
 
 def _model(results: Results, model: str, setting: Setting) -> Model:
     rows = [[Value(float(value)) for value in row] for row in results.matrix(model, setting)]
-    return Model(model, _look(results, model), rows)
+    return Model(model, _look(results, model), rows, moves=model != ZERO_SHOT)
 
 
 def _look(results: Results, model: str) -> Look:

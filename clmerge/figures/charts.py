@@ -5,7 +5,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 from clmerge.figures.looks import Look
@@ -175,18 +175,54 @@ class HeatChart:
         where = f"{self.row_name} {self.rows[row]}, {self.column_name} {self.columns[column]}"
         return f"{title}{where}: {grid.cells[row][column].tip(self.unit)}"
 
-    def to_csv(self) -> str:
-        """Return all cells with full precision; an undefined number is an empty field."""
-        rows = [
-            [grid.title, row_label, column_label, *numbers_of(value)]
+    def thinned(self, most: int) -> "HeatChart":
+        """Return the chart with so many rows and columns at most, evenly spaced, of the rows that have numbers.
+
+        A chart that has no more is returned as it is.
+        """
+        if max(len(self.rows), len(self.columns)) <= most:
+            return self
+        known = known_rows([grid.cells for grid in self.grids]) or [*range(len(self.rows))]
+        rows, columns = (some[:: math.ceil(len(some) / most)] for some in (known, range(len(self.columns))))
+        grids = [
+            Grid(grid.title, [[grid.cells[row][column] for column in columns] for row in rows if row < len(grid.cells)])
             for grid in self.grids
-            for row_label, row in zip(self.rows, grid.cells, strict=False)
+        ]
+        return replace(
+            self,
+            grids=grids,
+            rows=[self.rows[row] for row in rows],
+            columns=[self.columns[column] for column in columns],
+            diagonal=False,
+        )
+
+    def to_csv(self) -> str:
+        """Return all cells with full precision; an undefined number is an empty field.
+
+        Rows in which no grid has a number are left out: of a long stream, moments at which it was not evaluated.
+        """
+        known = set(known_rows([grid.cells for grid in self.grids]))
+        rows = [
+            [grid.title, self.rows[index], column_label, *numbers_of(value)]
+            for grid in self.grids
+            for index, row in enumerate(grid.cells[: len(self.rows)])
+            if index in known
             for column_label, value in zip(self.columns, row, strict=True)
         ]
         return to_csv(["panel", self.row_name, self.column_name, self.value_name, "std", "runs"], rows)
 
 
 Chart: TypeAlias = LineChart | HeatChart
+
+
+def known_rows(matrices: Sequence[Sequence[Sequence[Value]]]) -> list[int]:
+    """Return the indices of the rows in which some matrix has a number."""
+    rows = range(max(map(len, matrices), default=0))
+    return [
+        index
+        for index in rows
+        if any(value.is_defined for matrix in matrices for value in (matrix[index] if index < len(matrix) else ()))
+    ]
 
 
 def numbers_of(value: Value) -> list[str]:

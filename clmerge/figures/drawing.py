@@ -23,6 +23,7 @@ from clmerge.figures.numbers import named, percent, show
 from clmerge.figures.svg import Marks, to_svg
 
 NAME_LENGTH = 40  # largest length of a model's name in a legend
+MOST_ON_PAGE = 100  # rows and columns of a heatmap on a page
 _TITLE, _LEGEND_LINE, _SCALE = 24, 17, 84  # in pixels: heights of a title and of a line of a legend, width of a scale
 
 
@@ -54,7 +55,11 @@ def draw(chart: Chart) -> Figure:
 
 
 def draw_panels(chart: Chart) -> list[tuple[str, Markup]]:
-    """Draw every panel of a chart for a page, which has the titles, the legend and the scale; return them by title."""
+    """Draw every panel of a chart for a page, which has the titles, the legend and the scale; return them by title.
+
+    Of a heatmap with more than 100 rows or columns, so many are drawn: every cell is an element of the page.
+    """
+    chart = chart.thinned(MOST_ON_PAGE) if isinstance(chart, HeatChart) else chart
     frame = _frame(chart, None)
     drawn = []
     for name, draw_into in _panels(chart):

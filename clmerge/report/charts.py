@@ -1,12 +1,15 @@
 """The figures of a report: charts with their titles, made of the figures and models of a study."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from clmerge.figures.charts import Chart, Line, Value
 from clmerge.figures.looks import Look, look_of
-from clmerge.report.study import Entry, Spread
+from clmerge.report.study import UNDEFINED, Entry, Spread
+
+_UNDEFINED = Value(math.nan)
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ def value_of(spread: Spread) -> Value:
 
 def values_of(rows: Sequence[Sequence[Spread]]) -> list[list[Value]]:
     """Return rows of figures as rows of values."""
-    return [[value_of(spread) for spread in row] for row in rows]
+    return [[_UNDEFINED if spread is UNDEFINED else value_of(spread) for spread in row] for row in rows]
 
 
 def line_of(entry: Entry, points: Sequence[tuple[float, Spread]], **options: Any) -> Line:

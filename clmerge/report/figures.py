@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from clmerge.figures.accuracy import Model, forgetting_chart
 from clmerge.figures.charts import Grid, HeatChart, LineChart, Panel
+from clmerge.figures.drawing import MOST_ON_PAGE
 from clmerge.figures.numbers import plural
 from clmerge.report.charts import Figure, line_of, look, values_of
 from clmerge.report.classes import confusion_figures
@@ -30,6 +31,7 @@ def common_figures(study: Study) -> list[Figure]:
     ]
 
 
+MOST_CURVES = 100  # panels of forgetting curves, as in a run's own pictures
 MOST_LINES = 7  # number of mergers that are not drawn faintly in the background
 
 
@@ -66,12 +68,13 @@ def _matrices(study: Study, setting: Setting) -> Iterable[Figure]:
     others = [entry for entry in moving if entry.model != EXPERT]
     shown = others[:1] + experts + others[1:]  # the best merger beside the expert
     after = [str(task + 1) for task in range(study.num_finished)]
+    some = f" Of more than {MOST_ON_PAGE} tasks, {MOST_ON_PAGE} or fewer are shown here, and all in the files."
     yield Figure(
         "matrices",
         "Accuracy on every task after every task",
         "Each row is a moment, each column a task: colours that stay bright down a column mean that the task is "
         "remembered, and outlined cells are the task just learned. The expert is the model as it was fine-tuned, "
-        "without merging.",
+        f"without merging.{some if len(study.tasks) > MOST_ON_PAGE else ''}",
         HeatChart(
             [Grid(entry.name, values_of(entry.matrix(setting))) for entry in shown],
             "after task",
@@ -86,14 +89,22 @@ def _matrices(study: Study, setting: Setting) -> Iterable[Figure]:
 def _forgetting_curves(study: Study, setting: Setting) -> Iterable[Figure]:
     order = ranked(study, setting)
     models = [
-        Model(entry.name, look(entry), values_of(entry.matrix(setting)), _is_faint(order, entry)) for entry in order
+        Model(
+            entry.name,
+            look(entry),
+            values_of(entry.matrix(setting)),
+            faint=_is_faint(order, entry),
+            moves=entry.model != ZERO_SHOT,
+        )
+        for entry in order
     ]
+    some = f"; of {study.num_finished} tasks, {MOST_CURVES} or fewer" if study.num_finished > MOST_CURVES else ""
     yield Figure(
         "forgetting_curves",
         "What happens to each task",
-        "One panel a task, its accuracy after every task: the vertical line is when it was learned, and a fall after "
-        "that is forgetting.",
-        forgetting_chart(models, study.tasks[: study.num_finished]),
+        f"One panel a task{some}, its accuracy after every task: the vertical line is when it was learned, and a fall "
+        "after that is forgetting.",
+        forgetting_chart(models, study.tasks[: study.num_finished], most=MOST_CURVES),
     )
 
 

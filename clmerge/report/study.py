@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from clmerge.names import shown
@@ -97,8 +98,18 @@ class Entry:
 
     def matrix(self, setting: Setting) -> list[list[Spread]]:
         """Return the accuracy matrix R, rows by columns."""
-        matrices = [figures["R"] for figures in self._figures(setting)]
-        return [_spreads(rows) for rows in zip(*matrices, strict=True)]
+        if setting not in self._matrices:
+            matrices = [figures["R"] for figures in self._figures(setting)]
+            self._matrices[setting] = [_spreads(rows) for rows in zip(*matrices, strict=True)]
+        return self._matrices[setting]
+
+    def last_row(self, setting: Setting) -> list[Spread]:
+        """Return the accuracy on every task after the last one."""
+        return _spreads([figures["R"][-1] for figures in self._figures(setting)])
+
+    @cached_property
+    def _matrices(self) -> dict[Setting, list[list[Spread]]]:
+        return {}
 
     def bytes_kept(self) -> list[Spread]:
         """Return the bytes kept beside the base model after every task; empty if unknown."""
@@ -276,7 +287,9 @@ def _known(lists: Sequence[Sequence[float | None]]) -> list[Spread]:
 
 def _spreads(lists: Sequence[Sequence[float | None]]) -> list[Spread]:
     """Turn one list per run into one spread per position; positions that a run lacks are left out."""
-    return [Spread(tuple(map(number, column))) for column in zip(*lists, strict=False)]
+    # Most numbers of a long stream are undefined, where it is evaluated now and then: all of them are one object.
+    spreads = (Spread(tuple(map(number, column))) for column in zip(*lists, strict=False))
+    return [UNDEFINED if len(spread.values) == 1 and math.isnan(spread.values[0]) else spread for spread in spreads]
 
 
 __all__ = ["EXPERT", "UNDEFINED", "ZERO_SHOT", "Entry", "Spread", "Study", "make_study"]

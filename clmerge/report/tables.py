@@ -238,7 +238,7 @@ def _task_column(study: Study, setting: Setting, task: int) -> Column:
         short,
         f"Accuracy on task {task + 1} ({name}) after the last task.",
         "share",
-        lambda entry: entry.matrix(setting)[-1][task],
+        lambda entry: entry.last_row(setting)[task],
     )
 
 

@@ -62,10 +62,10 @@ def sampling_error(entry: Entry, other: Entry, samples: Sequence[int], setting: 
     images: binomial variances, as if the two were tested on different images. They are tested on the same images, so
     the true error is usually smaller.
     """
-    num_tasks = len(entry.matrix(setting))
+    num_tasks = len(entry.series("average_accuracy", setting))
     total = 0.0
     for model in (entry, other):
-        for spread, count in zip(model.matrix(setting)[-1][:num_tasks], samples, strict=False):
+        for spread, count in zip(model.last_row(setting)[:num_tasks], samples, strict=False):
             total += spread.mean * (1 - spread.mean) / count if count else math.nan
     return math.sqrt(total) / num_tasks
 
@@ -180,7 +180,7 @@ def _told(study: Study) -> Iterable[str]:
 
 def _where(study: Study, best: Entry, second: Entry, setting: Setting) -> str:
     """Name the tasks on which the best merger gains and loses most."""
-    rows = best.matrix(setting)[-1], second.matrix(setting)[-1]
+    rows = best.last_row(setting), second.last_row(setting)
     differences = [
         (first.mean - other.mean, name)
         for first, other, name in zip(*rows, study.tasks, strict=True)

@@ -13,8 +13,9 @@ from clmerge.figures import (
     plot_matrix,
     save_plots,
 )
-from clmerge.figures.accuracy import forgetting_chart
+from clmerge.figures.accuracy import _model, forgetting_chart
 from clmerge.figures.looks import HEAT, look_of
+from clmerge.results.results import Results
 
 
 def texts(panel):
@@ -148,3 +149,14 @@ def test_labels_lie_inside_the_picture(num_tasks, names):
 def test_nothing_to_draw_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="at least one finished task"):
         save_plots(make_results(finished=0), tmp_path)
+
+
+def test_curves_have_the_moments_at_which_something_was_evaluated():
+    results = Results(["a", "b", "c", "d"], classes=[["0"], ["1"], ["2"], ["3"]])
+    results.set_zero_shot([0.25] * 4, [0.5] * 4)
+    for value in (None, 0.5, None, 1.0):
+        results.add_row("magmax", [value] * 4, [value] * 4)
+    models = [_model(results, model, "task_aware") for model in ("magmax", "zero_shot")]
+    chart = forgetting_chart(models, results.tasks)
+    assert [[x for x, _ in line.points] for line in chart.panels[0].lines] == [[1.0, 2.0, 4.0]] * 2
+    assert len(chart.panels) == 4

@@ -72,3 +72,23 @@ def test_cells_that_begin_like_formulas_are_text(cell, kept):
 @pytest.mark.parametrize("cell", ["\t=1", "\r=1", "\n=1"])
 def test_cells_that_begin_with_a_control_character_show_it(cell):
     assert to_csv(["a"], [[cell]]).splitlines()[1] == repr(cell)[1:-1]
+
+
+def test_rows_without_a_number_are_left_out_of_the_csv():
+    nothing = [Value(math.nan), Value(math.nan)]
+    grids = [Grid("a", [nothing, nothing, [Value(0.5), Value(math.nan)]]), Grid("b", [nothing, nothing, nothing])]
+    rows = HeatChart(grids, "after", "on", ["1", "2", "3"], ["x", "y"]).to_csv().splitlines()
+    assert rows[1:] == ["a,3,x,0.5,,1", "a,3,y,,,1", "b,3,x,,,1", "b,3,y,,,1"]
+
+
+def test_a_large_heatmap_is_thinned_to_rows_with_numbers():
+    cells = [[Value(row / 8 if row % 2 else math.nan)] * 8 for row in range(8)]
+    names = [str(index) for index in range(8)]
+    chart = HeatChart([Grid("a", cells)], "after", "on", names, names)
+    assert chart.thinned(8) is chart
+    small = chart.thinned(4)
+    assert (small.rows, small.columns, small.diagonal) == (["1", "3", "5", "7"], ["0", "2", "4", "6"], False)
+    assert [[value.mean for value in row] for row in small.grids[0].cells] == [[row / 8] * 4 for row in (1, 3, 5, 7)]
+    assert len(small.thinned(3).rows) == 2
+    empty = HeatChart([Grid("a", [[Value(math.nan)] * 8] * 8)], "after", "on", names, names).thinned(4)
+    assert (len(empty.rows), len(empty.grids[0].cells)) == (4, 4)
