@@ -15,7 +15,18 @@ from typing import Any
 
 _DEAD_AFTER = 24 * 3600.0  # seconds without a write, where it cannot be checked whether the process is alive
 _NUMBERS = frozenset({int, float, bool, type(None)})  # types in a list that is written on one line
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*(::[a-zA-Z][a-zA-Z0-9+.-]*)*://")
 _in_use: set[str] = set()
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is a URL for fsspec.
+
+    Example:
+        >>> is_url("s3://bucket/model.safetensors"), is_url("models/a.safetensors")
+        (True, False)
+    """
+    return isinstance(path, str) and _URL.match(path) is not None
 
 
 @contextmanager

@@ -3,25 +3,13 @@
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from clmerge.files import is_url
 from clmerge.names import tell
-
-_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*(::[a-zA-Z][a-zA-Z0-9+.-]*)*://")
-
-
-def is_url(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path is a URL for fsspec.
-
-    Example:
-        >>> is_url("s3://bucket/model.safetensors"), is_url("models/a.safetensors")
-        (True, False)
-    """
-    return isinstance(path, str) and _URL.match(path) is not None
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:

@@ -244,12 +244,7 @@ def _merge(parser: "CommandParser", config: Any, groups: "list[Group]") -> int:
     from clmerge.checkpoints.attestation import attest, attestation_path
     from clmerge.checkpoints.merge import CheckpointMerge
     from clmerge.checkpoints.output import existing, parse_size
-    from clmerge.checkpoints.remote import is_url
 
-    if config.out is not None and is_url(config.out):
-        raise ValueError(
-            f"expected a path of the file system for --out, got {config.out}; write to a folder and copy it there"
-        )
     torch.set_num_threads(config.threads)
     _keep_freed_memory()
     shard_bytes = None if config.shard_size is None else parse_size(config.shard_size)

@@ -7,9 +7,11 @@ from typing import Any, NoReturn
 from clmerge.cli.option_table import OptionTable, Type, nearest
 from clmerge.cli.option_values import alternatives, in_words, is_null, item_of, kinds_of, may_be, part_of, spoken
 from clmerge.cli.own_configs import own_configs_beside
+from clmerge.files import is_url
 from clmerge.names import visible
 
 _MOST_NAMED = 12
+_WRITTEN = frozenset({"out", "run_dir", "csv"})  # options that name what a command writes
 _LONGEST = 100  # characters of a value
 
 
@@ -41,6 +43,11 @@ class ValueCheck:
 
     def value(self, key: str, kind: Type, value: Any) -> None:
         """Check a value, which is text or the content of a configuration."""
+        if key in _WRITTEN and is_url(value):
+            raise OptionError(
+                f"expected a path of the file system for {self._where(key)}, got {visible(value)}: write to a folder "
+                "and copy it there when the command has finished"
+            )
         if kind == "flag" or is_null(value) or "any" in alternatives(kind):
             return
         if part_of(kind, "words") is not None:

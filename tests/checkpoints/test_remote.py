@@ -1,5 +1,7 @@
 """Checkpoints that URLs name: copies of them give the merge of the files, and are made once for each content."""
 
+from pathlib import Path
+
 import fsspec
 import pytest
 import torch
@@ -71,21 +73,38 @@ def test_a_copy_that_is_broken_off_leaves_nothing(remote, theta, monkeypatch, tm
     assert not [*(tmp_path / "cache" / "clmerge" / "fetched").iterdir()]
 
 
-def test_what_cannot_be_read_or_written_is_said(remote, theta, base, tmp_path, capsys):
+def test_what_cannot_be_read_is_said(remote, theta):
     upload(remote, "base.safetensors", theta)
     with pytest.raises(FileNotFoundError, match="got memory://bucket/none, which does not exist"):
         local_path("memory://bucket/none")
     with pytest.raises(ValueError, match="a URL that fsspec can read, got nowhere://a"):
         local_path("nowhere://a")
-    options = [
-        "--base",
-        str(base),
-        "--models",
-        str(base),
-        "--merger",
-        "TIES",
-        "--out",
-        "memory://bucket/out.safetensors",
-    ]
-    assert main(["merge", *options]) == 1
-    assert "expected a path of the file system for --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "merge --base a.safetensors --models b.safetensors --merger TIES --out=URL",
+        "merge --base a.safetensors --models b.safetensors --merger TIES --out URL",
+        "report runs/a --out URL",
+        "compare runs/a --out URL",
+        "evaluate runs/a --out URL",
+        "export runs/a --out URL",
+        "fit --config configs/quickstart.yaml --run_dir URL",
+        "sweep --config configs/quickstart.yaml --out URL",
+        "predict runs/a images --csv URL",
+        "sign a.safetensors --key k.pem --out URL",
+        "fit --config run.yaml",
+    ],
+)
+def test_no_command_writes_to_a_url(command, tmp_path, monkeypatch, capsys):
+    configs = Path(__file__).parents[2] / "configs"
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("run_dir: s3://bucket/report.html\n")
+    words = command.replace("URL", "s3://bucket/report.html").replace("configs", str(configs)).split()
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert "expected a path of the file system for " in (told := capsys.readouterr().err)
+    assert "got s3://bucket/report.html: write to a folder and copy it there" in told
+    assert [*tmp_path.iterdir()] == [tmp_path / "run.yaml"], "no folder s3:"
