@@ -184,14 +184,15 @@ def count_operations() -> None:
     blocks.CPU_BLOCK = blocks.DEVICE_BLOCK = blocks.DEVICE_BLOCK // 16
     print(f"\nOperations of an update of {len(taus[0])} tensors\n\n| rule | one at a time | many at once |")
     print("|---|---|---|", flush=True)
-    for name in ("TaskArithmetic", "WeightAverage", "MagMax", "TIES", "TIES by tensor", "DARE"):
-        build, found = ENTRYWISE[name][0], []
+    for name, (build, _) in ENTRYWISE.items():
+        found = []
         for one_by_one in (frozenset({"cpu"}), frozenset[str]()):
             blocks.ONE_BY_ONE = one_by_one
             merger = build()
-            merger.update(taus[0])
+            given = [statistics_of(merger, tau, task) for task, tau in enumerate(taus)]
+            merger.update(taus[0], statistics=given[0])
             with Operations() as operations:
-                merger.update(taus[1])
+                merger.update(taus[1], statistics=given[1])
             found.append(operations.number)
         print(f"| {name} | {found[0]} | {found[1]} |", flush=True)
 

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots, copied, float_dtype
 from clmerge.merging.checks import Shapes
+from clmerge.merging.gathered import gathered
 from clmerge.merging.kept_beside import added
 from clmerge.merging.merger import Merger
 from clmerge.merging.scope import Scope
@@ -29,7 +30,9 @@ def largest_entry(vector: State, step: Step) -> float:
     """
     if step.largest:
         return max(step.largest.values())
-    return max((magnitude(vector[name]) for name in vector), default=0.0)
+    tensors = (vector[name].detach() for name in vector)  # one at a time: they may be made on access
+    limits = [torch.stack(torch.aminmax(tensor)) for tensor in tensors if tensor.numel()]
+    return float(gathered(limits).abs().max()) if limits else 0.0
 
 
 def magnitude(tensor: Tensor) -> float:

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from clmerge.merging.checks import is_finite
+from clmerge.merging.at_once import concatenated, device_packs, largest_magnitudes
+from clmerge.merging.gathered import gathered
 from clmerge.merging.step import Step
 from clmerge.weights.task_vector import State
 
@@ -37,12 +38,22 @@ def diagonal_of(step: Step, vector: State, statistic: str) -> dict[str, Tensor]:
                 f"expected {statistic!r} of shape {tuple(vector[name].shape)} for {name!r} of task {step.task}, "
                 f"got {tuple(given[name].shape)}"
             )
-        if bool((given[name] < 0).any()):
-            raise ValueError(
-                f"expected {statistic!r} without negative entries, got {float(given[name].min())} for {name!r} of "
-                f"task {step.task}; it is a mean of squares"
-            )
-    return {name: given[name] for name in vector}
+    found = {name: given[name] for name in vector}
+    if _has_negative(found):
+        name = next(name for name in found if _has_negative({name: found[name]}))
+        raise ValueError(
+            f"expected {statistic!r} without negative entries, got {float(found[name].min())} for {name!r} of task "
+            f"{step.task}; it is a mean of squares"
+        )
+    return found
+
+
+def _has_negative(tensors: State) -> bool:
+    """Return whether finite tensors have a negative entry, with one question to the device."""
+    held = {name: tensors[name].detach() for name in tensors if tensors[name].numel()}
+    packs = device_packs(held)
+    least = [concatenated([held[name] for name in pack.names]).amin().reshape(1) for pack in packs]
+    return bool((gathered(least) < 0).any())
 
 
 def base_weights(step: Step, vector: State, names: Iterable[str]) -> State:
@@ -83,12 +94,15 @@ def tensors_of(step: Step, statistic: str) -> State:
     given = step.statistics[statistic]
     if not isinstance(given, Mapping):
         raise TypeError(f"expected {statistic!r} as parameter name -> tensor, got {type(given).__name__}")
-    for name, tensor in given.items():
-        if not tensor.is_floating_point() or not is_finite(tensor.detach()):
-            raise ValueError(
-                f"expected finite floating-point numbers in {statistic!r} of task {step.task}, got NaN, Inf or "
-                f"{tensor.dtype} for {name!r}; the state is unchanged"
-            )
+    wrong = [name for name in given if not given[name].is_floating_point()]
+    if not wrong:
+        magnitudes = largest_magnitudes([*given.values()])
+        wrong = [name for name, largest in zip(given, magnitudes, strict=True) if not math.isfinite(largest)]
+    if wrong:
+        raise ValueError(
+            f"expected finite floating-point numbers in {statistic!r} of task {step.task}, got NaN, Inf or "
+            f"{given[wrong[0]].dtype} for {wrong[0]!r}; the state is unchanged"
+        )
     return given
 
 

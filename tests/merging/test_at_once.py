@@ -8,7 +8,17 @@ from support.merger_cases import CASES
 from support.references import gradients, score, statistics_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clmerge.merging import TIES, GreedySoup, MagMax, TaskArithmetic, TrimTensor, WeightAverage
+from clmerge.merging import (
+    EMR,
+    TIES,
+    Breadcrumbs,
+    Fisher,
+    GreedySoup,
+    MagMax,
+    TaskArithmetic,
+    TrimTensor,
+    WeightAverage,
+)
 from clmerge.merging.accumulators import allocate
 from clmerge.merging.at_once import Joined, largest_magnitudes, packed_slots
 from clmerge.merging.merger import Merger
@@ -150,7 +160,20 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("build", [TaskArithmetic, WeightAverage, MagMax, TIES, lambda: TIES(trim="tensor")])
+def test_records_of_tasks_are_those_of_one_at_a_time(at_once):
+    taus = [{**tau, "half": tau["long"].bfloat16(), "last": tau["bias"].clone()} for tau in vectors(3)]
+    for rescale in ("l1", "tensor_mean"):
+        alone = folded(EMR(rescale=rescale), taus)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("clmerge.merging.blocks.ONE_BY_ONE", frozenset())
+            patch.setattr("clmerge.merging.blocks.DEVICE_BLOCK", 100)  # the largest is alone, and out of order
+            together = folded(EMR(rescale=rescale), taus)
+        for task in range(3):
+            assert_same(together.task_view(task), alone.task_view(task))
+        assert torch.equal(together._records["1"]["positive"], alone._records["1"]["positive"])
+
+
+@pytest.mark.parametrize("build", [TaskArithmetic, WeightAverage, MagMax, TIES, lambda: TIES(trim="tensor"), Fisher])
 def test_operations_of_an_update_do_not_grow_with_the_number_of_parameters(build, at_once):
     at_once(1 << 20)
 
@@ -158,10 +181,26 @@ def test_operations_of_an_update_do_not_grow_with_the_number_of_parameters(build
         shapes = {f"{name}{index}": shape for index in range(parameters) for name, shape in SHAPES.items()}
         first, second = vectors(2, shapes)
         merger = build()
+        fisher = {name: tensor.square() for name, tensor in first.items()}
+        merger.update(first, statistics={"fisher": fisher})
+        with Counted() as counted:
+            merger.update(second, statistics={"fisher": fisher})
+        return counted.operations, counted.questions
+
+    assert count(30) == count(10)
+
+
+@pytest.mark.parametrize("build", [EMR, Breadcrumbs])
+def test_a_device_is_not_asked_about_every_parameter(build, at_once):
+    at_once(1 << 20)
+
+    def count(parameters):
+        first, second = vectors(2, {f"w{index}": (4, 5) for index in range(parameters)})
+        merger = build()
         merger.update(first)
         with Counted() as counted:
             merger.update(second)
-        return counted.operations, counted.questions
+        return counted.questions
 
     assert count(30) == count(10)
 

@@ -6,10 +6,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots, device_of, float_dtype, slot_blocks
+from clmerge.merging.at_once import concatenated
 from clmerge.merging.merger import Merger
 from clmerge.merging.required import diagonal_of
 from clmerge.merging.scope import Scope
 from clmerge.merging.step import Step
+from clmerge.merging.vectors import Pack
 from clmerge.weights.task_vector import State
 
 
@@ -35,12 +37,13 @@ class Informed(Merger):
         return diagonal_of(step, vector, self.statistic), None
 
     @override
-    def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: tuple[State, Any]) -> None:
+    def _fold_pack(self, pack: Pack, slots: Slots, tau: Tensor, step: Step, plan: tuple[State, Any]) -> None:
         information, rest = plan
         dtype = float_dtype(slots)
-        for block, (piece, known) in slot_blocks(slots, tau, information[name].detach().to(device_of(slots))):
+        whole = concatenated([information[name].detach().to(device_of(slots)) for name in pack.names])
+        for block, (piece, known) in slot_blocks(slots, tau, whole):
             self._fold_informed(block, piece.to(dtype), known.to(dtype), step, rest)
 
     def _fold_informed(self, slots: Slots, tau: Tensor, information: Tensor, step: Step, plan: Any) -> None:
         """Fold one flat piece of a parameter and its information into the same piece of its accumulators, in place."""
-        raise TypeError(f"{type(self).__name__} defines neither _fold nor _fold_informed")
+        raise TypeError(f"{type(self).__name__} defines neither _fold_pack nor _fold_informed")

@@ -1,5 +1,6 @@
 """EMR: one unified vector of elected signs and largest magnitudes, with a mask and a factor per task."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import gt, lt
 from typing import Any, Literal, TypedDict
@@ -9,11 +10,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from clmerge.merging.accumulators import Slots, device_of, float_dtype, slot_blocks
-from clmerge.merging.bits import BitWriter, compared, unpack_bits
+from clmerge.merging.bits import BitWriter, compared, pack_bits, unpack_bits
 from clmerge.merging.checks import Shapes, checked_choice, num_entries
+from clmerge.merging.gathered import gathered
 from clmerge.merging.kept_beside import duplicate
 from clmerge.merging.merger import Merger
 from clmerge.merging.step import Step
+from clmerge.merging.vectors import Pack
 from clmerge.weights.task_vector import State, TaskVector
 
 Rescaler = Literal["l1", "tensor_mean"]
@@ -32,12 +35,32 @@ class _Record(TypedDict):
 
 @dataclass
 class _Scratch:
-    """Values collected for one task while its parameters are folded in."""
+    """Values collected for one task while its parameters are folded in.
+
+    Attributes:
+        positive: Bits of the entries above zero, in the order in which parameters are folded in.
+        negative: Bits of those below zero.
+        numbers: Number of entries by parameter, in that order.
+        norms: Sums of magnitudes of a parameter's pieces, of shape ``(1,)`` on its device.
+    """
 
     positive: BitWriter = field(default_factory=BitWriter)
     negative: BitWriter = field(default_factory=BitWriter)
-    l1: float = 0.0
-    tensor_means: float = 0.0
+    numbers: dict[str, int] = field(default_factory=dict)
+    norms: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def sizes(self) -> dict[str, float]:
+        """Return the sum of magnitudes by parameter, with one question to the device."""
+        numbers = iter(gathered([one for pieces in self.norms.values() for one in pieces]).tolist())
+        return {name: sum((next(numbers) for _ in pieces), 0.0) for name, pieces in self.norms.items()}
+
+    def bits(self, packed: Tensor, names: Iterable[str]) -> Tensor:
+        """Return bits in the order of the given parameters."""
+        if list(names) == list(self.numbers):
+            return packed
+        every = unpack_bits(packed, 0, sum(self.numbers.values()))
+        parts = dict(zip(self.numbers, every.split_with_sizes([*self.numbers.values()]), strict=True))
+        return pack_bits(torch.cat([parts[name] for name in names]))
 
 
 class EMR(Merger):
@@ -95,8 +118,10 @@ class EMR(Merger):
         return _Scratch()
 
     @override
-    def _fold(self, name: str, slots: Slots, tau: Tensor, step: Step, plan: _Scratch) -> None:
-        dtype, size = float_dtype(slots), 0.0
+    def _fold_pack(self, pack: Pack, slots: Slots, tau: Tensor, step: Step, plan: _Scratch) -> None:
+        dtype = float_dtype(slots)
+        plan.numbers |= dict(zip(pack.names, pack.sizes, strict=True))
+        plan.norms |= {name: [] for name in pack.names}
         for block, (piece,) in slot_blocks(slots, tau):
             piece = piece.to(dtype)
             self._join_block(block, {"total": piece, "pos_max": piece, "neg_max": piece})
@@ -104,9 +129,11 @@ class EMR(Merger):
                 continue
             plan.positive.write(compared(piece, gt, 0))
             plan.negative.write(compared(piece, lt, 0))
-            size += float(piece.abs().sum(dtype=torch.float64))
-        plan.l1 += size
-        plan.tensor_means += size / max(tau.numel(), 1)
+            # Several parameters are one piece; of a single one there may be several.
+            magnitudes = piece.abs()
+            parts = magnitudes.split_with_sizes(pack.sizes) if len(pack.names) > 1 else (magnitudes,)
+            for name, part in zip(pack.names, parts, strict=True):
+                plan.norms[name].append(part.sum(dtype=torch.float64).reshape(1))
 
     @override
     def _join_block(self, slots: Slots, other: Slots) -> None:
@@ -118,10 +145,12 @@ class EMR(Merger):
     def _after_update(self, step: Step, plan: _Scratch) -> None:
         if step.is_piece:
             return
-        positive, negative = plan.positive.packed(), plan.negative.packed()
-        record = _Record(
-            task=step.task, positive=positive, negative=negative, l1=plan.l1, tensor_means=plan.tensor_means
-        )
+        positive, negative = (plan.bits(bits.packed(), self._slots) for bits in (plan.positive, plan.negative))
+        sizes, l1, tensor_means = plan.sizes(), 0.0, 0.0
+        for name in self._slots:
+            l1 += sizes[name]
+            tensor_means += sizes[name] / max(plan.numbers[name], 1)
+        record = _Record(task=step.task, positive=positive, negative=negative, l1=l1, tensor_means=tensor_means)
         self._records |= {str(len(self._records)): record}
 
     @override

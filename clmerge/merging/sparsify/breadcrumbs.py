@@ -1,12 +1,16 @@
 """Breadcrumbs: drop the largest and the smallest entries of every tensor, then add."""
 
+from itertools import islice
+
 from torch import Tensor
 from typing_extensions import override
 
+from clmerge.merging.blocks import entries_at_once
 from clmerge.merging.linear.arithmetic import TaskArithmetic
 from clmerge.merging.pipeline import Pipeline
 from clmerge.merging.sparsify.sparsifier import Sparsifier, keep_largest
-from clmerge.merging.threshold import kth_largest_magnitude
+from clmerge.merging.threshold import Threshold, kth_largest_magnitude, kth_largest_of_each
+from clmerge.weights.task_vector import State
 
 
 class BreadcrumbsMask(Sparsifier):
@@ -35,13 +39,27 @@ class BreadcrumbsMask(Sparsifier):
         self.gamma = gamma
 
     @override
-    def sparsify(self, name: str, tau: Tensor, task: int, plan: None) -> Tensor:
+    def plan(self, vector: State, task: int) -> tuple[dict[str, Threshold], dict[str, Threshold]]:
+        """Return the thresholds for the smallest and the largest entries to keep, where a device finds many at once."""
+        if not any(entries_at_once(vector[name].device) for name in islice(vector, 1)):
+            return {}, {}
+        return (
+            kth_largest_of_each(vector, lambda count: count - int(self.beta * count)),
+            kth_largest_of_each(vector, lambda count: max(1, int(self.gamma * count))),
+        )
+
+    @override
+    def sparsify(
+        self, name: str, tau: Tensor, task: int, plan: tuple[dict[str, Threshold], dict[str, Threshold]]
+    ) -> Tensor:
         count = tau.numel()
         num_large, num_small = int(self.gamma * count), int(self.beta * count)
-        kept = keep_largest(tau, kth_largest_magnitude([tau], count - num_small)) if num_small else tau.clone()
-        if num_large:
-            kept.sub_(keep_largest(tau, kth_largest_magnitude([tau], num_large)))
-        return kept
+
+        def largest(known: dict[str, Threshold], rank: int) -> Tensor:
+            return keep_largest(tau, known[name] if name in known else kth_largest_magnitude([tau], rank))
+
+        kept = largest(plan[0], count - num_small) if num_small else tau.clone()
+        return kept.sub_(largest(plan[1], num_large)) if num_large else kept
 
 
 class Breadcrumbs(Pipeline):
