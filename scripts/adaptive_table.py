@@ -21,6 +21,7 @@ from table_runs import clmerge, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 TA = "{class_path: TaskArithmetic, init_args: {scale: 0.3}}"
+NUM_GREY = 1500  # training images of each set
 BUFFER = ["--adaptation.source=buffer", "--adaptation.per_class=10"]
 SURGERY = "{class_path: Surgery, init_args: {adaptation: {source: buffer, per_class: 10}%s}}"
 # The learned rules take fewer and longer steps than is published (40 for 500), so that coefficients get about as far.
@@ -87,8 +88,8 @@ def config_of(stream: str, work: Path, data: Path) -> Path:
     """Return the configuration of a stream."""
     if stream == "q":
         return ROOT / "configs" / "quickstart.yaml"
-    from bench_methods import stream_config
     from methods_data import write_grey
+    from science.plan import stream_config
 
     config = stream_config("grey", work)
     config["model"]["optimizer"] = {"class_path": "AdamW", "init_args": {"lr": 3e-4, "weight_decay": 0.0}}
@@ -96,7 +97,7 @@ def config_of(stream: str, work: Path, data: Path) -> Path:
     file = work / "grey.yaml"
     file.write_text(yaml.safe_dump(config))
     if not (work / "grey" / "mnist.npz").is_file():
-        write_grey(data, work / "grey", seed=0)
+        write_grey(data, work / "grey", seed=0, num_train=NUM_GREY)
     return file
 
 

@@ -1,19 +1,26 @@
-"""Make the two streams of scripts/bench_methods.py, and the small ViT that the first one starts from.
+"""Make the streams of scripts/bench_methods.py, and the small ViTs that one of them starts from.
 
-    python scripts/methods_data.py --data FOLDER --work FOLDER [--epochs 120] [--seed 0]
+    python scripts/methods_data.py --data FOLDER --work FOLDER [--epochs 120] [--seed 0] [--sizes medium small large]
 
 Reads from --data: caltech101_64.zip (caltech101_64/{train,test}/CLASS/*.jpg), MNIST and FashionMNIST in torchvision's
 layout, kmnist10k.npz, notmnist10k.npz and pneumoniamnist.npz in MedMNIST's. Writes to --work:
 
     caltech/pretrain/{train,test}/CLASS   the 41 classes with most images, for pretraining alone
     caltech/stream/{train,test}/CLASS     the 60 others, the stream, with up to 8 test images each
-    caltech/vit.safetensors               timm's `test_vit3` at 64 px, trained to tell the 41 classes apart
-    grey/NAME.npz                         five data sets of small grey images, cut to 1500 images for training each
+    caltech/SIZE                          ViTs at 64 px that timm loads from the folder, trained to tell the 41 classes
+                                          apart: small (0.3 million parameters), medium (0.8, timm's `test_vit3`), large
+                                          (1.4); `card.json` says what they reach, and after how many epochs and seconds
+    caltech/medium-N                      the medium one after N epochs
+    grey/NAME.npz                         five data sets of small grey images, cut to 1000 images for training each
+    grey/four.npz                         the first four of them in one, 40 classes
+
+A folder of a ViT that is there is not made again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shutil
 import time
@@ -24,15 +31,20 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.datasets import MNIST, FashionMNIST, ImageFolder
 from torchvision.transforms import v2
 
-ARCHITECTURE = "test_vit3"
+SIZES: dict[str, tuple[str, dict[str, int]]] = {
+    "medium": ("test_vit3", {}),
+    "small": ("test_vit", {}),
+    "large": ("test_vit3", {"embed_dim": 128, "num_heads": 4}),
+}
+SNAPSHOTS = (5, 20)  # epochs after which the medium one is kept, too
 SIZE = 64
 NUM_PRETRAIN = 41
-NUM_TRAIN, NUM_TEST = 1500, 200
+NUM_TRAIN, NUM_TEST = 1000, 200
+SPLITS = ("train", "test")
 NUM_CALTECH_TEST = 8  # per class of the stream: every run evaluates all of them after every task
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 GARMENTS = ["T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
@@ -68,12 +80,21 @@ def normalised(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def pretrain(work: Path, *, epochs: int, seed: int) -> None:
-    """Train the ViT on the held-out classes, and say what it knows of them."""
+def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Return the share of images that the model names rightly, in evaluation mode."""
+    model.eval()
+    with torch.no_grad():
+        scores = torch.cat([model(normalised(part)) for part in images.split(256)])
+    return float((scores.argmax(dim=1) == labels).float().mean())
+
+
+def pretrain(work: Path, size: str, *, epochs: int, seed: int) -> None:
+    """Train a ViT on the held-out classes, and write it with what it knows of them."""
     torch.manual_seed(seed)
     train, labels = images_of(work / "pretrain" / "train")
     test, test_labels = images_of(work / "pretrain" / "test")
-    backbone = timm.create_model(ARCHITECTURE, num_classes=0, img_size=SIZE)
+    architecture, settings = SIZES[size]
+    backbone = timm.create_model(architecture, num_classes=0, img_size=SIZE, **settings)
     model = nn.Sequential(backbone, nn.Linear(backbone.num_features, NUM_PRETRAIN))
     augment = v2.Compose(
         [
@@ -87,7 +108,7 @@ def pretrain(work: Path, *, epochs: int, seed: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     batch, step, total = 128, 0, epochs * (len(train) // 128)
     started = time.process_time()
-    for epoch in range(epochs):
+    for epoch in range(1, epochs + 1):
         model.train()
         order = torch.randperm(len(train))
         for chosen in order[: len(train) // batch * batch].split(batch):
@@ -101,14 +122,25 @@ def pretrain(work: Path, *, epochs: int, seed: int) -> None:
             loss.backward()
             optimizer.step()
             step += 1
-        if epoch % 20 == 19 or epoch == epochs - 1:
-            model.eval()
-            with torch.no_grad():
-                scores = torch.cat([model(normalised(part)) for part in test.split(256)])
-            accuracy = (scores.argmax(dim=1) == test_labels).float().mean()
-            seconds = time.process_time() - started
-            print(f"epoch {epoch + 1}: loss {loss:.3f}, test accuracy {accuracy:.1%}, {seconds:.0f} CPU s", flush=True)
-    save_file(backbone.state_dict(), work / "vit.safetensors")
+        snapshot = size == "medium" and epoch in SNAPSHOTS
+        if epoch % 20 == 0 or epoch == epochs or snapshot:
+            card = {
+                "architecture": architecture,
+                "settings": settings,
+                "parameters": sum(p.numel() for p in backbone.parameters()),
+                "seed": seed,
+                "epochs": epoch,
+                "of": epochs,
+                "images": len(train),
+                "cpu_seconds": round(time.process_time() - started),
+                "test_accuracy": accuracy_of(model, test, test_labels),
+                "test_images": len(test),
+            }
+            print(f"{size}: {card}", flush=True)
+            if epoch == epochs or snapshot:
+                folder = work / (size if epoch == epochs else f"{size}-{epoch}")
+                timm.models.save_for_hf(backbone, folder, model_args={**settings, "img_size": SIZE})
+                (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 
 
 def write_grey(data: Path, work: Path, *, seed: int, num_train: int = NUM_TRAIN) -> None:
@@ -118,7 +150,7 @@ def write_grey(data: Path, work: Path, *, seed: int, num_train: int = NUM_TRAIN)
     sets: dict[str, dict[str, np.ndarray]] = {}
     for name, dataset, classes in (("mnist", MNIST, DIGITS), ("fashion", FashionMNIST, GARMENTS)):
         arrays: dict[str, np.ndarray] = {"classes": np.array(classes)}
-        for split in ("train", "test"):
+        for split in SPLITS:
             found = dataset(data, train=split == "train", download=False)
             arrays |= {f"{split}_images": found.data.numpy(), f"{split}_labels": found.targets.numpy()}
         sets[name] = arrays
@@ -132,6 +164,12 @@ def write_grey(data: Path, work: Path, *, seed: int, num_train: int = NUM_TRAIN)
             chosen = np.sort(generator.permutation(len(labels))[:count])
             arrays |= {f"{split}_images": arrays[f"{split}_images"][chosen], f"{split}_labels": labels[chosen]}
         np.savez_compressed(work / f"{name}.npz", **arrays)
+    parts = [sets[name] for name in ("mnist", "fashion", "kmnist", "notmnist")]
+    four = {f"{split}_images": np.concatenate([part[f"{split}_images"] for part in parts]) for split in SPLITS}
+    for split in SPLITS:
+        shifted = [part[f"{split}_labels"].reshape(-1) + 10 * place for place, part in enumerate(parts)]
+        four[f"{split}_labels"] = np.concatenate(shifted)
+    np.savez_compressed(work / "four.npz", classes=np.concatenate([part["classes"] for part in parts]), **four)
 
 
 def main() -> None:
@@ -141,11 +179,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     options = parser.parse_args()
-    write_grey(options.data, options.work / "grey", seed=options.seed)
+    if not (options.work / "grey" / "four.npz").is_file():
+        write_grey(options.data, options.work / "grey", seed=options.seed)
     if not (options.work / "caltech" / "stream").is_dir():
         split_caltech(options.data / "caltech101_64.zip", options.work / "caltech")
-    pretrain(options.work / "caltech", epochs=options.epochs, seed=options.seed)
+    for size in options.sizes:
+        if not (options.work / "caltech" / size / "card.json").is_file():
+            pretrain(options.work / "caltech", size, epochs=options.epochs, seed=options.seed)
 
 
 if __name__ == "__main__":

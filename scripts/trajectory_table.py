@@ -62,7 +62,7 @@ def learner_of(stream: str, kind: str, seed: int, work: Path) -> Learner:
 
         tasks: Stream = ClassIncremental(SklearnDigits(), num_tasks=5, val_fraction=0.1, seed=seed)
     else:
-        from bench_methods import stream_config
+        from science.plan import stream_config
 
         given = stream_config("grey", work)["stream"]["init_args"]["sources"]
         sources = [NpzSource(**one["init_args"]) for one in given]

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from clmerge.figures.numbers import percent, plural, points, show
+from clmerge.report.evidence import not_compared
 from clmerge.report.study import EXPERT, ZERO_SHOT, Entry, Spread, Study
 from clmerge.results.results import Setting
 from clmerge.results.table import told_note
@@ -170,6 +171,7 @@ def _caution(study: Study, setting: Setting, ranking: Sequence[Entry]) -> Iterab
         "all classes compete" if setting == "task_agnostic" else "only the classes of the image's own task compete"
     )
     yield f"Accuracies are {setting.replace('_', '-')}: {reading}."
+    yield from not_compared(study, best, setting)
     yield from _told(study)
 
 

@@ -4,7 +4,8 @@ import math
 import pytest
 from support.run_folders import config_of, write_run
 
-from clmerge.report import read_study
+from clmerge.report import evidence, read_study
+from clmerge.report.evidence import Lead
 from clmerge.report.verdict import judge, sampling_error
 
 
@@ -69,3 +70,23 @@ def test_without_a_merger_there_is_no_verdict(tmp_path):
     verdict = judge(read_study([tmp_path / "run"]), "task_agnostic")
     assert verdict.best is None
     assert "nothing to compare" in verdict.caution[0]
+
+
+def test_rules_that_were_ahead_elsewhere_are_named_unless_they_were_compared(tmp_path, monkeypatch):
+    write_run(tmp_path / "run")
+    study = read_study([tmp_path / "run"])  # magmax is best, ties is compared
+    known = (Lead("TIES", "MagMax", 0.05), Lead("TSVM", "MagMax", 0.02), Lead("ACTMat", "MagMax", 0.031))
+    known += (Lead("DARE", "TSVM", 0.2),)
+    monkeypatch.setattr(evidence, "leads", lambda setting: known if setting == "task_aware" else ())
+    assert "ahead of MagMax" not in " ".join(judge(study, "task_agnostic").caution)
+    told = [line for line in judge(study, "task_aware").caution if line.startswith("Not compared here")]
+    assert told == [
+        "Not compared here, but ahead of MagMax on the three streams of docs/which_merger.md: ACTMat (by 3.1 points), "
+        "TSVM (by 2.0 points)."
+    ]
+
+
+def test_the_leads_are_those_that_the_docs_are_made_of():
+    found = evidence.leads("task_aware")
+    assert any((one.ahead, one.of) == ("TALL", "TSVM") for one in found)
+    assert all(one.mean > 0 and one.ahead != one.of for one in found)

@@ -133,6 +133,10 @@ class ACTMat(Gram):
     ``W = sum(tau_t G_t) sum(G_t)^-1`` for matrices; other parameters are averaged. Larger task vectors weigh more;
     WUDI with ``solver="ridge"`` is the same with Gram matrices of trace 1. State: as for WUDI.
 
+    Rows of nearly one direction that differ between tasks, as in the query of a latent token, are all reproduced, at
+    the price of huge entries elsewhere: with ``ridge`` 1e-8 a merged matrix had 2e4 times the norm of its task
+    vectors, with 0.01 nine times (docs/methods.md, Caltech). Choose it on validation images.
+
     Example:
         >>> import torch
         >>> merger = ACTMat()
