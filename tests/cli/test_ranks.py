@@ -1,6 +1,7 @@
 """Runs of several processes, and of one process among others: torchrun, SLURM, Lightning's own variables."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -57,9 +58,12 @@ def no_pictures(monkeypatch):
 
 
 def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """A free port outside of the range that the system hands out, which another process could get before it is used."""
+    while True:
+        port = random.randrange(15_000, 30_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
 
 
 def start(words, **environment):
@@ -87,7 +91,12 @@ def plain_nodes(words):
 
 
 def ended(processes, timeout=300):
-    told = [process.communicate(timeout=timeout)[0] for process in processes]
+    try:
+        told = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:  # one that hangs does not live on beside the tests that follow
+            process.kill()
+            process.communicate()
     return [process.returncode for process in processes], told
 
 
