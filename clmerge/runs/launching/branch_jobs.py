@@ -56,7 +56,7 @@ class RoundStart:
         return found
 
 
-class BranchJobs:
+class BranchJobs(Pending):
     """Trains the branches of a run's tasks by jobs, round after round, and gives the file of each when it is asked.
 
     Args:
@@ -66,9 +66,9 @@ class BranchJobs:
     """
 
     def __init__(self, run: RunFolder, launcher: Launcher, job: Callable[[int, int], Job]) -> None:
+        super().__init__(launcher)
         self.run = run
         self.job = job
-        self._pending = Pending(launcher)
 
     def begin_round(self, start: RoundStart, branches: Sequence[int]) -> None:
         """Hand out the start of a round, whose jobs begin at the first wait; what jobs have trained already stays.
@@ -82,22 +82,7 @@ class BranchJobs:
             file.parent.mkdir(exist_ok=True)
             save_torch(file, asdict(start))
         jobs = {branch: self.job(start.task, branch) for branch in branches}
-        self._pending.name(jobs, f"branches of task {start.task + 1}")
-
-    def wait(self, branch: int) -> Path:
-        """Return the file of a trained branch, once there is one.
-
-        Args:
-            branch: One of those of the round.
-
-        Raises:
-            RuntimeError: If the job of a branch failed; the message ends with the last lines of its output.
-        """
-        return self._pending.wait(branch)
-
-    def close(self) -> None:
-        """Stop the jobs that run; what they have trained is kept."""
-        self._pending.close()
+        self.name(jobs, f"branches of task {start.task + 1}")
 
 
 def check_branched(learner: LearnerParts) -> None:

@@ -1,7 +1,6 @@
 """The tasks of one stream as jobs: which streams allow it, and waiting for one task after the other."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from clmerge.runs.launching.job import Job
 from clmerge.runs.launching.launcher import Launcher
@@ -10,7 +9,7 @@ from clmerge.runs.learner_parts import LearnerParts
 from clmerge.weights.parametrization import merged_parameters, running_statistics, unmerged_parameters
 
 
-class TaskJobs:
+class TaskJobs(Pending):
     """Trains the tasks of a run by jobs, and gives the file of each when it is asked for it.
 
     Args:
@@ -19,27 +18,12 @@ class TaskJobs:
     """
 
     def __init__(self, launcher: Launcher, job: Callable[[int], Job]) -> None:
+        super().__init__(launcher)
         self.job = job
-        self._pending = Pending(launcher)
 
     def start(self, tasks: Sequence[int]) -> None:
         """Name the tasks that the run still has to train; what jobs have trained already is not trained again."""
-        self._pending.name({task: self.job(task) for task in tasks}, "tasks")
-
-    def wait(self, task: int) -> Path:
-        """Return the file of a trained task, once there is one.
-
-        Args:
-            task: One of the tasks given to ``start``.
-
-        Raises:
-            RuntimeError: If the job of a task failed; the message ends with the last lines of its output.
-        """
-        return self._pending.wait(task)
-
-    def close(self) -> None:
-        """Stop the jobs that run; what they have trained is kept."""
-        self._pending.close()
+        self.name({task: self.job(task) for task in tasks}, "tasks")
 
 
 def check_apart(learner: LearnerParts) -> None:
