@@ -1,12 +1,12 @@
 """What is to be forgotten, and how."""
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from clmerge.evaluation.probes import ForgetControl, MembershipInference, Probe, check_probes
 from clmerge.merging import Merger
+from clmerge.names import did_you_mean
 from clmerge.runs.comparison.refold import check_mergers
 from clmerge.runs.stored_run import StoredRun
 
@@ -142,10 +142,8 @@ def named_tasks(names: Sequence[str], wanted: Sequence[str]) -> list[int]:
         elif word.isdecimal() and int(word) < len(names):
             found.append(int(word))
         else:
-            near = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
             known = ", ".join(f"{index} ({name})" for index, name in enumerate(names))
-            raise ValueError(f"expected one of the tasks {known} to forget, got {word!r}{hint}")
+            raise ValueError(f"expected one of the tasks {known} to forget, got {word!r}{did_you_mean(word, names)}")
     return found
 
 
