@@ -1,9 +1,7 @@
 """Runs of several processes, and of one process among others: torchrun, SLURM, Lightning's own variables."""
 
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from support.processes import ended, free_port
 from support.records import record, without_times
 from support.tiny import tiny_clip
 
@@ -57,15 +56,6 @@ def no_pictures(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def free_port():
-    """A free port outside of the range that the system hands out, which another process could get before it is used."""
-    while True:
-        port = random.randrange(15_000, 30_000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-
-
 def start(words, **environment):
     kept = {name: value for name, value in os.environ.items() if name not in CLUSTER}
     return subprocess.Popen(
@@ -88,16 +78,6 @@ def plain_nodes(words):
     port = str(free_port())
     for rank in range(2):
         yield start(["clmerge", *words], NODE_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-
-
-def ended(processes, timeout=300):
-    try:
-        told = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:  # one that hangs does not live on beside the tests that follow
-            process.kill()
-            process.communicate()
-    return [process.returncode for process in processes], told
 
 
 @pytest.fixture(scope="module")

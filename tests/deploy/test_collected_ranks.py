@@ -2,12 +2,12 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.processes import ended, free_port
 from support.records import record
 from support.tiny import tiny_clip
 
@@ -73,11 +73,8 @@ raise SystemExit(code)
 def test_every_process_has_what_rank_zero_collected_and_built(tmp_path):
     (tmp_path / "config.yaml").write_text(CONFIG.replace("CLIP", str(tiny_clip(tmp_path / "clip"))))
     (tmp_path / "script.py").write_text(SCRIPT)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
     kept = {name: value for name, value in os.environ.items() if name != "CLMERGE_RUN_DIR"}
-    kept |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    kept |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     kept |= {"PYTHONPATH": str(Path(__file__).parents[2])}
     words = ["fit", "--config", str(tmp_path / "config.yaml"), "--run_dir", str(tmp_path / "run")]
     words += ["--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp"]
@@ -91,8 +88,8 @@ def test_every_process_has_what_rank_zero_collected_and_built(tmp_path):
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=600)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    codes, said = ended(processes, timeout=600)
+    assert codes == [0, 0], said
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert set(first) == {"routing", "routed", "views", "calibration", "calibrated"}
     for part in first:
