@@ -6,7 +6,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -17,6 +17,12 @@ def clmerge(*arguments: str, log: Path) -> None:
         done = subprocess.run([sys.executable, "-m", "clmerge", *arguments], stdout=sink, stderr=sink, env=environment)
     if done.returncode:
         raise SystemExit(f"clmerge {arguments[0]} failed: {log}")
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table as Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
 
 
 def spread(values: Sequence[float | None], *, factor: float = 100, digits: int = 1) -> str:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from claims import Claim, compared, full
+from collect import READINGS
 from plan import CLOSED, FREE, MEASURED
 from rows import STREAMS, Row
 
 EVIDENCE = Path(__file__).resolve().parents[2] / "clmerge" / "report" / "evidence.json"
-READINGS = {"task_agnostic": "agnostic", "task_aware": "aware"}
 Table = Mapping[tuple[str, str, str], Row]
 
 
@@ -121,19 +121,15 @@ def evidence(table: Table) -> dict[str, Any]:
     A rule is ahead of another if the 99 % interval of their paired difference, averaged over the streams, lies above
     zero, and the 95 % interval of no stream below it. There are hundreds of pairs: 95 % would let in a dozen by chance.
     """
+    from clmerge.merging import registered_mergers
+
     names = [rule if isinstance(rule, str) else rule["class_path"] for rule in (*FREE, *MEASURED, *CLOSED)]
-    labels = {name: _label(name) for name in names}
+    labels = {name: full(registered_mergers()[name].name) for name in names}
     leads: dict[str, list[dict[str, Any]]] = {}
-    for reading, short in READINGS.items():
+    for short, reading in READINGS.items():
         for first, second in permutations(names, 2):
             found = compared(Claim("", "", labels[first], labels[second], short), table)
             if len(found.by_stream) == len(STREAMS) and found.overall(0.99).sign > 0 and found.verdict == "holds":
                 mean = round(found.overall().mean, 4)
                 leads.setdefault(reading, []).append({"ahead": first, "of": second, "mean": mean})
     return {"streams": list(STREAMS.values()), "leads": leads}
-
-
-def _label(name: str) -> str:
-    from clmerge.merging import registered_mergers
-
-    return f"full, base: {registered_mergers()[name].name}"

@@ -215,7 +215,6 @@ def compared(claim: Claim, table: Mapping[tuple[str, str, str], Row]) -> Found:
         first, second = (table.get((stream, label, "")) for label in (claim.first, claim.second))
         if first is None or second is None:
             continue
-        one, other = first.values(claim.reading), second.values(claim.reading)
-        if seeds := sorted(one.keys() & other.keys()):
-            found[name] = [one[seed] - other[seed] + claim.margin for seed in seeds]
+        if differences := first.less(second, claim.reading):
+            found[name] = [difference + claim.margin for difference in differences]
     return Found(found)

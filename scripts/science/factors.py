@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from plan import CHANGES, RATES, TRAINED
 from rows import STREAMS, Row
-from table_runs import spread
+from table_runs import markdown, spread
 
 Table = Mapping[tuple[str, str, str], Row]
 FACTORS = {
@@ -18,6 +18,7 @@ FACTORS = {
     "backbone": "backbone",
 }
 USUAL = {"loss": "current", "lr": f"{RATES['full']:g}", "backbone": "medium"}
+SHORT = {"aware": "told the task", "agnostic": "all classes"}  # readings, in a row's name
 SUM, SVD = "full, base: task_arithmetic", "full, base: tsvm"
 
 
@@ -42,44 +43,40 @@ def experts(row: Row, reading: str) -> list[float]:
     return [run["experts"][reading] for run in row.runs.values()]
 
 
-def differences(first: Row, second: Row, reading: str) -> list[float]:
-    """Return the paired differences over seeds."""
-    one, other = first.values(reading), second.values(reading)
-    return [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
-
-
 def factor_tables(known: Mapping[str, Any], table: Table) -> dict[str, str]:
     """Return a table for every factor."""
-    made = {}
-    heads = ["", "level", "base", "experts", "sum, tuned", "TSV-M, tuned", "TSV-M over base", "TSV-M less experts", "n"]
-    for factor, title in FACTORS.items():
-        heads[0] = title
-        lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        for stream, name in STREAMS.items():
-            changes = [change for change in CHANGES[stream] if change.startswith(f"{factor}=")]
-            if not any((stream, SVD, change) in table for change in changes):
-                continue
-            for change in sorted(
-                ["", *changes], key=lambda one: _order(one.partition("=")[2] or usual(stream, factor))
-            ):
-                added, merged = table.get((stream, SUM, change)), table.get((stream, SVD, change))
-                if added is None or merged is None:
-                    continue
-                base = base_of(table, stream, change)
-                for reading, short in (("aware", "told the task"), ("agnostic", "all classes")):
-                    found = experts(merged, reading)
-                    cells = [f"{name}, {short}", change.partition("=")[2] or f"**{usual(stream, factor)}**"]
-                    cells += [spread([*base.values(reading).values()]) if base else "-", spread(found)]
-                    cells += [spread([*added.values(reading).values()]), spread([*merged.values(reading).values()])]
-                    cells += [spread(differences(merged, base, reading)) if base else "-"]
-                    lost = [v - e for v, e in zip(merged.values(reading).values(), found, strict=True)]
-                    cells += [spread(lost), str(len(found))]
-                    lines.append(f"| {' | '.join(cells)} |")
-        made[factor] = "\n".join(lines)
-    made["scale"] = scale_table(known)
-    made["policy"] = policy_table(table)
-    made["head"] = head_table(table)
-    return made
+    heads = ["level", "base", "experts", "sum, tuned", "TSV-M, tuned", "TSV-M over base", "TSV-M less experts", "n"]
+    made = {
+        factor: markdown([title, *heads], (row for stream in STREAMS for row in _levels(table, stream, factor)))
+        for factor, title in FACTORS.items()
+    }
+    return made | {"scale": scale_table(known), "policy": policy_table(table), "head": head_table(table)}
+
+
+def _levels(table: Table, stream: str, factor: str) -> Iterator[list[str]]:
+    """Yield two rows for every level of a factor that a stream has, if it has another than the usual one."""
+    changed = {change: change.partition("=")[2] for change in CHANGES[stream] if change.startswith(f"{factor}=")}
+    if not any((stream, SVD, change) in table for change in changed):
+        return
+    names = {"": usual(stream, factor), **changed}
+    there = [change for change in names if (stream, SUM, change) in table and (stream, SVD, change) in table]
+    for change in sorted(there, key=lambda one: _order(names[one])):
+        added, merged = table[stream, SUM, change], table[stream, SVD, change]
+        base = base_of(table, stream, change)
+        for reading, short in SHORT.items():
+            found = experts(merged, reading)
+            lost = [value - expert for value, expert in zip(merged.values(reading).values(), found, strict=True)]
+            yield [
+                f"{STREAMS[stream]}, {short}",
+                names[change] if change else f"**{names[change]}**",
+                spread([*base.values(reading).values()]) if base else "-",
+                spread(found),
+                spread([*added.values(reading).values()]),
+                spread([*merged.values(reading).values()]),
+                spread(merged.less(base, reading)) if base else "-",
+                spread(lost),
+                str(len(found)),
+            ]
 
 
 def _order(level: str) -> tuple[float, str]:
@@ -98,38 +95,31 @@ def scale_table(known: Mapping[str, Any]) -> str:
             for scale, score in run["models"].get("task_arithmetic", {}).get("searched", []):
                 found.setdefault(run["stream"], {}).setdefault(scale, []).append(score)
     scales = sorted({scale for one in found.values() for scale in one})
-    lines = [f"| scale | {' | '.join(f'{scale:g}' for scale in scales)} |", "|---" * (len(scales) + 1) + "|"]
-    for stream, one in found.items():
-        lines.append(f"| {STREAMS[stream]} | {' | '.join(spread(one.get(scale, [])) for scale in scales)} |")
-    return "\n".join(lines)
+    rows = ([STREAMS[stream], *(spread(one.get(scale, [])) for scale in scales)] for stream, one in found.items())
+    return markdown(["scale", *(f"{scale:g}" for scale in scales)], rows)
 
 
 def policy_table(table: Table) -> str:
     """Return the same rules for experts from the base and for experts in sequence."""
-    heads = ["rule", *(f"{name}, from {policy}" for name in STREAMS.values() for policy in ("base", "previous"))]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    places = [(stream, policy) for stream in STREAMS for policy in ("base", "previous")]
+    rows = []
     for rule in ("weight_average", "task_arithmetic", "magmax", "ties", "tsvm"):
-        for reading, short in (("aware", "told the task"), ("agnostic", "all classes")):
-            cells = [f"{rule}, {short}"]
-            for stream in STREAMS:
-                for policy in ("base", "previous"):
-                    row = table.get((stream, f"full, {policy}: {rule}", ""))
-                    cells.append(spread([*row.values(reading).values()]) if row else "-")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        found = [table.get((stream, f"full, {policy}: {rule}", "")) for stream, policy in places]
+        for reading, short in SHORT.items():
+            cells = (spread([*row.values(reading).values()]) if row else "-" for row in found)
+            rows.append([f"{rule}, {short}", *cells])
+    return markdown(["rule", *(f"{STREAMS[stream]}, from {policy}" for stream, policy in places)], rows)
 
 
 def head_table(table: Table) -> str:
     """Return the mean with a head as it is, and with one that is tuned on a few images of all classes."""
-    lines = ["| stream | mean | mean, head tuned | difference | seeds |", "|---|---|---|---|---|"]
+    rows = []
     for stream, name in STREAMS.items():
         tuned = table.get((stream, "full, base: weight_average+tuned", ""))
         plain = table.get((stream, "full, base: weight_average", ""))
         if tuned is None or plain is None:
             continue
-        for reading, short in (("aware", "told the task"), ("agnostic", "all classes")):
-            cells = [f"{name}, {short}"]
-            cells += [spread([*row.values(reading).values()]) for row in (plain, tuned)]
-            cells += [spread(differences(tuned, plain, reading)), str(len(tuned.by_seed))]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        for reading, short in SHORT.items():
+            accuracies = (spread([*row.values(reading).values()]) for row in (plain, tuned))
+            rows.append([f"{name}, {short}", *accuracies, spread(tuned.less(plain, reading)), str(len(tuned.by_seed))])
+    return markdown(["stream", "mean", "mean, head tuned", "difference", "seeds"], rows)

@@ -40,9 +40,9 @@ def points(one: Interval) -> str:
     return f"{100 * one.mean:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
 
 
-def interval_of(values: Sequence[float], *, level: float = 0.95) -> Interval:
+def interval_of(values: Sequence[float]) -> Interval:
     """Return the mean of independent numbers with the interval of Student's t distribution."""
-    return mean_of_groups([values], level=level)
+    return mean_of_groups([values])
 
 
 def mean_of_groups(groups: Sequence[Sequence[float]], *, level: float = 0.95) -> Interval:

@@ -24,12 +24,11 @@ from advice import ADVICE, EVIDENCE, evidence
 from claims import CLAIMS, Claim, compared
 from factors import factor_tables
 from intervals import points, rank_correlation
-from rows import STREAMS, Row, load, table_of
-from table_runs import spread
+from rows import READINGS, STREAMS, Row, load, table_of
+from table_runs import markdown, spread
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BLOCK = re.compile(r"(<!-- science: ([\w-]+) -->\n).*?(<!-- science: end -->)", re.DOTALL)
-READINGS = {"aware": "told the task", "agnostic": "all classes compete"}
 
 
 def methods_table(stream: str, table: Mapping[tuple[str, str, str], Row]) -> str:
@@ -39,7 +38,7 @@ def methods_table(stream: str, table: Mapping[tuple[str, str, str], Row]) -> str
     other = "agnostic" if own == "aware" else "aware"
     heads = [STREAMS[stream], "data", READINGS[own], READINGS[other], "learning", "forgetting", "BWT"]
     heads += ["MB kept", "training s", "merging s", "scale", "seeds"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = []
 
     def place(row: Row) -> float:
         return -statistics.mean(row.values().values())
@@ -52,9 +51,8 @@ def methods_table(stream: str, table: Mapping[tuple[str, str, str], Row]) -> str
         cells += [spread([*row.values("own", key).values()]) for key in ("learning", "forgetting", "bwt")]
         cells += [f"{statistics.mean(one['bytes'] or 0 for one in figures) / 1e6:.1f}"]
         cells += [f"{min(trains):.0f}" if trains else "-", f"{min(seconds):.1f}" if seconds else "-"]
-        cells += [chosen(one.get("chosen") for one in figures), str(len(figures))]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([*cells, chosen(one.get("chosen") for one in figures), str(len(figures))])
+    return markdown(heads, rows)
 
 
 def chosen(found: Iterable[Mapping[str, Any] | None]) -> str:
@@ -64,33 +62,36 @@ def chosen(found: Iterable[Mapping[str, Any] | None]) -> str:
     return "-" if not known else f"{known[0]:g}" if len(known) == 1 else f"{known[0]:g} to {known[-1]:g}"
 
 
-def comparison_cells(claim: Claim, table: Mapping[tuple[str, str, str], Row]) -> str:
-    """Return the last three cells of a comparison: the rows, the differences, and what they decide."""
+COMPARED = ["rows compared", "difference in points, 95 % interval", "here"]
+
+
+def comparison(claim: Claim, table: Mapping[tuple[str, str, str], Row]) -> list[str]:
+    """Return the cells of a comparison: the rows, the differences, and what they decide; none without common seeds."""
     found = compared(claim, table)
+    if not found.by_stream:
+        return []
     shown = "<br>".join(f"{name}: {points(one)}" for name, one in found.streams.items())
     if len(found.by_stream) > 1:
         shown += f"<br>mean: {points(found.overall())}"
     reading = f", {READINGS[claim.reading]}" if claim.reading != "own" else ""
     margin = f", plus {100 * claim.margin:.0f} points" if claim.margin else ""
-    return f"`{claim.first}` less `{claim.second}`{reading}{margin} | {shown} | **{found.verdict}**"
+    return [f"`{claim.first}` less `{claim.second}`{reading}{margin}", shown, f"**{found.verdict}**"]
 
 
 def advice_table(table: Mapping[tuple[str, str, str], Row]) -> str:
     """Return one row for every advice."""
-    lines = ["| you have, or want | take | rows compared | difference in points, 95 % interval | here |"]
-    lines.append("|---|---|---|---|---|")
-    lines += [f"| {one.condition} | {one.take} | {comparison_cells(one.claim, table)} |" for one in ADVICE]
-    return "\n".join(lines)
+    rows = ([one.condition, one.take, *cells] for one in ADVICE if (cells := comparison(one.claim, table)))
+    return markdown(["you have, or want", "take", *COMPARED], rows)
 
 
 def claims_table(table: Mapping[tuple[str, str, str], Row]) -> str:
     """Return one row for every claim."""
-    lines = ["| claim | rows compared | difference in points, 95 % interval | here |", "|---|---|---|---|"]
-    for claim in CLAIMS:
-        if compared(claim, table).by_stream:
-            source = f"[{claim.source}](https://arxiv.org/abs/{claim.source})"
-            lines.append(f"| {claim.text} ({source}) | {comparison_cells(claim, table)} |")
-    return "\n".join(lines)
+    rows = (
+        [f"{claim.text} ([{claim.source}](https://arxiv.org/abs/{claim.source}))", *cells]
+        for claim in CLAIMS
+        if (cells := comparison(claim, table))
+    )
+    return markdown(["claim", *COMPARED], rows)
 
 
 def predictors_table(known: Mapping[str, Any]) -> str:
@@ -98,9 +99,7 @@ def predictors_table(known: Mapping[str, Any]) -> str:
     runs = [run for run in known["runs"] if run.get("before")]
     rules = {"task_arithmetic": "task arithmetic", "ties": "TIES", "tsvm": "TSV-M"}
     names = list(dict.fromkeys(name for run in runs for name in run["before"]))
-    heads = ["number", *(f"loss by {shown}" for shown in rules.values()), "runs"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    found: list[tuple[float, str]] = []
+    found: list[tuple[float, list[str]]] = []
     for name in names:
         cells, strength, count = [], 0.0, 0
         for rule in rules:
@@ -118,14 +117,13 @@ def predictors_table(known: Mapping[str, Any]) -> str:
                 "-" if math.isnan(one.mean) else f"{bold}{one.mean:+.2f}{bold} [{one.low:+.2f}, {one.high:+.2f}]"
             )
             strength, count = strength + (0 if math.isnan(one.mean) else abs(one.mean)), one.count
-        found.append((-strength, f"| {name} | {' | '.join(cells)} | {count} |"))
-    return "\n".join([*lines, *(line for _, line in sorted(found))])
+        found.append((-strength, [name, *cells, str(count)]))
+    heads = ["number", *(f"loss by {shown}" for shown in rules.values()), "runs"]
+    return markdown(heads, (cells for _, cells in sorted(found)))
 
 
-def blocks() -> dict[str, str]:
+def blocks(known: Mapping[str, Any], table: Mapping[tuple[str, str, str], Row]) -> dict[str, str]:
     """Return every generated table by name."""
-    known = load()
-    table = table_of(known)
     made = {f"methods-{stream}": methods_table(stream, table) for stream in STREAMS}
     made |= {f"why-{name}": text for name, text in factor_tables(known, table).items()}
     made["claims"] = claims_table(table)
@@ -137,13 +135,17 @@ def blocks() -> dict[str, str]:
 
 def backbones_table(cards: Mapping[str, Mapping[str, Any]]) -> str:
     """Return what the pretrained ViTs are."""
-    lines = ["| backbone | parameters | epochs | CPU seconds | accuracy on the 41 classes |", "|---|---|---|---|---|"]
-    for name, card in sorted(cards.items(), key=lambda one: (one[1]["parameters"], one[1]["epochs"])):
-        lines.append(
-            f"| {name} | {card['parameters'] / 1e6:.2f} million | {card['epochs']} of {card['of']} | "
-            f"{card['cpu_seconds']} | {100 * card['test_accuracy']:.1f} % (n = {card['test_images']}) |"
-        )
-    return "\n".join(lines)
+    rows = (
+        [
+            name,
+            f"{card['parameters'] / 1e6:.2f} million",
+            f"{card['epochs']} of {card['of']}",
+            str(card["cpu_seconds"]),
+            f"{100 * card['test_accuracy']:.1f} % (n = {card['test_images']})",
+        ]
+        for name, card in sorted(cards.items(), key=lambda one: (one[1]["parameters"], one[1]["epochs"]))
+    )
+    return markdown(["backbone", "parameters", "epochs", "CPU seconds", "accuracy on the 41 classes"], rows)
 
 
 def filled(text: str, made: Mapping[str, str], used: set[str]) -> str:
@@ -161,9 +163,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare")
     check = parser.parse_args(arguments).check
-    made, used = blocks(), set[str]()
+    known = load()
+    table = table_of(known)
+    made, used = blocks(known, table), set[str]()
     wanted = {page: filled(page.read_text(encoding="utf-8"), made, used) for page in sorted(DOCS.glob("*.md"))}
-    wanted[EVIDENCE] = json.dumps(evidence(table_of(load())), indent=1, ensure_ascii=False) + "\n"
+    wanted[EVIDENCE] = json.dumps(evidence(table), indent=1, ensure_ascii=False) + "\n"
     stale = [page for page, text in wanted.items() if not page.is_file() or page.read_text(encoding="utf-8") != text]
     for page in stale:
         print(f"{'out of date' if check else 'wrote'}: {page.name}")
@@ -174,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not check:
         from picture import draw
 
-        draw(table_of(load()), DOCS / "images" / "accuracy_bytes.png")
+        draw(table, DOCS / "images" / "accuracy_bytes.png")
     return int(check and bool(stale or unused))
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
-from rows import SEEN, STREAMS, Row
+from rows import READINGS, SEEN, STREAMS, Row
 
 COLOURS = {
     "looked at no images beside the training": "#0f766e",
@@ -54,9 +54,8 @@ def draw(table: Mapping[tuple[str, str, str], Row], file: Path) -> None:
                 annotation_clip=False,
             )
         axes.set_ylim(low, high)
-        reading = "told the task" if found and found[0].evaluation == "aware" else "all classes compete"
         axes.set_title(name, fontsize=10, loc="left")
-        axes.set_ylabel(f"accuracy in %, {reading}", fontsize=8)
+        axes.set_ylabel(f"accuracy in %, {READINGS[found[0].evaluation]}", fontsize=8)
         axes.set_xlabel("MB kept between tasks", fontsize=8)
         axes.set_xscale("symlog", linthresh=1)
         axes.set_xlim(-0.2, 100)

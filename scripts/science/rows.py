@@ -15,6 +15,7 @@ SEEN = {
     "joint training": "all so far",
     "experience replay, 500 images": "500 kept",
 }  # what the training itself looks at
+READINGS = {"aware": "told the task", "agnostic": "all classes compete"}
 SPECIAL = {"zero_shot": "zero-shot", "task_oracle": "experts, told the task", "ensemble": "ensemble of experts"}
 
 
@@ -51,6 +52,11 @@ class Row:
         """The reading that the stream goes by, ``aware`` or ``agnostic``."""
         found: str = next(iter(self.runs.values()))["evaluation"]
         return found.removeprefix("task_")
+
+    def less(self, other: Row, reading: str = "own", figure: str = "accuracy") -> list[float]:
+        """Return the paired differences to another row, over the seeds that both have."""
+        first, second = self.values(reading, figure), other.values(reading, figure)
+        return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
 
     def values(self, reading: str = "own", figure: str = "accuracy") -> dict[int, float]:
         """Return a figure by seed, where it is defined."""
