@@ -15,3 +15,17 @@ def nothing_is_left_in_the_repository():
     yield
     left = {name for name in MADE_BY_LIBRARIES if (ROOT / name).exists()} - before
     assert not left, f"written into {ROOT}: {sorted(left)}; pass default_root_dir, or run the test in tmp_path"
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Folder of a CLIP with few and random weights, which ``OpenClip`` takes as its name."""
+    from support.tiny import tiny_clip  # its libraries take seconds, and many tests need none of them
+
+    return tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Runs draw none: they take seconds each, and are tested elsewhere."""
+    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])

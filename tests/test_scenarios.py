@@ -5,17 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 from support.records import record
-from support.tiny import tiny_clip
 
 from clmerge.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SCENARIOS = sorted(path.stem for path in (CONFIGS / "scenarios").glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

@@ -2,7 +2,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from support.records import without_times
-from support.tiny import tiny_clip
 from torchvision.transforms import v2
 
 from clmerge import ContinualClassifier, Learner
@@ -18,14 +17,7 @@ from clmerge.weights import TaskVectorBank, load_tensors
 NAME = "backbone.model.visual.proj"
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return tiny_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def make_learner(clip, mergers=None, *, head=None, num_tasks=2, **options):

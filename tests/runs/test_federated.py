@@ -4,7 +4,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from support.records import without_times
-from support.tiny import tiny_clip
 
 from clmerge import ContinualClassifier, Learner
 from clmerge.evaluation.probes import CommunicatedBytes
@@ -18,14 +17,7 @@ NAME = "backbone.model.visual.proj"
 CLIENTS = {"branches": 4, "rounds": 2, "branch_fraction": 0.5}
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return tiny_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def make_learner(clip, merger, *, num_tasks=1, **options):

@@ -5,7 +5,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from support.records import without_times
-from support.tiny import tiny_clip
 from torch.nn import functional
 
 from clmerge import ContinualClassifier, Learner
@@ -37,15 +36,7 @@ from clmerge.results.table import render_text
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
 from clmerge.weights import TaskVectorBank, load_tensors
 
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return tiny_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def make_learner(

@@ -39,9 +39,7 @@ class Distance(WeightProbe):
         return Measured(math.sqrt(sum(float((weights[key] - base[key]).square().sum()) for key in base)), n=len(base))
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from support.records import record, without_times
-from support.tiny import tiny_clip
 
 from clmerge import ContinualClassifier, Learner, load_run
 from clmerge.cli import main
@@ -37,14 +36,7 @@ logging: {wandb: false, csv: false}
 ROUTED = ["task_arithmetic+smile", "task_arithmetic+nearest", "task_arithmetic+oracle"]
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return tiny_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from support.tiny import tiny_clip
 from support.toy_backbone import ToyBackbone
 from torch import nn
 from torch.nn import functional
@@ -23,11 +22,6 @@ from clmerge.training.module import ContinualClassifier, lr_factor
 
 PROMPTS = [[f"class {c}", f"a {c}"] for c in range(5)]
 ADAM = partial(torch.optim.AdamW, lr=0.02)
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture

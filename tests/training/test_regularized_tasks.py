@@ -18,15 +18,7 @@ from clmerge.results.run_folder import RunFolder
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
 from clmerge.training.regularizers import EWC, L2, TRADES, BadMerging, FeatureDistance, LwF
 
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return tiny_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def learner(

@@ -3,7 +3,6 @@ import torch
 from lightning.pytorch import Callback
 from support.calibrated_runs import adam, build, learner, run
 from support.records import record, without_times
-from support.tiny import tiny_clip
 from torch.nn import functional
 
 from clmerge.deploy.calibration import HeadAlignment, HeadRotation, Repair, SampleTuning, Surgery
@@ -14,15 +13,7 @@ from clmerge.results.run_folder import RunFolder
 from clmerge.training.sharpness import SAM
 from clmerge.weights import load_tensors
 
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return tiny_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def seen_loss(one, state, images, labels, tasks):

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from support.tiny import tiny_clip
 from torch import nn
 
 from clmerge.deploy.calibration.operated import (
@@ -16,11 +15,6 @@ from clmerge.deploy.calibration.operated import (
 from clmerge.models import Classifier, LinearHead, OpenClip, Timm
 
 BLOCK = "model.visual.transformer.resblocks.1"
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
 def adapters(tasks, rank, width, seed=0):

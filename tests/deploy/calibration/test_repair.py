@@ -1,7 +1,6 @@
 import pytest
 import torch
 from support.calibrated_runs import learner, run
-from support.tiny import tiny_clip
 from support.toy_backbone import Normed
 from torch.utils.data import DataLoader
 
@@ -19,14 +18,7 @@ CPU = torch.device("cpu")
 LAYERS = [f"backbone.model.visual.transformer.resblocks.{i}.{part}" for i in range(2) for part in ("attn", "mlp.c_fc")]
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return tiny_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def measured(one, state, names, tasks):

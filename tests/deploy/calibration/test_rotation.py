@@ -1,7 +1,6 @@
 import pytest
 import torch
 from support.calibrated_runs import learner, run
-from support.tiny import tiny_clip
 
 from clmerge.deploy.calibration import HeadRotation
 from clmerge.deploy.calibration.rotation import rotation
@@ -12,14 +11,7 @@ from clmerge.streams import AdaptationData
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return tiny_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def turned(dim, seed=0):

@@ -3,7 +3,6 @@ from dataclasses import asdict
 import pytest
 import torch
 from support.calibrated_runs import learner, run
-from support.tiny import tiny_clip
 from support.toy_backbone import Normed
 
 from clmerge.deploy.calibration import Surgery
@@ -22,14 +21,7 @@ CPU = torch.device("cpu")
 BUFFER = AdaptationData("buffer", per_class=4)
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return tiny_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def operated(one, state):

@@ -1,7 +1,6 @@
 import pytest
 import torch
 from support.calibrated_runs import learner, run
-from support.tiny import tiny_clip
 from support.toy_backbone import Normed
 from torch import nn
 
@@ -14,14 +13,7 @@ CPU = torch.device("cpu")
 FEW = AdaptationData("buffer", per_class=3, batch_size=100)  # a step sees all of them
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return tiny_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def entropy(one, state, data, heads):

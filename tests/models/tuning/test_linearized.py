@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from support.records import without_times
-from support.tiny import tiny_clip, toy_loader
+from support.tiny import toy_loader
 from torch import nn
 from torch.nn import functional
 
@@ -16,15 +16,7 @@ from clmerge.results.run_folder import RunFolder
 from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
 from clmerge.weights import TaskVectorBank, load_tensors
 
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return tiny_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def trained(backbone):

@@ -1,7 +1,6 @@
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from support.tiny import tiny_clip
 from torch import nn
 from torch.func import functional_call, jvp
 from torch.nn import functional
@@ -17,11 +16,6 @@ from clmerge.weights.parametrization import merged_parameters, read_factors, rea
 from clmerge.weights.swap import assign, own_tensors
 
 IMAGES = torch.randn(3, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
 def encoders(clip):

@@ -15,10 +15,7 @@ from clmerge.streams import ClassIncremental, SklearnDigits, StreamDataModule
 from clmerge.weights import TaskVectorBank, load_metadata, load_tensors
 from clmerge.weights.parametrization import dense_weights, folded
 
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def learner(backbone, tuning, mergers, **options):

@@ -21,15 +21,7 @@ from clmerge.training.regularizers import EWC, MeanTeacher
 from clmerge.training.trajectory import EMA
 from clmerge.weights import load_tensors
 
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return tiny_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def make(backbone, head=None, *, data=None, regularizers=(), tuning=None, mergers=None, **options):
