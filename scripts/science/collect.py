@@ -156,8 +156,8 @@ def collect(studies: Sequence[Study], work: Path) -> None:
     print(f"{FILE}: {len(rows)} of {len(asked)} runs", file=sys.stderr)
 
 
-def validation_accuracy(work: Path, run: Run) -> str:
+def validation_accuracy(work: Path, run: Run, comparison: str) -> str:
     """Return the validation accuracy of a run's merges, each with the scale that is best for it."""
-    file = work / "compared" / f"{run.name}--few" / "results.json"
+    file = work / "compared" / f"{run.name}--{comparison}" / "results.json"
     [record] = json.loads(file.read_text())["runs"]
     return ", ".join(f"{one['model']} {one['score']:.3f} at {one['chosen']}" for one in record["searches"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from plan import CHANGES, RATES, TRAINED
+from plan import CHANGES, RATES, TASKS, TRAINED
 from rows import STREAMS, Row
 from table_runs import markdown, spread
 
@@ -26,7 +26,7 @@ def usual(stream: str, factor: str) -> str:
     """Return the level that all other runs have."""
     if factor == "images":
         return f"{TRAINED[stream]}"
-    return {"grey": "5", "four": "20", "caltech": "10"}[stream] if factor == "tasks" else USUAL[factor]
+    return f"{TASKS[stream]}" if factor == "tasks" else USUAL[factor]
 
 
 def base_of(table: Table, stream: str, change: str) -> Row | None:

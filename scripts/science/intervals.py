@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import rankdata, t
+from scipy.stats import t
 
 
 @dataclass(frozen=True)
@@ -84,25 +84,29 @@ def rank_correlation(
         clusters: Name of the cluster of each run.
         draws: How many resamples.
     """
-    first, second = (np.asarray(one, dtype=np.float64) for one in (x, y))
     group = np.unique(np.asarray(groups), return_inverse=True)[1]
     cluster = np.unique(np.asarray(clusters), return_inverse=True)[1]
-    members = [np.flatnonzero(cluster == one) for one in range(int(cluster.max()) + 1)]
-    generator = np.random.default_rng(0)
-    found = []
-    for _ in range(draws):
-        chosen = np.concatenate([members[one] for one in generator.integers(len(members), size=len(members))])
-        found.append(_correlation(first[chosen], second[chosen], group[chosen]))
+    count = int(cluster.max()) + 1
+    drawn = np.random.default_rng(0).integers(count, size=(draws, count))
+    times = np.stack([np.bincount(one, minlength=count) for one in drawn])[:, cluster].astype(np.float64)
+    times = np.vstack([np.ones(len(x)), times])  # how often each run was drawn; first all runs, once
+    mean, *found = _correlations(np.asarray(x), np.asarray(y), group, times)
     known = [one for one in found if not math.isnan(one)]
     low, high = np.percentile(known, [2.5, 97.5]) if known else (-math.inf, math.inf)
-    return Interval(_correlation(first, second, group), float(low), float(high), len(first))
+    return Interval(float(mean), float(low), float(high), len(x))
 
 
-def _correlation(x: np.ndarray, y: np.ndarray, group: np.ndarray) -> float:
-    products = np.zeros(3)
-    for one in np.unique(group):
-        inside = group == one
-        ranks = [rankdata(values[inside]) / inside.sum() for values in (x, y)]
-        a, b = (each - each.mean() for each in ranks)
-        products += [a @ b, a @ a, b @ b]
-    return float(products[0] / math.sqrt(products[1] * products[2])) if products[1] * products[2] > 0 else math.nan
+def _correlations(x: np.ndarray, y: np.ndarray, group: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Return one correlation per row of ``times``; not a number where ranks do not differ."""
+    same = group[:, None] == group[None, :]
+    sizes = times @ same
+    sizes[sizes == 0] = 1  # a group that was not drawn counts nothing
+    ranks = []
+    for values in (x, y):
+        # Of every run: how many in its group are less, and half of those that are equal.
+        less = (values[:, None] > values[None, :]) + 0.5 * (values[:, None] == values[None, :])
+        shares = times @ (same * less).T / sizes
+        ranks.append(shares - (times * shares) @ same / sizes)
+    products = [(times * a * b).sum(axis=1) for a, b in ((ranks[0], ranks[1]), (ranks[0],) * 2, (ranks[1],) * 2)]
+    spread = np.sqrt(products[1] * products[2])
+    return np.where(spread > 1e-9, products[0] / np.maximum(spread, 1e-9), math.nan)

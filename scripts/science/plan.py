@@ -12,10 +12,20 @@ import yaml
 
 METHODS = Path(__file__).resolve().parents[2] / "configs" / "methods"
 SEEDS = (0, 1, 2)
+MORE_SEEDS = (3, 4)  # of the rows that claims compare
 TRIAL_SEED = 100  # of the runs that choose learning rates
 EPOCHS = {"grey": 2, "four": 3, "caltech": 4}
+TASKS = {"grey": 5, "four": 20, "caltech": 10}
 # By validation accuracy on another seed, see `run.py --rates`.
 RATES = {"full": 3e-4, "linearized": 3e-4, "lora": 1e-3}
+# Likewise, `run.py --strengths`.
+STRENGTHS: dict[str, dict[str, float]] = {
+    "ITA, base": {"grey": 0.02, "four": 0.02, "caltech": 0.02},
+    "IEL, base": {"grey": 0.02, "four": 0.02, "caltech": 0.02},
+    "EWC": {"grey": 5000, "four": 5000, "caltech": 5000},
+    "LwF": {"grey": 0.3, "four": 0.3, "caltech": 0.3},
+    "L2": {"grey": 0.1, "four": 0.1, "caltech": 0.1},
+}
 TEMPLATES = {
     "mnist": 'a photo of the number: "{}".',
     "fashion": "a photo of a {}.",
@@ -35,6 +45,7 @@ class Way:
         policy: Start policy, where it is not the preset's.
         rate: Whose learning rate it takes.
         expert: What the un-merged model's row is called, if it is shown.
+        strength: Regularizer of the preset and its parameter that says how much it counts, ``CLASS.PARAMETER``.
     """
 
     method: str
@@ -42,6 +53,7 @@ class Way:
     policy: str | None = None
     rate: str = "full"
     expert: str | None = None
+    strength: str | None = None
 
 
 WAYS = {
@@ -52,8 +64,8 @@ WAYS = {
     "attention, base": Way("attention_only"),
     "SAM, base": Way("sam_merging"),
     "SWA, base": Way("swa", policy="base"),
-    "ITA, base": Way("ita"),
-    "IEL, base": Way("iel"),
+    "ITA, base": Way("ita", strength="ITA.alpha"),
+    "IEL, base": Way("iel", strength="IEL.beta"),
     "LoRA, previous": Way("lora_task_arithmetic", policy="previous", rate="lora"),
     "linearized, previous": Way("tangent_task_arithmetic", policy="previous", rate="linearized"),
     "linearized LoRA, base": Way("l_lora", rate="lora"),
@@ -62,9 +74,9 @@ WAYS = {
     "full, best share": Way("paint", own=True),
     "branches": Way("bam", own=True, expert="Branch-and-Merge"),
     "LoRA, sum, tuned": Way("chitale_lora", own=True, rate="lora"),
-    "EWC": Way("ewc", own=True, expert="EWC"),
-    "LwF": Way("lwf", own=True, expert="LwF"),
-    "L2": Way("l2", own=True, expert="L2 to the start"),
+    "EWC": Way("ewc", own=True, expert="EWC", strength="EWC.strength"),
+    "LwF": Way("lwf", own=True, expert="LwF", strength="LwF.strength"),
+    "L2": Way("l2", own=True, expert="L2 to the start", strength="L2.strength"),
     "replay": Way("replay", own=True, expert="experience replay, 500 images"),
     "joint": Way("joint", own=True, expert="joint training"),
     "class means": Way("simple_cil", own=True, expert="class means, frozen"),
@@ -115,6 +127,11 @@ COMPARISONS: dict[str, list[str]] = {
     "few": [mergers(FEW), *SCALED],
     "low_rank": [mergers([*FEW, "KnOTS"]), *SCALED],
     "why": [mergers(["WeightAverage"]), "--diagnose"],
+    # The last model as it is: what a baseline reaches on validation images.
+    **{
+        f"last of {n}": [mergers([option("TaskArithmetic", weights=[0] * (n - 1) + [1])]), "--scale=1"]
+        for n in TASKS.values()
+    },
     "head": [mergers(["WeightAverage"]), "--calibrations=[SampleTuning]"],
     "wudi": [mergers(["WUDI"]), "--scale=0.2,0.5,1"],
     "learned": [*BUFFER, mergers([option("AdaMerging", **SHORT)])],
@@ -133,6 +150,7 @@ class Run:
         seed: Seed of class order, validation cut and training.
         change: What differs from the usual settings, ``FACTOR=VALUE``; empty for nothing.
         rate: Learning rate, where it is not that of the way.
+        strength: Strength of the regularizer, where it is not that of the way.
     """
 
     stream: str
@@ -140,6 +158,7 @@ class Run:
     seed: int
     change: str = ""
     rate: float | None = None
+    strength: float | None = None
 
     @property
     def lr(self) -> float:
@@ -150,7 +169,8 @@ class Run:
     @property
     def name(self) -> str:
         """Name of its folder."""
-        words = [self.stream, self.way, self.change, f"{self.rate:g}" if self.rate else "", f"seed{self.seed}"]
+        trial = [f"{one:g}" for one in (self.rate, self.strength) if one]
+        words = [self.stream, self.way, self.change, *trial, f"seed{self.seed}"]
         return "-".join(re.sub(r"[^\w.=]+", "_", word) for word in words if word)
 
 
@@ -173,22 +193,25 @@ CHANGES: dict[str, list[str]] = {
 TRAINED = {"grey": 84, "caltech": 28}  # training images a class, on average: fewer get as many steps by more epochs
 
 
-def studies(streams: list[str], seeds: list[int]) -> Iterator[Study]:
-    """List all studies, what matters most first."""
+def studies(streams: list[str], seeds: list[int], more: list[int]) -> Iterator[Study]:
+    """List all studies, what matters most first; those with more seeds are of the rows that claims compare."""
 
-    def each(*ways: str) -> Iterator[tuple[str, str, int]]:
-        return ((stream, way, seed) for way in ways for seed in seeds for stream in streams)
+    def each(*ways: str, of: Sequence[str] = streams, seeds: Sequence[int] = seeds) -> Iterator[tuple[str, str, int]]:
+        return ((stream, way, seed) for way in ways for seed in seeds for stream in streams if stream in of)
 
-    for stream, way, seed in each("full, base"):
-        asked = "most" if stream == "four" and seed > 0 else "all"
-        yield Study(Run(stream, way, seed), ("closed", "lines", "widen", asked, "why"))
-    small = [stream for stream in streams if stream != "four"]
+    def whole(seeds: Sequence[int]) -> Iterator[Study]:
+        for stream, way, seed in each("full, base", seeds=seeds):
+            asked = "most" if stream == "four" and seed > 0 else "all"
+            yield Study(Run(stream, way, seed), ("closed", "lines", "widen", asked))
 
-    def ways(of: Sequence[str], *names: str) -> Iterator[Study]:
-        for stream, way, seed in each(*names):
+    def ways(of: Sequence[str], *names: str, seeds: Sequence[int] = seeds) -> Iterator[Study]:
+        for stream, way, seed in each(*names, of=of, seeds=seeds):
             asked = () if WAYS[way].own else ("low_rank" if "LoRA" in way else "few",)
-            if stream in of:
-                yield Study(Run(stream, way, seed), asked)
+            yield Study(Run(stream, way, seed), asked)
+
+    def asked(of: Sequence[str], *names: str, seeds: Sequence[int] = seeds) -> Iterator[Study]:
+        for stream, way, seed in each("full, base", of=of, seeds=seeds):
+            yield Study(Run(stream, way, seed), names)
 
     def changed(*places: int) -> Iterator[Study]:
         for place in places:
@@ -199,34 +222,40 @@ def studies(streams: list[str], seeds: list[int]) -> Iterator[Study]:
                         if change.startswith(("backbone", "tasks")):  # what is known without any training
                             yield Study(Run(stream, "class means", seed, change))
 
+    small = [stream for stream in streams if stream != "four"]
+    four = ["four"]
+    yield from whole(seeds)
+    yield from asked(streams, "why")
     yield from ways(streams, "class means", "full, previous")
     yield from ways(small, "joint", "replay", "LoRA, base", "linearized, base")
     yield from changed(0)
-    for stream, way, seed in each("full, base"):
-        yield Study(Run(stream, way, seed), ("head",))
+    yield from asked(streams, "head")
     yield from changed(1, 2)
     yield from ways(small, "SAM, base", "SWA, base", "attention, base", "full, merged", "EWC", "LwF")
-    for stream, way, seed in each("full, base"):
-        if stream in small:
-            yield Study(Run(stream, way, seed), ("wudi", "learned"))
+    yield from asked(small, "wudi", "learned")
     yield from ways(small, "full, merged, Fisher", "full, best share", "branches")
     yield from changed(3)
     yield from ways(small, "ITA, base", "IEL, base", "L2")
-    for stream, way, seed in each("full, base"):
-        if stream in small:
-            yield Study(Run(stream, way, seed), ("routed", "labelled"))
+    yield from asked(small, "routed", "labelled")
     yield from changed(4, 5, 6, 7, 8)
     yield from ways(small, "LoRA, previous", "linearized, previous", "linearized LoRA, base", "LoRA, sum, tuned")
-    yield from ways(streams, "joint", "replay", "LoRA, base", "linearized, base", "SAM, base", "EWC", "LwF")
-    for stream, way, seed in each("full, base"):
-        yield Study(Run(stream, way, seed), ("wudi",))
+    yield from ways(four, "joint", "replay", "full, merged", "branches", "attention, base", "SAM, base", "LoRA, base")
+    yield from ways(four, "linearized, base", "full, best share", "full, merged, Fisher", "EWC", "LwF", "SWA, base")
+    yield from whole(more)
+    yield from ways(streams, "class means", "full, previous", "full, merged", seeds=more)
+    yield from ways(small, "linearized, base", "LoRA, base", "branches", "full, best share", "SAM, base", seeds=more)
+    yield from ways(small, "attention, base", "SWA, base", "full, merged, Fisher", "replay", seeds=more)
+    yield from asked(streams, "head", seeds=more)
+    yield from asked(small, "wudi", "learned", seeds=more)
+    yield from ways(four, "L2", "ITA, base", "IEL, base", "LoRA, previous", "linearized LoRA, base", "LoRA, sum, tuned")
+    yield from asked(four, "wudi")
 
 
 def stream_config(name: str, work: Path, change: str = "") -> dict[str, Any]:
     """Return what all methods share on a stream: data, backbone, budget."""
     factor, _, value = change.partition("=")
     epochs = EPOCHS[name]
-    tasks = {"four": 20, "caltech": 10}.get(name, 5)
+    tasks = TASKS[name]
     if factor == "tasks":
         tasks = int(value)
     shared: dict[str, Any] = {
@@ -272,6 +301,10 @@ def config_of(run: Run, work: Path) -> list[dict[str, Any]]:
     last: dict[str, Any] = {"seed": run.seed, "model": {"optimizer": optimizer}}
     if not way.own:
         last["mergers"] = ["WeightAverage"]
+    if way.strength:
+        regularizer, parameter = way.strength.split(".")
+        strength = run.strength or STRENGTHS[run.way][run.stream]
+        last["model"]["regularizers"] = [option(regularizer, **{parameter: strength})]
     if way.policy:
         last["learner"] = {"start_policy": way.policy}
     base = stream_config(run.stream, work, run.change)

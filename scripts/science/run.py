@@ -5,6 +5,7 @@
     python scripts/science/run.py --work WORK --only collect     # writes docs/results/methods.json from what is there
     python scripts/science/run.py --work WORK --rates 1e-4 3e-4 1e-3 --ways "LoRA, base"
                                                  # instead: validation accuracy of learning rates, on another seed
+    python scripts/science/run.py --work WORK --strengths 50 500 5000 --ways EWC     # and of regularizers' strengths
     python scripts/science/pages.py                              # writes tables and figures into the docs
 
 Runs are independent and go to several processes, forked after the imports, which cost as much as a small run. What is
@@ -28,7 +29,7 @@ os.environ["WANDB_MODE"] = "offline"
 
 import torch
 import yaml
-from plan import COMPARISONS, EPOCHS, SEEDS, TRIAL_SEED, WAYS, Run, Study, config_of, studies
+from plan import COMPARISONS, EPOCHS, MORE_SEEDS, SEEDS, TASKS, TRIAL_SEED, WAYS, Run, Study, config_of, studies
 
 
 @contextlib.contextmanager
@@ -119,23 +120,32 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder of methods_data.py")
     parser.add_argument("--streams", nargs="+", default=list(EPOCHS), choices=list(EPOCHS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--more-seeds", nargs="*", type=int, default=list(MORE_SEEDS), help="of what claims compare")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), metavar="WAY")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", choices=["collect"])
     parser.add_argument("--rates", nargs="+", type=float, help="compare learning rates instead")
+    parser.add_argument("--strengths", nargs="+", type=float, help="compare strengths of regularizers instead")
     options = parser.parse_args()
     work: Path = options.work.resolve()
     for name in ("runs", "configs", "logs", "compared"):
         (work / name).mkdir(parents=True, exist_ok=True)
-    if options.rates:
-        trials = [Run(s, w, TRIAL_SEED, rate=r) for s in options.streams for w in options.ways for r in options.rates]
-        failed = run_all([(Study(run, ("few",)), work) for run in trials], options.workers)
+    if options.rates or options.strengths:
+        kind, values = ("rate", options.rates) if options.rates else ("strength", options.strengths)
+        trials = [
+            Run(stream, way, TRIAL_SEED, **{kind: value})
+            for stream in options.streams
+            for way in options.ways
+            for value in values
+        ]
+        asked = {run: f"last of {TASKS[run.stream]}" if WAYS[run.way].own else "few" for run in trials}
+        failed = run_all([(Study(run, (name,)), work) for run, name in asked.items()], options.workers)
         from collect import validation_accuracy
 
-        for run in trials:
-            print(f"{run.stream:<8} {run.way:<18} {run.lr:g}: {validation_accuracy(work, run)}")
+        for run, name in asked.items():
+            print(f"{run.stream:<8} {run.way:<18} {getattr(run, kind):g}: {validation_accuracy(work, run, name)}")
         return int(failed > 0)
-    chosen = [one for one in studies(options.streams, options.seeds) if one.run.way in options.ways]
+    chosen = [one for one in studies(options.streams, options.seeds, options.more_seeds) if one.run.way in options.ways]
     failed = 0
     if options.only is None:
         failed = run_all([(one, work) for one in chosen], options.workers)
