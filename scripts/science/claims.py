@@ -66,6 +66,18 @@ CLAIMS = [
         "The same, told the task", "2305.12827", "linearized, base: task_arithmetic", full("task_arithmetic"), "aware"
     ),
     Claim(
+        "The mean of tangent models (TMC) beats the mean of others",
+        "2307.08114",
+        "linearized, base: weight_average",
+        full("weight_average"),
+    ),
+    Claim(
+        "LoRA linearized in its factors (L-LoRA) adds up better than LoRA",
+        "2310.04742",
+        "linearized LoRA, base: task_arithmetic",
+        "LoRA, base: task_arithmetic",
+    ),
+    Claim(
         "Resolving signs (TIES) beats adding up (task arithmetic)",
         "2306.01708",
         full("ties"),
@@ -81,6 +93,12 @@ CLAIMS = [
     Claim("Singular vectors that do not interfere (TSV-M) beat TIES", "2412.00081", full("tsvm"), full("ties")),
     Claim("Equal singular values (Iso-C) beat TIES", "2502.04959", full("iso_c"), full("ties")),
     Claim("Iso-C beats TSV-M", "2502.04959", full("iso_c"), full("tsvm")),
+    Claim(
+        "Singular vectors in one basis for all tasks (DC-Merge) beat TSV-M",
+        "2603.06242",
+        full("dc_merge"),
+        full("tsvm"),
+    ),
     Claim(
         "A task-specific subspace beside the common one (Iso-CTS) beats Iso-C",
         "2502.04959",
@@ -120,6 +138,18 @@ CLAIMS = [
         margin=0.02,
     ),
     Claim("Aligned LoRA factors (KnOTS) beat TIES on LoRA", "2410.19735", "LoRA, base: knots", "LoRA, base: ties"),
+    Claim(
+        "A pull to the base where its Fisher information is large (ITA) makes experts that average better",
+        "2405.16350",
+        "ITA, base: weight_average",
+        full("weight_average"),
+    ),
+    Claim(
+        "Training each expert as a part of the mean (IEL) makes experts that average better",
+        "2405.16350",
+        "IEL, base: weight_average",
+        full("weight_average"),
+    ),
     Claim("SAM makes experts that add up better", "2504.14662", "SAM, base: task_arithmetic", full("task_arithmetic")),
     Claim(
         "Fine-tuning attention alone makes experts that add up better",
@@ -137,6 +167,12 @@ CLAIMS = [
         "Fisher information helps along a stream (CoFiMA over CoMA)",
         "2312.08977",
         "full, merged, Fisher: cofima",
+        "full, merged: wise_ft",
+    ),
+    Claim(
+        "A share by the Fisher information along the line (BECAME) beats a fixed one (CoMA)",
+        "2504.02666",
+        "full, merged, line: became",
         "full, merged: wise_ft",
     ),
     Claim(
@@ -159,12 +195,30 @@ CLAIMS = [
         full("task_arithmetic"),
     ),
     Claim(
+        "Learned soups (weights per layer, from labels of 10 kept images a class) beat the mean",
+        "2203.05482",
+        full("learned_soup"),
+        full("weight_average"),
+    ),
+    Claim(
         "SMILE, without images, is within a point of WEMoE",
         "2408.10174",
         "weight_average+smile",
         "task_arithmetic+wemoe",
         margin=0.01,
         adaptive=True,
+    ),
+    Claim(
+        "The mean with low-rank experts routed by subspace (SMILE) beats the mean",
+        "2408.10174",
+        full("weight_average+smile"),
+        full("weight_average"),
+    ),
+    Claim(
+        "LoRA vectors summed and tuned on ten images a class beat the sum with the best scale",
+        "2311.02428",
+        "LoRA, sum, tuned: task_arithmetic+tuned",
+        "LoRA, base: task_arithmetic",
     ),
 ]
 

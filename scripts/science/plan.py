@@ -71,6 +71,7 @@ WAYS = {
     "linearized LoRA, base": Way("l_lora", rate="lora"),
     "full, merged": Way("coma", own=True),
     "full, merged, Fisher": Way("cofima", own=True),
+    "full, merged, line": Way("became", own=True),
     "full, best share": Way("paint", own=True),
     "branches": Way("bam", own=True, expert="Branch-and-Merge"),
     "LoRA, sum, tuned": Way("chitale_lora", own=True, rate="lora"),
@@ -101,6 +102,7 @@ FREE: list[Any] = [
 # In closed form, for which the ridge decides whether the merged matrices stay near the experts'.
 CLOSED: list[Any] = ["ACTMat", option("WUDI", solver="ridge")]
 MEASURED = ["Fisher", "RegMean", "LoRM", "MaTS", "UGM"]
+REST: list[Any] = ["DELLA", "NuFilt", "RandomMix", "FisherMaskNodes", "GreedySoup", "SortedSoup"]
 FEW: list[Any] = ["WeightAverage", "TaskArithmetic", "MagMax", "TIES", "TSVM"]
 SCALED = ["--scale=0.1,0.2,0.3,0.5,1,1.5,2"]
 GRID = ["--grid", "RegMean.reduce=0.1,0.5,0.9", "LoRM.reduce=0.1,0.5,0.9"]
@@ -124,6 +126,8 @@ COMPARISONS: dict[str, list[str]] = {
         "--grid",
         "Pipeline.reducer.scale=0.1,0.2,0.3,0.5,1,1.5,2",
     ],
+    "rest": [mergers(REST), *SCALED],
+    "dop": [mergers(["DOP"])],
     "few": [mergers(FEW), *SCALED],
     "low_rank": [mergers([*FEW, "KnOTS"]), *SCALED],
     "why": [mergers(["WeightAverage"]), "--diagnose"],
@@ -237,8 +241,11 @@ def studies(streams: list[str], seeds: list[int], more: list[int]) -> Iterator[S
     yield from changed(3)
     yield from ways(small, "ITA, base", "IEL, base", "L2")
     yield from asked(small, "routed", "labelled")
+    yield from asked(streams, "rest")
     yield from changed(4, 5, 6, 7, 8)
     yield from ways(small, "LoRA, previous", "linearized, previous", "linearized LoRA, base", "LoRA, sum, tuned")
+    yield from ways(small, "full, merged, line")
+    yield from asked(small, "dop")
     yield from ways(four, "joint", "replay", "full, merged", "branches", "attention, base", "SAM, base", "LoRA, base")
     yield from ways(four, "linearized, base", "full, best share", "full, merged, Fisher", "EWC", "LwF", "SWA, base")
     yield from whole(more)
@@ -247,7 +254,17 @@ def studies(streams: list[str], seeds: list[int], more: list[int]) -> Iterator[S
     yield from ways(small, "attention, base", "SWA, base", "full, merged, Fisher", "replay", seeds=more)
     yield from asked(streams, "head", seeds=more)
     yield from asked(small, "wudi", "learned", seeds=more)
-    yield from ways(four, "L2", "ITA, base", "IEL, base", "LoRA, previous", "linearized LoRA, base", "LoRA, sum, tuned")
+    yield from asked(streams, "rest", seeds=more)
+    yield from ways(
+        four,
+        "full, merged, line",
+        "L2",
+        "ITA, base",
+        "IEL, base",
+        "LoRA, previous",
+        "linearized LoRA, base",
+        "LoRA, sum, tuned",
+    )
     yield from asked(four, "wudi")
 
 
