@@ -203,9 +203,9 @@ def studies(streams: list[str], seeds: list[int], more: list[int]) -> Iterator[S
     def each(*ways: str, of: Sequence[str] = streams, seeds: Sequence[int] = seeds) -> Iterator[tuple[str, str, int]]:
         return ((stream, way, seed) for way in ways for seed in seeds for stream in streams if stream in of)
 
-    def whole(seeds: Sequence[int]) -> Iterator[Study]:
-        for stream, way, seed in each("full, base", seeds=seeds):
-            asked = "most" if stream == "four" and seed > 0 else "all"
+    def whole(of: Sequence[str], seeds: Sequence[int]) -> Iterator[Study]:
+        for stream, way, seed in each("full, base", of=of, seeds=seeds):
+            asked = "all" if seed == 0 or (stream != "four" and seed in SEEDS) else "most"
             yield Study(Run(stream, way, seed), ("closed", "lines", "widen", asked))
 
     def ways(of: Sequence[str], *names: str, seeds: Sequence[int] = seeds) -> Iterator[Study]:
@@ -228,7 +228,7 @@ def studies(streams: list[str], seeds: list[int], more: list[int]) -> Iterator[S
 
     small = [stream for stream in streams if stream != "four"]
     four = ["four"]
-    yield from whole(seeds)
+    yield from whole(streams, seeds)
     yield from asked(streams, "why")
     yield from ways(streams, "class means", "full, previous")
     yield from ways(small, "joint", "replay", "LoRA, base", "linearized, base")
@@ -248,23 +248,15 @@ def studies(streams: list[str], seeds: list[int], more: list[int]) -> Iterator[S
     yield from asked(small, "dop")
     yield from ways(four, "joint", "replay", "full, merged", "branches", "attention, base", "SAM, base", "LoRA, base")
     yield from ways(four, "linearized, base", "full, best share", "full, merged, Fisher", "EWC", "LwF", "SWA, base")
-    yield from whole(more)
+    yield from whole(small, more)
+    yield from ways(four, "full, base", seeds=more)
     yield from ways(streams, "class means", "full, previous", "full, merged", seeds=more)
     yield from ways(small, "linearized, base", "LoRA, base", "branches", "full, best share", "SAM, base", seeds=more)
     yield from ways(small, "attention, base", "SWA, base", "full, merged, Fisher", "replay", seeds=more)
     yield from asked(streams, "head", seeds=more)
+    yield from ways(four, "full, merged, line", "L2", "LoRA, previous", "LoRA, sum, tuned", "ITA, base", "IEL, base")
+    yield from ways(four, "linearized LoRA, base")
     yield from asked(small, "wudi", "learned", seeds=more)
-    yield from asked(streams, "rest", seeds=more)
-    yield from ways(
-        four,
-        "full, merged, line",
-        "L2",
-        "ITA, base",
-        "IEL, base",
-        "LoRA, previous",
-        "linearized LoRA, base",
-        "LoRA, sum, tuned",
-    )
     yield from asked(four, "wudi")
 
 
