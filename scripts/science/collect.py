@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from plan import WAYS, Run, Study
+import yaml
+from plan import TASKS, TRIAL_SEED, WAYS, Run, Study, trial_of
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "results" / "methods.json"
 READINGS = {"agnostic": "task_agnostic", "aware": "task_aware"}
@@ -151,13 +152,39 @@ def collect(studies: Sequence[Study], work: Path) -> None:
         asked.setdefault(one.run, []).extend(one.comparisons)
     rows = [row for run, names in asked.items() if (row := row_of(run, names, work)) is not None]
     cards = {file.parent.name: json.loads(file.read_text()) for file in sorted((work / "caltech").glob("*/card.json"))}
+    parts = {"backbones": json.dumps(rounded(cards)), "strengths": json.dumps(rounded(list(strengths(work))))}
+    head = ",\n".join(f'"{key}": {text}' for key, text in parts.items())
     lines = ",\n".join(json.dumps(rounded(row), ensure_ascii=False) for row in rows)
-    FILE.write_text(f'{{"backbones": {json.dumps(rounded(cards))},\n"runs": [\n{lines}\n]}}\n')
+    FILE.write_text(f'{{{head},\n"runs": [\n{lines}\n]}}\n')
     print(f"{FILE}: {len(rows)} of {len(asked)} runs", file=sys.stderr)
 
 
-def validation_accuracy(work: Path, run: Run, comparison: str) -> str:
-    """Return the validation accuracy of a run's merges, each with the scale that is best for it."""
-    file = work / "compared" / f"{run.name}--{comparison}" / "results.json"
+def strengths(work: Path) -> Iterator[dict[str, Any]]:
+    """Yield the validation accuracies of all strengths that were tried, on a seed of their own."""
+    for way, settings in WAYS.items():
+        for stream in TASKS if settings.strength else ():
+            scores = {}
+            for done in (work / "compared").glob(
+                Run(stream, way, TRIAL_SEED).name.replace("-seed", "-*-seed") + "--*/done"
+            ):
+                name = done.parent.name.partition("--")[0]
+                config = yaml.safe_load((work / "configs" / f"{name}-2.yaml").read_text())
+                [[strength]] = [one["init_args"].values() for one in config["model"]["regularizers"]]
+                run = Run(stream, way, TRIAL_SEED, strength=strength)
+                scores[strength] = max(one["score"] for one in searches_of(work, run))
+            if scores:
+                yield {"stream": stream, "way": way, "scores": sorted(scores.items())}
+
+
+def searches_of(work: Path, run: Run) -> list[dict[str, Any]]:
+    """Return what validation images chose in a trial, rule by rule."""
+    file = work / "compared" / f"{run.name}--{trial_of(run)}" / "results.json"
     [record] = json.loads(file.read_text())["runs"]
-    return ", ".join(f"{one['model']} {one['score']:.3f} at {one['chosen']}" for one in record["searches"])
+    found: list[dict[str, Any]] = record["searches"]
+    return found
+
+
+def validation_accuracy(work: Path, run: Run) -> str:
+    """Return the validation accuracy of a trial's merges, each with the scale that is best for it."""
+    found = searches_of(work, run)
+    return ", ".join(f"{one['model']} {one['score']:.3f} at {one['chosen']}" for one in found)

@@ -29,7 +29,7 @@ os.environ["WANDB_MODE"] = "offline"
 
 import torch
 import yaml
-from plan import COMPARISONS, EPOCHS, MORE_SEEDS, SEEDS, TASKS, TRIAL_SEED, WAYS, Run, Study, config_of, studies
+from plan import COMPARISONS, EPOCHS, MORE_SEEDS, SEEDS, TRIAL_SEED, WAYS, Run, Study, config_of, studies, trial_of
 
 
 @contextlib.contextmanager
@@ -138,12 +138,11 @@ def main() -> int:
             for way in options.ways
             for value in values
         ]
-        asked = {run: f"last of {TASKS[run.stream]}" if WAYS[run.way].own else "few" for run in trials}
-        failed = run_all([(Study(run, (name,)), work) for run, name in asked.items()], options.workers)
+        failed = run_all([(Study(run, (trial_of(run),)), work) for run in trials], options.workers)
         from collect import validation_accuracy
 
-        for run, name in asked.items():
-            print(f"{run.stream:<8} {run.way:<18} {getattr(run, kind):g}: {validation_accuracy(work, run, name)}")
+        for run in trials:
+            print(f"{run.stream:<8} {run.way:<18} {getattr(run, kind):g}: {validation_accuracy(work, run)}")
         return int(failed > 0)
     chosen = [one for one in studies(options.streams, options.seeds, options.more_seeds) if one.run.way in options.ways]
     failed = 0
