@@ -31,7 +31,7 @@ def usual(stream: str, factor: str) -> str:
 
 def base_of(table: Table, stream: str, change: str) -> Row | None:
     """Return the model that fine-tuning starts from: zero-shot, or class means where the head has no text."""
-    changed = change if change.startswith(("backbone", "tasks")) else ""  # other changes leave it as it is
+    changed = change if change.startswith(("backbone", "tasks", "images")) else ""  # other changes leave it as it is
     for label in ("zero-shot", "class means, frozen"):
         if (row := table.get((stream, label, changed))) is not None:
             return row
