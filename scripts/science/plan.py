@@ -20,7 +20,7 @@ TASKS = {"grey": 5, "four": 20, "caltech": 10}
 RATES = {"full": 3e-4, "linearized": 3e-4, "lora": 1e-3}
 # Likewise, `run.py --strengths`; the stream of 20 tasks takes those of the first.
 STRENGTHS: dict[str, dict[str, float]] = {
-    "ITA, base": {"grey": 200, "four": 200, "caltech": 0.02},
+    "ITA, base": {"grey": 200, "four": 200, "caltech": 2e4},
     "IEL, base": {"grey": 0.02, "four": 0.02, "caltech": 0.02},
     "EWC": {"grey": 500, "four": 500, "caltech": 5e5},
     "LwF": {"grey": 3, "four": 3, "caltech": 3},
