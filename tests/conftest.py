@@ -27,5 +27,6 @@ def clip(tmp_path_factory):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Runs draw none: they take seconds each, and are tested elsewhere."""
+    """Runs draw none, which take seconds each and are tested elsewhere; nor do they write into another run's folder."""
     monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
+    monkeypatch.delenv("CLMERGE_RUN_DIR", raising=False)

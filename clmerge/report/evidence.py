@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from clmerge.figures.numbers import points
 from clmerge.report.study import Entry, Study
@@ -33,10 +34,15 @@ class Lead:
 
 
 @cache
+def known() -> dict[str, Any]:
+    """Return what was measured; ``scripts/science/pages.py`` writes the file."""
+    found: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+    return found
+
+
 def leads(setting: Setting) -> tuple[Lead, ...]:
-    """Return what was measured in one reading; ``scripts/science/pages.py`` writes the file."""
-    known = json.loads(FILE.read_text(encoding="utf-8"))
-    return tuple(Lead(**one) for one in known["leads"].get(setting, []))
+    """Return the leads in one reading."""
+    return tuple(Lead(**one) for one in known()["leads"].get(setting, []))
 
 
 def not_compared(study: Study, best: Entry, setting: Setting) -> Iterable[str]:
@@ -49,4 +55,5 @@ def not_compared(study: Study, best: Entry, setting: Setting) -> Iterable[str]:
     if better:
         better.sort(key=lambda one: -one.mean)
         named = ", ".join(f"{one.ahead} (by {points(one.mean)} points)" for one in better[:SHOWN])
-        yield f"Not compared here, but ahead of {rule} on the three streams of docs/which_merger.md: {named}."
+        streams = "; ".join(known()["streams"])
+        yield f"Not compared here, but ahead of {rule} where docs/which_merger.md measured them ({streams}): {named}."

@@ -25,6 +25,8 @@ from clmerge.results.results import Results, validate
 from clmerge.runs.stored_run import StoredRun
 from clmerge.weights import TaskVectorBank, load_tensors
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 CONFIG = """
 name: small
 stream: {{class_path: ClassIncremental, init_args: {{source: SklearnDigits, num_tasks: 3}}}}
@@ -49,12 +51,6 @@ learner: {{statistics_images: 16}}
 trainer: {{max_epochs: 1, accelerator: cpu, log_every_n_steps: 1, limit_train_batches: 6, limit_val_batches: 1}}
 logging: {{wandb: false, csv: false}}
 """
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
-    monkeypatch.delenv("CLMERGE_RUN_DIR", raising=False)
 
 
 def make_run(folder, *arguments, head="ZeroShotHead", loss="seen"):

@@ -10,6 +10,8 @@ from support.tiny import tiny_clip
 
 from clmerge.cli import main
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 CONFIG = """
 stream: {{class_path: ClassIncremental, init_args: {{source: SklearnDigits, num_tasks: 3}}}}
 model:
@@ -46,12 +48,6 @@ def alone(config, tmp_path_factory):
         patch.delenv("CLMERGE_RUN_DIR", raising=False)
         assert main(["fit", "--config", str(config), "--run_dir", str(run)]) == 0
     return run
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
-    monkeypatch.delenv("CLMERGE_RUN_DIR", raising=False)
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from support.tiny import tiny_clip
 
 from clmerge.cli import main
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 CONFIG = """
 stream: {{class_path: ClassIncremental, init_args: {{source: SklearnDigits, num_tasks: 2}}}}
 model:
@@ -39,12 +41,6 @@ def config(tmp_path_factory):
     path = folder / "config.yaml"
     path.write_text(CONFIG.format(backbone=tiny_clip(folder / "clip")))
     return path
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
-    monkeypatch.delenv("CLMERGE_RUN_DIR", raising=False)
 
 
 def alone_in(folder, config, *words):

@@ -12,6 +12,8 @@ from clmerge.cli.open_run import open_run
 from clmerge.results.results import Results, validate
 from clmerge.weights import load_tensors
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 CONFIG = """
 name: small
 stream:
@@ -33,12 +35,6 @@ logging: {{wandb: false, csv: false}}
 
 
 CLIP = '{{class_path: OpenClip, init_args: {{name: "{name}"}}}}'
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
-    monkeypatch.delenv("CLMERGE_RUN_DIR", raising=False)
 
 
 def make_runs(folder, *, backbone=None, head="ZeroShotHead", number=3):

@@ -77,12 +77,13 @@ def test_rules_that_were_ahead_elsewhere_are_named_unless_they_were_compared(tmp
     study = read_study([tmp_path / "run"])  # magmax is best, ties is compared
     known = (Lead("TIES", "MagMax", 0.05), Lead("TSVM", "MagMax", 0.02), Lead("ACTMat", "MagMax", 0.031))
     known += (Lead("DARE", "TSVM", 0.2),)
+    monkeypatch.setattr(evidence, "known", lambda: {"streams": ["digits", "letters"]})
     monkeypatch.setattr(evidence, "leads", lambda setting: known if setting == "task_aware" else ())
     assert "ahead of MagMax" not in " ".join(judge(study, "task_agnostic").caution)
     told = [line for line in judge(study, "task_aware").caution if line.startswith("Not compared here")]
     assert told == [
-        "Not compared here, but ahead of MagMax on the three streams of docs/which_merger.md: ACTMat (by 3.1 points), "
-        "TSVM (by 2.0 points)."
+        "Not compared here, but ahead of MagMax where docs/which_merger.md measured them (digits; letters): "
+        "ACTMat (by 3.1 points), TSVM (by 2.0 points)."
     ]
 
 

@@ -8,6 +8,8 @@ from support.tiny import tiny_clip
 
 from clmerge.cli import main
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 CONFIG = """
 name: attacked
 mergers: [WeightAverage, EMR]
@@ -22,12 +24,6 @@ trainer: {max_epochs: 1, accelerator: cpu, limit_train_batches: 3, enable_progre
 logging: {wandb: false, csv: false}
 """
 LEARNED = '{"class_path": "AttackSuccess", "init_args": {"target": "nine", "learned": true}}'
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
-    monkeypatch.delenv("CLMERGE_RUN_DIR", raising=False)
 
 
 @pytest.fixture
