@@ -72,7 +72,7 @@ CLAIMS = [
         full("weight_average"),
     ),
     Claim(
-        "LoRA linearized in its factors (L-LoRA) adds up better than LoRA",
+        "LoRA linearized in its factors (L-LoRA) adds up better than LoRA, at the rate that is best for LoRA",
         "2310.04742",
         "linearized LoRA, base: task_arithmetic",
         "LoRA, base: task_arithmetic",

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/table_ru
 from advice import ADVICE, EVIDENCE, evidence
 from claims import CLAIMS, Claim, compared
 from factors import factor_tables
-from intervals import points, rank_correlation
+from intervals import Interval, points, rank_correlation
+from plan import STRENGTHS, WAYS
 from rows import READINGS, STREAMS, Row, load, table_of
 from table_runs import markdown, spread
 
@@ -75,7 +76,8 @@ def comparison(claim: Claim, table: Mapping[tuple[str, str, str], Row]) -> list[
         shown += f"<br>mean: {points(found.overall())}"
     reading = f", {READINGS[claim.reading]}" if claim.reading != "own" else ""
     margin = f", plus {100 * claim.margin:.0f} points" if claim.margin else ""
-    return [f"`{claim.first}` less `{claim.second}`{reading}{margin}", shown, f"**{found.verdict}**"]
+    surely = ", at 99 %, too" if found.verdict in ("holds", "fails") and found.overall(0.99).sign else ""
+    return [f"`{claim.first}` less `{claim.second}`{reading}{margin}", shown, f"**{found.verdict}**{surely}"]
 
 
 def advice_table(table: Mapping[tuple[str, str, str], Row]) -> str:
@@ -94,32 +96,46 @@ def claims_table(table: Mapping[tuple[str, str, str], Row]) -> str:
     return markdown(["claim", *COMPARED], rows)
 
 
-def predictors_table(known: Mapping[str, Any]) -> str:
-    """Return the rank correlations of what is known before merging with what merging loses."""
+RULES = {"task_arithmetic": "task arithmetic", "ties": "TIES", "tsvm": "TSV-M"}
+
+
+def predictors_tables(known: Mapping[str, Any]) -> dict[str, str]:
+    """Return the rank correlations of what is known before merging with what merging loses, all and by stream."""
     runs = [run for run in known["runs"] if run.get("before")]
-    rules = {"task_arithmetic": "task arithmetic", "ties": "TIES", "tsvm": "TSV-M"}
     names = list(dict.fromkeys(name for run in runs for name in run["before"]))
-    found: list[tuple[float, list[str]]] = []
-    for name in names:
-        cells, strength, count = [], 0.0, 0
-        for rule in rules:
-            kept = [
-                (run["before"][name], run["experts"]["aware"] - run["models"][rule]["aware"]["accuracy"], run)
-                for run in runs
-                if run["before"].get(name) is not None and rule in run["models"]
-            ]
-            x, y = [one[0] for one in kept], [one[1] for one in kept]
-            groups = [run["stream"] for _, _, run in kept]
-            clusters = [f"{run['stream']} {run['change']} {run['way']}" for _, _, run in kept]
-            one = rank_correlation(x, y, groups, clusters)
-            bold = "**" if one.sign else ""
-            cells.append(
-                "-" if math.isnan(one.mean) else f"{bold}{one.mean:+.2f}{bold} [{one.low:+.2f}, {one.high:+.2f}]"
-            )
-            strength, count = strength + (0 if math.isnan(one.mean) else abs(one.mean)), one.count
-        found.append((-strength, [name, *cells, str(count)]))
-    heads = ["number", *(f"loss by {shown}" for shown in rules.values()), "runs"]
-    return markdown(heads, (cells for _, cells in sorted(found)))
+    overall = {name: [correlation(runs, name, rule) for rule in RULES] for name in names}
+
+    def strength(name: str) -> float:
+        return -sum(0 if math.isnan(one.mean) else abs(one.mean) for one in overall[name])
+
+    names.sort(key=strength)
+    rows = ([name, *map(shown, overall[name]), str(overall[name][-1].count)] for name in names)
+    made = {"predictors": markdown(["number", *(f"loss by {rule}" for rule in RULES.values()), "runs"], rows)}
+    parts = {stream: [run for run in runs if run["stream"] == stream] for stream in STREAMS}
+    lost = {stream: [loss(run, "task_arithmetic") for run in part] for stream, part in parts.items()}
+    heads = [f"{name} ({len(lost[stream])} runs)" for stream, name in STREAMS.items()]
+    rows = ([name, *(shown(correlation(part, name, "task_arithmetic")) for part in parts.values())] for name in names)
+    losses = ["*points lost by task arithmetic*", *(spread(values) for values in lost.values())]
+    return made | {"predictors-streams": markdown(["number", *heads], [losses, *rows])}
+
+
+def loss(run: Mapping[str, Any], rule: str) -> float:
+    """Return what merging loses of the accuracy of the experts, told the task."""
+    return float(run["experts"]["aware"] - run["models"][rule]["aware"]["accuracy"])
+
+
+def correlation(runs: Sequence[Mapping[str, Any]], name: str, rule: str) -> Interval:
+    """Return the rank correlation of a number with what a rule loses, inside of the streams."""
+    kept = [run for run in runs if run["before"].get(name) is not None and rule in run["models"]]
+    x, y = [run["before"][name] for run in kept], [loss(run, rule) for run in kept]
+    groups = [run["stream"] for run in kept]
+    return rank_correlation(x, y, groups, [f"{run['stream']} {run['change']} {run['way']}" for run in kept])
+
+
+def shown(one: Interval) -> str:
+    """Write a correlation with its interval, bold where it excludes zero."""
+    bold = "**" if one.sign else ""
+    return "-" if math.isnan(one.mean) else f"{bold}{one.mean:+.2f}{bold} [{one.low:+.2f}, {one.high:+.2f}]"
 
 
 def blocks(known: Mapping[str, Any], table: Mapping[tuple[str, str, str], Row]) -> dict[str, str]:
@@ -127,8 +143,9 @@ def blocks(known: Mapping[str, Any], table: Mapping[tuple[str, str, str], Row]) 
     made = {f"methods-{stream}": methods_table(stream, table) for stream in STREAMS}
     made |= {f"why-{name}": text for name, text in factor_tables(known, table).items()}
     made["claims"] = claims_table(table)
-    made["predictors"] = predictors_table(known)
+    made |= predictors_tables(known)
     made["backbones"] = backbones_table(known["backbones"])
+    made["strengths"] = strengths_table(known["strengths"])
     made["advice"] = advice_table(table)
     return made
 
@@ -146,6 +163,19 @@ def backbones_table(cards: Mapping[str, Mapping[str, Any]]) -> str:
         for name, card in sorted(cards.items(), key=lambda one: (one[1]["parameters"], one[1]["epochs"]))
     )
     return markdown(["backbone", "parameters", "epochs", "CPU seconds", "accuracy on the 41 classes"], rows)
+
+
+def strengths_table(trials: Iterable[Mapping[str, Any]]) -> str:
+    """Return what strengths of regularizers reached on validation images; bold: taken."""
+    rows = []
+    for trial in trials:
+        stream, way = trial["stream"], trial["way"]
+        cells = []
+        for strength, score in trial["scores"]:
+            text = f"{strength:g}: {100 * score:.1f}"
+            cells.append(f"**{text}**" if strength == STRENGTHS[way][stream] else text)
+        rows.append([f"{way}, `{WAYS[way].strength}`", STREAMS[stream], ", ".join(cells)])
+    return markdown(["way, parameter", "stream", "value: accuracy on validation images"], rows)
 
 
 def filled(text: str, made: Mapping[str, str], used: set[str]) -> str:
