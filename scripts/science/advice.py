@@ -54,7 +54,7 @@ ADVICE = [
     ),
     _advice(
         "The same, and the task of every image is known",
-        "class means are ahead of the best single set of weights on the grey streams",
+        "class means are ahead of every single set of merged weights on the grey streams, here of `ACTMat`",
         "class means, frozen",
         full("actmat"),
         "aware",

@@ -120,6 +120,9 @@ def head_table(table: Table) -> str:
         if tuned is None or plain is None:
             continue
         for reading, short in SHORT.items():
-            accuracies = (spread([*row.values(reading).values()]) for row in (plain, tuned))
-            rows.append([f"{name}, {short}", *accuracies, spread(tuned.less(plain, reading)), str(len(tuned.by_seed))])
+            both = plain.by_seed.keys() & tuned.by_seed.keys()
+            accuracies = ([v for seed, v in row.values(reading).items() if seed in both] for row in (plain, tuned))
+            rows.append(
+                [f"{name}, {short}", *map(spread, accuracies), spread(tuned.less(plain, reading)), str(len(both))]
+            )
     return markdown(["stream", "mean", "mean, head tuned", "difference", "seeds"], rows)
