@@ -150,7 +150,7 @@ def main() -> int:
         failed = run_all([(one, work) for one in chosen], options.workers)
     from collect import collect
 
-    collect(chosen, work)
+    collect([*studies(list(EPOCHS), list(SEEDS), list(MORE_SEEDS)), *chosen], work)  # also what was finished before
     return int(failed > 0)
 
 
