@@ -97,6 +97,7 @@ def test_a_verdict_needs_an_interval_that_excludes_zero(science):
     assert found({"a": below, "b": below}).verdict == "fails"
     assert found({"a": below, "b": above}).verdict == "depends on the stream"
     assert found({"a": both}).verdict == "not decided here"
+    assert found({"a": above, "b": [-5]}).verdict == "holds"  # one seed has no interval, and is not in the mean
     together = {name: [0.1, 0.2, 0.9] for name in "abc"}  # none alone, all of them together
     assert [one.sign for one in found(together).streams.values()] == [0, 0, 0]
     assert found(together).verdict == "holds"

@@ -152,7 +152,8 @@ def evidence(table: Table) -> dict[str, Any]:
     for short, reading in READINGS.items():
         for first, second in permutations(names, 2):
             found = compared(Claim("", "", labels[first], labels[second], short), table)
-            if len(found.by_stream) == len(STREAMS) and found.overall(0.99).sign > 0 and found.verdict == "holds":
+            whole = len(found.by_stream) == len(STREAMS) and all(len(one) > 1 for one in found.by_stream.values())
+            if whole and found.overall(0.99).sign > 0 and found.verdict == "holds":
                 mean = round(found.overall().mean, 4)
                 leads.setdefault(reading, []).append({"ahead": first, "of": second, "mean": mean})
     return {"streams": list(STREAMS.values()), "leads": leads}

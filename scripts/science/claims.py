@@ -239,8 +239,9 @@ class Found:
         return {name: interval_of(values) for name, values in self.by_stream.items()}
 
     def overall(self, level: float = 0.95) -> Interval:
-        """Return the mean over the streams, each counting the same."""
-        return mean_of_groups(list(self.by_stream.values()), level=level)
+        """Return the mean over the streams, each counting the same; those of one seed if there are no others."""
+        known = list(self.by_stream.values())
+        return mean_of_groups([one for one in known if len(one) > 1] or known, level=level)
 
     @property
     def verdict(self) -> str:
