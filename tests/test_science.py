@@ -108,3 +108,12 @@ def test_every_claim_compares_rows_that_exist(science):
     table = rows.table_of(rows.load())
     for claim in claims.CLAIMS:
         assert claims.compared(claim, table).by_stream, claim.text
+
+
+def test_every_strength_that_is_taken_was_tried_and_was_best(science):
+    plan, known = science("plan"), science("rows").load()["strengths"]
+    assert {(one["way"], one["stream"]) for one in known} == {(w, s) for w, on in plan.TRIED.items() for s in on}
+    for one in known:
+        scores = dict(one["scores"])
+        assert set(scores) == set(plan.TRIED[one["way"]][one["stream"]])
+        assert scores[plan.STRENGTHS[one["way"]][one["stream"]]] == max(scores.values()), one

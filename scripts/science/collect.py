@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from plan import TASKS, TRIAL_SEED, WAYS, Run, Study, trial_of
+from plan import TRIAL_SEED, TRIED, WAYS, Run, Study, trial_of
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "results" / "methods.json"
 READINGS = {"agnostic": "task_agnostic", "aware": "task_aware"}
@@ -161,30 +160,26 @@ def collect(studies: Sequence[Study], work: Path) -> None:
 
 def strengths(work: Path) -> Iterator[dict[str, Any]]:
     """Yield the validation accuracies of all strengths that were tried, on a seed of their own."""
-    for way, settings in WAYS.items():
-        for stream in TASKS if settings.strength else ():
-            scores = {}
-            for done in (work / "compared").glob(
-                Run(stream, way, TRIAL_SEED).name.replace("-seed", "-*-seed") + "--*/done"
-            ):
-                name = done.parent.name.partition("--")[0]
-                config = yaml.safe_load((work / "configs" / f"{name}-2.yaml").read_text())
-                [[strength]] = [one["init_args"].values() for one in config["model"]["regularizers"]]
-                run = Run(stream, way, TRIAL_SEED, strength=strength)
-                scores[strength] = max(one["score"] for one in searches_of(work, run))
+    for way, streams in TRIED.items():
+        for stream, values in streams.items():
+            trials = {value: Run(stream, way, TRIAL_SEED, strength=value) for value in values}
+            found = {value: searches_of(run, work) for value, run in trials.items()}
+            scores = [(value, max(one["score"] for one in searches)) for value, searches in found.items() if searches]
             if scores:
-                yield {"stream": stream, "way": way, "scores": sorted(scores.items())}
+                yield {"stream": stream, "way": way, "scores": scores}
 
 
-def searches_of(work: Path, run: Run) -> list[dict[str, Any]]:
-    """Return what validation images chose in a trial, rule by rule."""
-    file = work / "compared" / f"{run.name}--{trial_of(run)}" / "results.json"
-    [record] = json.loads(file.read_text())["runs"]
+def searches_of(run: Run, work: Path) -> list[dict[str, Any]]:
+    """Return what validation images chose in a trial, rule by rule; nothing if it is not finished."""
+    out = work / "compared" / f"{run.name}--{trial_of(run)}"
+    if not (out / "done").is_file():
+        return []
+    [record] = json.loads((out / "results.json").read_text())["runs"]
     found: list[dict[str, Any]] = record["searches"]
     return found
 
 
 def validation_accuracy(work: Path, run: Run) -> str:
     """Return the validation accuracy of a trial's merges, each with the scale that is best for it."""
-    found = searches_of(work, run)
+    found = searches_of(run, work)
     return ", ".join(f"{one['model']} {one['score']:.3f} at {one['chosen']}" for one in found)

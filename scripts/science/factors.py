@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from plan import CHANGES, RATES, TASKS, TRAINED
+from plan import CHANGES, FROZEN, RATES, TASKS, TRAINED
 from rows import STREAMS, Row
 from table_runs import markdown, spread
 
@@ -31,7 +31,7 @@ def usual(stream: str, factor: str) -> str:
 
 def base_of(table: Table, stream: str, change: str) -> Row | None:
     """Return the model that fine-tuning starts from: zero-shot, or class means where the head has no text."""
-    changed = change if change.startswith(("backbone", "tasks", "images")) else ""  # other changes leave it as it is
+    changed = change if change.startswith(FROZEN) else ""  # other changes leave it as it is
     for label in ("zero-shot", "class means, frozen"):
         if (row := table.get((stream, label, changed))) is not None:
             return row

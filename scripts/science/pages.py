@@ -109,12 +109,12 @@ def predictors_tables(known: Mapping[str, Any]) -> dict[str, str]:
         return -sum(0 if math.isnan(one.mean) else abs(one.mean) for one in overall[name])
 
     names.sort(key=strength)
-    rows = ([name, *map(shown, overall[name]), str(overall[name][-1].count)] for name in names)
+    rows = ([name, *map(cell, overall[name]), str(overall[name][-1].count)] for name in names)
     made = {"predictors": markdown(["number", *(f"loss by {rule}" for rule in RULES.values()), "runs"], rows)}
     parts = {stream: [run for run in runs if run["stream"] == stream] for stream in STREAMS}
     lost = {stream: [loss(run, "task_arithmetic") for run in part] for stream, part in parts.items()}
     heads = [f"{name} ({len(lost[stream])} runs)" for stream, name in STREAMS.items()]
-    rows = ([name, *(shown(correlation(part, name, "task_arithmetic")) for part in parts.values())] for name in names)
+    rows = ([name, *(cell(correlation(part, name, "task_arithmetic")) for part in parts.values())] for name in names)
     losses = ["*points lost by task arithmetic*", *(spread(values) for values in lost.values())]
     return made | {"predictors-streams": markdown(["number", *heads], [losses, *rows])}
 
@@ -132,7 +132,7 @@ def correlation(runs: Sequence[Mapping[str, Any]], name: str, rule: str) -> Inte
     return rank_correlation(x, y, groups, [f"{run['stream']} {run['change']} {run['way']}" for run in kept])
 
 
-def shown(one: Interval) -> str:
+def cell(one: Interval) -> str:
     """Write a correlation with its interval, bold where it excludes zero."""
     bold = "**" if one.sign else ""
     return "-" if math.isnan(one.mean) else f"{bold}{one.mean:+.2f}{bold} [{one.low:+.2f}, {one.high:+.2f}]"

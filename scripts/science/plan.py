@@ -18,7 +18,14 @@ EPOCHS = {"grey": 2, "four": 3, "caltech": 4}
 TASKS = {"grey": 5, "four": 20, "caltech": 10}
 # By validation accuracy on another seed, see `run.py --rates`.
 RATES = {"full": 3e-4, "linearized": 3e-4, "lora": 1e-3}
-# Likewise, `run.py --strengths`; the stream of 20 tasks takes those of the first.
+# Likewise, by `run.py --strengths`, out of those that are tried; the stream of 20 tasks takes those of the first.
+TRIED: dict[str, dict[str, tuple[float, ...]]] = {
+    "ITA, base": {"grey": (2, 200, 2e4), "caltech": (2, 200, 2e4)},
+    "IEL, base": {"grey": (0.02, 2, 200), "caltech": (0.02, 2, 200)},
+    "EWC": {"grey": (5, 50, 500, 5000, 5e4, 5e5, 5e6), "caltech": (500, 5000, 5e4, 5e5, 5e6)},
+    "LwF": {"grey": (0.1, 1, 3, 10), "caltech": (0.1, 1, 3, 10)},
+    "L2": {"grey": (0.01, 1, 10, 100), "caltech": (0.01, 1, 10, 100)},
+}
 STRENGTHS: dict[str, dict[str, float]] = {
     "ITA, base": {"grey": 200, "four": 200, "caltech": 2e4},
     "IEL, base": {"grey": 0.02, "four": 0.02, "caltech": 0.02},
@@ -117,7 +124,7 @@ def mergers(rules: list[Any]) -> str:
 
 COMPARISONS: dict[str, list[str]] = {
     "all": [mergers([*FREE, *MEASURED]), *SCALED, *GRID],
-    # With 20 tasks PCB takes two minutes for its merges, KnOTS and MaTS half a minute: one seed has them.
+    # With 20 tasks PCB takes two minutes for its merges, KnOTS and MaTS half a minute: one seed has them there.
     "most": [mergers([r for r in [*FREE, *MEASURED] if r not in ("PCB", "KnOTS", "MaTS")]), *SCALED, *GRID],
     "closed": [mergers(CLOSED), *SCALED, "--grid", *(f"{name}.ridge=1e-8,0.01,0.1" for name in ("ACTMat", "WUDI"))],
     "widen": [mergers(["WIDEN"]), "--grid", "WIDEN.calibrated=0.05,0.1,0.2,0.5,1"],
@@ -194,6 +201,7 @@ CHANGES: dict[str, list[str]] = {
         *("images=5", "tasks=20", "backbone=large"),
     ],
 }
+FROZEN = ("backbone", "tasks", "images")  # factors that change what class means reach, without any training
 TRAINED = {"grey": 84, "caltech": 28}  # training images a class, on average: fewer get as many steps by more epochs
 
 
@@ -228,7 +236,7 @@ def studies(streams: list[str], seeds: list[int], more: list[int]) -> Iterator[S
                 for stream in streams:
                     for change in CHANGES[stream][place : place + 1]:
                         yield Study(Run(stream, "full, base", seed, change), ("few", "why"))
-                        if change.startswith(("backbone", "tasks", "images")):  # what is known without any training
+                        if change.startswith(FROZEN):
                             yield Study(Run(stream, "class means", seed, change))
 
     small = [stream for stream in streams if stream != "four"]

@@ -5,7 +5,7 @@
     python scripts/science/run.py --work WORK --only collect     # writes docs/results/methods.json from what is there
     python scripts/science/run.py --work WORK --rates 1e-4 3e-4 1e-3 --ways "LoRA, base"
                                                  # instead: validation accuracy of learning rates, on another seed
-    python scripts/science/run.py --work WORK --strengths 50 500 5000 --ways EWC     # and of regularizers' strengths
+    python scripts/science/run.py --work WORK --strengths     # and of regularizers' strengths, those of the plan
     python scripts/science/pages.py                              # writes tables and figures into the docs
 
 Runs are independent and go to several processes, forked after the imports, which cost as much as a small run. What is
@@ -29,7 +29,20 @@ os.environ["WANDB_MODE"] = "offline"
 
 import torch
 import yaml
-from plan import COMPARISONS, EPOCHS, MORE_SEEDS, SEEDS, TRIAL_SEED, WAYS, Run, Study, config_of, studies, trial_of
+from plan import (
+    COMPARISONS,
+    EPOCHS,
+    MORE_SEEDS,
+    SEEDS,
+    TRIAL_SEED,
+    TRIED,
+    WAYS,
+    Run,
+    Study,
+    config_of,
+    studies,
+    trial_of,
+)
 
 
 @contextlib.contextmanager
@@ -125,24 +138,22 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", choices=["collect"])
     parser.add_argument("--rates", nargs="+", type=float, help="compare learning rates instead")
-    parser.add_argument("--strengths", nargs="+", type=float, help="compare strengths of regularizers instead")
+    parser.add_argument("--strengths", action="store_true", help="compare strengths of regularizers instead")
     options = parser.parse_args()
     work: Path = options.work.resolve()
     for name in ("runs", "configs", "logs", "compared"):
         (work / name).mkdir(parents=True, exist_ok=True)
     if options.rates or options.strengths:
-        kind, values = ("rate", options.rates) if options.rates else ("strength", options.strengths)
-        trials = [
-            Run(stream, way, TRIAL_SEED, **{kind: value})
-            for stream in options.streams
-            for way in options.ways
-            for value in values
-        ]
+        pairs = [(stream, way) for stream in options.streams for way in options.ways]
+        trials = [Run(*pair, TRIAL_SEED, rate=rate) for pair in pairs for rate in options.rates or ()]
+        if options.strengths:
+            tried = ((stream, way, value) for stream, way in pairs for value in TRIED.get(way, {}).get(stream, ()))
+            trials += [Run(stream, way, TRIAL_SEED, strength=value) for stream, way, value in tried]
         failed = run_all([(Study(run, (trial_of(run),)), work) for run in trials], options.workers)
         from collect import validation_accuracy
 
         for run in trials:
-            print(f"{run.stream:<8} {run.way:<18} {getattr(run, kind):g}: {validation_accuracy(work, run)}")
+            print(f"{run.stream:<8} {run.way:<18} {run.strength or run.lr:g}: {validation_accuracy(work, run)}")
         return int(failed > 0)
     chosen = [one for one in studies(options.streams, options.seeds, options.more_seeds) if one.run.way in options.ways]
     failed = 0

@@ -50,8 +50,7 @@ def alone(config, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("clmerge.runs.learner.save_plots", lambda results, folder: [])
+def no_cluster(no_pictures, monkeypatch):
     for name in CLUSTER:
         monkeypatch.delenv(name, raising=False)
 
